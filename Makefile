@@ -1,0 +1,91 @@
+# Everything one does with this repository. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PROTOS := $(shell find protos/mesh -name '*.proto' | sort)
+CODE := services tenantry devstack bench tests
+TOOLS := $(CURDIR)/.tools
+GRPCURL_VERSION := v1.9.3
+KUBECONFORM_VERSION := v0.7.0
+KUSTOMIZE_VERSION := v5.7.1
+
+export PATH := $(CURDIR)/$(BIN):$(TOOLS):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install run demo test test-all lint format types imports proto proto-check bench k8s-check tools lock ci clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed: install it, or run make with PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V). Run make with PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the locked dependencies"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-bootstrap.lock
+	@$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(INSTALLED) ## make the environment and install the locked dependencies
+
+run: $(INSTALLED) ## start the whole mesh here, show one call, stay up until Ctrl-C
+	@exec $(BIN)/python -m devstack run
+
+demo: $(INSTALLED) ## tell and verify the story of two tenants (JSON=1 for one JSON object)
+	@exec $(BIN)/python -m devstack demo $(if $(JSON),--json)
+
+test: $(INSTALLED) ## run the tests against real stores
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(INSTALLED) ## run the tests, the slow ones too
+	@$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED) ## check style, contracts and manifests' text
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/buf lint
+
+format: $(INSTALLED) ## format code and contracts
+	@$(BIN)/ruff check --fix $(CODE)
+	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/buf format -w --path protos/mesh
+
+types: $(INSTALLED) ## check types
+	@$(BIN)/mypy
+
+imports: $(INSTALLED) ## check which room may import which
+	@$(BIN)/lint-imports
+
+proto: $(INSTALLED) ## generate the stubs of protos/ into protos/gen
+	@rm -rf protos/gen/mesh protos/gen/buf
+	@$(BIN)/python -m grpc_tools.protoc -I protos -I protos/third_party --python_out=protos/gen --grpc_python_out=protos/gen \
+	  --mypy_out=quiet:protos/gen --mypy_grpc_out=quiet,only_async:protos/gen $(PROTOS)
+	@$(BIN)/python -m grpc_tools.protoc -I protos/third_party --python_out=protos/gen --mypy_out=quiet:protos/gen buf/validate/validate.proto
+
+proto-check: proto ## fail when the checked-in stubs differ from their contracts
+	@git diff --exit-code --stat -- protos/gen || { echo "protos/gen does not match protos/: run 'make proto' and commit the result"; exit 1; }
+	@test -z "$$(git ls-files --others --exclude-standard protos/gen)" || { echo "protos/gen has stubs that are not committed"; exit 1; }
+
+bench: $(INSTALLED) ## measure a call's overhead over the bare provider (one JSON object last)
+	@$(BIN)/python -m bench call_overhead
+
+k8s-check: $(INSTALLED) tools ## build and validate the manifests, and hold them against the settings
+	@$(BIN)/python -m deploy.check
+
+tools: ## install the optional command-line tools into .tools (needs Go)
+	@command -v go >/dev/null || { echo "go is not installed: tests that need grpcurl, kubeconform or kustomize are skipped"; exit 0; }; \
+	  mkdir -p $(TOOLS); \
+	  test -x $(TOOLS)/grpcurl || GOBIN=$(TOOLS) go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION); \
+	  test -x $(TOOLS)/kubeconform || GOBIN=$(TOOLS) go install github.com/yannh/kubeconform/cmd/kubeconform@$(KUBECONFORM_VERSION); \
+	  test -x $(TOOLS)/kustomize || GOBIN=$(TOOLS) go install sigs.k8s.io/kustomize/kustomize/v5@$(KUSTOMIZE_VERSION)
+
+lock: ## resolve the dependencies again into requirements.lock
+	@$(BIN)/uv pip compile -q --universal --generate-hashes --all-extras --no-annotate --no-header pyproject.toml -o requirements.lock
+	@echo "uv==0.13.8" | $(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header - -o requirements-bootstrap.lock
+
+ci: $(INSTALLED) tools lint types imports proto-check k8s-check ## everything a change must pass
+	@$(MAKE) --no-print-directory test-all
+
+clean: ## remove what was built, and the state of the embedded stack
+	rm -rf .venv .tools .tenantry .pytest_cache .mypy_cache .ruff_cache .hypothesis
