@@ -1,0 +1,101 @@
+"""How the embedded stack calls the mesh: as any product back end does, with a credential in the metadata and nothing else."""
+
+import contextlib
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from devstack.addresses import Ports
+from mesh.inference.v1 import inference_service_pb2_grpc
+from mesh.metering.v1 import usage_service_pb2_grpc
+from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
+from mesh.retrieval.v1 import document_service_pb2_grpc, search_service_pb2_grpc
+from mesh.tenant.v1 import tenant_service_pb2_grpc
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A refused call as its status details tell it."""
+
+    code: str
+    reason: str
+    message: str
+    metadata: dict[str, str]
+    retry_after_seconds: float | None
+
+
+def refusal(error: grpc.aio.AioRpcError) -> Refusal:
+    """Reads ErrorInfo and RetryInfo out of a failed call."""
+    reason, metadata, retry_after = "", {}, None
+    status = rpc_status.from_call(error)
+    for detail in status.details if status is not None else ():
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason, metadata = info.reason, dict(info.metadata)
+        elif detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    return Refusal(error.code().name, reason, error.details() or "", metadata, retry_after)
+
+
+@dataclass(frozen=True, slots=True)
+class NewTrace:
+    """A sampled W3C trace context made by the caller, so that it knows the trace to look for."""
+
+    trace_id: str
+    traceparent: str
+
+    @classmethod
+    def begin(cls) -> "NewTrace":
+        """Makes a new one."""
+        trace_id = secrets.token_hex(16)
+        return cls(trace_id, f"00-{trace_id}-{secrets.token_hex(8)}-01")
+
+
+class MeshClient:
+    """Stubs of the five services over plaintext loopback channels."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._channels = {
+            name: grpc.aio.insecure_channel(ports.address(name)) for name in ("tenant", "ratelimit", "inference", "retrieval", "metering")
+        }
+        self.tenants = tenant_service_pb2_grpc.TenantServiceStub(self._channels["tenant"])
+        self.limits = rate_limit_service_pb2_grpc.RateLimitServiceStub(self._channels["ratelimit"])
+        self.inference = inference_service_pb2_grpc.InferenceServiceStub(self._channels["inference"])
+        self.documents = document_service_pb2_grpc.DocumentServiceStub(self._channels["retrieval"])
+        self.search = search_service_pb2_grpc.SearchServiceStub(self._channels["retrieval"])
+        self.usage = usage_service_pb2_grpc.UsageServiceStub(self._channels["metering"])
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(cls, ports: Ports) -> AsyncIterator["MeshClient"]:
+        """Opens the channels and closes them at the end."""
+        client = cls(ports)
+        try:
+            yield client
+        finally:
+            for channel in client._channels.values():
+                await channel.close()
+
+
+def credentials(api_key: str, *, call_id: uuid.UUID | None = None, trace: NewTrace | None = None, tenant_id: str = "") -> Metadata:
+    """Returns the metadata of a call made with an API key."""
+    metadata = [("authorization", f"Bearer {api_key}")]
+    if call_id is not None:
+        metadata.append(("x-request-id", str(call_id)))
+    if trace is not None:
+        metadata.append(("traceparent", trace.traceparent))
+    if tenant_id:
+        metadata.append(("x-tenant-id", tenant_id))
+    return tuple(metadata)
+
+
+def operator_credentials(operator_key: str, reason: str) -> Metadata:
+    """Returns the metadata of an operator's call."""
+    return (("authorization", f"Bearer {operator_key}"), ("x-operator-reason", reason))

@@ -1,0 +1,115 @@
+"""`make run`: starts everything, shows one call from question to bill to trace, and stays up until Ctrl-C."""
+
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+
+import grpc
+
+from devstack.addresses import Ports
+from devstack.asking import Asked, ask, usd
+from devstack.handbook import LUMEN, questions
+from devstack.managed_process import ProcessFailedError
+from devstack.mesh_client import MeshClient, refusal
+from devstack.provisioning import provision_demo_tenants
+from devstack.stack import Stack, running_stack
+from devstack.state import SERVICES, DemoTenant
+from devstack.trace_tree import render
+
+STATE_FOLDER = Path(".tenantry")
+TRACE_WAIT_SECONDS = 8.0
+
+
+class StepPrinter:
+    """Prints each step with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+
+    def __call__(self, step: str) -> None:
+        """Prints one step."""
+        print(f"[{time.monotonic() - self._begin:5.1f} s] {step}", flush=True)
+
+
+async def run(ports: Ports) -> None:
+    """Runs the stack until SIGINT or SIGTERM.
+
+    Raises: ProcessFailedError with one sentence when a part cannot start or dies.
+    """
+    step = StepPrinter()
+    serving = asyncio.ensure_future(_serve(ports, step))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, serving.cancel)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        step("everything is stopped; `make run` goes on where this ended")
+
+
+async def _serve(ports: Ports, step: StepPrinter) -> None:
+    async with running_stack(STATE_FOLDER, ports, progress=step) as stack:
+        provider = "the provider stub (set ANTHROPIC_API_KEY to call the real API)" if stack.provider.is_stub else "the real Anthropic API"
+        step(f"model provider: {provider}")
+        step("embeddings: the built-in hashing embedder, for development")
+        async with MeshClient.connect(ports) as client:
+            await provision_demo_tenants(stack, client, step)
+            await _show_one_call(stack, client, step)
+        print("\nThe mesh is up. Ctrl-C stops everything.", flush=True)
+        raise ProcessFailedError(await stack.wait_for_death())
+
+
+async def _show_one_call(stack: Stack, client: MeshClient, step: StepPrinter) -> None:
+    tenant = stack.state.tenants[LUMEN.slug]
+    question = questions(LUMEN)[0].question
+    step(f"one call as {LUMEN.display_name}")
+    print(f"\n  Q: {question}\n  A: ", end="", flush=True)
+    try:
+        asked = await ask(client, tenant, question, on_text=_write)
+    except grpc.aio.AioRpcError as error:
+        told = refusal(error)
+        again = f" Try again in {told.retry_after_seconds:.0f} s." if told.retry_after_seconds else ""
+        print(f"\n  refused: {told.code} {told.reason}: {told.message}{again}")
+        return
+    print("\n")
+    _print_summary(asked)
+    spans = await stack.traces.wait_for(asked.trace.trace_id, frozenset(SERVICES), timeout_seconds=TRACE_WAIT_SECONDS)
+    print("\n  trace " + asked.trace.trace_id)
+    for line in render(spans):
+        print("    " + line)
+    print("\n  try it yourself:")
+    for line in grpcurl_lines(stack.ports, tenant, question):
+        print("    " + line)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_summary(asked: Asked) -> None:
+    summary = asked.summary
+    documents = sorted({source.document_key for source in summary.sources})
+    print(f"  documents  {', '.join(documents) or 'none'}")
+    print(f"  tokens     {summary.usage.input_tokens} in, {summary.usage.output_tokens} out ({summary.model})")
+    print(f"  cost       {usd(asked.cost_nano_usd)}  ledger entry {summary.ledger_entry_id}")
+    for limit in summary.remaining:
+        amount = (
+            f"{usd(limit.remaining)} of {usd(limit.limit)}" if limit.rule.startswith("cost_") else f"{limit.remaining} of {limit.limit}"
+        )
+        print(f"  remaining  {limit.rule}: {amount}")
+    print(f"  call_id    {summary.call_id}")
+
+
+def grpcurl_lines(ports: Ports, tenant: DemoTenant, question: str) -> list[str]:
+    """Returns three commands ready to paste: what is there, a streamed call, the bill."""
+    authorization = f"-H 'authorization: Bearer {tenant.api_key}'"
+    body = f'{{"messages":[{{"role":"ROLE_USER","text":"{question}"}}],"options":{{"retrieval":{{"mode":"RETRIEVAL_MODE_REQUIRED"}}}}}}'
+    escaped = body.replace("'", "'\\''")
+    return [
+        f"grpcurl -plaintext localhost:{ports.inference} list",
+        f"grpcurl -plaintext {authorization} -d '{escaped}' localhost:{ports.inference} mesh.inference.v1.InferenceService/StreamGenerate",
+        f"grpcurl -plaintext {authorization} localhost:{ports.metering} mesh.metering.v1.UsageService/GetUsageReport",
+    ]

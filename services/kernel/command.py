@@ -1,0 +1,42 @@
+"""The command line every service has: `serve` and `migrate`. A wrong setting is one sentence, not a traceback."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from services.kernel.migrate import MigrationRefused
+from services.kernel.rpc.server import App, run_service
+from services.kernel.settings import ServiceSettings
+from services.kernel.telemetry.logging import configure_logging
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+
+def main(
+    settings_type: type[Settings],
+    build: Callable[[Settings], Awaitable[App]],
+    migrate: Callable[[Settings], Coroutine[None, None, None]] | None = None,
+) -> None:
+    """Runs one command of a service and exits: 0 when done, 2 for wrong settings or a refused migration."""
+    parser = argparse.ArgumentParser(prog=f"python -m services.{settings_type.service_name}")
+    parser.add_argument("command", nargs="?", default="serve", choices=("serve", "migrate") if migrate else ("serve",))
+    command = parser.parse_args().command
+    try:
+        settings = settings_type()
+        if command == "migrate" and migrate is not None:
+            configure_logging(settings.service_name, settings.log_level)
+            asyncio.run(migrate(settings))
+        else:
+            run_service(lambda: build(settings), settings)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            print(f"{'TENANTRY_' + name + ': ' if name else ''}{problem['msg']}", file=sys.stderr)  # noqa: T201 - for people
+        sys.exit(2)
+    except MigrationRefused as error:
+        print(f"migration refused: {error}", file=sys.stderr)  # noqa: T201 - for people
+        sys.exit(2)

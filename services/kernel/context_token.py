@@ -1,0 +1,184 @@
+"""Context tokens: `base64url(payload).base64url(signature)`, Ed25519 over the payload bytes. Refuses forged, altered, expired ones.
+
+The payload is a serialised `mesh.common.v1.TenantClaims`; it is never re-serialised before the signature is checked.
+"""
+
+import asyncio
+import base64
+import binascii
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+from uuid import UUID
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from google.protobuf.message import DecodeError
+
+from mesh.common.v1 import error_reason_pb2
+from mesh.common.v1.tenant_claims_pb2 import TenantClaims
+from services.kernel.errors import MeshError, Unauthenticated
+from services.kernel.ids import TenantId
+from services.kernel.tenant_context import TenantContext
+
+MAX_LIFETIME = timedelta(seconds=300)
+_CLOCK_SKEW = timedelta(seconds=5)
+_MAX_TOKEN_LENGTH = 8192
+_CACHE_SIZE = 10_000
+_REFETCH_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A private key and the name its public half is published under."""
+
+    key_id: str
+    private_key: Ed25519PrivateKey
+
+
+class ContextKeySource(Protocol):
+    """Where the public keys come from."""
+
+    async def fetch_keys(self) -> Mapping[str, Ed25519PublicKey]:
+        """Returns every key that may have signed a token still alive, by key id."""
+        ...
+
+
+def mint(claims: TenantClaims, key: SigningKey) -> str:
+    """Signs the claims, naming the key in them. Raises: ValueError for a lifetime over 300 s, which no server would accept."""
+    issued, expires = _time(claims, "issue_time"), _time(claims, "expire_time")
+    if not timedelta(0) < expires - issued <= MAX_LIFETIME:
+        msg = "a context token lives more than 0 and at most 300 s"
+        raise ValueError(msg)
+    signed = TenantClaims()
+    signed.CopyFrom(claims)
+    signed.key_id = key.key_id
+    payload = signed.SerializeToString(deterministic=True)
+    return f"{_encode(payload)}.{_encode(key.private_key.sign(payload))}"
+
+
+class ContextTokenVerifier:
+    """Verifies tokens, remembering each verified text until it expires and each key until the process ends."""
+
+    def __init__(
+        self,
+        keys: ContextKeySource,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
+        cache_size: int = _CACHE_SIZE,
+    ) -> None:
+        self._source = keys
+        self._clock = clock
+        self._monotonic = monotonic
+        self._cache_size = cache_size
+        self._keys: Mapping[str, Ed25519PublicKey] = {}
+        self._verified: OrderedDict[str, TenantContext] = OrderedDict()
+        self._fetching = asyncio.Lock()
+        self._fetched_at: float | None = None
+
+    async def verify(self, token: str) -> TenantContext:
+        """Returns what the token proves. Raises: Unauthenticated(CONTEXT_INVALID), without telling which check failed."""
+        context = self._verified.get(token)
+        if context is not None:
+            if context.expire_time > self._clock():
+                return context
+            del self._verified[token]
+            raise _invalid()
+        payload, signature = _split(token)
+        claims = _parse(payload)
+        key = await self._key(claims.key_id)
+        try:
+            key.verify(signature, payload)
+        except InvalidSignature:
+            raise _invalid() from None
+        context = self._accept(claims, token)
+        self._remember(token, context)
+        return context
+
+    def _accept(self, claims: TenantClaims, token: str) -> TenantContext:
+        now = self._clock()
+        issued, expires = _time(claims, "issue_time"), _time(claims, "expire_time")
+        if expires <= now or issued > now + _CLOCK_SKEW or expires - issued > MAX_LIFETIME:
+            raise _invalid()
+        if len(claims.tenant_id) not in ((0, 16) if claims.operator else (16,)):
+            raise _invalid()
+        return TenantContext(
+            tenant_id=TenantId(UUID(bytes=claims.tenant_id)) if claims.tenant_id else None,
+            tier=claims.tier,
+            region=claims.region,
+            subject=claims.subject,
+            scopes=frozenset(claims.scopes),
+            config_version=claims.config_version,
+            expire_time=expires,
+            operator=claims.operator,
+            token=token,
+        )
+
+    def _remember(self, token: str, context: TenantContext) -> None:
+        self._verified[token] = context
+        # Oldest first is nearest to its end first, since every token lives about as long.
+        while len(self._verified) > self._cache_size:
+            self._verified.popitem(last=False)
+
+    async def _key(self, key_id: str) -> Ed25519PublicKey:
+        known = self._keys.get(key_id)
+        if known is not None:
+            return known
+        async with self._fetching:
+            # Forged key ids must not become a flood of fetches: at most one a second, whoever asks.
+            now = self._monotonic()
+            if key_id not in self._keys and (self._fetched_at is None or now - self._fetched_at >= _REFETCH_SECONDS):
+                self._fetched_at = now
+                self._keys = dict(await self._source.fetch_keys())
+        known = self._keys.get(key_id)
+        if known is None:
+            raise _invalid()
+        return known
+
+
+def _invalid() -> MeshError:
+    return Unauthenticated(
+        error_reason_pb2.ERROR_REASON_CONTEXT_INVALID,
+        "the context token is not valid (any more); authenticate again",
+    )
+
+
+def _encode(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def _decode(text: str) -> bytes:
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise _invalid() from None
+    # One token, one spelling: otherwise a caller could fill the cache with variants of one signature.
+    if _encode(raw) != text:
+        raise _invalid()
+    return raw
+
+
+def _split(token: str) -> tuple[bytes, bytes]:
+    payload, dot, signature = token.partition(".")
+    if not dot or not payload or len(token) > _MAX_TOKEN_LENGTH:
+        raise _invalid()
+    return _decode(payload), _decode(signature)
+
+
+def _parse(payload: bytes) -> TenantClaims:
+    try:
+        return TenantClaims.FromString(payload)
+    except DecodeError:
+        raise _invalid() from None
+
+
+def _time(claims: TenantClaims, field: str) -> datetime:
+    try:
+        stamp: datetime = getattr(claims, field).ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise _invalid() from None
+    return stamp

@@ -1,0 +1,137 @@
+"""What is known about the call in hand, in one context variable: set by the interceptors, read by servicers, logs and outbound calls.
+
+One variable with one mutable scope, not one variable a fact: setting a context variable per fact costs more than the rest of the edge.
+"""
+
+import time
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from services.kernel.tenant_context import TenantContext
+
+if TYPE_CHECKING:
+    from services.kernel.telemetry.trace_parent import TraceParent
+
+EXTERNAL = "external"
+
+
+@dataclass(slots=True)
+class RequestScope:
+    """The facts of one call. Only interceptors and `bind_*` write it."""
+
+    method: str = ""
+    # Carries bearers and tokens: never part of a repr, which a traceback may print.
+    metadata: dict[str, str] = field(default_factory=dict, repr=False)
+    peer_address: str = ""
+    caller: str = ""
+    tenant: TenantContext | None = None
+    deadline: float | None = None
+    client_call_id: UUID | None = None
+    call_id: UUID | None = None
+    trace: "TraceParent | None" = None
+
+
+_scope: ContextVar[RequestScope | None] = ContextVar("mesh_request_scope", default=None)
+
+
+def scope() -> RequestScope | None:
+    """Returns the scope of the call in hand; None outside of one."""
+    return _scope.get()
+
+
+def enter_scope(new: RequestScope) -> Token[RequestScope | None]:
+    """Begins a scope. Each RPC runs in its own task, so the server needs no reset."""
+    return _scope.set(new)
+
+
+def required_scope() -> RequestScope:
+    """Returns the scope of the call in hand. Raises: RuntimeError outside of one."""
+    found = _scope.get()
+    if found is None:
+        msg = "no call is in hand: background work starts with bind_tenant(context)"
+        raise RuntimeError(msg)
+    return found
+
+
+def current_tenant() -> TenantContext:
+    """Returns the proven tenant context. Raises: RuntimeError when the method takes none, which is a fault of the caller's code."""
+    tenant = maybe_tenant()
+    if tenant is None:
+        msg = "the call in hand has no tenant: its policy does not require one"
+        raise RuntimeError(msg)
+    return tenant
+
+
+def maybe_tenant() -> TenantContext | None:
+    """Returns the proven tenant context, or None where there is none."""
+    found = _scope.get()
+    return None if found is None else found.tenant
+
+
+def current_caller() -> str:
+    """Returns the calling service's name, or `external`."""
+    return required_scope().caller
+
+
+def current_peer_address() -> str:
+    """Returns the caller's network address without its port, such as `10.1.2.3`; empty outside of a call."""
+    found = _scope.get()
+    return "" if found is None else found.peer_address
+
+
+def current_deadline() -> float | None:
+    """Returns when the call must be answered, on time.monotonic(); None when the caller set no deadline."""
+    found = _scope.get()
+    return None if found is None else found.deadline
+
+
+def remaining_seconds(default: float) -> float:
+    """Returns how long the call may still take: 0.0 when over, `default` when it has no deadline."""
+    deadline = current_deadline()
+    return default if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def client_call_id() -> UUID | None:
+    """Returns the id the caller gave the call in `x-request-id`, if any."""
+    found = _scope.get()
+    return None if found is None else found.client_call_id
+
+
+def current_call_id() -> UUID | None:
+    """Returns the id that names the call in logs and outbound calls: the bound one, else the caller's."""
+    found = _scope.get()
+    return None if found is None else (found.call_id or found.client_call_id)
+
+
+def operator_reason() -> str:
+    """Returns `x-operator-reason`; empty when the caller gave none."""
+    found = _scope.get()
+    return "" if found is None else found.metadata.get("x-operator-reason", "")
+
+
+def bind_call_id(call_id: UUID) -> None:
+    """Names the call in hand, for its logs and its outbound calls."""
+    required_scope().call_id = call_id
+
+
+class Binding:
+    """A scope that is already in force; as a context manager it ends with the block."""
+
+    __slots__ = ("_token",)
+
+    def __init__(self, token: Token[RequestScope | None]) -> None:
+        self._token = token
+
+    def __enter__(self) -> None:
+        """Nothing is left to do: the scope began when it was bound."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _scope.reset(self._token)
+
+
+def bind_tenant(context: TenantContext, *, call_id: UUID | None = None, deadline: float | None = None) -> Binding:
+    """Starts a scope for background work in the name of a tenant: at once, and until the block ends if used with `with`."""
+    return Binding(enter_scope(RequestScope(tenant=context, call_id=call_id, deadline=deadline)))

@@ -1,0 +1,52 @@
+"""A bounded cache whose misses are fetched once for all who wait.
+
+A failed fetch is not remembered: the next caller tries again. Cancelling one waiter leaves the fetch to the others.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class SingleFlightCache(Generic[Key, Value]):
+    """Remembers the `capacity` most recently used values."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._known: OrderedDict[Key, Value] = OrderedDict()
+        self._fetching: dict[Key, asyncio.Future[Value]] = {}
+
+    def peek(self, key: Key) -> Value | None:
+        """Returns the remembered value, or None, without fetching."""
+        value = self._known.get(key)
+        if value is not None:
+            self._known.move_to_end(key)
+        return value
+
+    async def get(self, key: Key, fetch: Callable[[], Awaitable[Value]]) -> Value:
+        """Returns the remembered value, or the answer of one shared `fetch`.
+
+        Raises: whatever `fetch` raises, to every waiter.
+        """
+        known = self.peek(key)
+        if known is not None:
+            return known
+        under_way = self._fetching.get(key)
+        if under_way is None:
+            under_way = asyncio.ensure_future(self._fetch(key, fetch))
+            self._fetching[key] = under_way
+        return await asyncio.shield(under_way)
+
+    async def _fetch(self, key: Key, fetch: Callable[[], Awaitable[Value]]) -> Value:
+        try:
+            value = await fetch()
+        finally:
+            self._fetching.pop(key, None)
+        self._known[key] = value
+        if len(self._known) > self._capacity:
+            self._known.popitem(last=False)
+        return value

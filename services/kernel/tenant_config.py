@@ -1,0 +1,42 @@
+"""A tenant's configuration, fetched once per version.
+
+The context token names the version, so a change of plan is seen with the next token and nothing needs invalidating.
+"""
+
+from mesh.tenant.v1 import tenant_service_pb2, tenant_service_pb2_grpc
+from services.kernel.errors import Unauthenticated
+from services.kernel.ids import TenantId
+from services.kernel.rpc.channel import MeshChannel
+from services.kernel.single_flight import SingleFlightCache
+from services.kernel.tenant_context import TenantContext
+
+FETCH_TIMEOUT_SECONDS = 2.0
+DEFAULT_CAPACITY = 10_000
+
+
+class TenantConfigCache:
+    """Answers from memory when the version is known, and asks the tenant service once for all who wait otherwise."""
+
+    def __init__(self, channel: MeshChannel, *, capacity: int = DEFAULT_CAPACITY) -> None:
+        self._channel = channel
+        self._stub = tenant_service_pb2_grpc.TenantServiceStub(channel.channel)
+        self._cache: SingleFlightCache[tuple[TenantId, int], tenant_service_pb2.TenantConfig] = SingleFlightCache(capacity)
+
+    async def get(self, context: TenantContext) -> tenant_service_pb2.TenantConfig:
+        """Returns the configuration of the context's tenant, of its version or newer.
+
+        Raises: NotFound when the tenant is gone; Unavailable when the tenant service does not answer and the version is not in memory.
+        """
+        if context.tenant_id is None:
+            raise Unauthenticated.context_missing()
+        return await self._cache.get((context.tenant_id, context.config_version), lambda: self._fetch(context))
+
+    async def _fetch(self, context: TenantContext) -> tenant_service_pb2.TenantConfig:
+        response = await self._channel.unary(
+            self._stub.GetTenantConfig,
+            tenant_service_pb2.GetTenantConfigRequest(),
+            timeout_seconds=FETCH_TIMEOUT_SECONDS,
+            tenant=context,
+            idempotent=True,
+        )
+        return response.config

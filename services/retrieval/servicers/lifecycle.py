@@ -1,0 +1,37 @@
+"""TenantLifecycleService of retrieval: the collection, the documents, and the end of both."""
+
+from collections.abc import AsyncIterator
+
+import orjson
+
+from mesh.common.v1 import lifecycle_service_pb2 as pb
+from mesh.common.v1 import lifecycle_service_pb2_grpc
+from services.retrieval.document import DocumentStore, VectorIndex
+from services.retrieval.servicers.documents import tenant
+
+
+class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
+    """Beginning, end and export of the call's tenant in this service."""
+
+    def __init__(self, store: DocumentStore, index: VectorIndex) -> None:
+        self._store = store
+        self._index = index
+
+    async def ProvisionTenant(self, request: pb.ProvisionTenantRequest, context: object) -> pb.ProvisionTenantResponse:
+        """Makes the tenant's collection."""
+        return pb.ProvisionTenantResponse(resources=[f"qdrant collection {await self._index.provision(tenant())}"])
+
+    async def EraseTenant(self, request: pb.EraseTenantRequest, context: object) -> pb.EraseTenantResponse:
+        """Drops the collection, then removes the rows: a repeated call after a crash finds whichever is left."""
+        points = await self._index.erase(tenant())
+        erased = [pb.ErasedRecords(kind="qdrant:points", count=points)]
+        erased += [
+            pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count)
+            for table, count in (await self._store.erase(tenant())).items()
+        ]
+        return pb.EraseTenantResponse(erased=erased)
+
+    async def ExportTenant(self, request: pb.ExportTenantRequest, context: object) -> AsyncIterator[pb.ExportTenantResponse]:
+        """Streams the tenant's documents."""
+        async for table, row in self._store.export(tenant()):
+            yield pb.ExportTenantResponse(kind=f"postgres:retrieval.{table}", record_json=orjson.dumps(row))

@@ -1,0 +1,34 @@
+"""SearchService: a query in, chunks out."""
+
+from mesh.retrieval.v1 import search_service_pb2 as pb
+from mesh.retrieval.v1 import search_service_pb2_grpc
+from services.retrieval.library import FoundChunk, Library
+from services.retrieval.servicers.documents import tenant
+
+DEFAULT_TOP_K = 5
+
+
+class SearchServicer(search_service_pb2_grpc.SearchServiceServicer):
+    """Searches of the call's tenant."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    async def Search(self, request: pb.SearchRequest, context: object) -> pb.SearchResponse:
+        """Returns the chunks nearest to the query."""
+        found = await self._library.search(tenant(), request.query, request.top_k or DEFAULT_TOP_K)
+        return pb.SearchResponse(chunks=[_to_proto(chunk) for chunk in found])
+
+
+def _to_proto(found: FoundChunk) -> pb.FoundChunk:
+    indexed = found.chunk
+    return pb.FoundChunk(
+        chunk_id=str(indexed.chunk_id),
+        document_id=str(indexed.document_id),
+        document_key=indexed.document_key,
+        title=indexed.title,
+        text=indexed.chunk.text,
+        score=found.score,
+        start_offset=indexed.chunk.start,
+        end_offset=indexed.chunk.end,
+    )

@@ -1,0 +1,82 @@
+"""The call protocol holds, every rule in it is needed, and the states taken for one really are one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.protocol.explore import as_it_is, explore, explore_large, first_run
+from tests.protocol.model import Choices, Protocol, Rules, State, beginning, successors
+from tests.protocol.reduce import quiet
+
+
+@pytest.mark.parametrize(("calls", "flushes"), [(1, 0), (1, 1), (1, 2), (2, 0)])
+def test_protocol_holds_in_every_order_of_every_step(calls: int, flushes: int) -> None:
+    """Whatever is killed, lost, late or repeated: no overspending, no billed call unknown, no phantom hold, none settled twice."""
+    assert explore(Protocol(calls=calls, flushes=flushes)).broken is None
+
+
+def test_protocol_holds_without_taking_states_for_one() -> None:
+    """The answer does not rest on the reduction: one call and one data loss, every state told apart."""
+    assert explore(Protocol(calls=1, flushes=1), as_it_is).broken is None
+
+
+@pytest.mark.parametrize("rule", Rules._fields)
+def test_every_rule_is_needed(rule: str) -> None:
+    """A protocol without any one of its rules has a run that breaks an invariant."""
+    found = first_run(Protocol(Rules(**{rule: False})))
+    assert found.broken is not None, f"nothing goes wrong without {rule}"
+    assert found.run
+
+
+@pytest.mark.parametrize("choice", Choices._fields)
+def test_free_choices_are_free(choice: str) -> None:
+    """What is written down as free to decide either way breaks nothing when decided the other way."""
+    assert explore(Protocol(choices=Choices(**{choice: False}), flushes=2)).broken is None
+
+
+@pytest.mark.parametrize("limit", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_budget_of_any_size_holds(limit: int) -> None:
+    """A budget too small for a call, for just one, and for two at once is kept like the one for a call and a half."""
+    assert explore_large(Protocol(calls=2, flushes=0, limit=limit)).broken is None
+
+
+def test_reduction_loses_and_invents_no_state() -> None:
+    """The reduced exploration visits exactly the reduced images of the states the full one visits."""
+    x = Protocol(calls=1, flushes=1)
+    assert _reached(x, reduced=True) == {quiet(s) for s in _reached(x, reduced=False)}
+
+
+def test_a_state_and_its_reduction_rest_together() -> None:
+    """A state from which something must still happen, other than messages nobody acts on, stays so when reduced."""
+    x = Protocol(calls=1, flushes=1)
+    for s in _reached(x, reduced=False):
+        assert _must_go_on(s, x) == _must_go_on(quiet(s), x)
+
+
+@pytest.mark.slow
+def test_protocol_holds_for_two_calls_and_a_data_loss() -> None:
+    """Two calls of one tenant, with one loss of the reservations at any moment."""
+    assert explore_large(Protocol(calls=2, flushes=1)).broken is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", Choices._fields)
+def test_free_choices_are_free_for_two_calls(choice: str) -> None:
+    """The free choices stay free with two calls and a data loss."""
+    assert explore_large(Protocol(choices=Choices(**{choice: False}), calls=2, flushes=1)).broken is None
+
+
+def _reached(x: Protocol, *, reduced: bool) -> set[State]:
+    alike = quiet if reduced else as_it_is
+    seen = {alike(beginning(x.calls))}
+    waiting = list(seen)
+    while waiting:
+        for _, step, _ in successors(waiting.pop(), x):
+            if (nxt := alike(step)) not in seen:
+                seen.add(nxt)
+                waiting.append(nxt)
+    return seen
+
+
+def _must_go_on(s: State, x: Protocol) -> bool:
+    return any(must and quiet(step) != quiet(s) for _, step, must in successors(s, x))
