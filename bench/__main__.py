@@ -1,0 +1,21 @@
+"""`python -m bench NAME [options]`: runs one measurement."""
+
+import sys
+from collections.abc import Callable
+
+from bench import call_overhead
+
+BENCHES: dict[str, Callable[[list[str]], None]] = {"call_overhead": call_overhead.main}
+
+
+def main() -> int:
+    """Runs the named bench with the options that follow its name."""
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:
+        print(f"usage: python -m bench {{{','.join(BENCHES)}}} [options]", file=sys.stderr)
+        return 2
+    BENCHES[sys.argv[1]](sys.argv[2:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

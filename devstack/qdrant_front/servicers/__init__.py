@@ -1,0 +1,1 @@
+"""The rpcs: proto in, one call on the store, proto out."""

@@ -1,0 +1,1 @@
+"""The Qdrant front, over real gRPC and the real engine."""
