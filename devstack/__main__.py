@@ -40,7 +40,8 @@ def main() -> int:
 
 
 def _sentence(failure: Exception) -> str:
-    # Parts start side by side, so one failure may come wrapped in a group; anything but a part's own sentence is a defect and keeps its traceback.
+    # Parts start side by side, so one failure may come wrapped in a group. Anything but a part's own sentence is a defect and is
+    # raised again with its traceback.
     first: BaseException = failure
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]

@@ -62,8 +62,10 @@ class MeshClient:
     """Stubs of the five services over plaintext loopback channels."""
 
     def __init__(self, ports: Ports) -> None:
+        options = (("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1))
         self._channels = {
-            name: grpc.aio.insecure_channel(ports.address(name)) for name in ("tenant", "ratelimit", "inference", "retrieval", "metering")
+            name: grpc.aio.insecure_channel(ports.address(name), options=options)
+            for name in ("tenant", "ratelimit", "inference", "retrieval", "metering")
         }
         self.tenants = tenant_service_pb2_grpc.TenantServiceStub(self._channels["tenant"])
         self.limits = rate_limit_service_pb2_grpc.RateLimitServiceStub(self._channels["ratelimit"])

@@ -35,7 +35,7 @@ class Secrets:
             qdrant_api_key=secrets.token_urlsafe(32),
             provider_api_key="sk-stub-" + secrets.token_urlsafe(24),
             context_signing_key=base64.b64encode(secrets.token_bytes(32)).decode(),
-            operator_key=new_operator_key(),
+            operator_key=str(new_operator_key()),
             role_passwords={service: secrets.token_hex(24) for service in SERVICES},
             service_tokens={service: secrets.token_urlsafe(32) for service in SERVICES},
         )

@@ -1,14 +1,24 @@
 """Group commit for anything: many concurrent submissions become one flush, and one bad item fails alone."""
 
 import asyncio
-import contextvars
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
+
+from opentelemetry.context import Context
 
 from services.kernel.errors import Unavailable
+from services.kernel.telemetry.shared_work import context_under, span_parent
 
 I = TypeVar("I")  # noqa: E741 - input
 O = TypeVar("O")  # noqa: E741 - output
+
+
+class Submission(NamedTuple, Generic[I, O]):
+    """An item that waits, its answer to be, and where its submitter's trace stands."""
+
+    item: I
+    answer: "asyncio.Future[O]"
+    parent: Context | None
 
 
 class Batcher(Generic[I, O]):
@@ -30,7 +40,7 @@ class Batcher(Generic[I, O]):
         self._max_batch = max_batch
         self._max_in_flight = max_in_flight
         self._max_waiting = max_waiting
-        self._waiting: list[tuple[I, asyncio.Future[O]]] = []
+        self._waiting: list[Submission[I, O]] = []
         self._flushes: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -42,7 +52,7 @@ class Batcher(Generic[I, O]):
         if self._closed or len(self._waiting) >= self._max_waiting:
             raise Unavailable("batcher", "this process is shutting down or overloaded; try again shortly")
         future: asyncio.Future[O] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+        self._waiting.append(Submission(item, future, span_parent()))
         self._start_flushes()
         return await future
 
@@ -56,8 +66,9 @@ class Batcher(Generic[I, O]):
         while self._waiting and len(self._flushes) < self._max_in_flight:
             batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
             # Owned here: kept in the set until done, awaited by close. In a context of its own: a batch is of many callers, and the
-            # tenant and deadline of the one who happened to start it must not reach the others' items.
-            task = asyncio.get_running_loop().create_task(self._run(batch), name="batcher.flush", context=contextvars.Context())
+            # tenant and deadline of the one who happened to start it must not reach the others' items. Its spans hang under the first.
+            context = context_under(batch[0].parent)
+            task = asyncio.get_running_loop().create_task(self._run(batch), name="batcher.flush", context=context)
             self._flushes.add(task)
             task.add_done_callback(self._finished)
 
@@ -65,9 +76,9 @@ class Batcher(Generic[I, O]):
         self._flushes.discard(task)
         self._start_flushes()
 
-    async def _run(self, batch: list[tuple[I, asyncio.Future[O]]]) -> None:
+    async def _run(self, batch: list[Submission[I, O]]) -> None:
         try:
-            results = await self._flush([item for item, _ in batch])
+            results = await self._flush([submission.item for submission in batch])
             if len(results) != len(batch):
                 msg = f"a flush of {len(batch)} items answered {len(results)} results"
                 raise RuntimeError(msg)
@@ -76,7 +87,7 @@ class Batcher(Generic[I, O]):
             if not isinstance(error, Exception):
                 raise
             return
-        for (_, future), result in zip(batch, results, strict=True):
+        for (_, future, _), result in zip(batch, results, strict=True):
             if future.done():
                 continue
             if isinstance(result, Exception):
@@ -85,8 +96,8 @@ class Batcher(Generic[I, O]):
                 future.set_result(result)
 
 
-def _fail(batch: Sequence[tuple[object, asyncio.Future[O]]], error: BaseException) -> None:
-    for _, future in batch:
+def _fail(batch: Sequence[Submission[I, O]], error: BaseException) -> None:
+    for _, future, _ in batch:
         if future.done():
             continue
         if isinstance(error, asyncio.CancelledError):

@@ -5,7 +5,6 @@ until its own token ends. Refusals are never remembered.
 """
 
 import asyncio
-import contextvars
 import hashlib
 import time
 from collections import OrderedDict
@@ -22,6 +21,7 @@ from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import MeshError, Unauthenticated
 from services.kernel.ids import TenantId
 from services.kernel.request_context import current_peer_address, operator_reason
+from services.kernel.telemetry.shared_work import context_under, span_parent
 from services.kernel.tenant_context import TenantContext
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class RemoteCredentialResolver:
         task = self._asking.get(key)
         if task is None:
             # In a context of its own: the answer is for all who wait, so one caller's short deadline must not fail it.
-            task = asyncio.get_running_loop().create_task(self._ask(key, credential), context=contextvars.Context())
+            task = asyncio.get_running_loop().create_task(self._ask(key, credential), context=context_under(span_parent()))
             self._asking[key] = task
             task.add_done_callback(lambda done: self._forget_question(key, done))
         # Shielded: one caller giving up must not fail the others who wait for the same answer.

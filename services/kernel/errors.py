@@ -93,6 +93,11 @@ class Unauthenticated(MeshError):
     def __init__(self, reason: ErrorReason.ValueType, message: str, **metadata: str) -> None:
         super().__init__(grpc.StatusCode.UNAUTHENTICATED, reason, message, metadata=metadata)
 
+    @classmethod
+    def context_missing(cls) -> "Unauthenticated":
+        """Builds the refusal of a call that acts for a tenant and proves none."""
+        return cls(error_reason_pb2.ERROR_REASON_CREDENTIAL_MISSING, "the method acts for a tenant and none was proven")
+
 
 class Forbidden(MeshError):
     """The caller is known and may not do this."""

@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
+from services.kernel.telemetry.shared_work import context_under, span_parent
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -37,7 +39,8 @@ class SingleFlightCache(Generic[Key, Value]):
             return known
         under_way = self._fetching.get(key)
         if under_way is None:
-            under_way = asyncio.ensure_future(self._fetch(key, fetch))
+            # In a context of its own: one caller's deadline must not reach the others who wait.
+            under_way = asyncio.get_running_loop().create_task(self._fetch(key, fetch), context=context_under(span_parent()))
             self._fetching[key] = under_way
         return await asyncio.shield(under_way)
 

@@ -1,8 +1,8 @@
 """The mesh's own contracts, found by walking the generated stubs."""
 
 import importlib
-import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from google.protobuf.descriptor import FileDescriptor, MethodDescriptor, ServiceDescriptor
 
@@ -11,9 +11,9 @@ import mesh
 
 def files() -> Iterator[FileDescriptor]:
     """Every proto file under `mesh`."""
-    for module in pkgutil.walk_packages(mesh.__path__, "mesh."):
-        if module.name.endswith("_pb2"):
-            yield importlib.import_module(module.name).DESCRIPTOR
+    root = Path(next(iter(mesh.__path__)))
+    for path in sorted(root.rglob("*_pb2.py")):
+        yield importlib.import_module(".".join(["mesh", *path.relative_to(root).with_suffix("").parts])).DESCRIPTOR
 
 
 def services() -> Iterator[ServiceDescriptor]:

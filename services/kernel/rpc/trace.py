@@ -53,17 +53,18 @@ class TraceInterceptor(MeshInterceptor):
             parent = parse_trace_parent(value) if (value := pairs.get(TRACEPARENT)) else None
             call = RequestScope(method.path, pairs, trace=parent)
             enter_scope(call)
-            started = time.monotonic() if self._log_calls else 0.0
-            try:
-                if is_recording():
-                    with _server_span(method, call, context):
-                        return await inner(request, context)
-                if parent is None:
-                    call.trace = new_trace_parent()
+            if is_recording():
+                with _server_span(method, call, context):
+                    return await handled(request, context, call)
+            if parent is None:
+                call.trace = new_trace_parent()
+            return await handled(request, context, call)
+
+        async def handled(request: Any, context: Any, call: RequestScope) -> Any:
+            if not self._log_calls:
                 return await inner(request, context)
-            finally:
-                if self._log_calls:
-                    _log_finished(method, call, context, started)
+            with _logged(call, context):
+                return await inner(request, context)
 
         return traced
 
@@ -166,11 +167,15 @@ def _answered_code(context: Any) -> grpc.StatusCode:
     return code if isinstance(code, grpc.StatusCode) else _CODES.get(code, grpc.StatusCode.UNKNOWN)
 
 
-def _log_finished(method: Method, call: RequestScope, context: Any, started: float) -> None:
-    log.debug(
-        "rpc_finished",
-        method=method.path,
-        code=_answered_code(context).name,
-        caller=call.caller,
-        duration_ms=round((time.monotonic() - started) * 1000, 3),
-    )
+@contextmanager
+def _logged(call: RequestScope, context: Any) -> Iterator[None]:
+    started, code = time.monotonic(), grpc.StatusCode.CANCELLED
+    try:
+        yield
+        code = _OK
+    except grpc.aio.AbortError:
+        code = _answered_code(context)
+        raise
+    finally:
+        duration_ms = round((time.monotonic() - started) * 1000, 3)
+        log.debug("rpc_finished", method=call.method, code=code.name, caller=call.caller, duration_ms=duration_ms)

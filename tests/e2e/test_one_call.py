@@ -1,0 +1,146 @@
+"""One call over five real processes: the answer, the ledger, the limits and the trace agree."""
+
+import uuid
+
+import grpc
+import pytest
+
+from devstack.asking import ask
+from devstack.handbook import COMPANIES, HARBOR, LUMEN, Company, questions
+from devstack.mesh_client import credentials, refusal
+from devstack.state import SERVICES
+from mesh.inference.v1 import conversation_service_pb2, conversation_service_pb2_grpc, inference_service_pb2
+from mesh.metering.v1 import ledger_service_pb2, usage_service_pb2
+from mesh.ratelimit.v1 import rate_limit_service_pb2
+from tests.support.mesh import Mesh
+
+
+@pytest.mark.parametrize("company", COMPANIES, ids=lambda company: company.slug)
+async def test_a_tenant_is_answered_from_its_own_documents(mesh: Mesh, company: Company) -> None:
+    """Each handbook question is answered with the facts of the tenant's own documents and none of the other's."""
+    tenant = await mesh.company(company)
+    for item in questions(company)[:3]:
+        asked = await ask(mesh.client, tenant, item.question)
+        assert item.source in {source.document_key for source in asked.summary.sources}
+        assert any(phrase.lower() in asked.text.lower() for phrase in item.expected_phrases), asked.text
+        assert not any(phrase.lower() in asked.text.lower() for phrase in item.forbidden_phrases), asked.text
+
+
+async def test_the_ledger_has_exactly_the_call_that_was_made(mesh: Mesh) -> None:
+    """The final message, the ledger's record and the usage report tell the same tokens and the same nano-dollars."""
+    tenant = await mesh.tenant()
+    asked = await ask(mesh.client, tenant, "What do you know?")
+    metadata = credentials(tenant.api_key)
+    record = (await mesh.client.usage.GetCall(usage_service_pb2.GetCallRequest(call_id=str(asked.call_id)), metadata=metadata)).attempts[0]
+    assert record.state == ledger_service_pb2.CALL_STATE_SETTLED
+    assert record.entry_id == asked.summary.ledger_entry_id
+    assert record.cost.nano_usd == asked.cost_nano_usd > 0
+    assert (record.usage.input_tokens, record.usage.output_tokens) == (asked.summary.usage.input_tokens, asked.summary.usage.output_tokens)
+    report = await mesh.client.usage.GetUsageReport(usage_service_pb2.GetUsageReportRequest(), metadata=metadata)
+    assert (report.settled_count, report.total_cost.nano_usd) == (1, asked.cost_nano_usd)
+
+
+async def test_the_limits_count_what_the_ledger_counts(mesh: Mesh) -> None:
+    """After a call nothing is held any more, and the month's cost at the limits is the ledger's."""
+    tenant = await mesh.tenant()
+    asked = await ask(mesh.client, tenant, "What do you know?")
+    used = await settled_limits(mesh, tenant.api_key)
+    tokens = asked.summary.usage.input_tokens + asked.summary.usage.output_tokens
+    assert used == {
+        "requests_per_minute": 1,
+        "tokens_per_minute": tokens,
+        "tokens_per_day": tokens,
+        "cost_nano_usd_per_month": asked.cost_nano_usd,
+        "concurrent_calls": 0,
+    }
+
+
+async def settled_limits(mesh: Mesh, api_key: str) -> dict[str, int]:
+    """What is used of each limit, once no call is counted as running (the commit travels through the outbox)."""
+    while True:
+        listed = await mesh.client.limits.ListLimits(rate_limit_service_pb2.ListLimitsRequest(), metadata=credentials(api_key), timeout=5)
+        used = {limit.rule: limit.used for limit in listed.limits}
+        if used["concurrent_calls"] == 0:
+            return used
+
+
+async def test_one_trace_leads_through_all_five_services(mesh: Mesh) -> None:
+    """A retrieval-augmented call is one trace: each service's span hangs under the call that caused it."""
+    tenant = await mesh.company(HARBOR)
+    asked = await ask(mesh.client, tenant, questions(HARBOR)[0].question)
+    spans = await mesh.stack.traces.wait_for(asked.trace.trace_id, frozenset(SERVICES), timeout_seconds=20)
+    by_id = {span.span_id: span for span in spans}
+    edges = {(by_id[span.parent_span_id].service, span.service) for span in spans if span.parent_span_id in by_id}
+    for callee in ("ratelimit", "metering", "retrieval"):
+        assert ("inference", callee) in edges
+    assert {span.service for span in spans} == set(SERVICES)
+
+
+async def test_a_conversation_remembers_its_turns(mesh: Mesh) -> None:
+    """The second call of a conversation knows what the first one said."""
+    tenant = await mesh.tenant()
+    async with grpc.aio.insecure_channel(mesh.stack.ports.address("inference")) as channel:
+        conversations = conversation_service_pb2_grpc.ConversationServiceStub(channel)
+        metadata = credentials(tenant.api_key)
+        begun = await conversations.CreateConversation(conversation_service_pb2.CreateConversationRequest(user="u-1"), metadata=metadata)
+        conversation_id = begun.conversation.conversation_id
+        first = await generate(mesh, tenant.api_key, "My favourite spanner is called Excalibur.", conversation_id)
+        second = await generate(mesh, tenant.api_key, "What is my favourite spanner called?", conversation_id)
+        listed = await conversations.ListTurns(
+            conversation_service_pb2.ListTurnsRequest(conversation_id=conversation_id), metadata=metadata
+        )
+    assert "Excalibur" in second.text
+    assert [turn.text for turn in listed.turns] == [
+        "My favourite spanner is called Excalibur.",
+        first.text,
+        "What is my favourite spanner called?",
+        second.text,
+    ]
+
+
+async def generate(mesh: Mesh, api_key: str, text: str, conversation_id: str = "") -> inference_service_pb2.GenerateResponse:
+    """One unary call."""
+    request = inference_service_pb2.GenerateRequest(
+        messages=[inference_service_pb2.Message(role=inference_service_pb2.ROLE_USER, text=text)],
+        options=inference_service_pb2.GenerateOptions(max_output_tokens=200, conversation_id=conversation_id),
+    )
+    return await mesh.client.inference.Generate(request, metadata=credentials(api_key), timeout=20)
+
+
+async def test_past_its_requests_a_tenant_is_told_why_and_until_when(mesh: Mesh) -> None:
+    """The eleventh request of a free tenant's minute names the rule, the limit, what is used and the reset."""
+    tenant = await mesh.tenant("free")
+    for _ in range(10):
+        await generate(mesh, tenant.api_key, "Hello.")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await generate(mesh, tenant.api_key, "Hello.")
+    told = refusal(refused.value)
+    assert (told.code, told.reason, told.metadata["rule"]) == ("RESOURCE_EXHAUSTED", "PLAN_LIMIT", "requests_per_minute")
+    assert (told.metadata["limit"], told.metadata["used"], told.metadata["remaining"]) == ("10", "10", "0")
+    assert told.metadata["reset_time"]
+    assert told.retry_after_seconds is not None
+    assert 0 < told.retry_after_seconds <= 60
+
+
+async def test_a_call_id_is_billed_once(mesh: Mesh) -> None:
+    """The same call id a second time is refused and costs nothing."""
+    tenant = await mesh.tenant()
+    request = inference_service_pb2.GenerateRequest(
+        messages=[inference_service_pb2.Message(role=inference_service_pb2.ROLE_USER, text="Hello.")]
+    )
+    metadata = credentials(tenant.api_key, call_id=uuid.uuid4())
+    await mesh.client.inference.Generate(request, metadata=metadata, timeout=20)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await mesh.client.inference.Generate(request, metadata=metadata, timeout=20)
+    assert refused.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    report = await mesh.client.usage.GetUsageReport(usage_service_pb2.GetUsageReportRequest(), metadata=credentials(tenant.api_key))
+    assert (report.settled_count, report.open_count, report.unresolved_count) == (1, 0, 0)
+
+
+async def test_one_tenants_question_never_meets_the_others_documents(mesh: Mesh) -> None:
+    """Asking the other company's question gives none of that company's facts."""
+    lumen, harbor = await mesh.company(LUMEN), await mesh.company(HARBOR)
+    for item in questions(LUMEN)[:3]:
+        asked = await ask(mesh.client, harbor, item.question)
+        assert not any(phrase.lower() in asked.text.lower() for phrase in item.expected_phrases), asked.text
+    assert lumen.tenant_id != harbor.tenant_id

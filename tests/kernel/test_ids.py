@@ -1,0 +1,71 @@
+"""Ids sort by time, tell their time, and have one spelling."""
+
+from datetime import UTC, datetime
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.kernel.errors import InvalidRequest
+from services.kernel.ids import new_uuid7, parse_uuid, uuid7_time, uuid_from_bytes
+
+MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(9000, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis wants naive bounds
+
+
+def test_ids_of_a_process_are_unique_and_in_order() -> None:
+    """Each id sorts after every id minted before it, also within one millisecond."""
+    ids = [new_uuid7() for _ in range(20_000)]
+    assert sorted(set(ids)) == ids
+
+
+@given(MOMENTS)
+def test_an_id_tells_when_it_was_minted(moment: datetime) -> None:
+    """Version, variant and time follow RFC 9562; the time is exact to the millisecond."""
+    value = new_uuid7(moment)
+    assert value.version == 7
+    assert value.variant == "specified in RFC 4122"
+    told = uuid7_time(value)
+    assert told is not None
+    assert abs((told - moment).total_seconds()) < 0.002
+
+
+def test_other_versions_tell_no_time() -> None:
+    """Only version 7 carries its time."""
+    assert uuid7_time(uuid4()) is None
+
+
+@given(st.uuids())
+def test_canonical_text_is_accepted_in_either_case(value: UUID) -> None:
+    """The 36 characters of a UUID read back as the same id."""
+    assert parse_uuid(str(value), "id") == value
+    assert parse_uuid(str(value).upper(), "id") == value
+    assert uuid_from_bytes(value.bytes, "id") == value
+
+
+@given(st.one_of(st.text(max_size=60), st.uuids().map(lambda value: value.hex), st.uuids().map(lambda value: "{" + str(value) + "}")))
+def test_any_other_spelling_is_refused(text: str) -> None:
+    """Braces, bare hex and every other text are refused with the field's name."""
+    with pytest.raises(InvalidRequest) as refused:
+        parse_uuid(text, "document_id")
+    assert refused.value.metadata["field"] == "document_id"
+
+
+@given(st.binary(max_size=40).filter(lambda raw: len(raw) != 16))
+def test_an_id_is_sixteen_bytes(raw: bytes) -> None:
+    """Bytes of any other length are no id."""
+    with pytest.raises(InvalidRequest):
+        uuid_from_bytes(raw, "id")
+
+
+def test_a_clock_that_steps_back_does_not_break_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids go on counting from the last one while the clock is behind it."""
+    before = new_uuid7()
+    monkeypatch.setattr("services.kernel.ids.time.time_ns", lambda: 0)
+    behind = [new_uuid7() for _ in range(100)]
+    assert sorted([before, *behind]) == [before, *behind]
+
+
+def test_a_time_beyond_the_calendar_is_no_time() -> None:
+    """A version 7 id with an absurd time is an id all the same."""
+    assert uuid7_time(UUID("ffffffff-ffff-7fff-bfff-ffffffffffff")) is None

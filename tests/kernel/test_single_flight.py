@@ -1,0 +1,82 @@
+"""One fetch for all who wait, and nothing remembered that failed."""
+
+import asyncio
+
+import pytest
+
+from services.kernel.request_context import RequestScope, enter_scope, scope
+from services.kernel.single_flight import SingleFlightCache
+
+
+async def test_concurrent_misses_share_one_fetch() -> None:
+    """Ten callers of an unknown key cause one fetch and get its value."""
+    cache: SingleFlightCache[str, int] = SingleFlightCache(10)
+    fetches = 0
+
+    async def fetch() -> int:
+        nonlocal fetches
+        fetches += 1
+        await asyncio.sleep(0)
+        return 7
+
+    async with asyncio.TaskGroup() as group:
+        answers = [group.create_task(cache.get("a", fetch)) for _ in range(10)]
+    assert ([answer.result() for answer in answers], fetches) == ([7] * 10, 1)
+
+
+async def test_a_failed_fetch_is_tried_again() -> None:
+    """A failure reaches its waiters and is not remembered."""
+    cache: SingleFlightCache[str, int] = SingleFlightCache(10)
+
+    async def fail() -> int:
+        raise ConnectionError
+
+    async def succeed() -> int:
+        return 1
+
+    with pytest.raises(ConnectionError):
+        await cache.get("a", fail)
+    assert await cache.get("a", succeed) == 1
+
+
+async def test_a_cancelled_waiter_leaves_the_fetch_to_the_others() -> None:
+    """One caller giving up does not fail another who waits for the same value."""
+    cache: SingleFlightCache[str, int] = SingleFlightCache(10)
+    go_on = asyncio.Event()
+
+    async def fetch() -> int:
+        await go_on.wait()
+        return 1
+
+    async with asyncio.TaskGroup() as group:
+        leaving = group.create_task(cache.get("a", fetch))
+        staying = group.create_task(cache.get("a", fetch))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+    assert leaving.cancelled()
+    assert staying.result() == 1
+
+
+async def test_the_least_recently_used_value_goes_first() -> None:
+    """The cache is bounded, and use keeps a value."""
+    cache: SingleFlightCache[str, int] = SingleFlightCache(2)
+
+    async def fetch() -> int:
+        return 1
+
+    for key in ("a", "b", "a", "c"):
+        await cache.get(key, fetch)
+    assert (cache.peek("a"), cache.peek("b"), cache.peek("c")) == (1, None, 1)
+
+
+async def test_the_fetch_takes_nothing_of_the_callers_scope_along() -> None:
+    """A caller's tenant and deadline stay with that caller."""
+    cache: SingleFlightCache[str, bool] = SingleFlightCache(2)
+
+    async def fetch() -> bool:
+        return scope() is None
+
+    enter_scope(RequestScope(deadline=0.0))
+    assert await cache.get("a", fetch)

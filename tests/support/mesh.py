@@ -1,0 +1,49 @@
+"""A whole mesh of real processes for tests: five services, real stores, the provider stub."""
+
+import contextlib
+import tempfile
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from devstack.addresses import Ports
+from devstack.handbook import Company
+from devstack.mesh_client import MeshClient
+from devstack.provisioning import create_tenant, ingest
+from devstack.stack import Stack, running_stack
+from devstack.state import DemoTenant
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """A running stack, a client of it, and how to get tenants."""
+
+    stack: Stack
+    client: MeshClient
+
+    async def tenant(self, plan: str = "professional") -> DemoTenant:
+        """Makes a tenant of its own for one test."""
+        name = f"test-{uuid.uuid4().hex[:12]}"
+        return await create_tenant(self.stack, self.client, Company(name, name.title(), plan, f"{name}@example.com", "Tester"))
+
+    async def company(self, company: Company) -> DemoTenant:
+        """Makes a demo company's tenant, with its handbook, once a mesh."""
+        known = self.stack.state.tenants
+        if company.slug not in known:
+            known[company.slug] = await create_tenant(self.stack, self.client, company)
+            await ingest(self.client, company, known[company.slug])
+        return known[company.slug]
+
+
+@contextlib.asynccontextmanager
+async def running_mesh(*, trace_sample_ratio: float = 1.0) -> AsyncIterator[Mesh]:
+    """A mesh on free ports with an empty state, gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="tenantry-mesh-") as folder:
+        Path(folder).chmod(0o755)
+        ports = Ports.free()
+        async with (
+            running_stack(Path(folder) / "state", ports, trace_sample_ratio=trace_sample_ratio) as stack,
+            MeshClient.connect(ports) as client,
+        ):
+            yield Mesh(stack, client)
