@@ -181,6 +181,7 @@ async def test_an_abandoned_stream_ends_at_the_peer(mesh: Mesh) -> None:
             break
     async with asyncio.timeout(5):
         await stopped.wait()
+    assert stopped.is_set()
 
 
 async def test_a_stream_whose_time_is_over_is_not_begun(mesh: Mesh) -> None:

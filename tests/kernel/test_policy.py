@@ -1,5 +1,6 @@
 """What a policy asks of a proven caller."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -68,6 +69,8 @@ REFUSED = [
 def test_a_call_that_has_what_is_asked_passes(asked: Policy, made: RequestScope) -> None:
     """Caller, tenant, reason and scopes as declared."""
     refuse_unlisted(asked, made)
+    with pytest.raises(MeshError):
+        refuse_unlisted(asked, replace(made, caller="a stranger"))
 
 
 @pytest.mark.parametrize(("asked", "made", "reason"), REFUSED)

@@ -62,8 +62,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS. The same id was used before with other content. {"resource": "call"}"""
     ERROR_REASON_WRONG_STATE: _ErrorReason.ValueType  # 23
     """FAILED_PRECONDITION. The resource is not in the state the call needs. {"resource": "call", "state": "SETTLED"}"""
-    ERROR_REASON_WRONG_CELL: _ErrorReason.ValueType  # 24
-    """FAILED_PRECONDITION. The tenant's region is served by another cell. {"region": "eu-west"}"""
     ERROR_REASON_PLAN_LIMIT: _ErrorReason.ValueType  # 30
     """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. A limit of the plan is used up.
     {"rule": "requests_per_minute", "limit": "10", "used": "10", "remaining": "0", "reset_time": "2026-01-01T00:00:00.250Z"}
@@ -87,7 +85,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_RESERVATION_LOST: _ErrorReason.ValueType  # 42
     """ABORTED. The reservation ended, or is older than the last rebuild: start the call again with a new one. {"reservation_id": "…"}"""
     ERROR_REASON_PROVIDER_UNAVAILABLE: _ErrorReason.ValueType  # 50
-    """UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing; nothing was billed. {"provider": "anthropic", "http_status": "529"}"""
+    """UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing. Where it may have billed all the same, the call is listed as unresolved. {"provider": "anthropic", "http_status": "529"}"""
     ERROR_REASON_PROVIDER_REFUSED: _ErrorReason.ValueType  # 51
     """INVALID_ARGUMENT. The model provider refused the request as such. {"provider": "anthropic", "http_status": "400"}"""
     ERROR_REASON_STREAM_INTERRUPTED: _ErrorReason.ValueType  # 52
@@ -140,8 +138,6 @@ ERROR_REASON_CONTENT_CONFLICT: ErrorReason.ValueType  # 22
 """ALREADY_EXISTS. The same id was used before with other content. {"resource": "call"}"""
 ERROR_REASON_WRONG_STATE: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION. The resource is not in the state the call needs. {"resource": "call", "state": "SETTLED"}"""
-ERROR_REASON_WRONG_CELL: ErrorReason.ValueType  # 24
-"""FAILED_PRECONDITION. The tenant's region is served by another cell. {"region": "eu-west"}"""
 ERROR_REASON_PLAN_LIMIT: ErrorReason.ValueType  # 30
 """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. A limit of the plan is used up.
 {"rule": "requests_per_minute", "limit": "10", "used": "10", "remaining": "0", "reset_time": "2026-01-01T00:00:00.250Z"}
@@ -165,7 +161,7 @@ ERROR_REASON_LIMITS_REBUILDING: ErrorReason.ValueType  # 41
 ERROR_REASON_RESERVATION_LOST: ErrorReason.ValueType  # 42
 """ABORTED. The reservation ended, or is older than the last rebuild: start the call again with a new one. {"reservation_id": "…"}"""
 ERROR_REASON_PROVIDER_UNAVAILABLE: ErrorReason.ValueType  # 50
-"""UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing; nothing was billed. {"provider": "anthropic", "http_status": "529"}"""
+"""UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing. Where it may have billed all the same, the call is listed as unresolved. {"provider": "anthropic", "http_status": "529"}"""
 ERROR_REASON_PROVIDER_REFUSED: ErrorReason.ValueType  # 51
 """INVALID_ARGUMENT. The model provider refused the request as such. {"provider": "anthropic", "http_status": "400"}"""
 ERROR_REASON_STREAM_INTERRUPTED: ErrorReason.ValueType  # 52

@@ -1,0 +1,124 @@
+"""Plans: what a tenant may use at most, read from the versioned file plans.yaml. Refuses a file that does not say everything.
+
+Only the file changes plans. A change needs a higher file version, so that what was in force at any time stays known.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Protocol
+
+_MAX_MONEY = 9_000_000_000_000_000
+_MAX_WEIGHT = 1000
+
+
+class PlanCatalogRefused(Exception):
+    """The plan file is wrong, or does not fit what was loaded before; the message says where and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The terms of one plan. Limits of 0 mean unlimited."""
+
+    name: str
+    requests_per_minute: int
+    tokens_per_minute: int
+    tokens_per_day: int
+    cost_nano_usd_per_month: int
+    concurrent_calls: int
+    context_tokens: int
+    weight: int
+    default_model: str
+    allowed_models: tuple[str, ...]
+    default_max_output_tokens: int
+    max_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCatalog:
+    """All plans of one version of the file, from the smallest to the largest."""
+
+    version: int
+    plans: tuple[Plan, ...]
+
+    def digest(self) -> bytes:
+        """Returns the SHA-256 of the plans, without the version: equal terms have equal digests."""
+        text = json.dumps([asdict(plan) for plan in self.plans], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).digest()
+
+
+class PlanDirectory(Protocol):
+    """Where the plans in force are read."""
+
+    async def list_plans(self) -> Sequence[Plan]:
+        """Returns the plans in force, from the smallest to the largest."""
+        ...
+
+
+def read_catalog(document: object) -> PlanCatalog:
+    """Builds the catalog from the parsed file. Raises: PlanCatalogRefused."""
+    if not isinstance(document, dict) or set(document) != {"version", "plans"}:
+        raise PlanCatalogRefused("the plan file holds exactly `version` and `plans`")
+    version, entries = document["version"], document["plans"]
+    if type(version) is not int or version < 1:
+        raise PlanCatalogRefused("`version` must be a whole number of at least 1")
+    if not isinstance(entries, list) or not entries:
+        raise PlanCatalogRefused("`plans` must list at least one plan")
+    plans = tuple(_read_plan(entry) for entry in entries)
+    if len({plan.name for plan in plans}) != len(plans):
+        raise PlanCatalogRefused("each plan's name must occur once")
+    return PlanCatalog(version, plans)
+
+
+def needs_loading(catalog: PlanCatalog, loaded_version: int | None, loaded_digest: bytes | None, loaded_names: frozenset[str]) -> bool:
+    """Tells whether the catalog is new. Raises: PlanCatalogRefused when it changes what its version already stands for, or drops a plan."""
+    missing = loaded_names - {plan.name for plan in catalog.plans}
+    if missing:
+        raise PlanCatalogRefused(f"plans {sorted(missing)} are in use and must stay in the file")
+    if loaded_version is None or catalog.version > loaded_version:
+        return True
+    if catalog.version < loaded_version:
+        raise PlanCatalogRefused(f"version {loaded_version} is loaded, the file is older: {catalog.version}")
+    if catalog.digest() != loaded_digest:
+        raise PlanCatalogRefused(f"version {catalog.version} is loaded with other terms: raise `version` above it")
+    return False
+
+
+def _read_plan(entry: object) -> Plan:
+    names = {field.name for field in fields(Plan)}
+    if not isinstance(entry, dict) or set(entry) != names:
+        given = set(entry) if isinstance(entry, dict) else set()
+        raise PlanCatalogRefused(f"a plan holds exactly {sorted(names)}; differing: {sorted(map(str, given ^ names))}")
+    models = entry["allowed_models"]
+    if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
+        raise PlanCatalogRefused(f"plan {entry['name']}: allowed_models must list model names")
+    for name in names - {"name", "default_model", "allowed_models"}:
+        _require_count(entry, name)
+    plan = Plan(**{**entry, "allowed_models": tuple(models)})
+    _require_sense(plan)
+    return plan
+
+
+def _require_count(entry: Mapping[str, object], name: str) -> None:
+    value = entry[name]
+    if type(value) is not int or not 0 <= value <= _MAX_MONEY:
+        raise PlanCatalogRefused(f"plan {entry['name']}: {name} must be a whole number from 0 to {_MAX_MONEY}")
+
+
+def _require_sense(plan: Plan) -> None:
+    if (
+        not isinstance(plan.name, str)
+        or not plan.name.isascii()
+        or not plan.name.replace("-", "a").isalnum()
+        or plan.name != plan.name.lower()
+    ):
+        raise PlanCatalogRefused(f"plan {plan.name}: a name is lower-case letters, digits and hyphens")
+    if not plan.name[0].isalpha() or len(plan.name) > 63:
+        raise PlanCatalogRefused(f"plan {plan.name}: a name begins with a letter and has at most 63 characters")
+    if not 1 <= plan.weight <= _MAX_WEIGHT:
+        raise PlanCatalogRefused(f"plan {plan.name}: weight must be from 1 to {_MAX_WEIGHT}")
+    if plan.default_model not in plan.allowed_models:
+        raise PlanCatalogRefused(f"plan {plan.name}: default_model must be one of allowed_models")
+    if not 1 <= plan.default_max_output_tokens <= plan.max_output_tokens:
+        raise PlanCatalogRefused(f"plan {plan.name}: output tokens need 1 <= default_max_output_tokens <= max_output_tokens")

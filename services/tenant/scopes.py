@@ -1,0 +1,43 @@
+"""What a credential may be allowed to do. Refuses to widen: nobody hands out a scope they do not hold."""
+
+from collections.abc import Iterable
+
+from mesh.common.v1 import error_reason_pb2
+from services.kernel.errors import Forbidden
+
+OPERATOR_SCOPE = "operator:tenants"
+GENERATE_SCOPE = "inference:generate"
+TENANT_SCOPES = frozenset(
+    (
+        GENERATE_SCOPE,
+        "documents:read",
+        "documents:write",
+        "prompts:read",
+        "prompts:write",
+        "conversations:read",
+        "conversations:write",
+        "limits:read",
+        "usage:read",
+        "tenant:read",
+        "tenant:admin",
+    )
+)
+# An operator looks after a tenant but never spends its money.
+OPERATOR_TENANT_SCOPES = (TENANT_SCOPES - {GENERATE_SCOPE}) | {OPERATOR_SCOPE}
+OPERATOR_SCOPES = frozenset((OPERATOR_SCOPE,))
+
+
+def grantable(wanted: Iterable[str], held: frozenset[str]) -> list[str]:
+    """Returns the wanted scopes, sorted. Raises: Forbidden(SCOPE_MISSING) for the first one the caller cannot hand out.
+
+    An operator's own scope is not a tenant's to hold, so no key carries it whoever asks.
+    """
+    scopes = sorted(set(wanted))
+    for scope in scopes:
+        if scope not in held or scope not in TENANT_SCOPES:
+            raise Forbidden(
+                error_reason_pb2.ERROR_REASON_SCOPE_MISSING,
+                f"your credential does not hold the scope {scope}, so it cannot hand it out",
+                scope=scope,
+            )
+    return scopes

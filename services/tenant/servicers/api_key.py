@@ -1,0 +1,53 @@
+"""ApiKeyService on the wire."""
+
+from datetime import UTC
+
+from mesh.tenant.v1 import api_key_service_pb2 as messages
+from mesh.tenant.v1 import api_key_service_pb2_grpc
+from services.kernel.errors import InvalidRequest
+from services.kernel.request_context import current_tenant
+from services.tenant.key_ring import ApiKeyRecord, KeyRing, NewKeyTerms
+from services.tenant.servicers.caller import acting_subject, acting_tenant
+from services.tenant.timestamps import timestamp
+
+
+class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
+    """Makes, lists and revokes the keys of the call's tenant."""
+
+    def __init__(self, key_ring: KeyRing) -> None:
+        self._key_ring = key_ring
+
+    async def CreateApiKey(self, request: messages.CreateApiKeyRequest, context: object) -> messages.CreateApiKeyResponse:
+        """Makes a key."""
+        caller = current_tenant()
+        record, text = await self._key_ring.create(acting_tenant(caller), caller.tier, caller.scopes, _terms(request), acting_subject())
+        return messages.CreateApiKeyResponse(key=_key(record), api_key=str(text))
+
+    async def ListApiKeys(self, request: messages.ListApiKeysRequest, context: object) -> messages.ListApiKeysResponse:
+        """Lists keys, newest first."""
+        keys, following = await self._key_ring.list(acting_tenant(current_tenant()), request.page_size, request.page_token)
+        return messages.ListApiKeysResponse(keys=[_key(key) for key in keys], next_page_token=following)
+
+    async def RevokeApiKey(self, request: messages.RevokeApiKeyRequest, context: object) -> messages.RevokeApiKeyResponse:
+        """Revokes a key."""
+        record = await self._key_ring.revoke(acting_tenant(current_tenant()), request.key_id, acting_subject())
+        return messages.RevokeApiKeyResponse(key=_key(record))
+
+
+def _terms(request: messages.CreateApiKeyRequest) -> NewKeyTerms:
+    try:
+        expire_time = request.expire_time.ToDatetime(tzinfo=UTC) if request.HasField("expire_time") else None
+    except (ValueError, OverflowError):
+        raise InvalidRequest("expire_time", "must be a time before the year 10000") from None
+    return NewKeyTerms(request.display_name, tuple(request.scopes), expire_time)
+
+
+def _key(record: ApiKeyRecord) -> messages.ApiKey:
+    return messages.ApiKey(
+        key_id=record.key_id,
+        display_name=record.display_name,
+        scopes=record.scopes,
+        create_time=timestamp(record.create_time),
+        expire_time=timestamp(record.expire_time),
+        revoke_time=timestamp(record.revoke_time),
+    )

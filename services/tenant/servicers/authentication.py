@@ -1,0 +1,37 @@
+"""AuthenticationService on the wire."""
+
+from uuid import UUID
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from mesh.tenant.v1 import authentication_service_pb2 as messages
+from mesh.tenant.v1 import authentication_service_pb2_grpc
+from services.kernel.context_token import ContextKeySource
+from services.kernel.ids import TenantId
+from services.tenant.authentication import Authenticator, CredentialAttempt
+from services.tenant.text import printable
+from services.tenant.timestamps import timestamp
+
+
+class AuthenticationServicer(authentication_service_pb2_grpc.AuthenticationServiceServicer):
+    """Turns credentials into context tokens for the other services."""
+
+    def __init__(self, authenticator: Authenticator, keys: ContextKeySource) -> None:
+        self._authenticator = authenticator
+        self._keys = keys
+
+    async def Authenticate(self, request: messages.AuthenticateRequest, context: object) -> messages.AuthenticateResponse:
+        """Resolves one credential."""
+        claimed = TenantId(UUID(bytes=request.claimed_tenant_id)) if request.claimed_tenant_id else None
+        attempt = CredentialAttempt(request.credential, claimed, request.operator_reason, printable(request.peer_address, "peer_address"))
+        proven = await self._authenticator.authenticate(attempt)
+        return messages.AuthenticateResponse(context_token=proven.token, expire_time=timestamp(proven.expire_time))
+
+    async def GetContextKeys(self, request: messages.GetContextKeysRequest, context: object) -> messages.GetContextKeysResponse:
+        """Publishes the verifying keys."""
+        keys = await self._keys.fetch_keys()
+        return messages.GetContextKeysResponse(keys=[_context_key(key_id, key) for key_id, key in keys.items()])
+
+
+def _context_key(key_id: str, key: Ed25519PublicKey) -> messages.ContextKey:
+    return messages.ContextKey(key_id=key_id, public_key=key.public_bytes_raw())

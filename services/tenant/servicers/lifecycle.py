@@ -1,0 +1,30 @@
+"""TenantLifecycleService on the wire, for what the tenant service itself keeps."""
+
+from collections.abc import AsyncIterator
+
+from mesh.common.v1 import lifecycle_service_pb2 as messages
+from mesh.common.v1 import lifecycle_service_pb2_grpc
+from services.kernel.request_context import current_tenant
+from services.tenant.servicers.caller import acting_subject, acting_tenant
+from services.tenant.tenant_remains import TenantRemains
+
+
+class TenantLifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
+    """The beginning and end of a tenant here."""
+
+    def __init__(self, remains: TenantRemains) -> None:
+        self._remains = remains
+
+    async def ProvisionTenant(self, request: messages.ProvisionTenantRequest, context: object) -> messages.ProvisionTenantResponse:
+        """Makes nothing: creating the tenant made all that this service keeps of it."""
+        return messages.ProvisionTenantResponse()
+
+    async def EraseTenant(self, request: messages.EraseTenantRequest, context: object) -> messages.EraseTenantResponse:
+        """Removes everything but the audit log."""
+        removed = await self._remains.erase(acting_tenant(current_tenant()), acting_subject())
+        return messages.EraseTenantResponse(erased=[messages.ErasedRecords(kind=records.kind, count=records.count) for records in removed])
+
+    async def ExportTenant(self, request: messages.ExportTenantRequest, context: object) -> AsyncIterator[messages.ExportTenantResponse]:
+        """Streams every record."""
+        async for record in self._remains.export(acting_tenant(current_tenant())):
+            yield messages.ExportTenantResponse(kind=record.kind, record_json=record.record_json.encode())

@@ -1,0 +1,45 @@
+"""PlanService on the wire, and plans as messages."""
+
+from mesh.tenant.v1 import plan_service_pb2 as messages
+from mesh.tenant.v1 import plan_service_pb2_grpc
+from mesh.tenant.v1.tenant_service_pb2 import AiSettings, PlanLimits
+from services.tenant.plan import Plan, PlanDirectory
+from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME
+
+
+class PlanServicer(plan_service_pb2_grpc.PlanServiceServicer):
+    """Reads plans."""
+
+    def __init__(self, directory: PlanDirectory) -> None:
+        self._directory = directory
+
+    async def ListPlans(self, request: messages.ListPlansRequest, context: object) -> messages.ListPlansResponse:
+        """Lists every plan in force."""
+        plans = await self._directory.list_plans()
+        return messages.ListPlansResponse(
+            plans=[messages.Plan(name=plan.name, limits=plan_limits(plan), ai=ai_settings(plan, DEFAULT_ASSISTANT_NAME)) for plan in plans]
+        )
+
+
+def plan_limits(plan: Plan) -> PlanLimits:
+    """Returns the plan's limits as a message."""
+    return PlanLimits(
+        requests_per_minute=plan.requests_per_minute,
+        tokens_per_minute=plan.tokens_per_minute,
+        tokens_per_day=plan.tokens_per_day,
+        cost_nano_usd_per_month=plan.cost_nano_usd_per_month,
+        concurrent_calls=plan.concurrent_calls,
+        context_tokens=plan.context_tokens,
+        weight=plan.weight,
+    )
+
+
+def ai_settings(plan: Plan, assistant_name: str) -> AiSettings:
+    """Returns how a tenant of the plan uses models, as a message."""
+    return AiSettings(
+        default_model=plan.default_model,
+        allowed_models=plan.allowed_models,
+        assistant_name=assistant_name,
+        default_max_output_tokens=plan.default_max_output_tokens,
+        max_output_tokens=plan.max_output_tokens,
+    )

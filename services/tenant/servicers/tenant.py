@@ -1,0 +1,87 @@
+"""TenantService on the wire."""
+
+from mesh.tenant.v1 import tenant_service_pb2 as messages
+from mesh.tenant.v1 import tenant_service_pb2_grpc
+from services.kernel.errors import NotFound
+from services.kernel.ids import parse_uuid
+from services.kernel.request_context import current_tenant
+from services.tenant import page_token
+from services.tenant.provisioning import TenantProvisioning, TenantWish
+from services.tenant.servicers.caller import acting_subject, acting_tenant
+from services.tenant.servicers.plan import ai_settings, plan_limits
+from services.tenant.tenant_record import Tenant, TenantConfig, TenantDirectory, TenantState
+from services.tenant.text import printable
+from services.tenant.timestamps import timestamp
+
+_LISTING = "tenants"
+_STATES = {
+    TenantState.PROVISIONING: messages.TENANT_STATE_PROVISIONING,
+    TenantState.ACTIVE: messages.TENANT_STATE_ACTIVE,
+    TenantState.SUSPENDED: messages.TENANT_STATE_SUSPENDED,
+}
+
+
+class TenantServicer(tenant_service_pb2_grpc.TenantServiceServicer):
+    """Makes and reads tenants."""
+
+    def __init__(self, provisioning: TenantProvisioning, directory: TenantDirectory) -> None:
+        self._provisioning = provisioning
+        self._directory = directory
+
+    async def CreateTenant(self, request: messages.CreateTenantRequest, context: object) -> messages.CreateTenantResponse:
+        """Makes a tenant, or finishes making it."""
+        wish = TenantWish(
+            slug=request.slug,
+            display_name=printable(request.display_name, "display_name"),
+            plan=printable(request.plan, "plan"),
+            owner_email=printable(request.owner_email, "owner_email"),
+            assistant_name=printable(request.assistant_name, "assistant_name"),
+        )
+        created = await self._provisioning.create(parse_uuid(request.request_id, "request_id"), wish, acting_subject())
+        return messages.CreateTenantResponse(tenant=_tenant(created.tenant), api_key=created.api_key)
+
+    async def GetTenant(self, request: messages.GetTenantRequest, context: object) -> messages.GetTenantResponse:
+        """Returns the tenant of the call's context."""
+        tenant = await self._directory.get_tenant(acting_tenant(current_tenant()))
+        if tenant is None:
+            raise NotFound("tenant")
+        return messages.GetTenantResponse(tenant=_tenant(tenant))
+
+    async def ListTenants(self, request: messages.ListTenantsRequest, context: object) -> messages.ListTenantsResponse:
+        """Returns a page of tenants by slug."""
+        size = page_token.page_size(request.page_size)
+        position = page_token.decode(request.page_token, _LISTING, 1)
+        tenants = await self._directory.list_tenants("" if position is None else position[0], size + 1)
+        following = page_token.encode(_LISTING, [tenants[size - 1].slug]) if len(tenants) > size else ""
+        return messages.ListTenantsResponse(tenants=[_tenant(tenant) for tenant in tenants[:size]], next_page_token=following)
+
+    async def GetTenantConfig(self, request: messages.GetTenantConfigRequest, context: object) -> messages.GetTenantConfigResponse:
+        """Returns the newest configuration of the call's tenant."""
+        config = await self._directory.get_config(acting_tenant(current_tenant()))
+        if config is None:
+            raise NotFound("tenant")
+        return messages.GetTenantConfigResponse(config=_config(config))
+
+
+def _tenant(tenant: Tenant) -> messages.Tenant:
+    return messages.Tenant(
+        tenant_id=str(tenant.tenant_id),
+        slug=tenant.slug,
+        display_name=tenant.display_name,
+        plan=tenant.plan,
+        region=tenant.region,
+        state=_STATES[tenant.state],
+        create_time=timestamp(tenant.create_time),
+    )
+
+
+def _config(config: TenantConfig) -> messages.TenantConfig:
+    return messages.TenantConfig(
+        tenant_id=str(config.tenant_id),
+        version=config.version,
+        tier=config.plan.name,
+        region=config.region,
+        limits=plan_limits(config.plan),
+        ai=ai_settings(config.plan, config.assistant_name),
+        display_name=config.display_name,
+    )

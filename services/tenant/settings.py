@@ -1,0 +1,47 @@
+"""The tenant service's settings. Refuses keys and hashes it could not use, without repeating them."""
+
+import re
+from typing import ClassVar, Self
+
+from pydantic import SecretStr, field_validator
+
+from services.kernel.settings import ServiceSettings
+
+_SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class TenantSettings(ServiceSettings):
+    """Read once, by app."""
+
+    service_name: ClassVar[str] = "tenant"
+
+    listen_address: str = "127.0.0.1:7401"
+    postgres_dsn: SecretStr = SecretStr("")
+    postgres_admin_dsn: SecretStr = SecretStr("")
+    # base64 of the 32-byte Ed25519 seed; every replica has the same, except while it is being changed.
+    context_signing_key: SecretStr = SecretStr("")
+    # base64 public keys, comma separated: the next key before, and the last key until 300 s after a change of the signing key.
+    context_additional_public_keys: str = ""
+    # SHA-256 (hex) of each operator key's whole text, comma separated.
+    operator_key_sha256: str = ""
+    region: str = "local"
+    retrieval_address: str = "127.0.0.1:7404"
+    inference_address: str = "127.0.0.1:7403"
+    ratelimit_address: str = "127.0.0.1:7402"
+    metering_address: str = "127.0.0.1:7405"
+
+    @field_validator("operator_key_sha256")
+    @classmethod
+    def _refuse_other_hashes(cls: type[Self], value: str) -> str:
+        if not all(_SHA256_HEX.fullmatch(item) for item in _items(value)):
+            msg = "TENANTRY_OPERATOR_KEY_SHA256 must list SHA-256 digests of 64 hex digits"
+            raise ValueError(msg)
+        return value
+
+    def operator_key_hashes(self) -> tuple[bytes, ...]:
+        """Returns the digests of the operator keys."""
+        return tuple(bytes.fromhex(item) for item in _items(self.operator_key_sha256))
+
+
+def _items(value: str) -> list[str]:
+    return [item.strip() for item in value.split(",") if item.strip()]

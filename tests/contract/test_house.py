@@ -1,0 +1,75 @@
+"""The house rules that a machine can hold."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("services", "tenantry", "devstack", "bench", "deploy")
+LONGEST_FILE = 400
+LONGEST_FUNCTION = 45
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|NotImplementedError")
+SQL = re.compile(r"^\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", re.IGNORECASE)
+# Reference data of all tenants: nothing in them belongs to one.
+SHARED_TABLES = {"plans", "plan_versions", "plan_catalogs", "prices", "price_versions", "schema_migrations"}
+
+
+def sources() -> Iterator[Path]:
+    """Every Python file of the product and its tools."""
+    for room in ROOMS:
+        yield from sorted((ROOT / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", list(sources()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_hold_one_idea(path: Path) -> None:
+    """No file over 400 lines, no function over 45, a docstring on every module that says something, nothing left for later."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert text.count("\n") <= LONGEST_FILE
+    assert not text.strip() or ast.get_docstring(tree), "a module says what it owns"
+    assert not UNFINISHED.search(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, node.name
+
+
+def statements() -> Iterator[tuple[str, str]]:
+    """Every SQL constant of the services' adapters, whole, by module and name; fragments begin with an underscore."""
+    for path in sorted((ROOT / "services").glob("*/adapters/**/*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for name, value in vars(importlib.import_module(module)).items():
+            if name.isupper() and not name.startswith("_") and isinstance(value, str) and SQL.match(value):
+                yield f"{module}:{name}", value
+
+
+@pytest.mark.parametrize(("name", "statement"), list(statements()), ids=[name for name, _ in statements()])
+def test_every_statement_on_tenant_data_names_the_tenant(name: str, statement: str) -> None:
+    """Row-level security is one wall, naming the tenant the other: as a column, or as a function's first argument."""
+    tables = set(re.findall(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(?:\w+\.)?(\w+)", statement))
+    assert "tenant_id" in statement or "($1" in statement or tables <= SHARED_TABLES, name
+
+
+def test_every_test_asserts_something() -> None:
+    """A test without an assertion proves nothing."""
+    silent = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                body = ast.get_source_segment(source, node) or ""
+                if not re.search(r"\bassert\b|pytest\.raises|assert_|expect_|\.check\(|eventually\(|\.agree\(|refused_quickly\(", body):
+                    silent.append(f"{path.relative_to(ROOT)}:{node.name}")
+    assert silent == []
+
+
+def test_the_configuration_page_is_what_the_settings_say() -> None:
+    """The tables of docs/configuration.md are generated and up to date."""
+    page = ROOT / "docs/configuration.md"
+    made = subprocess.run([sys.executable, "docs/generate_settings.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert made.strip() in page.read_text()

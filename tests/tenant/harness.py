@@ -1,0 +1,268 @@
+"""The tenant service as its callers meet it: a real server on a real database, with scripted peers behind it."""
+
+# grpc is generic in its stubs only.
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+import asyncpg
+import grpc
+from pydantic import SecretStr
+
+from mesh.common.v1 import lifecycle_service_pb2, lifecycle_service_pb2_grpc
+from mesh.tenant.v1 import (
+    api_key_service_pb2_grpc,
+    authentication_service_pb2,
+    authentication_service_pb2_grpc,
+    plan_service_pb2_grpc,
+    tenant_service_pb2,
+    tenant_service_pb2_grpc,
+)
+from services.kernel.errors import MeshError
+from services.kernel.rpc.wire_status import decode_rpc_error
+from services.tenant.api_key import ApiKeyText, OperatorKeyText, new_operator_key, parse
+from services.tenant.app import TenantApp, build, migrate_all
+from services.tenant.settings import TenantSettings
+from tests.support.stores import PostgresStore
+
+PEERS = ("retrieval", "inference", "ratelimit", "metering")
+SERVICES = ("tenant", *PEERS)
+SERVICE_TOKENS = {name: f"bearer-of-{name}" for name in SERVICES}
+Metadata = Sequence[tuple[str, str]]
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
+    """A service that answers ProvisionTenant as a test wants: it fails, waits or asks back first."""
+
+    def __init__(self) -> None:
+        self.tenants: list[UUID] = []
+        self.failures: list[grpc.StatusCode] = []
+        self.entered = asyncio.Event()
+        self.gate: asyncio.Event | None = None
+        self.before_answer: Callable[[str], Any] | None = None
+        self.address = ""
+
+    def reset(self) -> None:
+        """Forgets every script and call."""
+        self.tenants.clear()
+        self.failures.clear()
+        self.entered = asyncio.Event()
+        self.gate = None
+        self.before_answer = None
+
+    async def ProvisionTenant(self, request: Any, context: Any) -> Any:
+        metadata = dict(context.invocation_metadata())
+        self.entered.set()
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failures:
+            await context.abort(self.failures.pop(0), "scripted")
+        if self.before_answer is not None:
+            await self.before_answer(metadata["x-tenant-context"])
+        self.tenants.append(UUID(metadata["x-tenant-id"]))
+        return lifecycle_service_pb2.ProvisionTenantResponse()
+
+    async def EraseTenant(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "creating a tenant erases nothing")
+
+    async def ExportTenant(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "creating a tenant exports nothing")
+        yield
+
+
+@asynccontextmanager
+async def running_peer() -> AsyncIterator[ScriptedPeer]:
+    """A peer on a free loopback port."""
+    peer = ScriptedPeer()
+    server = grpc.aio.server()
+    lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server(peer, server)
+    peer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        yield peer
+    finally:
+        await server.stop(None)
+
+
+@dataclass
+class Harness:
+    """One running tenant service and what surrounds it."""
+
+    app: TenantApp
+    settings: TenantSettings
+    channel: grpc.aio.Channel
+    admin_dsn: str
+    operator: OperatorKeyText
+    peers: dict[str, ScriptedPeer]
+
+    def __post_init__(self) -> None:
+        self.authentication = authentication_service_pb2_grpc.AuthenticationServiceStub(self.channel)
+        self.tenants = tenant_service_pb2_grpc.TenantServiceStub(self.channel)
+        self.keys = api_key_service_pb2_grpc.ApiKeyServiceStub(self.channel)
+        self.plans = plan_service_pb2_grpc.PlanServiceStub(self.channel)
+        self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
+
+    def as_operator(self, tenant_id: str | None = None, reason: str | None = "customer call 4711") -> Metadata:
+        """Metadata of the operator."""
+        pairs = [("authorization", f"Bearer {self.operator}")]
+        if reason is not None:
+            pairs.append(("x-operator-reason", reason))
+        if tenant_id is not None:
+            pairs.append(("x-tenant-id", tenant_id))
+        return pairs
+
+    async def create(self, **changes: str) -> tenant_service_pb2.CreateTenantResponse:
+        """Makes a tenant over the wire."""
+        return await call(self.tenants.CreateTenant, wish(**changes), self.as_operator())
+
+    async def authenticate(
+        self, credential: str, *, claimed: bytes = b"", reason: str = "", caller: str = "inference"
+    ) -> authentication_service_pb2.AuthenticateResponse:
+        """Asks who a credential is, as another service does."""
+        request = authentication_service_pb2.AuthenticateRequest(
+            credential=credential, claimed_tenant_id=claimed, operator_reason=reason, peer_address="192.0.2.7"
+        )
+        return await call(self.authentication.Authenticate, request, as_service(caller))
+
+    @asynccontextmanager
+    async def superuser(self) -> AsyncIterator[asyncpg.Connection]:
+        """Looks into the database past every policy."""
+        connection = await asyncpg.connect(self.admin_dsn)
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    @asynccontextmanager
+    async def service_role(self) -> AsyncIterator[asyncpg.Connection]:
+        """Connects as the service itself does."""
+        connection = await asyncpg.connect(self.settings.postgres_dsn.get_secret_value())
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def execute(self, sql: str, *args: object) -> str:
+        """Changes the database from outside, as time or an administrator would."""
+        async with self.superuser() as connection:
+            return str(await connection.execute(sql, *args))
+
+    async def value(self, sql: str, *args: object) -> Any:
+        """Reads one value past every policy."""
+        async with self.superuser() as connection:
+            return await connection.fetchval(sql, *args)
+
+    async def audit(self, tenant_id: str, action: str) -> list[asyncpg.Record]:
+        """Reads a tenant's audit records of one kind, with everything still in memory written first."""
+        await self.app.trail.flush(everything=True)
+        async with self.superuser() as connection:
+            return list(
+                await connection.fetch(
+                    "SELECT * FROM tenant.audit WHERE tenant_id = $1 AND action = $2 ORDER BY audit_id", UUID(tenant_id), action
+                )
+            )
+
+
+def as_service(name: str, token: str | None = None, tenant_id: str | None = None) -> Metadata:
+    """Metadata of a service of the mesh, for a tenant when a context token is given."""
+    pairs = [("x-mesh-service", name), ("x-mesh-service-token", SERVICE_TOKENS[name])]
+    if token is not None:
+        pairs.append(("x-tenant-context", token))
+    if tenant_id is not None:
+        pairs.append(("x-tenant-id", tenant_id))
+    return pairs
+
+
+def with_key(api_key: str) -> Metadata:
+    """Metadata of a caller with a tenant's key."""
+    return [("authorization", f"Bearer {api_key}")]
+
+
+def wish(**changes: str) -> tenant_service_pb2.CreateTenantRequest:
+    """A request for a tenant that nobody else asks for."""
+    unique = secrets.token_hex(6)
+    fields = {
+        "request_id": str(uuid4()),
+        "slug": f"acme-{unique}",
+        "display_name": "Acme Corporation",
+        "plan": "professional",
+        "owner_email": f"owner-{unique}@example.com",
+        "assistant_name": "Ada",
+    }
+    return tenant_service_pb2.CreateTenantRequest(**{**fields, **changes})
+
+
+async def call(
+    method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request, metadata: Metadata, timeout_seconds: float = 10.0
+) -> Response:
+    """Makes one call and raises what the service refused it with."""
+    try:
+        return await method(request, metadata=tuple(metadata), timeout=timeout_seconds)
+    except grpc.aio.AioRpcError as error:
+        raise decode_rpc_error(error, "tenant") from None
+
+
+async def refusal(awaitable: Any) -> MeshError:
+    """Awaits a call that must be refused and returns the refusal."""
+    try:
+        answer = await awaitable
+    except MeshError as error:
+        return error
+    message = f"the call was answered: {answer}"
+    raise AssertionError(message)
+
+
+def taken_apart(api_key: str) -> ApiKeyText:
+    """Parses a tenant's key that must be whole."""
+    key = parse(api_key)
+    assert isinstance(key, ApiKeyText)
+    return key
+
+
+def settings_for(admin_dsn: str, service_dsn: str, operator: OperatorKeyText, peers: dict[str, str]) -> TenantSettings:
+    """Settings of a service on free ports."""
+    hashes = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in SERVICE_TOKENS.items())
+    addresses: dict[str, Any] = {f"{name}_address": address for name, address in peers.items()}
+    return TenantSettings(
+        listen_address="127.0.0.1:0",
+        service_token=SecretStr(SERVICE_TOKENS["tenant"]),
+        peer_token_hashes=hashes,
+        postgres_dsn=SecretStr(service_dsn),
+        postgres_admin_dsn=SecretStr(admin_dsn),
+        context_signing_key=SecretStr(base64.b64encode(secrets.token_bytes(32)).decode()),
+        operator_key_sha256=operator.text_sha256().hex(),
+        drain_seconds=0.0,
+        **addresses,
+    )
+
+
+@asynccontextmanager
+async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
+    """A migrated database, four peers and the service itself."""
+    async with running_peer() as retrieval, running_peer() as inference, running_peer() as ratelimit, running_peer() as metering:
+        peers = dict(zip(PEERS, (retrieval, inference, ratelimit, metering), strict=True))
+        admin_dsn = await postgres.fresh_database()
+        service_dsn = postgres.dsn(urlsplit(admin_dsn).path.lstrip("/"), "tenant_service", "service-password")
+        operator = new_operator_key()
+        settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()})
+        await migrate_all(settings)
+        app = await build(settings)
+        await app.server.start()
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{app.server.bound_port}", options=[("grpc.use_local_subchannel_pool", 1)])
+        try:
+            yield Harness(app, settings, channel, admin_dsn, operator, peers)
+        finally:
+            await channel.close()
+            await app.server.stop()
+            await app.close()
