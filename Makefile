@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PROTOS := $(shell find protos/mesh -name '*.proto' | sort)
-CODE := services tenantry devstack bench tests
+CODE := services tenantry devstack bench deploy tests docs
 TOOLS := $(CURDIR)/.tools
 GRPCURL_VERSION := v1.9.3
 KUBECONFORM_VERSION := v0.7.0
@@ -70,7 +70,7 @@ proto-check: proto ## fail when the checked-in stubs differ from their contracts
 bench: $(INSTALLED) ## measure a call's overhead over the bare provider (one JSON object last)
 	@$(BIN)/python -m bench call_overhead
 
-k8s-check: $(INSTALLED) tools ## build and validate the manifests, and hold them against the settings
+k8s-check: $(INSTALLED) tools ## build and validate the manifests, and hold them against the settings (needs Go)
 	@$(BIN)/python -m deploy.check
 
 tools: ## install the optional command-line tools into .tools (needs Go)
@@ -82,6 +82,7 @@ tools: ## install the optional command-line tools into .tools (needs Go)
 
 lock: ## resolve the dependencies again into requirements.lock
 	@$(BIN)/uv pip compile -q --universal --generate-hashes --all-extras --no-annotate --no-header pyproject.toml -o requirements.lock
+	@$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header -c requirements.lock pyproject.toml -o deploy/requirements-runtime.lock
 	@echo "uv==0.13.8" | $(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header - -o requirements-bootstrap.lock
 
 ci: $(INSTALLED) tools lint types imports proto-check k8s-check ## everything a change must pass

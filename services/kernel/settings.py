@@ -1,10 +1,21 @@
 """Settings every service has, from TENANTRY_* in the environment. Refuses plaintext on anything but loopback."""
 
 import ipaddress
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+# Names shared by several services mean the same in each: their words stand here once.
+ListenAddress = Annotated[str, Field(description="host:port to serve on; beyond loopback only with TLS")]
+PostgresDsn = Annotated[SecretStr, Field(description="Postgres, logging in as <service>_service")]
+PostgresJobsDsn = Annotated[SecretStr, Field(description="Postgres, logging in as <service>_jobs, for work over all tenants")]
+PostgresAdminDsn = Annotated[SecretStr, Field(description="Postgres, as a role that may create roles and schemas; for `migrate` alone")]
+RatelimitAddress = Annotated[str, Field(description="the ratelimit service")]
+InferenceAddress = Annotated[str, Field(description="the inference service")]
+RetrievalAddress = Annotated[str, Field(description="the retrieval service")]
+MeteringAddress = Annotated[str, Field(description="the metering service")]
 
 
 class ServiceSettings(BaseSettings):
@@ -14,22 +25,31 @@ class ServiceSettings(BaseSettings):
 
     service_name: ClassVar[str] = ""
 
-    listen_address: str = "127.0.0.1:0"
-    health_address: str = ""
-    tls_cert_file: str = ""
-    tls_key_file: str = ""
-    tls_ca_file: str = ""
-    service_token: SecretStr = SecretStr("")
-    peer_token_hashes: str = ""
-    otlp_endpoint: str = ""
-    trace_sample_ratio: float = Field(default=1.0, ge=0.0, le=1.0)
-    log_level: str = "INFO"
-    drain_seconds: float = Field(default=25.0, ge=0.0)
-    # Between health NOT_SERVING and the end of listening: the time Kubernetes needs to take the pod out of its endpoints.
-    endpoint_removal_seconds: float = Field(default=0.0, ge=0.0)
-    max_connection_age_seconds: float = Field(default=300.0, gt=0.0)
-    max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
-    tenant_address: str = "127.0.0.1:7401"
+    listen_address: ListenAddress = "127.0.0.1:0"
+    health_address: str = Field(
+        default="", description="host:port of a second, plaintext port that answers health checks alone; empty: none"
+    )
+    tls_cert_file: str = Field(default="", description="this service's certificate chain, PEM; with the other two files, or none of them")
+    tls_key_file: str = Field(default="", description="the certificate's private key, PEM")
+    tls_ca_file: str = Field(default="", description="the authority every peer's certificate must be signed by, PEM")
+    service_token: SecretStr = Field(
+        default=SecretStr(""), description="the bearer by which this service proves itself to the others on loopback"
+    )
+    peer_token_hashes: str = Field(
+        default="", description="whose bearers are known on loopback: tenant=<sha256 hex>,inference=<sha256 hex>,…"
+    )
+    otlp_endpoint: str = Field(
+        default="", description="where traces are sent over OTLP/gRPC, such as http://127.0.0.1:4317; empty: nowhere"
+    )
+    trace_sample_ratio: float = Field(default=1.0, ge=0.0, le=1.0, description="share of calls that begin a sampled trace here, 0–1")
+    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
+    drain_seconds: float = Field(default=25.0, ge=0.0, description="how long calls may go on after SIGTERM")
+    endpoint_removal_seconds: float = Field(
+        default=0.0, ge=0.0, description="pause between NOT_SERVING and the end of listening, for the pod to leave its endpoints"
+    )
+    max_connection_age_seconds: float = Field(default=300.0, gt=0.0, description="after this a client connects anew and sees new replicas")
+    max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, description="largest message taken or sent")
+    tenant_address: Annotated[str, Field(description="the tenant service")] = "127.0.0.1:7401"
 
     @property
     def tls_enabled(self) -> bool:

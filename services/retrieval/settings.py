@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 
-from services.kernel.settings import ServiceSettings
+from services.kernel.settings import ListenAddress, PostgresAdminDsn, PostgresDsn, PostgresJobsDsn, ServiceSettings
 
 
 class RetrievalSettings(ServiceSettings):
@@ -12,9 +12,9 @@ class RetrievalSettings(ServiceSettings):
 
     service_name: ClassVar[str] = "retrieval"
 
-    listen_address: str = "127.0.0.1:7404"
-    postgres_dsn: SecretStr = SecretStr("")
-    postgres_jobs_dsn: SecretStr = SecretStr("")
-    postgres_admin_dsn: SecretStr = SecretStr("")
-    qdrant_url: str = "http://127.0.0.1:7416"
-    qdrant_api_key: SecretStr = SecretStr("")
+    listen_address: ListenAddress = "127.0.0.1:7404"
+    postgres_dsn: PostgresDsn = SecretStr("")
+    postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
+    postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    qdrant_url: str = Field(default="http://127.0.0.1:7416", description="Qdrant's gRPC port; https for TLS")
+    qdrant_api_key: SecretStr = Field(default=SecretStr(""), description="the key with full rights; signs each tenant's own token")

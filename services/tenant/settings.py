@@ -3,9 +3,18 @@
 import re
 from typing import ClassVar, Self
 
-from pydantic import SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator
 
-from services.kernel.settings import ServiceSettings
+from services.kernel.settings import (
+    InferenceAddress,
+    ListenAddress,
+    MeteringAddress,
+    PostgresAdminDsn,
+    PostgresDsn,
+    RatelimitAddress,
+    RetrievalAddress,
+    ServiceSettings,
+)
 
 _SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -15,20 +24,21 @@ class TenantSettings(ServiceSettings):
 
     service_name: ClassVar[str] = "tenant"
 
-    listen_address: str = "127.0.0.1:7401"
-    postgres_dsn: SecretStr = SecretStr("")
-    postgres_admin_dsn: SecretStr = SecretStr("")
-    # base64 of the 32-byte Ed25519 seed; every replica has the same, except while it is being changed.
-    context_signing_key: SecretStr = SecretStr("")
-    # base64 public keys, comma separated: the next key before, and the last key until 300 s after a change of the signing key.
-    context_additional_public_keys: str = ""
-    # SHA-256 (hex) of each operator key's whole text, comma separated.
-    operator_key_sha256: str = ""
-    region: str = "local"
-    retrieval_address: str = "127.0.0.1:7404"
-    inference_address: str = "127.0.0.1:7403"
-    ratelimit_address: str = "127.0.0.1:7402"
-    metering_address: str = "127.0.0.1:7405"
+    listen_address: ListenAddress = "127.0.0.1:7401"
+    postgres_dsn: PostgresDsn = SecretStr("")
+    postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    context_signing_key: SecretStr = Field(
+        default=SecretStr(""), description="base64 of the 32-byte Ed25519 seed that signs context tokens; the same on every replica"
+    )
+    context_additional_public_keys: str = Field(
+        default="", description="base64 public keys still or soon in use, comma separated: for 300 s around a change of the signing key"
+    )
+    operator_key_sha256: str = Field(default="", description="SHA-256 (hex) of each operator key's whole text, comma separated")
+    region: str = Field(default="local", description="where this cell keeps its tenants' data")
+    retrieval_address: RetrievalAddress = "127.0.0.1:7404"
+    inference_address: InferenceAddress = "127.0.0.1:7403"
+    ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
+    metering_address: MeteringAddress = "127.0.0.1:7405"
 
     @field_validator("operator_key_sha256")
     @classmethod

@@ -1,0 +1,1 @@
+"""Holds the manifests against Kubernetes' schemas and against the code: `python -m deploy.check`."""

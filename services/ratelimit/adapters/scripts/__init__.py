@@ -1,0 +1,22 @@
+"""The Lua scripts, read once: each is the shared head followed by its own text. EVALSHA first, the text when the store does not know it."""
+
+from dataclasses import dataclass
+from hashlib import sha1
+from importlib.resources import files
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's text, and the name the store knows it by."""
+
+    name: str
+    text: str
+    sha: str
+
+
+def load_script(name: str) -> Script:
+    """Reads a script of this package."""
+    folder = files(__name__)
+    text = "\n".join((folder / file).read_text("utf-8") for file in ("common.lua", f"{name}.lua"))
+    # SHA-1 because that is how Redis names scripts; nothing is secured by it.
+    return Script(name, text, sha1(text.encode(), usedforsecurity=False).hexdigest())

@@ -1,0 +1,70 @@
+"""TenantLifecycleService of the limits: nothing to make, everything to erase, all of it readable."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from mesh.common.v1 import lifecycle_service_pb2 as messages
+from mesh.common.v1 import lifecycle_service_pb2_grpc
+from services.kernel.ids import TenantId
+from services.kernel.request_context import current_tenant
+
+
+class TenantRecords(Protocol):
+    """What is kept of tenants."""
+
+    async def ping(self) -> None:
+        """Returns when the store answers. Raises: Unavailable."""
+        ...
+
+    async def erase(self, tenant_id: TenantId) -> dict[str, int]:
+        """Removes all of a tenant; returns what was found, by kind."""
+        ...
+
+    def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, dict[str, str]]]:
+        """Yields all of a tenant: kind and fields."""
+        ...
+
+
+class TenantLifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
+    """Serves mesh.common.v1.TenantLifecycleService."""
+
+    def __init__(self, records: TenantRecords) -> None:
+        self._records = records
+
+    async def ProvisionTenant(
+        self,
+        request: messages.ProvisionTenantRequest,
+        context: object,
+    ) -> messages.ProvisionTenantResponse:
+        """Makes sure the store answers: a tenant's counters are made by its first call, from the ledger."""
+        await self._records.ping()
+        return messages.ProvisionTenantResponse()
+
+    async def EraseTenant(
+        self,
+        request: messages.EraseTenantRequest,
+        context: object,
+    ) -> messages.EraseTenantResponse:
+        """Removes every key of the tenant."""
+        erased = await self._records.erase(_tenant())
+        return messages.EraseTenantResponse(
+            erased=[messages.ErasedRecords(kind=f"redis:{kind}", count=count) for kind, count in sorted(erased.items())]
+        )
+
+    async def ExportTenant(
+        self,
+        request: messages.ExportTenantRequest,
+        context: object,
+    ) -> AsyncIterator[messages.ExportTenantResponse]:
+        """Streams every record of the tenant."""
+        async for kind, fields in self._records.export(_tenant()):
+            yield messages.ExportTenantResponse(kind=kind, record_json=json.dumps(fields, sort_keys=True).encode())
+
+
+def _tenant() -> TenantId:
+    tenant_id = current_tenant().tenant_id
+    if tenant_id is None:
+        msg = "the method's policy requires a tenant"
+        raise RuntimeError(msg)
+    return tenant_id

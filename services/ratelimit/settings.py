@@ -1,0 +1,30 @@
+"""What the ratelimit service is told by its environment. Read only by app."""
+
+from typing import ClassVar, Self
+
+from pydantic import Field, SecretStr, field_validator
+
+from services.kernel.settings import ListenAddress, MeteringAddress, ServiceSettings
+
+
+class RatelimitSettings(ServiceSettings):
+    """Its own on top of every service's."""
+
+    service_name: ClassVar[str] = "ratelimit"
+
+    listen_address: ListenAddress = "127.0.0.1:7402"
+    metering_address: MeteringAddress = "127.0.0.1:7405"
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:7412/0"), description="Redis, with its password; rediss:// for TLS; eviction must be off"
+    )
+    redis_cluster: bool = Field(default=False, description="whether the URL names a node of a Redis Cluster")
+    redis_connections: int = Field(default=2, ge=1, le=64, description="connections for decisions; each carries one batch at a time")
+    redis_timeout_seconds: float = Field(default=0.04, gt=0.0, le=5.0, description="how long a decision waits for Redis")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _refuse_other_schemes(cls: type[Self], value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("redis://", "rediss://")):
+            msg = "TENANTRY_REDIS_URL must begin with redis:// or rediss://"
+            raise ValueError(msg)
+        return value

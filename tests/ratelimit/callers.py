@@ -1,0 +1,224 @@
+"""What tests do at the limits: through the service as inference and metering do, or at the store."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import ClassVar
+from uuid import UUID, uuid4
+
+from pydantic import SecretStr
+
+from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
+from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
+from services.kernel.errors import MeshError
+from services.kernel.ids import ReservationId, TenantId, new_uuid7
+from services.kernel.rpc.channel import MeshChannel
+from services.kernel.settings import ServiceSettings
+from services.kernel.tenant_context import TenantContext
+from services.ratelimit.adapters.redis_link import PipelinedLink
+from services.ratelimit.adapters.redis_store import KINDS, RedisStore
+from services.ratelimit.app import RatelimitApp, build
+from services.ratelimit.limits import Amounts, Limits
+from services.ratelimit.rebuild import CountedCall, Snapshot
+from services.ratelimit.reservation import Answer, CommitKind, Settlement, Verdict
+from services.ratelimit.settings import RatelimitSettings
+from services.ratelimit.window import microseconds
+from tests.ratelimit.scripted_peer import Peer
+
+TOKENS = {name: f"token-of-{name}" for name in ("inference", "metering", "tenant")}
+
+
+class InferenceSettings(ServiceSettings):
+    service_name: ClassVar[str] = "inference"
+
+
+class MeteringSettings(ServiceSettings):
+    service_name: ClassVar[str] = "metering"
+
+
+class TenantSettings(ServiceSettings):
+    service_name: ClassVar[str] = "tenant"
+
+
+@dataclass
+class AtStore:
+    """One tenant at the store itself."""
+
+    store: RedisStore
+    link: PipelinedLink
+    limits: Limits = field(default_factory=Limits)
+    tenant_id: TenantId = field(default_factory=lambda: TenantId(new_uuid7()))
+    epoch: int = 1
+
+    async def loaded(self, *calls: CountedCall, days: dict[str, int] | None = None, months: dict[str, int] | None = None) -> "AtStore":
+        """Gives the tenant counters, as a rebuild does."""
+        nonce = uuid4().hex
+        await self.store.begin(self.tenant_id, nonce)
+        assert await self.store.load(self.tenant_id, nonce, Snapshot(self.epoch, calls, days or {}, months or {}))
+        return self
+
+    async def reserve(self, tokens: int = 0, cost: int = 0, *, id: UUID | None = None) -> tuple[ReservationId, Answer]:
+        """Tries to hold; returns the id used and the answer."""
+        reservation_id = ReservationId(id or new_uuid7())
+        minted_us = (reservation_id.int >> 80) * 1000
+        return reservation_id, await self.store.reserve(self.tenant_id, reservation_id, minted_us, Amounts(tokens, cost), self.limits)
+
+    async def held(self, tokens: int = 0, cost: int = 0) -> ReservationId:
+        """Holds; the hold must be taken."""
+        reservation_id, answer = await self.reserve(tokens, cost)
+        assert answer.verdict is Verdict.HELD
+        return reservation_id
+
+    async def commit(
+        self, reservation_id: ReservationId, kind: CommitKind = CommitKind.SETTLED, tokens: int = 0, cost: int = 0, epoch: int | None = None
+    ) -> bool:
+        """Tells what the ledger decided; True when done."""
+        item = Settlement(self.tenant_id, reservation_id, self.epoch if epoch is None else epoch, kind, Amounts(tokens, cost))
+        return (await self.store.commit([item]))[0]
+
+    async def used(self) -> tuple[int, ...]:
+        """What the rules count, in their order."""
+        answer = await self.store.look(self.tenant_id, Amounts(0, 0), self.limits)
+        assert answer.usage is not None
+        return answer.usage.in_order()
+
+    async def dump(self) -> list[object]:
+        """Every key of the tenant, byte for byte."""
+        keys = [f"{{{self.tenant_id}}}:{kind}" for kind in KINDS]
+        return [await self.link.send("DUMP", key) for key in keys]
+
+    async def state(self, reservation_id: UUID) -> str | None:
+        """The state of a reservation, None when there is no record of it."""
+        packed = await self.link.send("HGET", f"{{{self.tenant_id}}}:reservations", reservation_id.hex)
+        return packed.decode().split()[0] if isinstance(packed, bytes) else None
+
+    async def end_lease(self, *reservation_ids: UUID) -> None:
+        """Makes leases end now, as time would."""
+        for reservation_id in reservation_ids:
+            await self.link.send("ZADD", f"{{{self.tenant_id}}}:leases", "XX", 1, reservation_id.hex)
+
+
+@dataclass
+class AtService:
+    """One tenant, called as inference and metering call."""
+
+    stub: rate_limit_service_pb2_grpc.RateLimitServiceStub
+    inference: MeshChannel
+    metering: MeshChannel
+    tenant: MeshChannel
+    context: TenantContext
+    store: AtStore
+
+    @property
+    def tenant_id(self) -> TenantId:
+        return self.store.tenant_id
+
+    async def reserve(
+        self, tokens: int = 0, cost: int = 0, *, id: UUID | str | None = None, timeout_seconds: float = 5.0
+    ) -> messages.ReserveResponse:
+        request = messages.ReserveRequest(
+            reservation_id=str(id or new_uuid7()), amounts=messages.Amounts(tokens=tokens, cost_nano_usd=cost)
+        )
+        return await self.inference.unary(self.stub.Reserve, request, timeout_seconds=timeout_seconds, tenant=self.context)
+
+    async def reserve_many(self, count: int, tokens: int = 0, cost: int = 0) -> list[messages.ReserveResponse | MeshError]:
+        """As many at the same time; answers and refusals in order."""
+
+        async def one() -> messages.ReserveResponse | MeshError:
+            try:
+                return await self.reserve(tokens, cost)
+            except MeshError as error:
+                return error
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one()) for _ in range(count)]
+        return [task.result() for task in tasks]
+
+    async def commit(self, *commits: messages.Commit) -> Sequence[messages.CommitOutcome.ValueType]:
+        stub = rate_limit_service_pb2_grpc.RateLimitServiceStub(self.metering.channel)
+        request = messages.CommitRequest(commits=commits)
+        return (await self.metering.unary(stub.Commit, request, timeout_seconds=5.0)).outcomes
+
+    async def settled(self, reservation_id: UUID, tokens: int, cost: int = 0, *, epoch: int = 1) -> messages.CommitOutcome.ValueType:
+        commit = self.commit_message(reservation_id, messages.COMMIT_KIND_SETTLED, epoch, tokens, cost)
+        return (await self.commit(commit))[0]
+
+    def commit_message(
+        self, reservation_id: UUID, kind: messages.CommitKind.ValueType, epoch: int = 1, tokens: int = 0, cost: int = 0
+    ) -> messages.Commit:
+        ref = messages.ReservationRef(tenant_id=self.tenant_id.bytes, reservation_id=reservation_id.bytes)
+        return messages.Commit(reservation=ref, epoch=epoch, kind=kind, actual=messages.Amounts(tokens=tokens, cost_nano_usd=cost))
+
+    async def limits(self) -> dict[str, messages.LimitStatus]:
+        response = await self.inference.unary(self.stub.ListLimits, messages.ListLimitsRequest(), timeout_seconds=5.0, tenant=self.context)
+        return {status.rule: status for status in response.limits}
+
+
+@dataclass
+class Service:
+    """The running service and its peers."""
+
+    app: RatelimitApp
+    peer: Peer
+    store: RedisStore
+    link: PipelinedLink
+    inference: MeshChannel
+    metering: MeshChannel
+    tenant: MeshChannel
+
+    def tenant_with(self, **limits: int) -> AtService:
+        """A new tenant with these limits."""
+        at_store = AtStore(self.store, self.link, Limits(**limits))
+        context = self.peer.tenants.context(at_store.tenant_id, **limits)
+        stub = rate_limit_service_pb2_grpc.RateLimitServiceStub(self.inference.channel)
+        return AtService(stub, self.inference, self.metering, self.tenant, context, at_store)
+
+
+@asynccontextmanager
+async def running_service(redis_url: str, peer: Peer, **options: object) -> AsyncIterator[Service]:
+    """The whole service on a free port, with channels that speak as its callers."""
+    hashes = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in TOKENS.items())
+    values = {
+        "listen_address": "127.0.0.1:0",
+        "peer_token_hashes": hashes,
+        "service_token": SecretStr("token-of-ratelimit"),
+        "tenant_address": peer.address,
+        "metering_address": peer.address,
+        "redis_url": redis_url,
+        "drain_seconds": 0.0,
+        **options,
+    }
+    settings = RatelimitSettings.model_validate(values)
+    app = await build(settings)
+    await app.server.start()
+    address = f"127.0.0.1:{app.server.bound_port}"
+    link = PipelinedLink(redis_url, timeout_seconds=2.0)
+    channels = [
+        MeshChannel(address, settings=kind(service_token=SecretStr(TOKENS[kind.service_name])), target_service="ratelimit")
+        for kind in (InferenceSettings, MeteringSettings, TenantSettings)
+    ]
+    try:
+        yield Service(app, peer, RedisStore(link, link), link, *channels)
+    finally:
+        for channel in channels:
+            await channel.close()
+        await app.server.stop()
+        await app.close()
+        await link.close()
+
+
+def now_us() -> int:
+    """The clock of the machine, which the store on it shares."""
+    return microseconds(datetime.now(UTC))
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Looks until it holds, for what happens in another process or by the passing of time."""
+    async with asyncio.timeout(8):
+        while True:
+            if await holds():
+                return
+            await asyncio.sleep(0.01)

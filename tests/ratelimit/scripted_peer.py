@@ -1,0 +1,212 @@
+"""A ledger and a tenant service on a real gRPC server, as their contracts say, that a test can hold back or silence."""
+
+# grpc is generic in its stubs only: subscripting it at run time fails.
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from mesh.common.v1.tenant_claims_pb2 import TenantClaims
+from mesh.metering.v1 import ledger_service_pb2 as ledger
+from mesh.metering.v1 import ledger_service_pb2_grpc
+from mesh.tenant.v1 import authentication_service_pb2, authentication_service_pb2_grpc, tenant_service_pb2, tenant_service_pb2_grpc
+from services.kernel.context_token import SigningKey, mint
+from services.kernel.ids import TenantId
+from services.kernel.tenant_context import TenantContext
+
+
+@dataclass
+class LedgerCall:
+    """One call as the ledger has it. `epoch`: the ledger's when the call was settled."""
+
+    state: ledger.CallState.ValueType
+    reserve_us: int = 0
+    tokens: int = 0
+    cost: int = 0
+    epoch: int = 0
+
+
+@dataclass
+class LedgerTenant:
+    """One tenant's epoch and calls, by reservation."""
+
+    epoch: int = 0
+    calls: dict[bytes, LedgerCall] = field(default_factory=dict)
+
+
+class ScriptedLedger(ledger_service_pb2_grpc.LedgerServiceServicer):
+    """Keeps calls in memory by the rules of the call protocol; answers when its gate is open."""
+
+    def __init__(self) -> None:
+        self.tenants: dict[UUID, LedgerTenant] = {}
+        self.epoch_count = 0
+        self.fence_count = 0
+        self.asked = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fence_answers: dict[bytes, ledger.FenceOutcome.ValueType] = {}
+        self.silent = False
+
+    def of(self, tenant_id: UUID) -> LedgerTenant:
+        """The tenant's part of the ledger."""
+        return self.tenants.setdefault(tenant_id, LedgerTenant())
+
+    def settle(self, tenant_id: UUID, reservation_id: UUID, tokens: int, cost: int = 0) -> int:
+        """Settles a call now; returns the epoch its commit carries."""
+        tenant = self.of(tenant_id)
+        call = tenant.calls[reservation_id.bytes]
+        call.state, call.tokens, call.cost, call.epoch = ledger.CALL_STATE_SETTLED, tokens, cost, tenant.epoch
+        return tenant.epoch
+
+    async def BeginEpoch(self, request: ledger.BeginEpochRequest, context: grpc.aio.ServicerContext) -> ledger.BeginEpochResponse:  # type: ignore[type-arg]
+        """Takes the snapshot at once, and answers when the gate opens."""
+        await self._refuse_when_silent(context)
+        tenant_id = UUID(dict(context.invocation_metadata() or ())["x-tenant-id"])  # type: ignore[arg-type]
+        self.epoch_count += 1
+        response = snapshot(self.of(tenant_id), request.nonce)
+        self.asked.set()
+        await self.gate.wait()
+        return response
+
+    async def FenceCalls(self, request: ledger.FenceCallsRequest, context: grpc.aio.ServicerContext) -> ledger.FenceCallsResponse:  # type: ignore[type-arg]
+        """Answers as the protocol's rule 2, or what the test wrote down."""
+        await self._refuse_when_silent(context)
+        self.fence_count += 1
+        response = ledger.FenceCallsResponse(outcomes=[self._fence(item) for item in request.calls])
+        self.asked.set()
+        await self.gate.wait()
+        return response
+
+    async def _refuse_when_silent(self, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
+        if self.silent:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "silent")
+
+    def _fence(self, item: ledger.FenceCall) -> ledger.FenceOutcome.ValueType:
+        told = self.fence_answers.get(item.ref.reservation_id)
+        if told is not None:
+            return told
+        tenant = self.of(UUID(bytes=item.ref.tenant_id))
+        call = tenant.calls.setdefault(item.ref.reservation_id, LedgerCall(ledger.CALL_STATE_VOID))
+        match call.state:
+            case ledger.CALL_STATE_VOID:
+                return ledger.FENCE_OUTCOME_VOID
+            case ledger.CALL_STATE_SETTLED:
+                return ledger.FENCE_OUTCOME_SETTLED_BEFORE if call.epoch < item.epoch else ledger.FENCE_OUTCOME_SETTLED
+            case _:
+                call.state = ledger.CALL_STATE_UNRESOLVED
+                return ledger.FENCE_OUTCOME_UNRESOLVED
+
+
+class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authentication_service_pb2_grpc.AuthenticationServiceServicer):
+    """Knows each tenant's limits and vouches for it."""
+
+    def __init__(self) -> None:
+        self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
+        self._limits: dict[str, tenant_service_pb2.PlanLimits] = {}
+
+    def context(self, tenant_id: UUID, **limits: int) -> TenantContext:
+        """Registers a tenant with these limits and returns its proven context."""
+        self._limits[str(tenant_id)] = tenant_service_pb2.PlanLimits(**limits)
+        now = datetime.now(UTC)
+        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="test", region="local", subject="mesh:inference", config_version=1)
+        claims.issue_time.FromDatetime(now)
+        claims.expire_time.FromDatetime(now + timedelta(seconds=300))
+        return TenantContext(
+            TenantId(tenant_id),
+            "test",
+            "local",
+            "mesh:inference",
+            frozenset(),
+            1,
+            now + timedelta(seconds=300),
+            operator=False,
+            token=mint(claims, self._key),
+        )
+
+    async def GetTenantConfig(
+        self,
+        request: tenant_service_pb2.GetTenantConfigRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> tenant_service_pb2.GetTenantConfigResponse:
+        """Returns the registered limits."""
+        tenant_id = str(dict(context.invocation_metadata() or ())["x-tenant-id"])
+        config = tenant_service_pb2.TenantConfig(tenant_id=tenant_id, version=1, limits=self._limits[tenant_id])
+        return tenant_service_pb2.GetTenantConfigResponse(config=config)
+
+    async def GetContextKeys(
+        self, request: authentication_service_pb2.GetContextKeysRequest, context: object
+    ) -> authentication_service_pb2.GetContextKeysResponse:
+        """Returns the one key."""
+        key = authentication_service_pb2.ContextKey(
+            key_id=self._key.key_id, public_key=self._key.private_key.public_key().public_bytes_raw()
+        )
+        return authentication_service_pb2.GetContextKeysResponse(keys=[key])
+
+
+def snapshot(tenant: LedgerTenant, nonce: str) -> ledger.BeginEpochResponse:
+    """Begins an epoch of the tenant: everything its limits must count, as of now."""
+    tenant.epoch += 1
+    now = datetime.now(UTC)
+    response = ledger.BeginEpochResponse(nonce=nonce, epoch=tenant.epoch)
+    response.snapshot_time.FromDatetime(now)
+    recently_us = int((now - timedelta(seconds=60)).timestamp() * 1e6)
+    for reservation_id, call in tenant.calls.items():
+        counted = ledger.CountedCall(
+            reservation_id=reservation_id,
+            state=call.state,
+            reserve_time=time_of(call.reserve_us),
+            tokens=call.tokens,
+            cost_nano_usd=call.cost,
+        )
+        if call.state in (ledger.CALL_STATE_OPEN, ledger.CALL_STATE_UNRESOLVED):
+            response.outstanding.append(counted)
+            continue
+        if call.reserve_us >= recently_us:
+            response.recent.append(counted)
+        if call.state == ledger.CALL_STATE_SETTLED:
+            reserved = time_of(call.reserve_us).ToDatetime()
+            response.settled_tokens_by_day[f"{reserved:%Y-%m-%d}"] += call.tokens
+            response.settled_nano_usd_by_month[f"{reserved:%Y-%m}"] += call.cost
+    return response
+
+
+def time_of(us: int) -> Timestamp:
+    """A count of microseconds as a message."""
+    time = Timestamp()
+    time.FromMicroseconds(us)
+    return time
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The running peers: both at one address."""
+
+    address: str
+    ledger: ScriptedLedger
+    tenants: ScriptedTenants
+
+
+@asynccontextmanager
+async def running_peer() -> AsyncIterator[Peer]:
+    """Serves both contracts on a free loopback port."""
+    server = grpc.aio.server()
+    # What the limits never ask is left unanswered.
+    scripted = ScriptedLedger()  # type: ignore[abstract] # see above
+    tenants = ScriptedTenants()  # type: ignore[abstract] # see above
+    ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server(scripted, server)
+    tenant_service_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
+    authentication_service_pb2_grpc.add_AuthenticationServiceServicer_to_server(tenants, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield Peer(f"127.0.0.1:{port}", scripted, tenants)
+    finally:
+        await server.stop(None)

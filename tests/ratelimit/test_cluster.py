@@ -1,0 +1,75 @@
+"""The same store on Redis Cluster: every key of a tenant in one slot, every script with its keys declared."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from devstack.embedded_redis import binary
+from devstack.ports import free_port
+from services.kernel.errors import Unavailable
+from services.ratelimit.adapters.redis_link import ClusterLink, PipelinedLink
+from services.ratelimit.adapters.redis_store import RedisStore
+from services.ratelimit.fencing import FenceVerdict
+from services.ratelimit.limits import Limits
+from services.ratelimit.reservation import CommitKind, Verdict
+from tests.ratelimit.callers import AtStore, eventually
+
+
+@pytest.fixture
+async def cluster_url(tmp_path: Path) -> AsyncIterator[str]:
+    """A cluster of one node that owns every slot."""
+    # The nodes' own bus is 10000 ports higher.
+    port = free_port()
+    while port > 55_000:
+        port = free_port()
+    config = tmp_path / "redis.conf"
+    config.write_text(f'bind 127.0.0.1\nport {port}\ndir "{tmp_path}"\ncluster-enabled yes\nsave ""\n')
+    process = await asyncio.create_subprocess_exec(
+        binary("redis-server"), str(config), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+    )
+    url = f"redis://127.0.0.1:{port}/0"
+    link = PipelinedLink(url, timeout_seconds=5.0)
+    try:
+        await eventually(lambda: _answers(link))
+        await link.send("CLUSTER", "ADDSLOTS", *range(16384))
+        await eventually(lambda: _is_whole(link))
+        yield url
+    finally:
+        await link.close()
+        process.terminate()
+        await process.wait()
+
+
+async def _answers(link: PipelinedLink) -> bool:
+    try:
+        return await link.send("PING") == b"PONG"
+    except Unavailable:
+        return False
+
+
+async def _is_whole(link: PipelinedLink) -> bool:
+    return "cluster_state:ok" in str(await link.send("CLUSTER", "INFO"))
+
+
+async def test_every_script_runs_on_a_cluster(cluster_url: str) -> None:
+    """A tenant's whole life works on cluster mode, found by scan and erased by it."""
+    cluster = ClusterLink(cluster_url, timeout_seconds=5.0)
+    tenant = AtStore(RedisStore(cluster, cluster), PipelinedLink(cluster_url, timeout_seconds=5.0), Limits(tokens_per_day=100))
+    try:
+        await tenant.loaded()
+        settled, released, fenced, renewed = [await tenant.held(10) for _ in range(4)]
+        assert await tenant.commit(settled, CommitKind.SETTLED, tokens=5)
+        await tenant.store.release(tenant.tenant_id, released, 1)
+        assert await tenant.store.apply_fences(tenant.tenant_id, 1, [(fenced, FenceVerdict.UNRESOLVED)]) == 1
+        assert await tenant.store.renew([(tenant.tenant_id, renewed)]) == [True]
+        assert (await tenant.reserve(80))[1].verdict is Verdict.REFUSED
+        assert await tenant.store.tenants_with_leases() == [tenant.tenant_id]
+        assert (await tenant.store.expired([tenant.tenant_id], 10))[0].lease_count == 1
+        assert len([record async for record in tenant.store.export(tenant.tenant_id)]) == 5
+        assert (await tenant.store.erase(tenant.tenant_id))["reservations"] == 4
+        assert await tenant.dump() == [None] * 5
+    finally:
+        await cluster.close()
+        await tenant.link.close()

@@ -1,0 +1,143 @@
+"""A Redis that is gone, hangs, restarts or forgot its scripts: answered quickly, truthfully, and over as soon as it is back."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
+from services.kernel.errors import MeshError, Unavailable
+from services.kernel.ids import new_uuid7
+from services.ratelimit.adapters.redis_link import PipelinedLink
+from services.ratelimit.circuit_breaker import CircuitBreaker
+from tests.ratelimit.callers import AtService, eventually, running_service
+from tests.ratelimit.scripted_peer import Peer, running_peer
+from tests.support.stores import RedisStore as RedisServer
+from tests.support.stores import running_redis
+
+# The promise is 50 ms; the rest is for a machine that does other things meanwhile.
+QUICKLY_SECONDS = 0.25
+
+
+@pytest.fixture
+async def own_redis() -> AsyncIterator[RedisServer]:
+    """A Redis that a test may stop."""
+    async with running_redis() as server:
+        yield server
+
+
+@pytest.fixture
+async def peer() -> AsyncIterator[Peer]:
+    """The ledger and the tenant service."""
+    async with running_peer() as running:
+        yield running
+
+
+async def refused_quickly(tenant: AtService) -> None:
+    """Calls once, and expects to be told soon that Redis does not answer."""
+    started = time.monotonic()
+    with pytest.raises(MeshError) as refused:
+        await tenant.reserve()
+    assert time.monotonic() - started < QUICKLY_SECONDS
+    assert (refused.value.reason_name, refused.value.metadata["dependency"]) == ("DEPENDENCY_UNAVAILABLE", "redis")
+    assert refused.value.retry_after_seconds is not None
+
+
+async def admitted_again(tenant: AtService) -> None:
+    """Calls until it is admitted, within a few seconds."""
+
+    async def admitted() -> bool:
+        try:
+            await tenant.reserve()
+        except MeshError as error:
+            assert error.code.name == "UNAVAILABLE"
+            return False
+        return True
+
+    await eventually(admitted)
+
+
+async def test_a_hanging_redis_is_answered_quickly(own_redis: RedisServer, peer: Peer) -> None:
+    """A stopped process accepts connections and never replies: callers wait for none of it, and go on when it does."""
+    async with running_service(own_redis.url, peer) as service:
+        tenant = service.tenant_with(requests_per_minute=1000)
+        await admitted_again(tenant)
+        os.kill(own_redis.server.process.pid, signal.SIGSTOP)
+        try:
+            for _ in range(5):
+                await refused_quickly(tenant)
+            started = time.monotonic()
+            answers = await tenant.reserve_many(32)
+            assert time.monotonic() - started < 2 * QUICKLY_SECONDS
+            assert all(isinstance(answer, MeshError) for answer in answers)
+            commit = tenant.commit_message(new_uuid7(), messages.COMMIT_KIND_VOID)
+            assert await tenant.commit(commit) == [messages.COMMIT_OUTCOME_RETRY]
+        finally:
+            os.kill(own_redis.server.process.pid, signal.SIGCONT)
+        await admitted_again(tenant)
+
+
+async def test_the_service_starts_and_refuses_while_redis_is_down(own_redis: RedisServer, peer: Peer) -> None:
+    """Without its store the service is up, says so, and serves once the store is there."""
+    await own_redis.server.stop()
+    async with running_service(own_redis.url, peer) as service:
+        tenant = service.tenant_with(requests_per_minute=1000)
+        for _ in range(4):
+            await refused_quickly(tenant)
+        await own_redis.server.start()
+        await admitted_again(tenant)
+
+
+async def test_a_restarted_redis_costs_no_call(own_redis: RedisServer, peer: Peer) -> None:
+    """A connection that died while idle is replaced, scripts are sent again, lost counters are rebuilt: the caller sees nothing."""
+    async with running_service(own_redis.url, peer, redis_timeout_seconds=2.0) as service:
+        tenant = service.tenant_with(requests_per_minute=1000)
+        assert (await tenant.reserve()).epoch == 1
+        await own_redis.restart()
+        assert (await tenant.reserve()).epoch == 2
+
+
+async def test_a_store_that_forgot_the_scripts_is_told_again(own_redis: RedisServer, peer: Peer) -> None:
+    """Scripts are not data: losing them loses nothing."""
+    async with running_service(own_redis.url, peer, redis_timeout_seconds=2.0) as service:
+        tenant = service.tenant_with(requests_per_minute=1000)
+        await tenant.reserve()
+        await service.link.send("SCRIPT", "FLUSH")
+        answers = await tenant.reserve_many(8)
+        assert {answer.epoch for answer in answers if isinstance(answer, messages.ReserveResponse)} == {1}
+
+
+async def test_a_dead_store_is_not_asked_again_before_its_pause_is_over(own_redis: RedisServer) -> None:
+    """After a failure callers are refused without an attempt; the first attempt after the pause finds the store back."""
+    now = 100.0
+    breaker = CircuitBreaker(failure_threshold=1, open_seconds=1.0, clock=lambda: now)
+    link = PipelinedLink(own_redis.url, timeout_seconds=2.0, breaker=breaker)
+    await own_redis.server.stop()
+    with pytest.raises(Unavailable):
+        await link.send("PING")
+    await own_redis.server.start()
+    with pytest.raises(Unavailable):
+        await link.send("PING")
+    now += 1.0
+    assert await link.send("PING") == b"PONG"
+    await link.close()
+
+
+async def test_one_wrong_command_fails_alone(own_redis: RedisServer) -> None:
+    """Commands that share a pipeline do not share their faults."""
+    link = PipelinedLink(own_redis.url, connections=1, timeout_seconds=2.0)
+    async with asyncio.TaskGroup() as group:
+        good = [group.create_task(link.send("ECHO", str(number))) for number in range(10)]
+        bad = group.create_task(_fault_of(link, "NOSUCHCOMMAND"))
+    await link.close()
+    assert [task.result() for task in good] == [str(number).encode() for number in range(10)]
+    assert "unknown command" in bad.result()
+
+
+async def _fault_of(link: PipelinedLink, *command: str) -> str:
+    with pytest.raises(Exception, match="unknown") as fault:
+        await link.send(*command)
+    return str(fault.value)
