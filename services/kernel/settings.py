@@ -6,7 +6,6 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-
 # Names shared by several services mean the same in each: their words stand here once.
 ListenAddress = Annotated[str, Field(description="host:port to serve on; beyond loopback only with TLS")]
 PostgresDsn = Annotated[SecretStr, Field(description="Postgres, logging in as <service>_service")]
@@ -41,7 +40,7 @@ class ServiceSettings(BaseSettings):
     otlp_endpoint: str = Field(
         default="", description="where traces are sent over OTLP/gRPC, such as http://127.0.0.1:4317; empty: nowhere"
     )
-    trace_sample_ratio: float = Field(default=1.0, ge=0.0, le=1.0, description="share of calls that begin a sampled trace here, 0–1")
+    trace_sample_ratio: float = Field(default=1.0, ge=0.0, le=1.0, description="share of calls that begin a sampled trace here, 0 to 1")
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
     drain_seconds: float = Field(default=25.0, ge=0.0, description="how long calls may go on after SIGTERM")
     endpoint_removal_seconds: float = Field(

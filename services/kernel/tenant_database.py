@@ -185,7 +185,8 @@ def unreachable_is_unavailable(connection: Connection | None = None) -> Iterator
         yield
     except _UNREACHABLE as error:
         raise Unavailable("postgres") from error
-    except asyncpg.InterfaceError as error:
+    except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+        # The driver's own words for a connection that the server cut while it was idle.
         if connection is None or connection.is_closed():
             raise Unavailable("postgres") from error
         raise

@@ -1,0 +1,74 @@
+"""The outbox and the leases of all tenants, as the jobs role."""
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import asyncpg
+
+from services.kernel.tenant_database import JobsDatabase
+from services.metering.adapters.postgres_ledger import run_again
+from services.metering.adapters.sorted_batch import type_uuid
+from services.metering.outbox import CallEnd, EndKind
+
+SWEEP = "SELECT tenant_id, reservation_id, epoch FROM metering.sweep_leases($1::integer)"
+DELETE_DONE = """
+DELETE FROM metering.outbox o USING unnest($1::uuid[], $2::uuid[], $3::smallint[]) AS d (tenant_id, reservation_id, kind)
+WHERE o.tenant_id = d.tenant_id AND o.reservation_id = d.reservation_id AND o.kind = d.kind
+"""
+SELECT_DUE = """
+SELECT tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd FROM metering.outbox
+WHERE tenant_id IS NOT NULL AND due_time <= clock_timestamp()
+ORDER BY due_time LIMIT $1::integer FOR UPDATE SKIP LOCKED
+"""
+# A quarter of a second, doubled each time, at most 5 s: an end that waits for a rebuild must not hide the others behind it.
+PUT_OFF = """
+UPDATE metering.outbox o
+SET send_count = o.send_count + 1,
+    due_time = clock_timestamp() + least(interval '5 seconds', interval '250 milliseconds' * 2 ^ least(o.send_count, 6))
+FROM unnest($1::uuid[], $2::uuid[], $3::smallint[]) AS d (tenant_id, reservation_id, kind)
+WHERE o.tenant_id = d.tenant_id AND o.reservation_id = d.reservation_id AND o.kind = d.kind
+"""
+
+
+class PostgresJobs:
+    """What runs over all tenants: the lease sweep and the relay's table."""
+
+    def __init__(self, database: JobsDatabase) -> None:
+        self._database = database
+
+    async def sweep(self, most: int) -> Sequence[CallEnd]:
+        """Leaves lapsed calls unresolved and returns their pins."""
+        rows = await run_again(lambda: self._database.call(SWEEP, most))
+        return [CallEnd(row["tenant_id"].bytes, row["reservation_id"].bytes, EndKind.PIN, row["epoch"]) for row in rows]
+
+    async def delete(self, ends: Sequence[CallEnd]) -> None:
+        """Removes ends that are done."""
+        await self._database.call(DELETE_DONE, *_keys(ends))
+
+    async def relay_due(self, most: int, send: Callable[[Sequence[CallEnd]], Awaitable[Sequence[bool]]]) -> tuple[int, int]:
+        """Sends due rows under their locks, so that no other relay sends them, deletes those done and puts off the others."""
+        async with self._database.transaction() as connection:
+            ends = [_end(row) for row in await connection.fetch(SELECT_DUE, most)]
+            if not ends:
+                return 0, 0
+            answers = await send(ends)
+            done = [end for end, is_done in zip(ends, answers, strict=True) if is_done]
+            rest = [end for end, is_done in zip(ends, answers, strict=True) if not is_done]
+            if done:
+                await connection.execute(DELETE_DONE, *_keys(done))
+            if rest:
+                await connection.execute(PUT_OFF, *_keys(rest))
+            return len(ends), len(done)
+
+
+def _end(row: asyncpg.Record) -> CallEnd:
+    return CallEnd(
+        row["tenant_id"].bytes, row["reservation_id"].bytes, EndKind(row["kind"]), row["epoch"], row["tokens"], row["cost_nano_usd"]
+    )
+
+
+def _keys(ends: Sequence[CallEnd]) -> tuple[list[object], list[object], list[int]]:
+    return (
+        [type_uuid(end.tenant_id) for end in ends],
+        [type_uuid(end.reservation_id) for end in ends],
+        [int(end.kind) for end in ends],
+    )

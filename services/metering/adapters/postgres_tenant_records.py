@@ -1,0 +1,78 @@
+"""Provisions, pseudonymises and exports a tenant in Postgres, many rows at a time, never all at once."""
+
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+from services.kernel.ids import TenantId
+from services.kernel.tenant_database import TenantDatabase
+from services.metering.tenant_records import CALLS, ENTRIES
+
+CHUNK = 500
+_BEFORE_ALL = UUID(int=0)
+
+INSERT_EPOCH = "INSERT INTO metering.tenant_epochs (tenant_id, epoch) VALUES ($1, 0) ON CONFLICT DO NOTHING"
+# States, leases and outbox stay as they are: a call under way when its tenant is erased is still settled and told to the limits.
+PSEUDONYMISE = """
+WITH chosen AS MATERIALIZED (
+    SELECT reservation_id FROM metering.calls
+    WHERE tenant_id = $1 AND reservation_id > $2 AND (user_name <> '' OR feature <> '' OR prompt_version <> '')
+    ORDER BY reservation_id LIMIT $3 FOR UPDATE
+), blanked AS (
+    UPDATE metering.calls k SET user_name = '', feature = '', prompt_version = ''
+    FROM chosen c WHERE k.tenant_id = $1 AND k.reservation_id = c.reservation_id
+    RETURNING k.reservation_id
+)
+SELECT reservation_id FROM blanked ORDER BY reservation_id
+"""
+EXPORT_CALLS = """
+SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, reservation_id, state, call_id, attempt, open_epoch, reserve_time, open_time, dispatch_deadline, bound_tokens,
+           bound_nano_usd, price_version, provider, model, feature, user_name, prompt_version, unresolved_time, end_time, settled_epoch,
+           entry_id, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd,
+           end_cause, provider_request_id, first_token_ms, total_ms
+    FROM metering.calls WHERE tenant_id = $1 AND (reservation_id, 1::smallint) > ($2, $3::smallint) ORDER BY reservation_id LIMIT $4
+) r ORDER BY r.reservation_id
+"""
+EXPORT_ENTRIES = """
+SELECT r.reservation_id, r.number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, reservation_id, number, entry_id, kind, price_version, provider, model, reserve_time, record_time, epoch,
+           input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, total_tokens, cost_nano_usd
+    FROM metering.entries WHERE tenant_id = $1 AND (reservation_id, number) > ($2, $3::smallint) ORDER BY reservation_id, number LIMIT $4
+) r ORDER BY r.reservation_id, r.number
+"""
+
+
+class PostgresTenantRecords:
+    """Works as the service role, each step in a short transaction of its tenant."""
+
+    def __init__(self, database: TenantDatabase) -> None:
+        self._database = database
+
+    async def provision(self, tenant_id: TenantId) -> None:
+        """Makes the tenant's first epoch, unless it is there."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(INSERT_EPOCH, tenant_id)
+
+    async def pseudonymise(self, tenant_id: TenantId) -> int:
+        """Blanks users, features and prompt names of all its calls; returns how many calls had any."""
+        blanked, after = 0, _BEFORE_ALL
+        while True:
+            async with self._database.transaction(tenant_id) as connection:
+                rows = await connection.fetch(PSEUDONYMISE, tenant_id, after, CHUNK)
+            blanked += len(rows)
+            if len(rows) < CHUNK:
+                return blanked
+            after = rows[-1]["reservation_id"]
+
+    async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
+        """Yields each record's kind and its JSON object."""
+        for kind, sql in ((CALLS, EXPORT_CALLS), (ENTRIES, EXPORT_ENTRIES)):
+            after, number = _BEFORE_ALL, 0
+            while True:
+                async with self._database.transaction(tenant_id) as connection:
+                    rows = await connection.fetch(sql, tenant_id, after, number, CHUNK)
+                for row in rows:
+                    yield kind, row["record"]
+                if len(rows) < CHUNK:
+                    break
+                after, number = rows[-1]["reservation_id"], rows[-1]["number"]

@@ -1,0 +1,112 @@
+"""Composition root of the metering service: builds everything by constructor, closes everything in reverse order."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
+from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
+from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
+from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
+from services.kernel.background import BackgroundTasks
+from services.kernel.credential_resolver import remote_trust
+from services.kernel.migrate import MigrationRefused, migrate
+from services.kernel.rpc.channel import MeshChannel
+from services.kernel.rpc.server import MeshServer
+from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.metering.adapters.postgres_epochs import PostgresEpochs
+from services.metering.adapters.postgres_jobs import PostgresJobs
+from services.metering.adapters.postgres_ledger import PostgresLedger
+from services.metering.adapters.postgres_prices import PostgresPrices, load_price_book
+from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
+from services.metering.adapters.postgres_usage import PostgresUsage
+from services.metering.adapters.ratelimit import RemoteLimits
+from services.metering.lease_sweeper import LeaseSweeper
+from services.metering.ledger import Ledger
+from services.metering.outbox import OutboxRelay
+from services.metering.price_book import PriceBookRefused, parse_price_book
+from services.metering.price_catalog import PriceCatalog
+from services.metering.servicers.ledger import LedgerServicer
+from services.metering.servicers.lifecycle import LifecycleServicer
+from services.metering.servicers.prices import PriceServicer
+from services.metering.servicers.usage import UsageServicer
+from services.metering.settings import MeteringSettings
+from services.metering.tenant_proof import TenantProof
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+SCHEMA = "metering"
+
+
+@dataclass(frozen=True, slots=True)
+class MeteringApp:
+    """Everything that runs, and how it ends."""
+
+    server: MeshServer
+    background: BackgroundTasks
+    ledger: Ledger
+    database: TenantDatabase
+    jobs: JobsDatabase
+    channels: tuple[MeshChannel, ...]
+
+    async def close(self) -> None:
+        """Finishes accepted batches, stops the loops, then closes pools and channels."""
+        await self.ledger.close()
+        await self.background.close()
+        await self.jobs.close()
+        await self.database.close()
+        for channel in self.channels:
+            await channel.close()
+
+
+async def build(settings: MeteringSettings) -> MeteringApp:
+    """Builds the service. Starts while Postgres, the limits or the tenant service are down."""
+    database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), max_size=12, application_name="metering")
+    jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), max_size=3, application_name="metering-jobs")
+    to_limits = MeshChannel(settings.ratelimit_address, settings=settings, target_service="ratelimit")
+    to_tenant = MeshChannel(settings.tenant_address, settings=settings, target_service="tenant")
+    resolver, verifier = remote_trust(to_tenant)
+    catalog = PriceCatalog(PostgresPrices(database))
+    jobs_store = PostgresJobs(jobs)
+    relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)
+    sweeper = LeaseSweeper(jobs_store, relay, lease_seconds=settings.lease_seconds, sweep_seconds=settings.sweep_seconds)
+    ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, proves=TenantProof(verifier).proves)
+    server = MeshServer(
+        settings,
+        servicers=[
+            (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
+            (add_PriceServiceServicer_to_server, PriceServicer(catalog), "mesh.metering.v1.PriceService"),
+            (add_UsageServiceServicer_to_server, UsageServicer(PostgresUsage(database)), "mesh.metering.v1.UsageService"),
+            (
+                add_TenantLifecycleServiceServicer_to_server,
+                LifecycleServicer(PostgresTenantRecords(database)),
+                "mesh.common.v1.TenantLifecycleService",
+            ),
+        ],
+        resolver=resolver,
+        verifier=verifier,
+    )
+    background = BackgroundTasks()
+    background.start("outbox_deleter", relay.run_deleter)
+    background.start("outbox_sender", relay.run_sender)
+    background.start("outbox_poller", relay.run_poller)
+    background.start("lease_sweeper", sweeper.run)
+    return MeteringApp(server, background, ledger, database, jobs, (to_limits, to_tenant))
+
+
+async def migrate_store(settings: MeteringSettings) -> None:
+    """Brings the schema forward, then loads the price book. Idempotent. Raises: MigrationRefused."""
+    admin_dsn = settings.postgres_admin_dsn.get_secret_value()
+    try:
+        versions = parse_price_book(settings.price_book_path.read_text())
+    except OSError as error:
+        raise MigrationRefused(f"the price book {settings.price_book_path} cannot be read: {error.strerror}") from None
+    except PriceBookRefused as error:
+        raise MigrationRefused(str(error)) from None
+    roles = {"service": settings.postgres_dsn.get_secret_value(), "jobs": settings.postgres_jobs_dsn.get_secret_value()}
+    await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
+    admin = await JobsDatabase.open(admin_dsn, max_size=1, application_name="metering-migrate")
+    try:
+        await load_price_book(admin, versions)
+    except PriceBookRefused as error:
+        raise MigrationRefused(str(error)) from None
+    finally:
+        await admin.close()

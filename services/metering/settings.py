@@ -1,0 +1,26 @@
+"""Settings of the metering service; read by app alone."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, SecretStr
+
+from services.kernel.settings import ListenAddress, PostgresAdminDsn, PostgresDsn, PostgresJobsDsn, RatelimitAddress, ServiceSettings
+
+PACKAGED_PRICE_BOOK = Path(__file__).parent / "prices.yaml"
+
+
+class MeteringSettings(ServiceSettings):
+    """Where the ledger is, whom it tells, and how long a lease lives."""
+
+    service_name: ClassVar[str] = "metering"
+
+    listen_address: ListenAddress = "127.0.0.1:7405"
+    postgres_dsn: PostgresDsn = SecretStr("")
+    postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
+    postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
+    price_book_path: Path = Field(default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`")
+    lease_seconds: float = Field(default=5.0, gt=0.0, le=60.0, description="how long an open call lives without being renewed")
+    sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
+    relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")

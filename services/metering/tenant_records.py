@@ -1,0 +1,26 @@
+"""A tenant's beginning and end in the ledger: what is made, forgotten and handed out. Amounts are kept for ever."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from services.kernel.ids import TenantId
+
+CALLS = "postgres:metering.calls"
+ENTRIES = "postgres:metering.entries"
+EPOCHS = "postgres:metering.tenant_epochs"
+
+
+class TenantRecords(Protocol):
+    """All that the ledger keeps of a tenant."""
+
+    async def provision(self, tenant_id: TenantId) -> None:
+        """Makes the tenant's first epoch, unless it is there."""
+        ...
+
+    async def pseudonymise(self, tenant_id: TenantId) -> int:
+        """Blanks users, features and prompt names of all its calls; returns how many calls had any."""
+        ...
+
+    def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
+        """Yields each record's kind and its JSON object: calls, then entries, in order of reservation."""
+        ...

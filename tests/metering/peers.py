@@ -1,0 +1,103 @@
+"""The services metering talks to, as scripted peers that speak their real contracts on loopback: tenant and ratelimit."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from mesh.common.v1.tenant_claims_pb2 import TenantClaims
+from mesh.ratelimit.v1 import rate_limit_service_pb2 as limits_pb
+from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc as limits_grpc
+from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
+from mesh.tenant.v1 import authentication_service_pb2_grpc as auth_grpc
+from services.kernel.context_token import SigningKey, mint
+
+DONE = limits_pb.COMMIT_OUTCOME_DONE
+RETRY = limits_pb.COMMIT_OUTCOME_RETRY
+
+
+class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
+    """Publishes one key, and mints the tokens and answers the credentials of the tests."""
+
+    def __init__(self) -> None:
+        self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
+        self.credentials: dict[str, UUID] = {}
+
+    def token(self, tenant_id: UUID, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None) -> str:
+        """A context token of the tenant, signed by the published key unless told otherwise."""
+        now = datetime.now(UTC)
+        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="free", region="local", subject="key:test", scopes=["usage:read"])
+        claims.issue_time.FromDatetime(now)
+        claims.expire_time.FromDatetime(now + lifetime)
+        return mint(claims, key or self._key)
+
+    async def GetContextKeys(self, request: auth_pb.GetContextKeysRequest, context: Any) -> auth_pb.GetContextKeysResponse:
+        public = self._key.private_key.public_key().public_bytes_raw()
+        return auth_pb.GetContextKeysResponse(keys=[auth_pb.ContextKey(key_id=self._key.key_id, public_key=public)])
+
+    async def Authenticate(self, request: auth_pb.AuthenticateRequest, context: Any) -> auth_pb.AuthenticateResponse:
+        tenant_id = self.credentials.get(request.credential)
+        if tenant_id is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")
+        return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id))
+
+
+class ScriptedLimits(limits_grpc.RateLimitServiceServicer):
+    """Remembers every commit it answered; `answer` decides, `hold` delays, `down` refuses."""
+
+    def __init__(self) -> None:
+        self.commits: list[limits_pb.Commit] = []
+        self.batches: list[int] = []
+        self.answer: Callable[[limits_pb.Commit], int] = lambda commit: DONE
+        self.down = False
+        self.arrived = asyncio.Condition()
+
+    async def Commit(self, request: limits_pb.CommitRequest, context: Any) -> limits_pb.CommitResponse:
+        if self.down:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "down")
+        outcomes = [self.answer(commit) for commit in request.commits]
+        async with self.arrived:
+            self.commits.extend(request.commits)
+            self.batches.append(len(request.commits))
+            self.arrived.notify_all()
+        return limits_pb.CommitResponse(outcomes=outcomes)
+
+    def of(self, tenant_id: UUID) -> list[limits_pb.Commit]:
+        """The commits of a tenant, in the order they came."""
+        return [commit for commit in self.commits if commit.reservation.tenant_id == tenant_id.bytes]
+
+    async def wait_for(self, tenant_id: UUID, count: int, seconds: float = 10.0) -> list[limits_pb.Commit]:
+        """Waits until the tenant has that many commits."""
+        async with asyncio.timeout(seconds), self.arrived:
+            await self.arrived.wait_for(lambda: len(self.of(tenant_id)) >= count)
+        return self.of(tenant_id)
+
+
+class Peers:
+    """Both peers behind one plain server on loopback."""
+
+    def __init__(self) -> None:
+        self.tenants = ScriptedTenantService()
+        self.limits = ScriptedLimits()
+        self.port = 0
+
+    async def start(self) -> None:
+        """Serves on a free port, or on the same one as before."""
+        self._server = grpc.aio.server()
+        auth_grpc.add_AuthenticationServiceServicer_to_server(self.tenants, self._server)
+        limits_grpc.add_RateLimitServiceServicer_to_server(self.limits, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Stops at once."""
+        await self._server.stop(None)
+
+    @property
+    def address(self) -> str:
+        """Where both are."""
+        return f"127.0.0.1:{self.port}"

@@ -1,0 +1,70 @@
+"""A tenant's beginning and end in the ledger: provisioned, exported, pseudonymised; amounts stay for ever."""
+
+import orjson
+
+from mesh.common.v1 import lifecycle_service_pb2 as pb
+from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
+from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref
+
+
+async def export(mesh: Mesh, tenant: Tenant) -> list[tuple[str, dict[str, object]]]:
+    """Everything that is exported of a tenant."""
+    caller = mesh.tenant_service
+    async with caller.channel.stream(
+        caller.lifecycle.ExportTenant, pb.ExportTenantRequest(), timeout_seconds=20, tenant=tenant.context
+    ) as stream:
+        return [(record.kind, orjson.loads(record.record_json)) async for record in stream]
+
+
+async def erase(mesh: Mesh, tenant: Tenant) -> dict[str, int]:
+    """Erases a tenant; counts by kind."""
+    caller = mesh.tenant_service
+    response = await caller.channel.unary(caller.lifecycle.EraseTenant, pb.EraseTenantRequest(), timeout_seconds=20, tenant=tenant.context)
+    return {record.kind: record.count for record in response.erased}
+
+
+async def test_provisioning_makes_the_first_epoch_once(mesh: Mesh) -> None:
+    """A repeated provisioning changes nothing, also after epochs have begun."""
+    tenant, caller = mesh.new_tenant(), mesh.tenant_service
+    for epoch in (0, 0, 1):
+        if epoch == 1:
+            await mesh.begin_epoch(tenant)
+        request = pb.ProvisionTenantRequest()
+        await caller.channel.unary(caller.lifecycle.ProvisionTenant, request, timeout_seconds=5, tenant=tenant.context)
+        assert await mesh.admin.fetchval("SELECT epoch FROM metering.tenant_epochs WHERE tenant_id = $1", tenant.id) == epoch
+
+
+async def test_export_streams_every_call_and_entry_as_json(mesh: Mesh) -> None:
+    """All calls, tombstones included, and all entries of the tenant and of nobody else, across several chunks."""
+    tenant, other = mesh.new_tenant(), mesh.new_tenant()
+    calls = [mesh.opening(tenant) for _ in range(700)]
+    await mesh.open(*calls)
+    await mesh.settle(*[bill(call.ref) for call in calls[:600]])
+    await mesh.void(not_billed(ref(tenant)))
+    await mesh.opened(other)
+    records = await export(mesh, tenant)
+    kinds = [kind for kind, _ in records]
+    assert (kinds.count("postgres:metering.calls"), kinds.count("postgres:metering.entries")) == (701, 600)
+    assert {record["tenant_id"] for _, record in records} == {str(tenant.id)}
+    assert sum(int(record["cost_nano_usd"]) for kind, record in records if kind.endswith("entries")) == 600 * 350_000
+
+
+async def test_erasure_forgets_people_and_keeps_amounts(mesh: Mesh) -> None:
+    """Users, features and prompt names are blanked in every call; amounts, states and leases stay; a repeat finds nothing."""
+    tenant, other = mesh.new_tenant(), mesh.new_tenant()
+    calls = [mesh.opening(tenant) for _ in range(600)]
+    await mesh.open(*calls)
+    untouched = await mesh.opened(other)
+    await mesh.settle(bill(calls[0].ref))
+    assert await erase(mesh, tenant) == {"postgres:metering.calls": 600}
+    assert await erase(mesh, tenant) == {"postgres:metering.calls": 0}
+    rows = await mesh.admin.fetch("SELECT DISTINCT user_name, feature, prompt_version FROM metering.calls WHERE tenant_id = $1", tenant.id)
+    assert [tuple(row) for row in rows] == [("", "", "")]
+    row = await mesh.row(untouched.ref)
+    assert row is not None
+    assert row["user_name"] == "user-1"
+    first = await mesh.row(calls[0].ref)
+    assert first is not None
+    assert first["cost_nano_usd"] == 350_000
+    (late,) = await mesh.settle(bill(calls[1].ref))
+    assert late.outcome == ledger_pb.SETTLE_OUTCOME_SETTLED

@@ -1,0 +1,133 @@
+"""The database's own walls: append-only entries, row-level security, roles, and constraints that hold without the service."""
+
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from services.kernel.catalog import violations
+from services.kernel.ids import TenantId, new_uuid7
+from tests.metering.mesh import Mesh, bill, dsn_of
+
+TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs")
+
+
+async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) -> None:
+    """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
+    connection = await asyncpg.connect(ledger_dsn)
+    try:
+        assert await violations(connection, "metering", shared_tables=("price_versions", "prices")) == []
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize(
+    "change", ["UPDATE metering.entries SET cost_nano_usd = 0", "DELETE FROM metering.entries", "TRUNCATE metering.entries"]
+)
+async def test_entries_cannot_be_changed_even_by_an_administrator(mesh: Mesh, change: str) -> None:
+    """The trigger refuses what the grants would not."""
+    await mesh.settle(bill((await mesh.opened(mesh.new_tenant())).ref))
+    with pytest.raises(asyncpg.PostgresError, match="append-only"):
+        await mesh.admin.execute(change)
+
+
+@pytest.mark.parametrize("role", ["metering_service", "metering_jobs"])
+@pytest.mark.parametrize(
+    "change", ["UPDATE metering.entries SET cost_nano_usd = 0", "DELETE FROM metering.entries", "DELETE FROM metering.calls"]
+)
+async def test_roles_have_no_right_to_rewrite_the_ledger(ledger_dsn: str, mesh: Mesh, role: str, change: str) -> None:
+    """Neither role was granted update or delete of entries, or delete of calls."""
+    connection = await asyncpg.connect(dsn_of(ledger_dsn, role))
+    try:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(change)
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("table", TENANT_TABLES)
+async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table: str) -> None:
+    """In a transaction of tenant B no row of tenant A exists, whatever the statement says."""
+    one, other = mesh.new_tenant(), mesh.new_tenant()
+    await mesh.begin_epoch(one)
+    await mesh.settle(bill((await mesh.opened(one, epoch=1)).ref))
+    await mesh.opened(one, epoch=1)
+    async with mesh.app.database.transaction(TenantId(other.id)) as connection:
+        assert await connection.fetchval(f"SELECT count(*) FROM metering.{table}") == 0
+        assert await connection.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", one.id) == 0
+
+
+@pytest.mark.parametrize("table", TENANT_TABLES)
+async def test_without_a_tenant_the_service_role_sees_nothing_at_all(ledger_dsn: str, mesh: Mesh, table: str) -> None:
+    """A statement outside of a tenant's transaction fails instead of returning everything or nothing."""
+    connection = await asyncpg.connect(dsn_of(ledger_dsn, "metering_service"))
+    try:
+        with pytest.raises(asyncpg.PostgresError):
+            await connection.fetch(f"SELECT tenant_id FROM metering.{table}")
+    finally:
+        await connection.close()
+
+
+async def test_service_role_cannot_write_into_another_tenant(mesh: Mesh) -> None:
+    """The policy checks what is written, too."""
+    one, other = mesh.new_tenant(), mesh.new_tenant()
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        async with mesh.app.database.transaction(TenantId(other.id)) as connection:
+            await connection.execute("INSERT INTO metering.tenant_epochs (tenant_id, epoch) VALUES ($1, 9)", one.id)
+
+
+async def test_jobs_role_cannot_prolong_or_settle(mesh: Mesh) -> None:
+    """The sweep's role may end calls as unresolved; it may neither keep them alive nor bill them."""
+    call = await mesh.opened(mesh.new_tenant())
+    tenant_id, reservation_id = UUID(bytes=call.ref.tenant_id), UUID(bytes=call.ref.reservation_id)
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await mesh.app.jobs.call(
+            "UPDATE metering.call_leases SET lease_until = now() WHERE tenant_id = $1 AND reservation_id = $2", tenant_id, reservation_id
+        )
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await mesh.app.jobs.call(
+            "UPDATE metering.calls SET state = 2, settled_epoch = 0, entry_id = $3, cost_nano_usd = 0, end_time = now(), input_tokens = 0, "
+            "output_tokens = 0, cache_read_tokens = 0, cache_write_5m_tokens = 0, cache_write_1h_tokens = 0 "
+            "WHERE tenant_id = $1 AND reservation_id = $2",
+            tenant_id,
+            reservation_id,
+            new_uuid7(),
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "state = 2",
+        "state = 3",
+        "live = false",
+        "bound_nano_usd = -1",
+        "model = NULL",
+        "end_time = now()",
+        "cost_nano_usd = 5",
+        "input_tokens = 1",
+        "unresolved_time = now()",
+        "attempt = 0",
+    ],
+)
+async def test_no_statement_can_bring_an_open_call_into_an_impossible_shape(mesh: Mesh, change: str) -> None:
+    """Constraints hold whatever code runs: states, ends, bills and bounds fit together in every row."""
+    call = await mesh.opened(mesh.new_tenant())
+    with pytest.raises(asyncpg.CheckViolationError):
+        await mesh.admin.execute(
+            f"UPDATE metering.calls SET {change} WHERE tenant_id = $1 AND reservation_id = $2",
+            UUID(bytes=call.ref.tenant_id),
+            UUID(bytes=call.ref.reservation_id),
+        )
+
+
+async def test_key_refuses_a_second_bill_of_one_attempt(mesh: Mesh) -> None:
+    """Entry number one exists once for each attempt, whoever inserts."""
+    tenant = mesh.new_tenant()
+    await mesh.settle(bill((await mesh.opened(tenant)).ref))
+    with pytest.raises(asyncpg.UniqueViolationError):
+        async with mesh.app.database.transaction(TenantId(tenant.id)) as connection:
+            await connection.execute(
+                "INSERT INTO metering.entries SELECT * FROM metering.entries WHERE tenant_id = $1",
+                tenant.id,
+            )
