@@ -106,6 +106,9 @@ def sentences(text: str) -> tuple[Sentence, ...]:
 def _split(text: str) -> tuple[Sentence, ...]:
     found: list[Sentence] = []
     for part in _SENTENCE_END.split(text):
+        # A heading names what follows; quoted by itself it says nothing.
+        if part.lstrip().startswith("#"):
+            continue
         bare = _BULLET.sub("", part.strip())
         chunks = [bare] if len(bare) <= SENTENCE_CHARACTERS_MAX else [chunk.strip() for chunk in _LONG_CHUNK.findall(bare)]
         found += [Sentence(chunk, stems(chunk)) for chunk in chunks if chunk]

@@ -67,7 +67,7 @@ async def test_the_printed_lines_work_as_they_are(mesh: Mesh) -> None:
         outputs.append(out)
     assert "mesh.inference.v1.InferenceService" in outputs[0]
     assert '"final"' in outputs[1]
-    assert json.loads(outputs[2])["settledCount"] == "1"
+    assert json.loads(outputs[2])["settled_count"] == "1"
 
 
 async def test_a_refusal_is_readable(mesh: Mesh) -> None:

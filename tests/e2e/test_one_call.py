@@ -66,12 +66,12 @@ async def settled_limits(mesh: Mesh, api_key: str) -> dict[str, int]:
 
 async def test_one_trace_leads_through_all_five_services(mesh: Mesh) -> None:
     """A retrieval-augmented call is one trace: each service's span hangs under the call that caused it."""
-    tenant = await mesh.company(HARBOR)
+    tenant = await mesh.tenant()
     asked = await ask(mesh.client, tenant, questions(HARBOR)[0].question)
     spans = await mesh.stack.traces.wait_for(asked.trace.trace_id, frozenset(SERVICES), timeout_seconds=20)
     by_id = {span.span_id: span for span in spans}
     edges = {(by_id[span.parent_span_id].service, span.service) for span in spans if span.parent_span_id in by_id}
-    for callee in ("ratelimit", "metering", "retrieval"):
+    for callee in ("tenant", "ratelimit", "metering", "retrieval"):
         assert ("inference", callee) in edges
     assert {span.service for span in spans} == set(SERVICES)
 

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from devstack.addresses import Ports
@@ -26,6 +26,13 @@ class Mesh:
         """Makes a tenant of its own for one test."""
         name = f"test-{uuid.uuid4().hex[:12]}"
         return await create_tenant(self.stack, self.client, Company(name, name.title(), plan, f"{name}@example.com", "Tester"))
+
+    async def another(self, company: Company) -> DemoTenant:
+        """Makes a tenant on a demo company's plan and with its handbook, for one test alone."""
+        slug = f"{company.slug}-{uuid.uuid4().hex[:12]}"
+        tenant = await create_tenant(self.stack, self.client, replace(company, slug=slug))
+        await ingest(self.client, company, tenant)
+        return tenant
 
     async def company(self, company: Company) -> DemoTenant:
         """Makes a demo company's tenant, with its handbook, once a mesh."""

@@ -1,0 +1,133 @@
+"""Inference's own store: prompts, conversations, turns. Every statement names its tenant and runs as that tenant."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from datetime import datetime
+
+import orjson
+
+from services.inference.call import Memory
+from services.inference.conversation import Conversation, KeptTurn, Prompt
+from services.inference.prompt_assembly import Turn
+from services.kernel.errors import NotFound
+from services.kernel.ids import CallId, TenantId
+from services.kernel.tenant_database import TenantDatabase
+
+RECALL = "SELECT prompt_version, prompt_text, conversation_known, roles, texts FROM inference.recall($1, $2, $3)"
+REMEMBER = "SELECT inference.remember($1, $2, $3, $4, $5)"
+PUT_PROMPT = "SELECT version, text, create_time FROM inference.put_prompt($1, $2, $3)"
+NEWEST_PROMPT = "SELECT version, text, create_time FROM inference.prompts WHERE tenant_id = $1 ORDER BY version DESC LIMIT 1"
+INSERT_CONVERSATION = (
+    "INSERT INTO inference.conversations (tenant_id, conversation_id, user_name) VALUES ($1, $2, $3) RETURNING create_time"
+)
+CONVERSATION_EXISTS = "SELECT true FROM inference.conversations WHERE tenant_id = $1 AND conversation_id = $2"
+LIST_TURNS = (
+    "SELECT sequence, role, text, call_id, create_time FROM inference.turns "
+    "WHERE tenant_id = $1 AND conversation_id = $2 AND sequence > $3 ORDER BY sequence LIMIT $4"
+)
+DELETE_CONVERSATION = "DELETE FROM inference.conversations WHERE tenant_id = $1 AND conversation_id = $2"
+ERASE = {
+    "postgres:inference.turns": "DELETE FROM inference.turns WHERE tenant_id = $1",
+    "postgres:inference.conversations": "DELETE FROM inference.conversations WHERE tenant_id = $1",
+    "postgres:inference.prompts": "DELETE FROM inference.prompts WHERE tenant_id = $1",
+}
+EXPORT_PROMPTS = "SELECT version, text, create_time FROM inference.prompts WHERE tenant_id = $1 AND version > $2 ORDER BY version LIMIT $3"
+EXPORT_CONVERSATIONS = (
+    "SELECT conversation_id, user_name, create_time FROM inference.conversations "
+    "WHERE tenant_id = $1 AND conversation_id > $2 ORDER BY conversation_id LIMIT $3"
+)
+_EXPORT_PAGE = 200
+
+
+class PostgresMemory:
+    """Reads and writes one tenant at a time."""
+
+    def __init__(self, database: TenantDatabase) -> None:
+        self._database = database
+
+    async def recall(self, tenant_id: TenantId, conversation_id: str, history_bytes: int) -> Memory:
+        """Reads the newest prompt and the conversation's last turns in one round trip. Raises: NotFound."""
+        row = await self._database.fetch_row(tenant_id, RECALL, tenant_id, conversation_id, history_bytes)
+        if row is None or row["prompt_version"] is None:
+            raise NotFound("prompt")
+        if not row["conversation_known"]:
+            raise NotFound("conversation")
+        history = tuple(Turn(role, text) for role, text in zip(row["roles"], row["texts"], strict=True))
+        return Memory(row["prompt_text"], row["prompt_version"], history)
+
+    async def remember(self, tenant_id: TenantId, conversation_id: str, call_id: CallId, turns: Sequence[Turn]) -> None:
+        """Adds a call's turns to its conversation; repeatable by call id. A conversation deleted meanwhile stays deleted."""
+        # Postgres keeps every character but NUL.
+        roles, texts = [turn.role for turn in turns], [turn.text.replace("\x00", "\ufffd") for turn in turns]
+        await self._database.call(tenant_id, REMEMBER, tenant_id, conversation_id, call_id, roles, texts)
+
+    async def put_prompt(self, tenant_id: TenantId, text: str, *, only_first: bool) -> Prompt:
+        """Stores a new version unless the text is the newest already, or, with `only_first`, unless there is any."""
+        row = await self._database.fetch_row(tenant_id, PUT_PROMPT, tenant_id, text, only_first)
+        if row is None:
+            raise NotFound("prompt")
+        return Prompt(row["version"], row["text"], row["create_time"])
+
+    async def newest_prompt(self, tenant_id: TenantId) -> Prompt:
+        """Returns the newest version. Raises: NotFound."""
+        async with self._database.transaction(tenant_id) as connection:
+            row = await connection.fetchrow(NEWEST_PROMPT, tenant_id)
+        if row is None:
+            raise NotFound("prompt")
+        return Prompt(row["version"], row["text"], row["create_time"])
+
+    async def add_conversation(self, tenant_id: TenantId, conversation_id: str, user: str) -> Conversation:
+        """Begins a conversation."""
+        async with self._database.transaction(tenant_id) as connection:
+            create_time: datetime = await connection.fetchval(INSERT_CONVERSATION, tenant_id, conversation_id, user)
+        return Conversation(conversation_id, user, create_time)
+
+    async def turns(self, tenant_id: TenantId, conversation_id: str, after: int, count: int) -> Sequence[KeptTurn]:
+        """Returns the turns after a sequence number, oldest first. Raises: NotFound."""
+        async with self._database.transaction(tenant_id) as connection:
+            if not await connection.fetchval(CONVERSATION_EXISTS, tenant_id, conversation_id):
+                raise NotFound("conversation")
+            rows = await connection.fetch(LIST_TURNS, tenant_id, conversation_id, after, count)
+        return [KeptTurn(row["sequence"], row["role"], row["text"], row["call_id"], row["create_time"]) for row in rows]
+
+    async def delete_conversation(self, tenant_id: TenantId, conversation_id: str) -> None:
+        """Removes a conversation with its turns. Idempotent."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(DELETE_CONVERSATION, tenant_id, conversation_id)
+
+    async def erase(self, tenant_id: TenantId) -> Mapping[str, int]:
+        """Removes everything of the tenant and returns how many rows of each table. Idempotent."""
+        async with self._database.transaction(tenant_id) as connection:
+            # The driver answers with the command's tag, such as "DELETE 3".
+            return {kind: int((await connection.execute(sql, tenant_id)).split()[-1]) for kind, sql in ERASE.items()}
+
+    async def export(self, tenant_id: TenantId) -> AsyncGenerator[tuple[str, bytes], None]:
+        """Yields every record of the tenant as its kind and one JSON object."""
+        async for row in self._pages(tenant_id, EXPORT_PROMPTS, 0):
+            yield "postgres:inference.prompts", orjson.dumps(row)
+        async for row in self._pages(tenant_id, EXPORT_CONVERSATIONS, ""):
+            yield "postgres:inference.conversations", orjson.dumps(row)
+            async for turn in self._turns_of(tenant_id, str(row["conversation_id"])):
+                yield "postgres:inference.turns", turn
+
+    async def _pages(self, tenant_id: TenantId, sql: str, start: int | str) -> AsyncIterator[dict[str, object]]:
+        # By key and not by cursor: a slow reader must not keep a transaction open.
+        after = start
+        while True:
+            async with self._database.transaction(tenant_id) as connection:
+                rows = await connection.fetch(sql, tenant_id, after, _EXPORT_PAGE)
+            for row in rows:
+                yield dict(row)
+            if len(rows) < _EXPORT_PAGE:
+                return
+            after = rows[-1][0]
+
+    async def _turns_of(self, tenant_id: TenantId, conversation_id: str) -> AsyncIterator[bytes]:
+        after = 0
+        while True:
+            async with self._database.transaction(tenant_id) as connection:
+                rows = await connection.fetch(LIST_TURNS, tenant_id, conversation_id, after, _EXPORT_PAGE)
+            for row in rows:
+                yield orjson.dumps({"conversation_id": conversation_id, **dict(row)}, default=str)
+            if len(rows) < _EXPORT_PAGE:
+                return
+            after = rows[-1]["sequence"]

@@ -1,0 +1,205 @@
+"""One call as values: what is asked, what is held for it, how far its one attempt got, what came back. Decides nothing."""
+
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum, auto
+from typing import NamedTuple
+from uuid import UUID
+
+from services.inference.models import Model
+from services.inference.prompt_assembly import AssembledPrompt, Chunk, Turn
+from services.inference.worst_case import Hold, Price
+from services.kernel.ids import CallId, ReservationId, TenantId
+from services.kernel.tenant_context import TenantContext
+
+
+class CallRef(NamedTuple):
+    """An attempt, as the limits and the ledger know it."""
+
+    tenant_id: TenantId
+    reservation_id: ReservationId
+
+
+class RetrievalMode(Enum):
+    """Whether the tenant's documents are searched, and what a failed search means."""
+
+    OFF = auto()
+    BEST_EFFORT = auto()
+    REQUIRED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A validated request. `deadline` is on time.monotonic(), `context_tokens` the most input the plan and the model allow."""
+
+    call_id: CallId
+    tenant: TenantContext
+    tenant_id: TenantId
+    messages: tuple[Turn, ...]
+    model: Model
+    price: Price
+    max_output_tokens: int
+    context_tokens: int
+    weight: int
+    feature: str
+    user: str
+    conversation_id: str
+    retrieval: RetrievalMode
+    top_k: int
+    stop_sequences: tuple[str, ...]
+    deadline: float
+
+    @property
+    def with_documents(self) -> bool:
+        """True when documents are wanted."""
+        return self.retrieval is not RetrievalMode.OFF
+
+    def remaining_seconds(self) -> float:
+        """Returns how long the call may still take; below 0 when it is over."""
+        return self.deadline - time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class LimitLeft:
+    """A limit of the tenant as the hold left it."""
+
+    rule: str
+    limit: int
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What the limits hold."""
+
+    reservation_id: ReservationId
+    epoch: int
+    reserve_time: datetime
+    limits: tuple[LimitLeft, ...]
+
+
+@dataclass(slots=True)
+class Lease:
+    """A hold that is kept alive. `opened` once the ledger knows the call, `lost` once a store no longer does."""
+
+    ref: CallRef
+    opened: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens by price class."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        """All classes together."""
+        return self.input_tokens + self.output_tokens + self.cache_read_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens
+
+
+@dataclass(slots=True)
+class Received:
+    """What the provider sent so far; `complete` once its final usage arrived."""
+
+    usage: Usage = field(default_factory=Usage)
+    complete: bool = False
+    stop_reason: str = ""
+    provider_request_id: str = ""
+    parts: list[str] = field(default_factory=list)
+    dispatch_time: float = 0.0
+    first_token_time: float | None = None
+    end_time: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self.parts)
+
+    @property
+    def first_token_ms(self) -> int:
+        """From dispatch to the first text, 0 when there was none."""
+        return 0 if self.first_token_time is None else int((self.first_token_time - self.dispatch_time) * 1000)
+
+    @property
+    def total_ms(self) -> int:
+        """From dispatch to the end."""
+        return max(0, int((self.end_time - self.dispatch_time) * 1000))
+
+
+class Stage(Enum):
+    """How far an attempt got: what has to be undone depends on nothing else."""
+
+    RESERVED = auto()
+    OPENING = auto()
+    OPENED = auto()
+    DISPATCHED = auto()
+    ANSWERED = auto()
+
+
+@dataclass(slots=True)
+class Attempt:
+    """The one attempt at the provider that a reservation stands for."""
+
+    question: Question
+    hold: Hold
+    reservation: Reservation
+    lease: Lease
+    stage: Stage = Stage.RESERVED
+    received: Received = field(default_factory=Received)
+
+    @property
+    def ref(self) -> CallRef:
+        """Its name at the limits and the ledger."""
+        return self.lease.ref
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the tenant's own database says at the moment of the call: the newest prompt and the conversation's turns, oldest first."""
+
+    prompt: str
+    prompt_version: int
+    history: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The documents that were found; `degraded` when they were wanted and could not be had."""
+
+    chunks: tuple[Chunk, ...] = ()
+    degraded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All an attempt needs to be dispatched."""
+
+    prompt: AssembledPrompt
+    prompt_version: str
+    degraded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The ledger's answer: what the call cost and where that stands."""
+
+    cost_nano_usd: int
+    entry_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The call, finished."""
+
+    question: Question
+    ready: Ready
+    received: Received
+    settled: Settled
+    remaining: tuple[LimitLeft, ...]

@@ -1,0 +1,121 @@
+"""How attempts end: settled exactly, void, or unresolved; the limits hear of it only after the ledger. Never guesses a bill."""
+
+from collections.abc import Coroutine
+from typing import assert_never
+
+import structlog
+
+from services.inference.call import Attempt, Settled, Stage
+from services.inference.finishing import Finishing, until_acknowledged
+from services.inference.lease_keeper import LeaseKeeper
+from services.inference.ports import CallToSettle, CallToVoid, Ledger, Limits, Recollection
+from services.inference.prompt_assembly import ASSISTANT, Turn
+from services.inference.provider_failure import ProviderFailure
+from services.inference.refusals import SettlementPending
+from services.kernel.errors import MeshError
+
+log = structlog.get_logger(__name__)
+
+# How long the caller waits for an acknowledgement; the work itself goes on.
+SETTLE_SECONDS = 5.0
+REMEMBER_SECONDS = 2.0
+
+
+class Settlement:
+    """Brings every attempt to its end at the ledger, whatever happens to the caller meanwhile."""
+
+    def __init__(self, ledger: Ledger, limits: Limits, memory: Recollection, leases: LeaseKeeper, finishing: Finishing) -> None:
+        self._ledger = ledger
+        self._limits = limits
+        self._memory = memory
+        self._leases = leases
+        self._finishing = finishing
+
+    async def settle(self, attempt: Attempt) -> Settled:
+        """Records the exact usage and the conversation's turns.
+
+        Raises: SettlementPending when the ledger did not confirm in time; the settlement goes on, with the lease kept.
+        """
+        question = attempt.question
+        # Both are started before anything is awaited: a cancellation that is already on its way must not come between.
+        settling = self._finishing.start(question.tenant, self._settle(attempt))
+        remembering = self._finishing.start(question.tenant, self._remember(attempt)) if question.conversation_id else None
+        settled = await self._finishing.wait(settling, SETTLE_SECONDS)
+        if remembering is not None:
+            await self._finishing.wait(remembering, REMEMBER_SECONDS)
+        if settled is None:
+            raise SettlementPending(question.call_id)
+        return settled
+
+    async def end(self, attempt: Attempt, error: BaseException) -> None:
+        """Ends an attempt that did not come to its answer, by how far it got and by what is certain about its bill."""
+        work = self._ending(attempt, error)
+        if work is None:
+            return
+        try:
+            await self._finishing.wait(self._finishing.start(attempt.question.tenant, work), SETTLE_SECONDS)
+        except MeshError as failure:
+            # The caller hears why its call failed, not how the clean-up did; the lease sweep covers the rest.
+            log.error("attempt_end_refused", reservation_id=str(attempt.ref.reservation_id), error=str(failure))
+
+    def _ending(self, attempt: Attempt, error: BaseException) -> Coroutine[object, object, object] | None:
+        match attempt.stage:
+            case Stage.RESERVED:
+                return self._release(attempt)
+            case Stage.OPENING | Stage.OPENED:
+                return self._void_and_release(attempt, _cause(attempt, error))
+            case Stage.DISPATCHED if attempt.received.complete:
+                return self._settle(attempt)
+            case Stage.DISPATCHED if isinstance(error, ProviderFailure) and error.unbilled:
+                return self._void_and_release(attempt, error.cause)
+            case Stage.DISPATCHED:
+                return self._leave_unresolved(attempt, _cause(attempt, error))
+            case Stage.ANSWERED:
+                return None
+            case _:
+                assert_never(attempt.stage)
+
+    async def _settle(self, attempt: Attempt) -> Settled:
+        try:
+            return await until_acknowledged(lambda: self._ledger.settle(CallToSettle(attempt.ref, attempt.received)))
+        finally:
+            self._leases.end(attempt.lease)
+
+    async def _void_and_release(self, attempt: Attempt, cause: str) -> None:
+        # Released only after the void was acknowledged: a late Open must find the tombstone, not a freed hold.
+        await self._void(attempt, CallToVoid(attempt.ref, certain=True, cause=cause))
+        await self._release(attempt)
+
+    async def _leave_unresolved(self, attempt: Attempt, cause: str) -> None:
+        await self._void(attempt, CallToVoid(attempt.ref, certain=False, cause=cause, received=attempt.received.usage))
+
+    async def _void(self, attempt: Attempt, call: CallToVoid) -> None:
+        try:
+            await until_acknowledged(lambda: self._ledger.void(call))
+        finally:
+            self._leases.end(attempt.lease)
+
+    async def _release(self, attempt: Attempt) -> None:
+        self._leases.end(attempt.lease)
+        try:
+            await self._limits.release(attempt.question.tenant, attempt.ref.reservation_id, attempt.reservation.epoch)
+        except MeshError as error:
+            # Only an early release: the ledger's outbox or the lease's end let the hold go as well.
+            log.warning("hold_not_released", reservation_id=str(attempt.ref.reservation_id), error=str(error))
+
+    async def _remember(self, attempt: Attempt) -> None:
+        question = attempt.question
+        turns = (*question.messages, Turn(ASSISTANT, attempt.received.text))
+        try:
+            await until_acknowledged(lambda: self._memory.remember(question.tenant_id, question.conversation_id, question.call_id, turns))
+        except Exception:
+            # The answer is billed and delivered whatever becomes of the conversation.
+            log.exception("turns_not_stored", call_id=str(question.call_id))
+
+
+def _cause(attempt: Attempt, error: BaseException) -> str:
+    if isinstance(error, ProviderFailure):
+        return error.cause
+    if isinstance(error, MeshError):
+        return error.reason_name.lower()
+    return "deadline" if attempt.question.remaining_seconds() <= 0 else "cancelled"

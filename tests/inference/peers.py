@@ -1,0 +1,252 @@
+"""The peers of the inference service as scripted gRPC servers of their real contracts: they answer as told and record what they heard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from mesh.common.v1.tenant_claims_pb2 import TenantClaims
+from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
+from mesh.metering.v1 import ledger_service_pb2_grpc as ledger_grpc
+from mesh.metering.v1 import price_service_pb2 as price_pb
+from mesh.metering.v1 import price_service_pb2_grpc as price_grpc
+from mesh.ratelimit.v1 import rate_limit_service_pb2 as limit_pb
+from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc as limit_grpc
+from mesh.retrieval.v1 import search_service_pb2 as search_pb
+from mesh.retrieval.v1 import search_service_pb2_grpc as search_grpc
+from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
+from mesh.tenant.v1 import authentication_service_pb2_grpc as auth_grpc
+from mesh.tenant.v1 import tenant_service_pb2 as tenant_pb
+from mesh.tenant.v1 import tenant_service_pb2_grpc as tenant_grpc
+from services.kernel.context_token import SigningKey, mint
+from services.kernel.errors import MeshError
+from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.rpc.wire_status import DETAILS_KEY, encode
+
+HAIKU = "claude-haiku-4-5-20251001"
+OPUS = "claude-opus-4-6"
+EVERY_SCOPE = ("inference:generate", "prompts:read", "prompts:write", "conversations:read", "conversations:write")
+INPUT_PRICE, OUTPUT_PRICE = 1_000_000_000, 5_000_000_000
+ENTRY_ID = UUID("01900000-0000-7000-8000-00000000000e")
+
+Hook = Callable[[Any], Any]
+
+
+@dataclass
+class Tenant:
+    """A tenant as the scripted tenant service knows it."""
+
+    config: tenant_pb.TenantConfig
+    key: str
+
+    @property
+    def tenant_id(self) -> TenantId:
+        return TenantId(UUID(self.config.tenant_id))
+
+
+@dataclass
+class Script:
+    """What was heard, in order, and what to answer instead of the usual: one hook an event, called with the request.
+
+    A hook may return an answer, return None for the usual one, or raise a MeshError; it may be awaited.
+    """
+
+    heard: list[tuple[str, Any]] = field(default_factory=list)
+    hooks: dict[str, Hook] = field(default_factory=dict)
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    settled: dict[bytes, Any] = field(default_factory=dict)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def names(self, *ignored: str) -> list[str]:
+        """The events in order, immediate repetitions once, housekeeping left out."""
+        passed_over = {"authenticate", "keys", "config", "prices", "renew", "renew_calls", *ignored}
+        found: list[str] = []
+        for name, _ in self.heard:
+            if name not in passed_over and (not found or found[-1] != name):
+                found.append(name)
+        return found
+
+    def all(self, name: str) -> list[Any]:
+        """Every request of one kind."""
+        return [request for heard, request in self.heard if heard == name]
+
+    async def hear(self, name: str, request: Any, context: Any, usual: Callable[[], Any]) -> Any:
+        async with self.changed:
+            self.heard.append((name, request))
+            self.changed.notify_all()
+        hook = self.hooks.get(name)
+        try:
+            answer = hook(request) if hook else None
+            if asyncio.iscoroutine(answer):
+                answer = await answer
+        except MeshError as error:
+            await context.abort(error.code, error.message, ((DETAILS_KEY, encode(error)),))
+        return usual() if answer is None else answer
+
+    async def wait_for(self, *names: str) -> None:
+        """Returns once each of the events was heard."""
+        async with asyncio.timeout(5.0), self.changed:
+            await self.changed.wait_for(lambda: {name for name, _ in self.heard} >= set(names))
+
+
+class Trust(auth_grpc.AuthenticationServiceServicer, tenant_grpc.TenantServiceServicer):
+    """The tenant service."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.signing = SigningKey("k1", Ed25519PrivateKey.generate())
+
+    def token(self, tenant: Tenant, subject: str = "key:1") -> str:
+        claims = TenantClaims(
+            tenant_id=tenant.tenant_id.bytes, tier=tenant.config.tier, region="local", subject=subject, config_version=tenant.config.version
+        )
+        claims.scopes.extend(sorted(EVERY_SCOPE))
+        claims.issue_time.FromDatetime(datetime.now(UTC))
+        claims.expire_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=200))
+        return mint(claims, self.signing)
+
+    async def Authenticate(self, request: Any, context: Any) -> Any:
+        return await self.script.hear(
+            "authenticate",
+            request,
+            context,
+            lambda: auth_pb.AuthenticateResponse(context_token=self.token(self.script.tenants[request.credential])),
+        )
+
+    async def GetContextKeys(self, request: Any, context: Any) -> Any:
+        public = self.signing.private_key.public_key().public_bytes_raw()
+        return auth_pb.GetContextKeysResponse(keys=[auth_pb.ContextKey(key_id="k1", public_key=public)])
+
+    async def GetTenantConfig(self, request: Any, context: Any) -> Any:
+        tenant_id = dict(context.invocation_metadata())["x-tenant-id"]
+        config = next(tenant.config for tenant in self.script.tenants.values() if tenant.config.tenant_id == tenant_id)
+        return await self.script.hear("config", request, context, lambda: tenant_pb.GetTenantConfigResponse(config=config))
+
+
+class Limits(limit_grpc.RateLimitServiceServicer):
+    """The ratelimit service."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    async def Reserve(self, request: Any, context: Any) -> Any:
+        def usual() -> Any:
+            response = limit_pb.ReserveResponse(epoch=7)
+            response.reserve_time.FromDatetime(datetime.now(UTC))
+            response.limits.add(rule="requests_per_minute", limit=60, used=1, remaining=59)
+            response.limits.add(rule="tokens_per_day", limit=1_000_000, remaining=1_000_000 - request.amounts.tokens)
+            response.limits.add(rule="cost_nano_usd_per_month", limit=10**12, remaining=10**12 - request.amounts.cost_nano_usd)
+            response.limits.add(rule="concurrent_calls", limit=5, used=1, remaining=4)
+            return response
+
+        return await self.script.hear("reserve", request, context, usual)
+
+    async def Renew(self, request: Any, context: Any) -> Any:
+        return await self.script.hear("renew", request, context, limit_pb.RenewResponse)
+
+    async def Release(self, request: Any, context: Any) -> Any:
+        return await self.script.hear("release", request, context, limit_pb.ReleaseResponse)
+
+
+class Ledger(ledger_grpc.LedgerServiceServicer, price_grpc.PriceServiceServicer):
+    """The metering service."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    async def OpenCalls(self, request: Any, context: Any) -> Any:
+        return await self.script.hear(
+            "open", request, context, lambda: opened(request, ledger_pb.OPEN_OUTCOME_OPENED, ledger_pb.CALL_STATE_OPEN)
+        )
+
+    async def SettleCalls(self, request: Any, context: Any) -> Any:
+        def usual() -> Any:
+            response = ledger_pb.SettleCallsResponse()
+            for call in request.calls:
+                self.script.settled[call.ref.reservation_id] = call
+                cost = (call.usage.input_tokens * INPUT_PRICE + call.usage.output_tokens * OUTPUT_PRICE) // 1_000_000
+                response.results.add(outcome=ledger_pb.SETTLE_OUTCOME_SETTLED, cost_nano_usd=cost, entry_id=ENTRY_ID.bytes)
+            return response
+
+        return await self.script.hear("settle", request, context, usual)
+
+    async def VoidCalls(self, request: Any, context: Any) -> Any:
+        states = {ledger_pb.VOID_KIND_NOT_BILLED: ledger_pb.CALL_STATE_VOID, ledger_pb.VOID_KIND_UNKNOWN: ledger_pb.CALL_STATE_UNRESOLVED}
+        certain = all(call.kind == ledger_pb.VOID_KIND_NOT_BILLED for call in request.calls)
+        return await self.script.hear(
+            "void" if certain else "void_unknown",
+            request,
+            context,
+            lambda: ledger_pb.VoidCallsResponse(states=[states[call.kind] for call in request.calls]),
+        )
+
+    async def RenewCalls(self, request: Any, context: Any) -> Any:
+        return await self.script.hear("renew_calls", request, context, ledger_pb.RenewCallsResponse)
+
+    async def GetPriceBook(self, request: Any, context: Any) -> Any:
+        return await self.script.hear("prices", request, context, price_book)
+
+
+class Search(search_grpc.SearchServiceServicer):
+    """The retrieval service."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    async def Search(self, request: Any, context: Any) -> Any:
+        return await self.script.hear("search", request, context, lambda: search_pb.SearchResponse(chunks=[chunk()]))
+
+
+def opened(request: Any, outcome: Any, state: Any = ledger_pb.CALL_STATE_UNSPECIFIED) -> ledger_pb.OpenCallsResponse:
+    """The same outcome for every call of the request."""
+    return ledger_pb.OpenCallsResponse(results=[ledger_pb.OpenResult(outcome=outcome, state=state) for _ in request.calls])
+
+
+def price_book(version: str = "prices-1", models: tuple[str, ...] = (HAIKU, OPUS)) -> price_pb.GetPriceBookResponse:
+    """A book in which every model costs the same."""
+    prices = [price_pb.ModelPrice(provider="anthropic", model=model, input=INPUT_PRICE, output=OUTPUT_PRICE) for model in models]
+    return price_pb.GetPriceBookResponse(version=version, prices=prices)
+
+
+def chunk(text: str = "Refunds are paid within 14 days.", title: str = "Refund policy", key: str = "refunds.md") -> search_pb.FoundChunk:
+    """A chunk of a document."""
+    return search_pb.FoundChunk(
+        chunk_id=str(new_uuid7()), document_id=str(new_uuid7()), document_key=key, title=title, text=text, score=0.9, end_offset=len(text)
+    )
+
+
+@dataclass
+class Peers:
+    """The running peers: one server stands for all four."""
+
+    script: Script
+    trust: Trust
+    address: str
+
+
+@asynccontextmanager
+async def running_peers() -> AsyncIterator[Peers]:
+    """Serves every contract inference depends on, on one loopback port."""
+    script = Script()
+    trust, ledger = Trust(script), Ledger(script)
+    server = grpc.aio.server()
+    auth_grpc.add_AuthenticationServiceServicer_to_server(trust, server)
+    tenant_grpc.add_TenantServiceServicer_to_server(trust, server)
+    limit_grpc.add_RateLimitServiceServicer_to_server(Limits(script), server)
+    ledger_grpc.add_LedgerServiceServicer_to_server(ledger, server)
+    price_grpc.add_PriceServiceServicer_to_server(ledger, server)
+    search_grpc.add_SearchServiceServicer_to_server(Search(script), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield Peers(script, trust, f"127.0.0.1:{port}")
+    finally:
+        await server.stop(0)
