@@ -14,6 +14,7 @@ from services.inference.adapters.postgres import PostgresMemory
 from services.inference.adapters.price_book import MeteringPrices
 from services.inference.adapters.ratelimit_client import RatelimitLimits
 from services.inference.adapters.retrieval_client import RetrievalDocuments
+from services.inference.adapters.traced_provider import TracedProvider
 from services.inference.admission import AdmissionGate
 from services.inference.finishing import Finishing
 from services.inference.lease_keeper import LeaseKeeper
@@ -83,7 +84,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             ledger=ledger,
             documents=documents,
             memory=memory,
-            provider=provider,
+            provider=TracedProvider(provider),
             gate=gate,
             leases=leases,
             settlement=Settlement(ledger, limits, memory, leases, finishing),

@@ -5,7 +5,7 @@ from services.kernel.errors import MeshError
 from services.kernel.ids import CallId
 
 # The provider answers these before it works on a request. Anything else may have been billed.
-UNBILLED_STATUSES = frozenset((400, 401, 403, 404, 413, 429, 529))
+UNBILLED_STATUSES = frozenset((400, 401, 403, 404, 413, 422, 429, 529))
 _REFUSING_STATUSES = frozenset((400, 404, 413, 422))
 _KEY_STATUSES = frozenset((401, 403))
 

@@ -4,7 +4,16 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr
 
-from services.kernel.settings import ServiceSettings
+from services.kernel.settings import (
+    ListenAddress,
+    MeteringAddress,
+    PostgresAdminDsn,
+    PostgresDsn,
+    PostgresJobsDsn,
+    RatelimitAddress,
+    RetrievalAddress,
+    ServiceSettings,
+)
 
 
 class InferenceSettings(ServiceSettings):
@@ -12,19 +21,19 @@ class InferenceSettings(ServiceSettings):
 
     service_name: ClassVar[str] = "inference"
 
-    listen_address: str = "127.0.0.1:7403"
-    postgres_dsn: SecretStr = SecretStr("")
-    postgres_jobs_dsn: SecretStr = SecretStr("")
-    postgres_admin_dsn: SecretStr = SecretStr("")
-    ratelimit_address: str = "127.0.0.1:7402"
-    retrieval_address: str = "127.0.0.1:7404"
-    metering_address: str = "127.0.0.1:7405"
-    # Empty is Anthropic's own.
-    provider_base_url: str = ""
-    anthropic_api_key: SecretStr = SecretStr("")
-    # The request header that carries the call id to the provider; empty sends none.
-    provider_call_id_header: str = ""
-    max_concurrent_provider_calls: int = Field(default=256, ge=1)
-    max_waiting_calls: int = Field(default=1024, ge=0)
-    default_call_deadline_seconds: float = Field(default=120.0, gt=0.0)
-    postgres_pool_size: int = Field(default=8, ge=1)
+    listen_address: ListenAddress = "127.0.0.1:7403"
+    postgres_dsn: PostgresDsn = SecretStr("")
+    postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
+    postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
+    retrieval_address: RetrievalAddress = "127.0.0.1:7404"
+    metering_address: MeteringAddress = "127.0.0.1:7405"
+    provider_base_url: str = Field(default="", description="whatever speaks Anthropic's Messages API; empty: Anthropic's own")
+    anthropic_api_key: SecretStr = Field(default=SecretStr(""), description="the provider account's key")
+    provider_call_id_header: str = Field(default="", description="request header that carries the call id to the provider; empty: none")
+    max_concurrent_provider_calls: int = Field(
+        default=256, ge=1, description="provider calls under way in this process; others wait their turn"
+    )
+    max_waiting_calls: int = Field(default=1024, ge=0, description="calls that may wait for their turn; more are refused")
+    default_call_deadline_seconds: float = Field(default=120.0, gt=0.0, description="how long a call may take whose caller set no deadline")
+    postgres_pool_size: int = Field(default=8, ge=1, description="connections to Postgres")

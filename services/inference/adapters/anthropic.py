@@ -19,6 +19,7 @@ from services.inference.call import Question, Received, Usage
 from services.inference.prompt_assembly import AssembledPrompt
 from services.inference.provider_failure import ProviderFailure
 
+ANTHROPIC_URL = "https://api.anthropic.com"
 _CONNECT_SECONDS = 5.0
 _MAX_STOP_REASON_LENGTH = 100
 _MAX_REQUEST_ID_LENGTH = 200
@@ -34,7 +35,8 @@ class AnthropicProvider:
         self._call_id_header = call_id_header
         self._client = anthropic.AsyncAnthropic(
             api_key=api_key,
-            base_url=base_url or None,
+            # Never left to the SDK, which would read an address out of the environment.
+            base_url=base_url or ANTHROPIC_URL,
             max_retries=0,
             # The transport's own pool must never be a second, hidden queue behind the fair one.
             http_client=anthropic.DefaultAioHttpClient(

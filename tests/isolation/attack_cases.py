@@ -1,0 +1,134 @@
+"""For every rpc of the mesh a well-formed request that aims at the tenant whose ids it is given.
+
+Well-formed on purpose: where a guard fails, the request must really do its harm, or the attack would prove nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from uuid import UUID
+
+from google.protobuf.message import Message
+
+from services.kernel.ids import new_uuid7
+from tests.isolation.surface import Rpc
+from tests.isolation.target import Ids, in_seconds
+
+# Requests are written as the fields they set; the classes come from the reflected pool. `Any`: protobuf's own constructor.
+Fields = dict[str, Any]
+Case = Callable[[Ids], Fields]
+
+TAMPERED = "tampered by a stranger"
+
+
+def _question(ids: Ids) -> Fields:
+    return {
+        "messages": [{"role": 1, "text": "What is the vault code?"}],
+        "options": {"max_output_tokens": 20, "conversation_id": ids.conversation_id, "retrieval": {"mode": 3}},
+    }
+
+
+def _ref(ids: Ids) -> Fields:
+    return {"tenant_id": ids.tenant_id.bytes, "reservation_id": UUID(ids.reservation_id).bytes}
+
+
+def _opening(ids: Ids) -> Fields:
+    return {
+        "ref": _ref(ids),
+        "call_id": UUID(ids.call_id).bytes,
+        "attempt": 1,
+        "reserve_time": in_seconds(0),
+        "dispatch_deadline": in_seconds(30),
+        "bound_tokens": 100,
+        "bound_nano_usd": 1000,
+        "price_version": "any",
+        "provider": "anthropic",
+        "model": "claude-haiku-4-5-20251001",
+    }
+
+
+def _nothing(_: Ids) -> Fields:
+    return {}
+
+
+CASES: Mapping[str, Case] = {
+    "/mesh.common.v1.TenantLifecycleService/ProvisionTenant": _nothing,
+    "/mesh.common.v1.TenantLifecycleService/EraseTenant": _nothing,
+    "/mesh.common.v1.TenantLifecycleService/ExportTenant": _nothing,
+    "/mesh.tenant.v1.TenantService/CreateTenant": lambda ids: {
+        "request_id": ids.call_id,
+        "slug": f"stolen-{ids.key_id}",
+        "display_name": TAMPERED,
+        "plan": "enterprise",
+        "owner_email": "thief@example.com",
+    },
+    "/mesh.tenant.v1.TenantService/GetTenant": _nothing,
+    "/mesh.tenant.v1.TenantService/ListTenants": lambda ids: {"page_size": 1000},
+    "/mesh.tenant.v1.TenantService/GetTenantConfig": _nothing,
+    "/mesh.tenant.v1.ApiKeyService/CreateApiKey": lambda ids: {"display_name": TAMPERED, "scopes": ["tenant:admin"]},
+    "/mesh.tenant.v1.ApiKeyService/ListApiKeys": lambda ids: {
+        "page_size": 1000,
+        "page_token": ids.page_token("/mesh.tenant.v1.ApiKeyService/ListApiKeys"),
+    },
+    "/mesh.tenant.v1.ApiKeyService/RevokeApiKey": lambda ids: {"key_id": ids.key_id},
+    "/mesh.tenant.v1.PlanService/ListPlans": _nothing,
+    "/mesh.tenant.v1.AuthenticationService/Authenticate": lambda ids: {
+        "credential": f"ten_free_{ids.key_id}_guess",
+        "claimed_tenant_id": ids.tenant_id.bytes,
+    },
+    "/mesh.tenant.v1.AuthenticationService/GetContextKeys": _nothing,
+    "/mesh.ratelimit.v1.RateLimitService/Reserve": lambda ids: {
+        "reservation_id": ids.reservation_id,
+        "amounts": {"tokens": 10, "cost_nano_usd": 1000},
+    },
+    "/mesh.ratelimit.v1.RateLimitService/Renew": lambda ids: {"reservations": [_ref(ids)]},
+    "/mesh.ratelimit.v1.RateLimitService/Release": lambda ids: {"reservation_id": ids.reservation_id, "epoch": 1},
+    "/mesh.ratelimit.v1.RateLimitService/Commit": lambda ids: {
+        "commits": [{"reservation": _ref(ids), "epoch": 1, "kind": 1, "actual": {"tokens": 5_000_000, "cost_nano_usd": 10**12}}]
+    },
+    "/mesh.ratelimit.v1.RateLimitService/Check": lambda ids: {"amounts": {"tokens": 10, "cost_nano_usd": 1000}},
+    "/mesh.ratelimit.v1.RateLimitService/ListLimits": _nothing,
+    "/mesh.inference.v1.InferenceService/Generate": _question,
+    "/mesh.inference.v1.InferenceService/StreamGenerate": _question,
+    "/mesh.inference.v1.ConversationService/CreateConversation": lambda ids: {"user": TAMPERED},
+    "/mesh.inference.v1.ConversationService/ListTurns": lambda ids: {
+        "conversation_id": ids.conversation_id,
+        "page_token": ids.page_token("/mesh.inference.v1.ConversationService/ListTurns"),
+    },
+    "/mesh.inference.v1.ConversationService/DeleteConversation": lambda ids: {"conversation_id": ids.conversation_id},
+    "/mesh.inference.v1.PromptService/PutPrompt": lambda ids: {"text": TAMPERED},
+    "/mesh.inference.v1.PromptService/GetPrompt": _nothing,
+    "/mesh.retrieval.v1.DocumentService/UpsertDocuments": lambda ids: {
+        "documents": [{"document_key": ids.document_key, "title": TAMPERED, "text": TAMPERED}]
+    },
+    "/mesh.retrieval.v1.DocumentService/GetDocument": lambda ids: {"document_id": ids.document_id},
+    "/mesh.retrieval.v1.DocumentService/ListDocuments": lambda ids: {
+        "page_size": 1000,
+        "page_token": ids.page_token("/mesh.retrieval.v1.DocumentService/ListDocuments"),
+    },
+    "/mesh.retrieval.v1.DocumentService/DeleteDocument": lambda ids: {"document_id": ids.document_id},
+    "/mesh.retrieval.v1.SearchService/Search": lambda ids: {"query": "What is the vault code?", "top_k": 50},
+    "/mesh.metering.v1.LedgerService/OpenCalls": lambda ids: {"calls": [_opening(ids)]},
+    "/mesh.metering.v1.LedgerService/SettleCalls": lambda ids: {"calls": [{"ref": _ref(ids), "usage": {"output_tokens": 99_999}}]},
+    "/mesh.metering.v1.LedgerService/VoidCalls": lambda ids: {"calls": [{"ref": _ref(ids), "kind": 1, "cause": "stolen"}]},
+    "/mesh.metering.v1.LedgerService/RenewCalls": lambda ids: {"calls": [_ref(ids)]},
+    "/mesh.metering.v1.LedgerService/FenceCalls": lambda ids: {"calls": [{"ref": _ref(ids), "epoch": 1}]},
+    "/mesh.metering.v1.LedgerService/BeginEpoch": lambda ids: {"nonce": new_uuid7().hex},
+    "/mesh.metering.v1.PriceService/GetPriceBook": _nothing,
+    "/mesh.metering.v1.UsageService/GetUsageReport": _nothing,
+    "/mesh.metering.v1.UsageService/ListCalls": lambda ids: {"page_size": 1000},
+    "/mesh.metering.v1.UsageService/GetCall": lambda ids: {"call_id": ids.call_id},
+}
+
+# Erasing is aimed at tenants made for it: every other attack must leave its tenants standing.
+ENDS_ITS_TENANT = frozenset({"/mesh.common.v1.TenantLifecycleService/EraseTenant"})
+
+
+def aimed_at(rpc: Rpc, ids: Ids) -> Message:
+    """Builds the attack on this rpc. Raises: KeyError for an rpc without one."""
+    return rpc.request_type(**CASES[rpc.path](ids))
+
+
+def names_an_id(rpc: Rpc) -> bool:
+    """Tells whether the request differs with the ids it aims at."""
+    first, second = Ids.never_existed(), Ids.never_existed()
+    return CASES[rpc.path](first) != CASES[rpc.path](second)

@@ -1,0 +1,90 @@
+"""Everything the stores keep of one tenant, as digests that change when anything of it does; read past every wall, as superuser."""
+
+from typing import Any, cast
+
+import asyncpg
+import grpc
+from qdrant_client import grpc as q
+from redis.asyncio import Redis
+
+from devstack.environment import DATABASE
+from devstack.stack import Stack
+from services.kernel.ids import TenantId
+
+SCHEMAS = ("inference", "metering", "retrieval", "tenant")
+TENANT_TABLES = """
+SELECT format('%I.%I', n.nspname, c.relname) AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = ANY($1) AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+  AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'tenant_id' AND NOT a.attisdropped)
+ORDER BY 1
+"""
+# A key's last use changes by looking; it is nothing an attacker could want to change.
+TABLE_DIGEST = """
+SELECT count(*) || ' rows ' || coalesce(md5(string_agg(r, '|' ORDER BY r)), '')
+FROM (SELECT (to_jsonb(t) - 'last_use_time')::text AS r FROM {table} t WHERE tenant_id = $1) rows
+"""
+# Refusals of a tenant's own keys are recorded there: attacks that fail leave their trace in it.
+AUDIT = "tenant.audit"
+UNSENT = "SELECT count(*) FROM metering.outbox WHERE tenant_id = $1"
+COUNTERS = ("epoch", "outstanding", "tokens_used", "tokens_held", "cost_used", "cost_held")
+
+
+async def superuser(stack: Stack) -> asyncpg.Connection:
+    """A connection that no policy holds."""
+    return await asyncpg.connect(stack.postgres.dsn(DATABASE))
+
+
+def redis_of(stack: Stack) -> Redis:
+    """A client with the password of the mesh."""
+    return Redis(port=stack.ports.redis, password=stack.state.secrets.redis_password)
+
+
+async def tenant_tables(connection: asyncpg.Connection) -> list[str]:
+    """Every table that has a tenant_id, from the catalog."""
+    return [row["name"] for row in await connection.fetch(TENANT_TABLES, list(SCHEMAS))]
+
+
+async def fingerprint(stack: Stack, tenant_id: TenantId) -> dict[str, str]:
+    """Digests by store and table."""
+    connection = await superuser(stack)
+    try:
+        while await connection.fetchval(UNSENT, tenant_id):
+            continue
+        found = {
+            table: str(await connection.fetchval(TABLE_DIGEST.format(table=table), tenant_id))
+            for table in await tenant_tables(connection)
+            if table != AUDIT
+        }
+    finally:
+        await connection.close()
+    return found | await _counters(stack, tenant_id) | await _points(stack, tenant_id)
+
+
+async def _counters(stack: Stack, tenant_id: TenantId) -> dict[str, str]:
+    async with redis_of(stack) as redis:
+        kept = cast("dict[bytes, bytes]", await redis.hgetall(f"{{{tenant_id}}}:meta"))
+    return {f"redis {name.decode()}": value.decode() for name, value in kept.items() if name.decode().startswith(COUNTERS)}
+
+
+async def _points(stack: Stack, tenant_id: TenantId) -> dict[str, str]:
+    points = await scroll(stack, f"t_{tenant_id.hex}")
+    return {"qdrant": repr(sorted((point.id.uuid, repr(sorted(payload_of(point).items()))) for point in points))}
+
+
+async def scroll(stack: Stack, collection: str) -> list[Any]:
+    """Every point of a collection, with the key that has every right."""
+    async with qdrant(stack) as channel:
+        stub = q.PointsStub(channel)  # type: ignore[no-untyped-call] # generated
+        request = q.ScrollPoints(collection_name=collection, limit=10_000, with_payload=q.WithPayloadSelector(enable=True))
+        answer = await stub.Scroll(request, metadata=(("api-key", stack.state.secrets.qdrant_api_key),), timeout=10)
+    return list(answer.result)
+
+
+def payload_of(point: Any) -> dict[str, str]:
+    """A point's payload as text."""
+    return {name: value.string_value for name, value in point.payload.items()}
+
+
+def qdrant(stack: Stack) -> Any:
+    """A channel to the vector store."""
+    return grpc.aio.insecure_channel(stack.ports.address("qdrant"))

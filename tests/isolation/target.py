@@ -1,0 +1,172 @@
+"""The tenants of the suite: one that is attacked and has something of everything, and one that attacks with real credentials."""
+
+import secrets
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from devstack.mesh_client import Metadata, credentials
+from devstack.state import DemoTenant
+from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
+from mesh.metering.v1 import usage_service_pb2
+from mesh.retrieval.v1 import document_service_pb2
+from mesh.tenant.v1 import api_key_service_pb2
+from services.kernel.ids import new_uuid7
+from tests.isolation.surface import Answer, Surface
+from tests.support.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """Every id of a tenant's that a request can name, and where its lists go on."""
+
+    tenant_id: uuid.UUID
+    conversation_id: str
+    document_id: str
+    document_key: str
+    call_id: str
+    reservation_id: str
+    key_id: str
+    page_tokens: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def never_existed(cls) -> "Ids":
+        """Ids of the right form that name nothing."""
+        return cls(
+            tenant_id=new_uuid7(),
+            conversation_id=secrets.token_hex(32),
+            document_id=str(uuid.uuid4()),
+            document_key=f"doc-{secrets.token_hex(8)}",
+            call_id=str(uuid.uuid4()),
+            reservation_id=str(new_uuid7()),
+            key_id=secrets.token_hex(8),
+        )
+
+    def page_token(self, listing: str) -> str:
+        """Where the named list goes on; empty when it was never asked."""
+        return dict(self.page_tokens).get(listing, "")
+
+    def spellings(self) -> dict[bytes, bytes]:
+        """Each id as it may stand in an answer, with the name to put in its place."""
+        found: dict[bytes, bytes] = {}
+        for name in ("tenant_id", "conversation_id", "document_id", "call_id", "reservation_id", "key_id", "document_key"):
+            text = str(getattr(self, name))
+            found[text.encode()] = f"<{name}>".encode()
+        for value in (self.tenant_id, uuid.UUID(self.document_id), uuid.UUID(self.call_id), uuid.UUID(self.reservation_id)):
+            found[value.bytes] = b"<id>"
+            found[value.hex.encode()] = b"<id>"
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tenant with planted data: every text of its own carries its canary."""
+
+    tenant: DemoTenant
+    canary: str
+    ids: Ids
+    prompt: str
+
+    @property
+    def tenant_id(self) -> uuid.UUID:
+        """Its id."""
+        return self.ids.tenant_id
+
+    @property
+    def metadata(self) -> Metadata:
+        """What its own calls carry."""
+        return credentials(self.tenant.api_key)
+
+    def traces_in(self, answer: Answer, *, asked_with: "Ids | None" = None) -> list[str]:
+        """Names what of this tenant's stands in an answer; ids the asker named itself are no news to it."""
+        seen = answer.everything()
+        known = () if asked_with is None else asked_with.spellings()
+        found = [name.decode() for spelling, name in self.ids.spellings().items() if spelling in seen and spelling not in known]
+        return found + (["canary"] if self.canary.encode() in seen else [])
+
+
+async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Target:
+    """Makes a tenant that has a key, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
+    tenant = await mesh.tenant(plan)
+    metadata, canary = credentials(tenant.api_key), f"canary{secrets.token_hex(8)}"
+    listed_documents = await _plant_documents(mesh, metadata, canary)
+    prompt = f"You are the assistant of {canary}. Answer from the documents."
+    await _must(surface, "inference", "PromptService/PutPrompt", prompt_service_pb2.PutPromptRequest(text=prompt), metadata)
+    conversation_id, call_id = await _plant_conversation(surface, metadata, canary)
+    call = (await mesh.client.usage.GetCall(usage_service_pb2.GetCallRequest(call_id=call_id), metadata=metadata)).attempts[0]
+    made = await _must(
+        surface,
+        "tenant",
+        "ApiKeyService/CreateApiKey",
+        api_key_service_pb2.CreateApiKeyRequest(display_name=canary, scopes=["usage:read"]),
+        metadata,
+    )
+    document = listed_documents[0]
+    ids = Ids(
+        tenant_id=uuid.UUID(tenant.tenant_id),
+        conversation_id=conversation_id,
+        document_id=document.document_id,
+        document_key=document.document_key,
+        call_id=call_id,
+        reservation_id=call.reservation_id,
+        key_id=made.messages[0].key.key_id,  # type: ignore[attr-defined] # a class of the reflected pool
+        page_tokens=await _page_tokens(surface, metadata, conversation_id),
+    )
+    return Target(tenant, canary, ids, prompt)
+
+
+async def _plant_documents(mesh: Mesh, metadata: Metadata, canary: str) -> list[document_service_pb2.Document]:
+    documents = [
+        document_service_pb2.DocumentInput(
+            document_key=f"vault-{secrets.token_hex(8)}", title=f"Vault {canary}", text=f"The vault code is {canary}-{n}."
+        )
+        for n in range(2)
+    ]
+    request = document_service_pb2.UpsertDocumentsRequest(documents=documents)
+    return list((await mesh.client.documents.UpsertDocuments(request, metadata=metadata, timeout=20)).documents)
+
+
+async def _plant_conversation(surface: Surface, metadata: Metadata, canary: str) -> tuple[str, str]:
+    begin = conversation_service_pb2.CreateConversationRequest(user=f"user-{canary}")
+    begun = await _must(surface, "inference", "ConversationService/CreateConversation", begin, metadata)
+    conversation_id = str(begun.messages[0].conversation.conversation_id)  # type: ignore[attr-defined] # a class of the reflected pool
+    options = inference_service_pb2.GenerateOptions(
+        max_output_tokens=100,
+        conversation_id=conversation_id,
+        user=f"user-{canary}",
+        feature=f"feature_{canary}",
+        retrieval=inference_service_pb2.RetrievalOptions(mode=inference_service_pb2.RETRIEVAL_MODE_REQUIRED),
+    )
+    message = inference_service_pb2.Message(role=inference_service_pb2.ROLE_USER, text=f"Remember {canary}: what is the vault code?")
+    call_id = str(uuid.uuid4())
+    asked = inference_service_pb2.GenerateRequest(messages=[message], options=options)
+    await _must(surface, "inference", "InferenceService/Generate", asked, (*metadata, ("x-request-id", call_id)))
+    return conversation_id, call_id
+
+
+async def _page_tokens(surface: Surface, metadata: Metadata, conversation_id: str) -> tuple[tuple[str, str], ...]:
+    tokens: list[tuple[str, str]] = []
+    for port, method in (
+        ("retrieval", "DocumentService/ListDocuments"),
+        ("inference", "ConversationService/ListTurns"),
+        ("tenant", "ApiKeyService/ListApiKeys"),
+    ):
+        rpc = surface.find(port, method)
+        request = rpc.request_type(page_size=1)
+        if "conversation_id" in rpc.request_type.DESCRIPTOR.fields_by_name:
+            request.conversation_id = conversation_id  # type: ignore[attr-defined] # a class of the reflected pool
+        answer = await surface.call(rpc, request, metadata)
+        tokens.append((rpc.path, str(answer.messages[0].next_page_token)))  # type: ignore[attr-defined] # as above
+    assert all(token for _, token in tokens)
+    return tuple(tokens)
+
+
+async def _must(surface: Surface, port: str, method: str, request: object, metadata: Metadata) -> Answer:
+    answer = await surface.call(surface.find(port, method), request, metadata)  # type: ignore[arg-type] # any message
+    assert answer.code == "OK", (method, answer)
+    return answer
+
+
+def in_seconds(seconds: float) -> datetime:
+    """A time from now, or before now."""
+    return datetime.now(UTC) + timedelta(seconds=seconds)

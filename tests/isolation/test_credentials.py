@@ -1,0 +1,121 @@
+"""Strangers at every rpc: no credential, bad ones, dead ones, and forged or replayed context tokens."""
+
+import asyncio
+
+from devstack.mesh_client import credentials
+from services.kernel.ids import TenantId
+from services.kernel.rpc.policy import REQUIRED
+from tests.isolation.attack_cases import aimed_at
+from tests.isolation.credentials_forged import Inside, bad_credentials, bearer, forged_contexts
+from tests.isolation.fingerprint import fingerprint
+from tests.isolation.surface import Answer, Metadata, Rpc, Surface
+from tests.isolation.target import Target, in_seconds
+from tests.support.mesh import Mesh
+
+MISSING = ("UNAUTHENTICATED", "CREDENTIAL_MISSING")
+INVALID = ("UNAUTHENTICATED", "CREDENTIAL_INVALID")
+EXPIRED = ("UNAUTHENTICATED", "CREDENTIAL_EXPIRED")
+FORGED = ("UNAUTHENTICATED", "CONTEXT_INVALID")
+AT_ONCE = 8
+
+
+async def at_every_rpc(surface: Surface, victim: Target, metadata: Metadata) -> list[tuple[Rpc, Answer]]:
+    """Attacks every rpc with one set of metadata."""
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def attack(rpc: Rpc) -> tuple[Rpc, Answer]:
+        async with slots:
+            return rpc, await surface.call(rpc, aimed_at(rpc, victim.ids), metadata)
+
+    async with asyncio.TaskGroup() as group:
+        attacks = [group.create_task(attack(rpc)) for rpc in surface.rpcs]
+    return [attack.result() for attack in attacks]
+
+
+def not_refused_as(expected: tuple[str, str], answers: list[tuple[Rpc, Answer]]) -> list[str]:
+    """Names every answer that is another than the expected refusal."""
+    return [f"{rpc}: {answer}" for rpc, answer in answers if answer.refused_as != expected]
+
+
+async def _key(surface: Surface, owner: Target, **fields: object) -> tuple[str, str]:
+    rpc = surface.find("tenant", "ApiKeyService/CreateApiKey")
+    request = rpc.request_type(display_name="attacked", scopes=["tenant:read", "tenant:admin"], **fields)
+    answer = await surface.call(rpc, request, owner.metadata)
+    made = answer.messages[0]
+    return made.key.key_id, made.api_key  # type: ignore[attr-defined] # a class of the reflected pool
+
+
+async def test_without_a_credential_no_rpc_answers(surface: Surface, victim: Target) -> None:
+    """No metadata at all, a tenant's bare id, or an operator's reason alone: CREDENTIAL_MISSING everywhere."""
+    for metadata in ([], [("x-tenant-id", str(victim.tenant_id))], [("x-operator-reason", "curious")]):
+        assert not_refused_as(MISSING, await at_every_rpc(surface, victim, metadata)) == []
+
+
+async def test_every_bad_credential_is_refused_in_the_same_words(mesh: Mesh, surface: Surface, victim: Target, attacker: Target) -> None:
+    """Malformed, guessed, unknown and revoked credentials are CREDENTIAL_INVALID at every rpc; nothing tells which was wrong."""
+    before = await fingerprint(mesh.stack, TenantId(victim.tenant_id))
+    key_id, revoked = await _key(surface, attacker)
+    revoke = surface.find("tenant", "ApiKeyService/RevokeApiKey")
+    assert (await surface.call(revoke, revoke.request_type(key_id=key_id), attacker.metadata)).code == "OK"
+    words: set[str] = set()
+    for name, metadata in bad_credentials(victim.tenant.api_key, revoked).items():
+        answers = await at_every_rpc(surface, victim, metadata)
+        assert not_refused_as(INVALID, answers) == [], name
+        if name in ("wrong checksum", "wrong secret", "unknown key id", "revoked", "not a key", "unknown operator"):
+            words |= {repr((answer.text, answer.metadata)) for _, answer in answers}
+    assert len(words) == 1, words
+    assert await fingerprint(mesh.stack, TenantId(victim.tenant_id)) == before
+
+
+async def test_an_expired_key_is_refused_everywhere(surface: Surface, victim: Target, attacker: Target) -> None:
+    """A key whose end has passed is CREDENTIAL_EXPIRED at every rpc, also where it had just been accepted."""
+    _, api_key = await _key(surface, attacker, expire_time=in_seconds(0.6))
+    read = surface.find("tenant", "TenantService/GetTenant")
+    assert (await surface.call(read, read.request_type(), credentials(api_key))).code == "OK"
+    while (await surface.call(read, read.request_type(), credentials(api_key))).refused_as != EXPIRED:
+        continue
+    assert not_refused_as(EXPIRED, await at_every_rpc(surface, victim, bearer(api_key))) == []
+
+
+async def test_a_forged_context_convinces_no_rpc(surface: Surface, inside: Inside, victim: Target, attacker: Target) -> None:
+    """Even from a service that may call: a token forged, altered, expired, too long-lived or cut is CONTEXT_INVALID at every rpc."""
+    real = await inside.context_of(attacker.tenant.api_key)
+    for name, token in forged_contexts(inside.signing_key, victim.tenant_id, real).items():
+        for service, tenant_id in (("tenant", ""), ("inference", victim.tenant_id)):
+            metadata = inside.as_service(service, context=token, tenant_id=tenant_id)
+            assert not_refused_as(FORGED, await at_every_rpc(surface, victim, metadata)) == [], name
+
+
+async def test_a_real_context_is_worth_nothing_outside(surface: Surface, inside: Inside, victim: Target, attacker: Target) -> None:
+    """A tenant's genuine token, replayed from outside alone or beside another tenant's key, is refused at every rpc."""
+    stolen = ("x-tenant-context", await inside.context_of(victim.tenant.api_key))
+    own = bearer(attacker.tenant.api_key)
+    named = ("x-tenant-id", str(victim.tenant_id))
+    for metadata in ([stolen], [stolen, named], [*own, stolen], [*own, stolen, named], [*bearer(stolen[1]), stolen]):
+        assert not_refused_as(FORGED, await at_every_rpc(surface, victim, metadata)) == []
+    assert not_refused_as(INVALID, await at_every_rpc(surface, victim, bearer(stolen[1]))) == []
+
+
+async def test_metadata_said_twice_is_refused(surface: Surface, inside: Inside, victim: Target, attacker: Target) -> None:
+    """Two credentials, tenants or tokens in one call are INVALID_METADATA: nobody chooses which one counts."""
+    token = await inside.context_of(attacker.tenant.api_key)
+    service = inside.as_service("inference", context=token, tenant_id=attacker.tenant_id)
+    for metadata in (
+        [*bearer(attacker.tenant.api_key), *bearer(victim.tenant.api_key)],
+        [*service, ("x-tenant-id", str(victim.tenant_id))],
+        [*service, ("x-tenant-context", await inside.context_of(victim.tenant.api_key))],
+        [*service, ("x-mesh-service", "tenant")],
+    ):
+        assert not_refused_as(("INVALID_ARGUMENT", "INVALID_METADATA"), await at_every_rpc(surface, victim, metadata)) == []
+
+
+async def test_the_right_service_needs_a_proven_tenant(surface: Surface, inside: Inside, victim: Target) -> None:
+    """A service that may call proves the tenant with a token: a bare `x-tenant-id` from it is CREDENTIAL_MISSING."""
+    wrong: list[str] = []
+    for rpc in surface.rpcs:
+        for service in sorted(rpc.callers - {"external"}):
+            if rpc.tenant == REQUIRED:
+                for tenant_id in ("", victim.tenant_id):
+                    answer = await surface.call(rpc, aimed_at(rpc, victim.ids), inside.as_service(service, tenant_id=tenant_id))
+                    wrong += not_refused_as(MISSING, [(rpc, answer)])
+    assert not wrong, "\n".join(wrong)

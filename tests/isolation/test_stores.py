@@ -1,0 +1,161 @@
+"""The database as the second wall: whatever a service's own role asks with another tenant set, it gets no row and changes none."""
+
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from services.kernel import catalog
+from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
+from tests.isolation.postgres_attacks import (
+    DIRECTORIES,
+    REFUSED,
+    SET_SESSION,
+    Attacked,
+    around_the_policies,
+    as_role,
+    attacked_rows,
+    cross_tenant,
+    tries,
+    without_tenant,
+)
+from tests.isolation.target import Target
+from tests.support.mesh import Mesh
+
+# Rows of tables that are empty while nothing is under way: far in the future, so that no sweep and no relay takes them up meanwhile.
+TRANSIENT = {
+    "metering.call_leases": "INSERT INTO metering.call_leases VALUES ($1, uuidv7(), now() + interval '1 day')",
+    "metering.outbox": (
+        "INSERT INTO metering.outbox (tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd, due_time) "
+        "VALUES ($1, uuidv7(), 2, 0, 0, 0, now() + interval '1 day')"
+    ),
+    "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
+}
+APPEND_ONLY = ("metering.entries", "tenant.audit", "metering.prices", "metering.price_versions")
+SHARED_TABLES = {
+    "metering": ("prices", "price_versions"),
+    "tenant": ("plan_catalogs", "plans", "plan_versions", *(name.partition(".")[2] for name in DIRECTORIES)),
+}
+# What the jobs roles may do, by table and command; everything else must be refused or find nothing.
+JOBS_MAY = {
+    "metering.tenant_epochs": {"SELECT"},
+    "metering.calls": {"SELECT", "UPDATE"},
+    "metering.call_leases": {"SELECT", "DELETE"},
+    "metering.entries": {"SELECT", "INSERT"},
+    "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
+    "retrieval.documents": {"SELECT"},
+    "retrieval.removed_documents": {"SELECT"},
+}
+
+
+@pytest.fixture
+async def admin(mesh: Mesh) -> AsyncIterator[asyncpg.Connection]:
+    """A connection past every policy: to plant, to look and to break."""
+    connection = await superuser(mesh.stack)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def attacked(admin: asyncpg.Connection, victim: Target, attacker: Target) -> AsyncIterator[list[Attacked]]:
+    """Every tenant table, each with a row of the attacked tenant and one of the attacker."""
+    for sql in TRANSIENT.values():
+        for target in (victim, attacker):
+            await admin.execute(sql, target.tenant_id)
+    yield await attacked_rows(admin, victim.tenant_id)
+    for table in TRANSIENT:
+        await admin.execute(f"DELETE FROM {table} WHERE tenant_id = ANY($1)", [victim.tenant_id, attacker.tenant_id])
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["session", "transaction"])
+async def test_a_service_role_reaches_only_the_tenant_that_is_set(
+    mesh: Mesh, attacked: list[Attacked], victim: Target, attacker: Target, local: bool
+) -> None:
+    """Reading, inserting, changing, moving and deleting another tenant's rows finds nothing or is refused, in every tenant table."""
+    assert await cross_tenant(mesh.stack, attacked, victim.tenant_id, attacker.tenant_id, local=local) == []
+    assert len(attacked) >= 15
+
+
+async def test_without_a_tenant_there_are_errors_and_no_rows(mesh: Mesh, attacked: list[Attacked]) -> None:
+    """A statement that forgot its tenant fails; it never sees an empty table, and never everybody's."""
+    assert await without_tenant(mesh.stack, attacked) == []
+
+
+async def test_no_role_gets_around_the_policies(mesh: Mesh, admin: asyncpg.Connection, attacker: Target) -> None:
+    """No service or jobs role truncates, alters, grants, drops, becomes another role or reads another service's schema."""
+    assert await around_the_policies(mesh.stack, admin, attacker.tenant_id) == []
+
+
+async def test_a_directory_tells_names_and_ids_alone(admin: asyncpg.Connection) -> None:
+    """The tables that are read before the tenant is known hold one name and one tenant id, and nothing else."""
+    for table in DIRECTORIES:
+        columns = await admin.fetch("SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0", table)
+        assert len(columns) == 2, table
+        assert "tenant_id" in {column["attname"] for column in columns}
+    assert set(await tenant_tables(admin)) >= DIRECTORIES
+
+
+@pytest.mark.parametrize("table", APPEND_ONLY)
+async def test_what_was_recorded_cannot_be_changed(mesh: Mesh, table: str, attacker: Target) -> None:
+    """Entries, audit and prices refuse UPDATE and DELETE to their own service, for the tenant's own rows too."""
+    schema, _, name = table.partition(".")
+    column = "version" if name.startswith("price") else "tenant_id"
+    for role in ("service", "jobs"):
+        async with as_role(mesh.stack, schema, role) as connection:
+            await connection.fetch(SET_SESSION, str(attacker.tenant_id))
+            for sql in (f"UPDATE {table} SET {column} = {column}", f"DELETE FROM {table}"):
+                with pytest.raises(REFUSED):
+                    await connection.execute(sql)
+
+
+async def test_the_jobs_role_does_its_jobs_and_nothing_else(mesh: Mesh, attacked: list[Attacked], victim: Target) -> None:
+    """Across tenants a jobs role reads and changes only the tables of its sweeps, and of them only what its policies name."""
+    through: list[str] = []
+    for item in attacked:
+        async with as_role(mesh.stack, item.schema, "jobs") as connection:
+            for command, sql, arguments in _commands(item, victim.tenant_id):
+                if command not in JOBS_MAY.get(item.table, set()):
+                    through += await tries(connection, sql, *arguments)
+    assert not through, "\n".join(through)
+
+
+def _commands(item: Attacked, victim: UUID) -> list[tuple[str, str, tuple[object, ...]]]:
+    table, columns = item.table, item.columns
+    return [
+        ("SELECT", f"SELECT tenant_id FROM {table} LIMIT 1", ()),
+        ("INSERT", f"INSERT INTO {table} SELECT {columns} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)", (item.row,)),
+        ("UPDATE", f"UPDATE {table} SET tenant_id = tenant_id WHERE tenant_id = $1 RETURNING tenant_id", (victim,)),
+        ("DELETE", f"DELETE FROM {table} WHERE tenant_id = $1 RETURNING tenant_id", (victim,)),
+    ]
+
+
+async def test_the_jobs_role_cannot_rewrite_the_books(mesh: Mesh, attacked: list[Attacked], victim: Target) -> None:
+    """A settled call cannot be reopened, voided or moved, a settlement cannot be written, and a lease cannot be prolonged by a sweep."""
+    entry = next(item for item in attacked if item.table == "metering.entries")
+    attempts: list[tuple[str, tuple[object, ...]]] = [
+        ("UPDATE metering.calls SET state = state WHERE tenant_id = $1 AND state = 2 RETURNING state", (victim.tenant_id,)),
+        ("UPDATE metering.calls SET cost_nano_usd = 0 WHERE tenant_id = $1 AND state = 2 RETURNING state", (victim.tenant_id,)),
+        ("UPDATE metering.call_leases SET lease_until = now() WHERE tenant_id = $1 RETURNING tenant_id", (victim.tenant_id,)),
+        (
+            f"INSERT INTO metering.entries SELECT {entry.columns} FROM jsonb_populate_record(NULL::metering.entries, $1::text::jsonb)",
+            (entry.row,),
+        ),
+    ]
+    async with as_role(mesh.stack, "metering", "jobs") as connection:
+        assert [found for sql, arguments in attempts for found in await tries(connection, sql, *arguments)] == []
+
+
+async def test_the_repairing_job_reads_no_contents(mesh: Mesh, attacked: list[Attacked]) -> None:
+    """The job that looks over all tenants' documents may read their ids and digests, and neither text, title nor name."""
+    assert any(item.table == "retrieval.documents" for item in attacked)
+    async with as_role(mesh.stack, "retrieval", "jobs") as connection:
+        assert await connection.fetchval("SELECT count(document_id) FROM retrieval.documents") > 0
+        for column in ("content", "title", "document_key", "*"):
+            assert await tries(connection, f"SELECT {column} FROM retrieval.documents LIMIT 1") == []
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+async def test_every_schema_keeps_the_isolation_rules(admin: asyncpg.Connection, schema: str) -> None:
+    """The catalog shows no table without forced row-level security, no foreign policy, no index without its tenant."""
+    assert await catalog.violations(admin, schema, shared_tables=SHARED_TABLES.get(schema, ())) == []
