@@ -24,6 +24,9 @@ def refuse_unopened(attempt: Attempt, opened: Opened) -> Never:
     attempt.stage = Stage.RESERVED
     match opened.outcome:
         case OpenOutcome.STALE_EPOCH:
+            # ... but an older epoch at the limits than at the ledger must be noticed there: the void's commit carries the newer one and
+            # makes them rebuild. A release alone would leave every later call of the tenant stale as well.
+            attempt.stage = Stage.OPENING
             raise StartAgain(ReservationLost(reservation_id, "the limits were rebuilt while the call began; start it again"))
         case OpenOutcome.ENDED:
             if not opened.void:

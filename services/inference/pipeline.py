@@ -163,12 +163,12 @@ class AnswerPipeline:
         question = attempt.question
         self._prompt_sizes.seen(question.tenant_id, text_bytes(memory.prompt))
         needed = least_bound(memory.prompt, question.messages, with_documents=question.with_documents)
-        too_large = RequestTooLarge("messages", "max_context_tokens", question.context_tokens, needed)
         if needed > question.context_tokens:
-            raise too_large
+            raise RequestTooLarge("messages", "max_context_tokens", question.context_tokens, needed)
         if needed > attempt.hold.input_tokens:
             # The prompt is larger than the one last seen: its size is known now.
-            raise StartAgain(too_large)
+            reservation_id = attempt.ref.reservation_id
+            raise StartAgain(ReservationLost(reservation_id, "the tenant's prompt keeps growing while the call begins; start it again"))
 
     async def _search(self, question: Question) -> Found:
         try:

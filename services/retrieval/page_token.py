@@ -19,6 +19,6 @@ def decode(token: str) -> str:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
         raw = ""
-    if not raw.startswith("k"):
+    if not raw.startswith("k") or "\x00" in raw:
         raise InvalidRequest("page_token", "is not one this service made: pass next_page_token of the page before, unchanged")
     return raw[1:]

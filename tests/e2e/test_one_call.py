@@ -9,10 +9,12 @@ from devstack.asking import ask
 from devstack.handbook import COMPANIES, HARBOR, LUMEN, Company, questions
 from devstack.mesh_client import credentials, refusal
 from devstack.state import SERVICES
+from devstack.trace_receiver import Span
 from mesh.inference.v1 import conversation_service_pb2, conversation_service_pb2_grpc, inference_service_pb2
 from mesh.metering.v1 import ledger_service_pb2, usage_service_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2
 from tests.support.mesh import Mesh
+from tests.support.waiting import eventually
 
 
 @pytest.mark.parametrize("company", COMPANIES, ids=lambda company: company.slug)
@@ -79,7 +81,19 @@ async def test_one_trace_leads_through_all_five_services(mesh: Mesh) -> None:
     """A retrieval-augmented call is one trace: each server's span hangs, by the client's span, under the call that caused it."""
     tenant = await mesh.tenant()
     asked = await ask(mesh.client, tenant, questions(HARBOR)[0].question)
-    spans = await mesh.stack.traces.wait_for(asked.trace.trace_id, frozenset(SERVICES), timeout_seconds=20)
+    traced = asked.trace.trace_id
+
+    async def all_arrived() -> bool:
+        return server_edges(mesh.stack.traces.spans(traced)) >= EDGES
+
+    await eventually(all_arrived, within_seconds=20)
+    spans = mesh.stack.traces.spans(traced)
+    assert {span.service for span in spans} == set(SERVICES)
+    assert not any(span.error for span in spans)
+
+
+def server_edges(spans: list[Span]) -> set[tuple[str, str]]:
+    """Who called whom: (service and span of the parent, service and span of the child)."""
     by_id = {span.span_id: span for span in spans}
     edges = set()
     for span in spans:
@@ -89,9 +103,7 @@ async def test_one_trace_leads_through_all_five_services(mesh: Mesh) -> None:
             parent = by_id.get(parent.parent_span_id)
         if parent is not None:
             edges.add((f"{parent.service} {parent.name}", f"{span.service} {span.name}"))
-    assert edges >= EDGES
-    assert {span.service for span in spans} == set(SERVICES)
-    assert not any(span.error for span in spans)
+    return edges
 
 
 async def test_a_conversation_remembers_its_turns(mesh: Mesh) -> None:

@@ -63,11 +63,11 @@ async def test_a_full_queue_voids_and_releases(world: World, tenant: Tenant, inf
 
 
 async def test_a_conversation_with_odd_characters_is_kept(world: World, tenant: Tenant) -> None:
-    """A character the store cannot keep neither fails the call nor loses the turn."""
+    """Control characters and characters beyond the first plane are kept as they came."""
     conversation_id = await new_conversation(world, tenant)
-    answer = await world.answer(tenant, "a\x00b", conversation_id=conversation_id)
+    answer = await world.answer(tenant, "a\x01b\U0001f6b2", conversation_id=conversation_id)
     assert answer.summary.ledger_entry_id
-    assert (await turns(world, tenant, conversation_id))[0] == (1, pb.ROLE_USER, "a\ufffdb", answer.summary.call_id)
+    assert (await turns(world, tenant, conversation_id))[0] == (1, pb.ROLE_USER, "a\x01b\U0001f6b2", answer.summary.call_id)
 
 
 async def test_no_text_reaches_the_ledger_or_the_limits(world: World, tenant: Tenant) -> None:

@@ -68,7 +68,7 @@ CASES = [
          {"reserve": failing(ReservationLost("x", "lost"))}),
     Case("open unavailable", ["reserve", "open", "void", "release"], "DEPENDENCY_UNAVAILABLE", grpc.StatusCode.UNAVAILABLE,
          {"open": failing(Unavailable("postgres"))}),
-    Case("epoch stale twice", ["reserve", "open", "release", "reserve", "open", "release"], "RESERVATION_LOST", grpc.StatusCode.ABORTED,
+    Case("epoch stale twice", ["reserve", "open", "void", "release", "reserve", "open", "void", "release"], "RESERVATION_LOST", grpc.StatusCode.ABORTED,
          {"open": outcome(ledger_pb.OPEN_OUTCOME_STALE_EPOCH)}),
     Case("call voided before open", ["reserve", "open", "release"], "RESERVATION_LOST", grpc.StatusCode.ABORTED,
          {"open": outcome(ledger_pb.OPEN_OUTCOME_ENDED, ledger_pb.CALL_STATE_VOID)}),
@@ -132,11 +132,11 @@ async def test_nothing_is_dispatched_before_open_is_acknowledged(world: World, t
 
 
 async def test_a_stale_epoch_starts_again_with_a_new_reservation(world: World, tenant: Tenant) -> None:
-    """An open refused for its epoch is followed by a release and one new reservation, which carries the call through."""
+    """An open refused for its epoch is voided, which tells the limits of the newer one, and a new reservation carries the call through."""
     answers = iter([ledger_pb.OPEN_OUTCOME_STALE_EPOCH, ledger_pb.OPEN_OUTCOME_OPENED])
     world.script.hooks["open"] = lambda request: opened(request, next(answers))
     await world.answer(tenant)
-    assert world.script.names() == ["reserve", "open", "release", "reserve", "open", "dispatch", "settle"]
+    assert world.script.names() == ["reserve", "open", "void", "release", "reserve", "open", "dispatch", "settle"]
     first, second = world.script.all("reserve")
     assert first.reservation_id != second.reservation_id
 

@@ -10,6 +10,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, T
 from services.kernel.settings import ServiceSettings, is_loopback
 
 _NAME = "tenantry"
+# Soon enough to look at the trace of the call just made.
+_EXPORT_EVERY_MILLISECONDS = 1_000
 
 
 class _Installed:
@@ -27,7 +29,7 @@ def configure_tracing(settings: ServiceSettings) -> TracerProvider:
     endpoint = settings.otlp_endpoint
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://") and is_loopback(endpoint.split("//")[-1]))
     sampler = ParentBased(TraceIdRatioBased(settings.trace_sample_ratio))
-    return install_tracing(settings.service_name, sampler, BatchSpanProcessor(exporter))
+    return install_tracing(settings.service_name, sampler, BatchSpanProcessor(exporter, schedule_delay_millis=_EXPORT_EVERY_MILLISECONDS))
 
 
 def install_tracing(service: str, sampler: Sampler, processor: SpanProcessor | None) -> TracerProvider:

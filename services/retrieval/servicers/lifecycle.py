@@ -34,4 +34,4 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
     async def ExportTenant(self, request: pb.ExportTenantRequest, context: object) -> AsyncIterator[pb.ExportTenantResponse]:
         """Streams the tenant's documents."""
         async for table, row in self._store.export(tenant()):
-            yield pb.ExportTenantResponse(kind=f"postgres:retrieval.{table}", record_json=orjson.dumps(row))
+            yield pb.ExportTenantResponse(kind=f"postgres:retrieval.{table}", record_json=orjson.dumps(row, default=str))

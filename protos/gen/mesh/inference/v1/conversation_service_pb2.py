@@ -28,7 +28,7 @@ from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 from mesh.inference.v1 import inference_service_pb2 as mesh_dot_inference_dot_v1_dot_inference__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,mesh/inference/v1/conversation_service.proto\x12\x11mesh.inference.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\x1a)mesh/inference/v1/inference_service.proto\"f\n\x0c\x43onversation\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0c\n\x04user\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"3\n\x19\x43reateConversationRequest\x12\x16\n\x04user\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"S\n\x1a\x43reateConversationResponse\x12\x35\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x1f.mesh.inference.v1.Conversation\"\x8f\x01\n\x04Turn\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.mesh.inference.v1.Role\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x7f\n\x10ListTurnsRequest\x12.\n\x0f\x63onversation_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"T\n\x11ListTurnsResponse\x12&\n\x05turns\x18\x01 \x03(\x0b\x32\x17.mesh.inference.v1.Turn\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"K\n\x19\x44\x65leteConversationRequest\x12.\n\x0f\x63onversation_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\"\x1c\n\x1a\x44\x65leteConversationResponse2\xc9\x03\n\x13\x43onversationService\x12\x98\x01\n\x12\x43reateConversation\x12,.mesh.inference.v1.CreateConversationRequest\x1a-.mesh.inference.v1.CreateConversationResponse\"%\xca\xf3\x18!\x08\x01\x12\x08\x65xternal\x1a\x13\x63onversations:write\x12|\n\tListTurns\x12#.mesh.inference.v1.ListTurnsRequest\x1a$.mesh.inference.v1.ListTurnsResponse\"$\xca\xf3\x18 \x08\x01\x12\x08\x65xternal\x1a\x12\x63onversations:read\x12\x98\x01\n\x12\x44\x65leteConversation\x12,.mesh.inference.v1.DeleteConversationRequest\x1a-.mesh.inference.v1.DeleteConversationResponse\"%\xca\xf3\x18!\x08\x01\x12\x08\x65xternal\x1a\x13\x63onversations:writeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,mesh/inference/v1/conversation_service.proto\x12\x11mesh.inference.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\x1a)mesh/inference/v1/inference_service.proto\"f\n\x0c\x43onversation\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0c\n\x04user\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"7\n\x19\x43reateConversationRequest\x12\x1a\n\x04user\x18\x01 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\xba\x01\x01\x00\"S\n\x1a\x43reateConversationResponse\x12\x35\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x1f.mesh.inference.v1.Conversation\"\x8f\x01\n\x04Turn\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.mesh.inference.v1.Role\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x7f\n\x10ListTurnsRequest\x12.\n\x0f\x63onversation_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"T\n\x11ListTurnsResponse\x12&\n\x05turns\x18\x01 \x03(\x0b\x32\x17.mesh.inference.v1.Turn\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"K\n\x19\x44\x65leteConversationRequest\x12.\n\x0f\x63onversation_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\"\x1c\n\x1a\x44\x65leteConversationResponse2\xc9\x03\n\x13\x43onversationService\x12\x98\x01\n\x12\x43reateConversation\x12,.mesh.inference.v1.CreateConversationRequest\x1a-.mesh.inference.v1.CreateConversationResponse\"%\xca\xf3\x18!\x08\x01\x12\x08\x65xternal\x1a\x13\x63onversations:write\x12|\n\tListTurns\x12#.mesh.inference.v1.ListTurnsRequest\x1a$.mesh.inference.v1.ListTurnsResponse\"$\xca\xf3\x18 \x08\x01\x12\x08\x65xternal\x1a\x12\x63onversations:read\x12\x98\x01\n\x12\x44\x65leteConversation\x12,.mesh.inference.v1.DeleteConversationRequest\x1a-.mesh.inference.v1.DeleteConversationResponse\"%\xca\xf3\x18!\x08\x01\x12\x08\x65xternal\x1a\x13\x63onversations:writeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.inference.v1.conversat
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATECONVERSATIONREQUEST'].fields_by_name['user']._loaded_options = None
-  _globals['_CREATECONVERSATIONREQUEST'].fields_by_name['user']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_CREATECONVERSATIONREQUEST'].fields_by_name['user']._serialized_options = b'\272H\tr\007\030\310\001\272\001\001\000'
   _globals['_LISTTURNSREQUEST'].fields_by_name['conversation_id']._loaded_options = None
   _globals['_LISTTURNSREQUEST'].fields_by_name['conversation_id']._serialized_options = b'\272H\022r\0202\016^[0-9a-f]{64}$'
   _globals['_LISTTURNSREQUEST'].fields_by_name['page_size']._loaded_options = None
@@ -54,19 +54,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONVERSATION']._serialized_start=201
   _globals['_CONVERSATION']._serialized_end=303
   _globals['_CREATECONVERSATIONREQUEST']._serialized_start=305
-  _globals['_CREATECONVERSATIONREQUEST']._serialized_end=356
-  _globals['_CREATECONVERSATIONRESPONSE']._serialized_start=358
-  _globals['_CREATECONVERSATIONRESPONSE']._serialized_end=441
-  _globals['_TURN']._serialized_start=444
-  _globals['_TURN']._serialized_end=587
-  _globals['_LISTTURNSREQUEST']._serialized_start=589
-  _globals['_LISTTURNSREQUEST']._serialized_end=716
-  _globals['_LISTTURNSRESPONSE']._serialized_start=718
-  _globals['_LISTTURNSRESPONSE']._serialized_end=802
-  _globals['_DELETECONVERSATIONREQUEST']._serialized_start=804
-  _globals['_DELETECONVERSATIONREQUEST']._serialized_end=879
-  _globals['_DELETECONVERSATIONRESPONSE']._serialized_start=881
-  _globals['_DELETECONVERSATIONRESPONSE']._serialized_end=909
-  _globals['_CONVERSATIONSERVICE']._serialized_start=912
-  _globals['_CONVERSATIONSERVICE']._serialized_end=1369
+  _globals['_CREATECONVERSATIONREQUEST']._serialized_end=360
+  _globals['_CREATECONVERSATIONRESPONSE']._serialized_start=362
+  _globals['_CREATECONVERSATIONRESPONSE']._serialized_end=445
+  _globals['_TURN']._serialized_start=448
+  _globals['_TURN']._serialized_end=591
+  _globals['_LISTTURNSREQUEST']._serialized_start=593
+  _globals['_LISTTURNSREQUEST']._serialized_end=720
+  _globals['_LISTTURNSRESPONSE']._serialized_start=722
+  _globals['_LISTTURNSRESPONSE']._serialized_end=806
+  _globals['_DELETECONVERSATIONREQUEST']._serialized_start=808
+  _globals['_DELETECONVERSATIONREQUEST']._serialized_end=883
+  _globals['_DELETECONVERSATIONRESPONSE']._serialized_start=885
+  _globals['_DELETECONVERSATIONRESPONSE']._serialized_end=913
+  _globals['_CONVERSATIONSERVICE']._serialized_start=916
+  _globals['_CONVERSATIONSERVICE']._serialized_end=1373
 # @@protoc_insertion_point(module_scope)

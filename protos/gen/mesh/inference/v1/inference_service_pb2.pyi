@@ -83,7 +83,7 @@ class Message(_message.Message):
     role: Global___Role.ValueType
     """Who speaks."""
     text: _builtins.str
-    """What is said: 1–1,000,000 bytes, not blank."""
+    """What is said: 1–1,000,000 bytes, not blank, without NUL."""
     def __init__(
         self,
         *,

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/inference/v1/prompt_service.proto\x12\x11mesh.inference.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"X\n\x06Prompt\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"1\n\x10PutPromptRequest\x12\x1d\n\x04text\x18\x01 \x01(\tB\x0f\xbaH\x0cr\n\x10\x01(\xa0\x9c\x01\x32\x02\\S\">\n\x11PutPromptResponse\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.mesh.inference.v1.Prompt\"\x12\n\x10GetPromptRequest\">\n\x11GetPromptResponse\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.mesh.inference.v1.Prompt2\x80\x02\n\rPromptService\x12w\n\tPutPrompt\x12#.mesh.inference.v1.PutPromptRequest\x1a$.mesh.inference.v1.PutPromptResponse\"\x1f\xca\xf3\x18\x1b\x08\x01\x12\x08\x65xternal\x1a\rprompts:write\x12v\n\tGetPrompt\x12#.mesh.inference.v1.GetPromptRequest\x1a$.mesh.inference.v1.GetPromptResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0cprompts:readb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/inference/v1/prompt_service.proto\x12\x11mesh.inference.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"X\n\x06Prompt\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"5\n\x10PutPromptRequest\x12!\n\x04text\x18\x01 \x01(\tB\x13\xbaH\x10r\x0e\x10\x01(\xa0\x9c\x01\x32\x02\\S\xba\x01\x01\x00\">\n\x11PutPromptResponse\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.mesh.inference.v1.Prompt\"\x12\n\x10GetPromptRequest\">\n\x11GetPromptResponse\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.mesh.inference.v1.Prompt2\x80\x02\n\rPromptService\x12w\n\tPutPrompt\x12#.mesh.inference.v1.PutPromptRequest\x1a$.mesh.inference.v1.PutPromptResponse\"\x1f\xca\xf3\x18\x1b\x08\x01\x12\x08\x65xternal\x1a\rprompts:write\x12v\n\tGetPrompt\x12#.mesh.inference.v1.GetPromptRequest\x1a$.mesh.inference.v1.GetPromptResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0cprompts:readb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.inference.v1.prompt_se
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PUTPROMPTREQUEST'].fields_by_name['text']._loaded_options = None
-  _globals['_PUTPROMPTREQUEST'].fields_by_name['text']._serialized_options = b'\272H\014r\n\020\001(\240\234\0012\002\\S'
+  _globals['_PUTPROMPTREQUEST'].fields_by_name['text']._serialized_options = b'\272H\020r\016\020\001(\240\234\0012\002\\S\272\001\001\000'
   _globals['_PROMPTSERVICE'].methods_by_name['PutPrompt']._loaded_options = None
   _globals['_PROMPTSERVICE'].methods_by_name['PutPrompt']._serialized_options = b'\312\363\030\033\010\001\022\010external\032\rprompts:write'
   _globals['_PROMPTSERVICE'].methods_by_name['GetPrompt']._loaded_options = None
@@ -43,13 +43,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_start=152
   _globals['_PROMPT']._serialized_end=240
   _globals['_PUTPROMPTREQUEST']._serialized_start=242
-  _globals['_PUTPROMPTREQUEST']._serialized_end=291
-  _globals['_PUTPROMPTRESPONSE']._serialized_start=293
-  _globals['_PUTPROMPTRESPONSE']._serialized_end=355
-  _globals['_GETPROMPTREQUEST']._serialized_start=357
-  _globals['_GETPROMPTREQUEST']._serialized_end=375
-  _globals['_GETPROMPTRESPONSE']._serialized_start=377
-  _globals['_GETPROMPTRESPONSE']._serialized_end=439
-  _globals['_PROMPTSERVICE']._serialized_start=442
-  _globals['_PROMPTSERVICE']._serialized_end=698
+  _globals['_PUTPROMPTREQUEST']._serialized_end=295
+  _globals['_PUTPROMPTRESPONSE']._serialized_start=297
+  _globals['_PUTPROMPTRESPONSE']._serialized_end=359
+  _globals['_GETPROMPTREQUEST']._serialized_start=361
+  _globals['_GETPROMPTREQUEST']._serialized_end=379
+  _globals['_GETPROMPTRESPONSE']._serialized_start=381
+  _globals['_GETPROMPTRESPONSE']._serialized_end=443
+  _globals['_PROMPTSERVICE']._serialized_start=446
+  _globals['_PROMPTSERVICE']._serialized_end=702
 # @@protoc_insertion_point(module_scope)

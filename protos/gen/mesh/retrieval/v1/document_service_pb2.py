@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(mesh/retrieval/v1/document_service.proto\x12\x11mesh.retrieval.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"z\n\rDocumentInput\x12\x35\n\x0c\x64ocument_key\x18\x01 \x01(\tB\x1f\xbaH\x1cr\x1a\x10\x01\x18\xc8\x01\x32\x13^[^\\x00-\\x1f\\x7f]+$\x12\x17\n\x05title\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x19\n\x04text\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x10\x01(\xc0\x84=\"\xe1\x01\n\x08\x44ocument\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64ocument_key\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x13\n\x0b\x63hunk_count\x18\x05 \x01(\x05\x12\x16\n\x0e\x63ontent_sha256\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Y\n\x16UpsertDocumentsRequest\x12?\n\tdocuments\x18\x01 \x03(\x0b\x32 .mesh.retrieval.v1.DocumentInputB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x64\"`\n\x17UpsertDocumentsResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.mesh.retrieval.v1.Document\x12\x15\n\rchanged_count\x18\x02 \x01(\x05\"3\n\x12GetDocumentRequest\x12\x1d\n\x0b\x64ocument_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"D\n\x13GetDocumentResponse\x12-\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x1b.mesh.retrieval.v1.Document\"S\n\x14ListDocumentsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x90\x03\"`\n\x15ListDocumentsResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.mesh.retrieval.v1.Document\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"6\n\x15\x44\x65leteDocumentRequest\x12\x1d\n\x0b\x64ocument_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\x18\n\x16\x44\x65leteDocumentResponse2\xb1\x04\n\x0f\x44ocumentService\x12\x8b\x01\n\x0fUpsertDocuments\x12).mesh.retrieval.v1.UpsertDocumentsRequest\x1a*.mesh.retrieval.v1.UpsertDocumentsResponse\"!\xca\xf3\x18\x1d\x08\x01\x12\x08\x65xternal\x1a\x0f\x64ocuments:write\x12~\n\x0bGetDocument\x12%.mesh.retrieval.v1.GetDocumentRequest\x1a&.mesh.retrieval.v1.GetDocumentResponse\" \xca\xf3\x18\x1c\x08\x01\x12\x08\x65xternal\x1a\x0e\x64ocuments:read\x12\x84\x01\n\rListDocuments\x12\'.mesh.retrieval.v1.ListDocumentsRequest\x1a(.mesh.retrieval.v1.ListDocumentsResponse\" \xca\xf3\x18\x1c\x08\x01\x12\x08\x65xternal\x1a\x0e\x64ocuments:read\x12\x88\x01\n\x0e\x44\x65leteDocument\x12(.mesh.retrieval.v1.DeleteDocumentRequest\x1a).mesh.retrieval.v1.DeleteDocumentResponse\"!\xca\xf3\x18\x1d\x08\x01\x12\x08\x65xternal\x1a\x0f\x64ocuments:writeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(mesh/retrieval/v1/document_service.proto\x12\x11mesh.retrieval.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x82\x01\n\rDocumentInput\x12\x35\n\x0c\x64ocument_key\x18\x01 \x01(\tB\x1f\xbaH\x1cr\x1a\x10\x01\x18\xc8\x01\x32\x13^[^\\x00-\\x1f\\x7f]+$\x12\x1b\n\x05title\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xf4\x03\xba\x01\x01\x00\x12\x1d\n\x04text\x18\x03 \x01(\tB\x0f\xbaH\x0cr\n\x10\x01(\xc0\x84=\xba\x01\x01\x00\"\xe1\x01\n\x08\x44ocument\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64ocument_key\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x13\n\x0b\x63hunk_count\x18\x05 \x01(\x05\x12\x16\n\x0e\x63ontent_sha256\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Y\n\x16UpsertDocumentsRequest\x12?\n\tdocuments\x18\x01 \x03(\x0b\x32 .mesh.retrieval.v1.DocumentInputB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x64\"`\n\x17UpsertDocumentsResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.mesh.retrieval.v1.Document\x12\x15\n\rchanged_count\x18\x02 \x01(\x05\"3\n\x12GetDocumentRequest\x12\x1d\n\x0b\x64ocument_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"D\n\x13GetDocumentResponse\x12-\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x1b.mesh.retrieval.v1.Document\"S\n\x14ListDocumentsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x90\x03\"`\n\x15ListDocumentsResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.mesh.retrieval.v1.Document\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"6\n\x15\x44\x65leteDocumentRequest\x12\x1d\n\x0b\x64ocument_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\x18\n\x16\x44\x65leteDocumentResponse2\xb1\x04\n\x0f\x44ocumentService\x12\x8b\x01\n\x0fUpsertDocuments\x12).mesh.retrieval.v1.UpsertDocumentsRequest\x1a*.mesh.retrieval.v1.UpsertDocumentsResponse\"!\xca\xf3\x18\x1d\x08\x01\x12\x08\x65xternal\x1a\x0f\x64ocuments:write\x12~\n\x0bGetDocument\x12%.mesh.retrieval.v1.GetDocumentRequest\x1a&.mesh.retrieval.v1.GetDocumentResponse\" \xca\xf3\x18\x1c\x08\x01\x12\x08\x65xternal\x1a\x0e\x64ocuments:read\x12\x84\x01\n\rListDocuments\x12\'.mesh.retrieval.v1.ListDocumentsRequest\x1a(.mesh.retrieval.v1.ListDocumentsResponse\" \xca\xf3\x18\x1c\x08\x01\x12\x08\x65xternal\x1a\x0e\x64ocuments:read\x12\x88\x01\n\x0e\x44\x65leteDocument\x12(.mesh.retrieval.v1.DeleteDocumentRequest\x1a).mesh.retrieval.v1.DeleteDocumentResponse\"!\xca\xf3\x18\x1d\x08\x01\x12\x08\x65xternal\x1a\x0f\x64ocuments:writeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOCUMENTINPUT'].fields_by_name['document_key']._loaded_options = None
   _globals['_DOCUMENTINPUT'].fields_by_name['document_key']._serialized_options = b'\272H\034r\032\020\001\030\310\0012\023^[^\\x00-\\x1f\\x7f]+$'
   _globals['_DOCUMENTINPUT'].fields_by_name['title']._loaded_options = None
-  _globals['_DOCUMENTINPUT'].fields_by_name['title']._serialized_options = b'\272H\005r\003\030\364\003'
+  _globals['_DOCUMENTINPUT'].fields_by_name['title']._serialized_options = b'\272H\tr\007\030\364\003\272\001\001\000'
   _globals['_DOCUMENTINPUT'].fields_by_name['text']._loaded_options = None
-  _globals['_DOCUMENTINPUT'].fields_by_name['text']._serialized_options = b'\272H\010r\006\020\001(\300\204='
+  _globals['_DOCUMENTINPUT'].fields_by_name['text']._serialized_options = b'\272H\014r\n\020\001(\300\204=\272\001\001\000'
   _globals['_UPSERTDOCUMENTSREQUEST'].fields_by_name['documents']._loaded_options = None
   _globals['_UPSERTDOCUMENTSREQUEST'].fields_by_name['documents']._serialized_options = b'\272H\007\222\001\004\010\001\020d'
   _globals['_GETDOCUMENTREQUEST'].fields_by_name['document_id']._loaded_options = None
@@ -58,26 +58,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOCUMENTSERVICE'].methods_by_name['ListDocuments']._serialized_options = b'\312\363\030\034\010\001\022\010external\032\016documents:read'
   _globals['_DOCUMENTSERVICE'].methods_by_name['DeleteDocument']._loaded_options = None
   _globals['_DOCUMENTSERVICE'].methods_by_name['DeleteDocument']._serialized_options = b'\312\363\030\035\010\001\022\010external\032\017documents:write'
-  _globals['_DOCUMENTINPUT']._serialized_start=154
-  _globals['_DOCUMENTINPUT']._serialized_end=276
-  _globals['_DOCUMENT']._serialized_start=279
-  _globals['_DOCUMENT']._serialized_end=504
-  _globals['_UPSERTDOCUMENTSREQUEST']._serialized_start=506
-  _globals['_UPSERTDOCUMENTSREQUEST']._serialized_end=595
-  _globals['_UPSERTDOCUMENTSRESPONSE']._serialized_start=597
-  _globals['_UPSERTDOCUMENTSRESPONSE']._serialized_end=693
-  _globals['_GETDOCUMENTREQUEST']._serialized_start=695
-  _globals['_GETDOCUMENTREQUEST']._serialized_end=746
-  _globals['_GETDOCUMENTRESPONSE']._serialized_start=748
-  _globals['_GETDOCUMENTRESPONSE']._serialized_end=816
-  _globals['_LISTDOCUMENTSREQUEST']._serialized_start=818
-  _globals['_LISTDOCUMENTSREQUEST']._serialized_end=901
-  _globals['_LISTDOCUMENTSRESPONSE']._serialized_start=903
-  _globals['_LISTDOCUMENTSRESPONSE']._serialized_end=999
-  _globals['_DELETEDOCUMENTREQUEST']._serialized_start=1001
-  _globals['_DELETEDOCUMENTREQUEST']._serialized_end=1055
-  _globals['_DELETEDOCUMENTRESPONSE']._serialized_start=1057
-  _globals['_DELETEDOCUMENTRESPONSE']._serialized_end=1081
-  _globals['_DOCUMENTSERVICE']._serialized_start=1084
-  _globals['_DOCUMENTSERVICE']._serialized_end=1645
+  _globals['_DOCUMENTINPUT']._serialized_start=155
+  _globals['_DOCUMENTINPUT']._serialized_end=285
+  _globals['_DOCUMENT']._serialized_start=288
+  _globals['_DOCUMENT']._serialized_end=513
+  _globals['_UPSERTDOCUMENTSREQUEST']._serialized_start=515
+  _globals['_UPSERTDOCUMENTSREQUEST']._serialized_end=604
+  _globals['_UPSERTDOCUMENTSRESPONSE']._serialized_start=606
+  _globals['_UPSERTDOCUMENTSRESPONSE']._serialized_end=702
+  _globals['_GETDOCUMENTREQUEST']._serialized_start=704
+  _globals['_GETDOCUMENTREQUEST']._serialized_end=755
+  _globals['_GETDOCUMENTRESPONSE']._serialized_start=757
+  _globals['_GETDOCUMENTRESPONSE']._serialized_end=825
+  _globals['_LISTDOCUMENTSREQUEST']._serialized_start=827
+  _globals['_LISTDOCUMENTSREQUEST']._serialized_end=910
+  _globals['_LISTDOCUMENTSRESPONSE']._serialized_start=912
+  _globals['_LISTDOCUMENTSRESPONSE']._serialized_end=1008
+  _globals['_DELETEDOCUMENTREQUEST']._serialized_start=1010
+  _globals['_DELETEDOCUMENTREQUEST']._serialized_end=1064
+  _globals['_DELETEDOCUMENTRESPONSE']._serialized_start=1066
+  _globals['_DELETEDOCUMENTRESPONSE']._serialized_end=1090
+  _globals['_DOCUMENTSERVICE']._serialized_start=1093
+  _globals['_DOCUMENTSERVICE']._serialized_end=1654
 # @@protoc_insertion_point(module_scope)

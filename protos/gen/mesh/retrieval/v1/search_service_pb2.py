@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/retrieval/v1/search_service.proto\x12\x11mesh.retrieval.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bmesh/common/v1/policy.proto\"D\n\rSearchRequest\x12\x19\n\x05query\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x90N\x12\x18\n\x05top_k\x18\x02 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x32(\x00\"?\n\x0eSearchResponse\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.mesh.retrieval.v1.FoundChunk\"\x9f\x01\n\nFoundChunk\x12\x10\n\x08\x63hunk_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64ocument_key\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\r\n\x05score\x18\x06 \x01(\x02\x12\x14\n\x0cstart_offset\x18\x07 \x01(\x05\x12\x12\n\nend_offset\x18\x08 \x01(\x05\x32\x8b\x01\n\rSearchService\x12z\n\x06Search\x12 .mesh.retrieval.v1.SearchRequest\x1a!.mesh.retrieval.v1.SearchResponse\"+\xca\xf3\x18\'\x08\x01\x12\x08\x65xternal\x12\tinference\x1a\x0e\x64ocuments:readb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/retrieval/v1/search_service.proto\x12\x11mesh.retrieval.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bmesh/common/v1/policy.proto\"H\n\rSearchRequest\x12\x1d\n\x05query\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x90N\xba\x01\x01\x00\x12\x18\n\x05top_k\x18\x02 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x32(\x00\"?\n\x0eSearchResponse\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.mesh.retrieval.v1.FoundChunk\"\x9f\x01\n\nFoundChunk\x12\x10\n\x08\x63hunk_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64ocument_key\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\r\n\x05score\x18\x06 \x01(\x02\x12\x14\n\x0cstart_offset\x18\x07 \x01(\x05\x12\x12\n\nend_offset\x18\x08 \x01(\x05\x32\x8b\x01\n\rSearchService\x12z\n\x06Search\x12 .mesh.retrieval.v1.SearchRequest\x1a!.mesh.retrieval.v1.SearchResponse\"+\xca\xf3\x18\'\x08\x01\x12\x08\x65xternal\x12\tinference\x1a\x0e\x64ocuments:readb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.retrieval.v1.search_se
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SEARCHREQUEST'].fields_by_name['query']._loaded_options = None
-  _globals['_SEARCHREQUEST'].fields_by_name['query']._serialized_options = b'\272H\007r\005\020\001\030\220N'
+  _globals['_SEARCHREQUEST'].fields_by_name['query']._serialized_options = b'\272H\013r\t\020\001\030\220N\272\001\001\000'
   _globals['_SEARCHREQUEST'].fields_by_name['top_k']._loaded_options = None
   _globals['_SEARCHREQUEST'].fields_by_name['top_k']._serialized_options = b'\272H\006\032\004\0302(\000'
   _globals['_SEARCHSERVICE'].methods_by_name['Search']._loaded_options = None
   _globals['_SEARCHSERVICE'].methods_by_name['Search']._serialized_options = b'\312\363\030\'\010\001\022\010external\022\tinference\032\016documents:read'
   _globals['_SEARCHREQUEST']._serialized_start=119
-  _globals['_SEARCHREQUEST']._serialized_end=187
-  _globals['_SEARCHRESPONSE']._serialized_start=189
-  _globals['_SEARCHRESPONSE']._serialized_end=252
-  _globals['_FOUNDCHUNK']._serialized_start=255
-  _globals['_FOUNDCHUNK']._serialized_end=414
-  _globals['_SEARCHSERVICE']._serialized_start=417
-  _globals['_SEARCHSERVICE']._serialized_end=556
+  _globals['_SEARCHREQUEST']._serialized_end=191
+  _globals['_SEARCHRESPONSE']._serialized_start=193
+  _globals['_SEARCHRESPONSE']._serialized_end=256
+  _globals['_FOUNDCHUNK']._serialized_start=259
+  _globals['_FOUNDCHUNK']._serialized_end=418
+  _globals['_SEARCHSERVICE']._serialized_start=421
+  _globals['_SEARCHSERVICE']._serialized_end=560
 # @@protoc_insertion_point(module_scope)

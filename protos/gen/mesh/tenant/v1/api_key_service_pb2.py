@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mesh/tenant/v1/api_key_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xd1\x01\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa4\x01\n\x13\x43reateApiKeyRequest\x12\x1f\n\x0c\x64isplay_name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x31\n\x06scopes\x18\x02 \x03(\tB!\xbaH\x1e\x92\x01\x1b\x08\x01\x10\x14\x18\x01\"\x13r\x11\x32\x0f^[a-z]+:[a-z]+$\x12\x39\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\xbaH\x05\xb2\x01\x02@\x01\"L\n\x14\x43reateApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\"Q\n\x12ListApiKeysRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"T\n\x13ListApiKeysResponse\x12$\n\x04keys\x18\x01 \x03(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x13RevokeApiKeyRequest\x12%\n\x06key_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[a-z0-9]{16}$\";\n\x14RevokeApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey2\xfd\x02\n\rApiKeyService\x12y\n\x0c\x43reateApiKey\x12#.mesh.tenant.v1.CreateApiKeyRequest\x1a$.mesh.tenant.v1.CreateApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12v\n\x0bListApiKeys\x12\".mesh.tenant.v1.ListApiKeysRequest\x1a#.mesh.tenant.v1.ListApiKeysResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12y\n\x0cRevokeApiKey\x12#.mesh.tenant.v1.RevokeApiKeyRequest\x1a$.mesh.tenant.v1.RevokeApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:adminb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mesh/tenant/v1/api_key_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xd1\x01\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa8\x01\n\x13\x43reateApiKeyRequest\x12#\n\x0c\x64isplay_name\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\x12\x31\n\x06scopes\x18\x02 \x03(\tB!\xbaH\x1e\x92\x01\x1b\x08\x01\x10\x14\x18\x01\"\x13r\x11\x32\x0f^[a-z]+:[a-z]+$\x12\x39\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\xbaH\x05\xb2\x01\x02@\x01\"L\n\x14\x43reateApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\"Q\n\x12ListApiKeysRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"T\n\x13ListApiKeysResponse\x12$\n\x04keys\x18\x01 \x03(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x13RevokeApiKeyRequest\x12%\n\x06key_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[a-z0-9]{16}$\";\n\x14RevokeApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey2\xfd\x02\n\rApiKeyService\x12y\n\x0c\x43reateApiKey\x12#.mesh.tenant.v1.CreateApiKeyRequest\x1a$.mesh.tenant.v1.CreateApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12v\n\x0bListApiKeys\x12\".mesh.tenant.v1.ListApiKeysRequest\x1a#.mesh.tenant.v1.ListApiKeysResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12y\n\x0cRevokeApiKey\x12#.mesh.tenant.v1.RevokeApiKeyRequest\x1a$.mesh.tenant.v1.RevokeApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:adminb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.tenant.v1.api_key_serv
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATEAPIKEYREQUEST'].fields_by_name['display_name']._loaded_options = None
-  _globals['_CREATEAPIKEYREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\006r\004\020\001\030d'
+  _globals['_CREATEAPIKEYREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\nr\010\020\001\030d\272\001\001\000'
   _globals['_CREATEAPIKEYREQUEST'].fields_by_name['scopes']._loaded_options = None
   _globals['_CREATEAPIKEYREQUEST'].fields_by_name['scopes']._serialized_options = b'\272H\036\222\001\033\010\001\020\024\030\001\"\023r\0212\017^[a-z]+:[a-z]+$'
   _globals['_CREATEAPIKEYREQUEST'].fields_by_name['expire_time']._loaded_options = None
@@ -55,17 +55,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APIKEY']._serialized_start=148
   _globals['_APIKEY']._serialized_end=357
   _globals['_CREATEAPIKEYREQUEST']._serialized_start=360
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=524
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=526
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=602
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=604
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=685
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=687
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=771
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=773
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=833
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=835
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=894
-  _globals['_APIKEYSERVICE']._serialized_start=897
-  _globals['_APIKEYSERVICE']._serialized_end=1278
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=528
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=530
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=606
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=608
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=689
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=691
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=775
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=777
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=837
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=839
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=898
+  _globals['_APIKEYSERVICE']._serialized_start=901
+  _globals['_APIKEYSERVICE']._serialized_end=1282
 # @@protoc_insertion_point(module_scope)
