@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("services", "tenantry", "devstack", "bench", "deploy")
+ROOMS = ("services", "devstack", "bench", "deploy")
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 45
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|NotImplementedError")
@@ -37,6 +37,51 @@ def test_files_and_functions_hold_one_idea(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, node.name
+
+
+DRIVERS = {"grpc", "asyncpg", "redis", "qdrant_client", "anthropic"}
+ROOTS = {"app.py", "settings.py", "__main__.py", "__init__.py"}
+
+
+def nouns() -> Iterator[Path]:
+    """The rules of each service: what stands beside its app, not in its adapters or servicers."""
+    for path in sorted((ROOT / "services").glob("*/*.py")):
+        if path.parent.name != "kernel" and path.name not in ROOTS:
+            yield path
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, by full name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", list(nouns()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rules_know_no_driver_and_nobody_above_them(path: Path) -> None:
+    """A rule imports neither a driver nor its service's adapters, servicers, app or settings."""
+    service = f"services.{path.parent.name}"
+    above = {f"{service}.{name}" for name in ("adapters", "servicers", "app", "settings")}
+    for name in imports(path):
+        assert name.split(".")[0] not in DRIVERS, name
+        assert not any(name == module or name.startswith(f"{module}.") for module in above), name
+
+
+def test_only_apps_read_settings_and_build_adapters() -> None:
+    """A service's settings and adapters are imported by its app (and its command line) alone, or by adapters themselves."""
+    for path in sorted((ROOT / "services").glob("*/**/*.py")):
+        service = path.relative_to(ROOT / "services").parts[0]
+        if service == "kernel":
+            continue
+        for name in imports(path):
+            if name == f"services.{service}.settings":
+                assert path.name in {"app.py", "__main__.py"}, path
+            if name.startswith(f"services.{service}.adapters"):
+                assert path.name == "app.py" or "adapters" in path.parts, path
 
 
 def statements() -> Iterator[tuple[str, str]]:
