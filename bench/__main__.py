@@ -3,9 +3,12 @@
 import sys
 from collections.abc import Callable
 
-from bench import call_overhead
+from bench import call_overhead, kernel_overhead
 
-BENCHES: dict[str, Callable[[list[str]], None]] = {"call_overhead": call_overhead.main}
+BENCHES: dict[str, Callable[[list[str]], None]] = {
+    "call_overhead": call_overhead.main,
+    "kernel_overhead": kernel_overhead.main,
+}
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import anthropic
 
+from bench import bare_hop
 from bench.latency import Latencies, closed_loop
 from bench.process_cost import CpuReading, resident_megabytes
 from devstack.addresses import Ports
@@ -124,25 +125,24 @@ class Bench:
 
 async def run(seconds: float, concurrencies: list[int], trace_sample_ratio: float) -> dict[str, object]:
     """Starts a mesh of its own, measures every combination, and stops it."""
+    hops = {concurrency: round(await bare_hop.cpu_milliseconds(concurrency), 3) for concurrency in concurrencies}
     with tempfile.TemporaryDirectory(prefix="tenantry-bench-") as folder:
         Path(folder).chmod(0o755)  # noqa: ASYNC240 - Postgres may run as another user
-        async with running_stack(Path(folder) / "state", Ports.free(), trace_sample_ratio=trace_sample_ratio) as stack:
-            async with MeshClient.connect(stack.ports) as client:
-                bench = Bench(stack, client, await _tenants(stack, client))
-                try:
-                    runs = [
-                        await bench.measure(Load(concurrency, retrieval, seconds))
-                        for retrieval in (False, True)
-                        for concurrency in concurrencies
-                    ]
-                finally:
-                    await bench.close()
+        ports = Ports.free()
+        mesh = running_stack(Path(folder) / "state", ports, trace_sample_ratio=trace_sample_ratio)
+        async with mesh as stack, MeshClient.connect(ports) as client:
+            bench = Bench(stack, client, await _tenants(stack, client))
+            try:
+                runs = [await bench.measure(Load(number, retrieval, seconds)) for retrieval in (False, True) for number in concurrencies]
+            finally:
+                await bench.close()
     return {
         "bench": "call_overhead",
         "python": platform.python_version(),
         "seconds_per_run": seconds,
         "trace_sample_ratio": trace_sample_ratio,
         "tenants": TENANTS,
+        "bare_hop_cpu_ms": hops,
         "runs": runs,
     }
 
