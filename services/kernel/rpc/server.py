@@ -4,6 +4,7 @@ Refuses to be built with a method that has no policy.
 """
 
 import asyncio
+import gc
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ Registration = tuple[Callable[[Any, grpc.aio.Server], None], object, str]
 Closer = Callable[[], Awaitable[None]]
 
 _MAX_METADATA_BYTES = 16 * 1024
+_GC_ALLOCATIONS = 20_000
 
 
 class MeshServer:
@@ -195,10 +197,18 @@ def run_service(build: Callable[[], Awaitable[App]], settings: ServiceSettings |
     uvloop.run(_run(build, known))
 
 
+def _settle_garbage_collector() -> None:
+    # What is there after the start stays: looking through it again and again, for cycles that requests rarely make, costs CPU.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GC_ALLOCATIONS, 20, 50)
+
+
 async def _run(build: Callable[[], Awaitable[App]], settings: ServiceSettings) -> None:
     configure_tracing(settings)
     try:
         app = await build()
+        _settle_garbage_collector()
         try:
             await app.server.serve_until_signal()
         finally:

@@ -53,7 +53,8 @@ class TraceInterceptor(MeshInterceptor):
             parent = parse_trace_parent(value) if (value := pairs.get(TRACEPARENT)) else None
             call = RequestScope(method.path, pairs, trace=parent)
             enter_scope(call)
-            if is_recording():
+            # The caller's decision holds for the whole trace: unsampled, there is no span to make.
+            if is_recording() and (parent is None or parent.sampled):
                 with _server_span(method, call, context):
                     return await handled(request, context, call)
             if parent is None:
@@ -72,8 +73,8 @@ class TraceInterceptor(MeshInterceptor):
 @contextmanager
 def client_span(method: str, target: str) -> Iterator[str]:
     """Yields the `traceparent` to send with an outbound call, inside a CLIENT span when spans go anywhere."""
-    if not is_recording():
-        call = scope()
+    call = scope()
+    if not is_recording() or (call is not None and call.trace is not None and not call.trace.sampled):
         yield (call.trace if call is not None and call.trace is not None else new_trace_parent()).header
         return
     service, _, name = method.lstrip("/").rpartition("/")
