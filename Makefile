@@ -12,7 +12,7 @@ KUSTOMIZE_VERSION := v5.7.1
 export PATH := $(CURDIR)/$(BIN):$(TOOLS):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run demo test test-all lint format types imports proto proto-check bench k8s-check tools lock ci clean
+.PHONY: help install run demo test test-all lint format types imports proto proto-check proto-breaking bench k8s-check tools lock ci clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -41,7 +41,7 @@ test: $(INSTALLED) ## run the tests against real stores
 test-all: $(INSTALLED) ## run the tests, the slow ones too
 	@$(BIN)/python -m pytest -q
 
-lint: $(INSTALLED) ## check style, contracts and manifests' text
+lint: $(INSTALLED) ## check the style of code and contracts
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/buf lint
@@ -58,10 +58,15 @@ imports: $(INSTALLED) ## check which room may import which
 	@$(BIN)/lint-imports
 
 proto: $(INSTALLED) ## generate the stubs of protos/ into protos/gen
-	@rm -rf protos/gen/mesh protos/gen/buf
-	@$(BIN)/python -m grpc_tools.protoc -I protos -I protos/third_party --python_out=protos/gen --grpc_python_out=protos/gen \
-	  --mypy_out=quiet:protos/gen --mypy_grpc_out=quiet,only_async:protos/gen $(PROTOS)
-	@$(BIN)/python -m grpc_tools.protoc -I protos/third_party --python_out=protos/gen --mypy_out=quiet:protos/gen buf/validate/validate.proto
+	@rm -rf .stubs && mkdir .stubs
+	@$(BIN)/python -m grpc_tools.protoc -I protos -I protos/third_party --python_out=.stubs --grpc_python_out=.stubs \
+	  --mypy_out=quiet:.stubs --mypy_grpc_out=quiet,only_async:.stubs $(PROTOS)
+	@$(BIN)/python -m grpc_tools.protoc -I protos/third_party --python_out=.stubs --mypy_out=quiet:.stubs buf/validate/validate.proto
+	@rm -rf protos/gen && mv .stubs protos/gen
+
+proto-breaking: $(INSTALLED) ## fail when the contracts break callers of the last release
+	@released=$$(git describe --tags --abbrev=0 2>/dev/null); \
+	  if [ -z "$$released" ]; then echo "no release is tagged yet: there is nothing to break"; else $(BIN)/buf breaking --against ".git#ref=$$released"; fi
 
 proto-check: proto ## fail when the checked-in stubs differ from their contracts
 	@git diff --exit-code --stat -- protos/gen || { echo "protos/gen does not match protos/: run 'make proto' and commit the result"; exit 1; }
@@ -85,8 +90,8 @@ lock: ## resolve the dependencies again into requirements.lock
 	@$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header -c requirements.lock pyproject.toml -o deploy/requirements-runtime.lock
 	@echo "uv==0.13.8" | $(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header - -o requirements-bootstrap.lock
 
-ci: $(INSTALLED) tools lint types imports proto-check k8s-check ## everything a change must pass
+ci: $(INSTALLED) tools lint types imports proto-check proto-breaking k8s-check ## everything a change must pass
 	@$(MAKE) --no-print-directory test-all
 
 clean: ## remove what was built, and the state of the embedded stack
-	rm -rf .venv .tools .tenantry .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .tools .tenantry .stubs .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -107,7 +107,7 @@ def _registrations(inference: InferenceService, memory: PostgresMemory, configs:
 
 async def migrate_schema(settings: InferenceSettings) -> None:
     """Brings the schema forward."""
-    roles = {"service": settings.postgres_dsn.get_secret_value(), "jobs": settings.postgres_jobs_dsn.get_secret_value()}
+    roles = {"service": settings.postgres_dsn.get_secret_value()}
     await migrate(settings.postgres_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS, roles)
 
 

@@ -16,6 +16,11 @@ InferenceAddress = Annotated[str, Field(description="the inference service")]
 RetrievalAddress = Annotated[str, Field(description="the retrieval service")]
 MeteringAddress = Annotated[str, Field(description="the metering service")]
 
+LeaseSeconds = Annotated[
+    float, Field(gt=0.0, le=60.0, description="how long a hold and its open call live without being renewed; the same at both services")
+]
+DEFAULT_LEASE_SECONDS = 5.0
+
 
 class ServiceSettings(BaseSettings):
     """Read once, by a service's app. One environment name means the same in every service."""

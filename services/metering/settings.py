@@ -5,7 +5,16 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr
 
-from services.kernel.settings import ListenAddress, PostgresAdminDsn, PostgresDsn, PostgresJobsDsn, RatelimitAddress, ServiceSettings
+from services.kernel.settings import (
+    DEFAULT_LEASE_SECONDS,
+    LeaseSeconds,
+    ListenAddress,
+    PostgresAdminDsn,
+    PostgresDsn,
+    PostgresJobsDsn,
+    RatelimitAddress,
+    ServiceSettings,
+)
 
 PACKAGED_PRICE_BOOK = Path(__file__).parent / "prices.yaml"
 
@@ -21,6 +30,6 @@ class MeteringSettings(ServiceSettings):
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     price_book_path: Path = Field(default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`")
-    lease_seconds: float = Field(default=5.0, gt=0.0, le=60.0, description="how long an open call lives without being renewed")
+    lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")

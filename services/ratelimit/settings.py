@@ -4,7 +4,13 @@ from typing import ClassVar, Self
 
 from pydantic import Field, SecretStr, field_validator
 
-from services.kernel.settings import ListenAddress, MeteringAddress, ServiceSettings
+from services.kernel.settings import (
+    DEFAULT_LEASE_SECONDS,
+    LeaseSeconds,
+    ListenAddress,
+    MeteringAddress,
+    ServiceSettings,
+)
 
 
 class RatelimitSettings(ServiceSettings):
@@ -14,6 +20,7 @@ class RatelimitSettings(ServiceSettings):
 
     listen_address: ListenAddress = "127.0.0.1:7402"
     metering_address: MeteringAddress = "127.0.0.1:7405"
+    lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     redis_url: SecretStr = Field(
         default=SecretStr("redis://127.0.0.1:7412/0"), description="Redis, with its password; rediss:// for TLS; eviction must be off"
     )

@@ -33,7 +33,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child of its parent's death")
 async def test_a_killed_supervisor_leaves_no_child(tmp_path: Path) -> None:
-    """kill -9 of the supervisor ends its children too."""
+    """A supervisor that is killed takes its children along."""
     supervisor = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SUPERVISOR, str(tmp_path / "log"), stdout=asyncio.subprocess.PIPE
     )

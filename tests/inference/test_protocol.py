@@ -68,7 +68,7 @@ CASES = [
          {"reserve": failing(ReservationLost("x", "lost"))}),
     Case("open unavailable", ["reserve", "open", "void", "release"], "DEPENDENCY_UNAVAILABLE", grpc.StatusCode.UNAVAILABLE,
          {"open": failing(Unavailable("postgres"))}),
-    Case("epoch stale twice", ["reserve", "open", "void", "release", "reserve", "open", "void", "release"], "RESERVATION_LOST", grpc.StatusCode.ABORTED,
+    Case("epoch stale twice", 2 * ["reserve", "open", "void", "release"], "RESERVATION_LOST", grpc.StatusCode.ABORTED,
          {"open": outcome(ledger_pb.OPEN_OUTCOME_STALE_EPOCH)}),
     Case("call voided before open", ["reserve", "open", "release"], "RESERVATION_LOST", grpc.StatusCode.ABORTED,
          {"open": outcome(ledger_pb.OPEN_OUTCOME_ENDED, ledger_pb.CALL_STATE_VOID)}),

@@ -80,16 +80,18 @@ class MeteringLedger:
         response = await self._channel.unary(self._stub.OpenCalls, request, timeout_seconds=OPEN_SECONDS, idempotent=True)
         return [_opened(result) for result in response.results]
 
+    # Settlements and voids are repeated until they are acknowledged by whoever asked for them; the channel does not repeat them as well.
+
     async def _settle_batch(self, calls: list[CallToSettle]) -> Sequence[Settled | Exception]:
         _leave_the_call()
         request = pb.SettleCallsRequest(calls=[_settle(call) for call in calls])
-        response = await self._channel.unary(self._stub.SettleCalls, request, timeout_seconds=SETTLE_SECONDS, idempotent=True)
+        response = await self._channel.unary(self._stub.SettleCalls, request, timeout_seconds=SETTLE_SECONDS)
         return [_settled(call, result) for call, result in zip(calls, response.results, strict=True)]
 
     async def _void_batch(self, calls: list[CallToVoid]) -> Sequence[None]:
         _leave_the_call()
         request = pb.VoidCallsRequest(calls=[_void(call) for call in calls])
-        response = await self._channel.unary(self._stub.VoidCalls, request, timeout_seconds=SETTLE_SECONDS, idempotent=True)
+        response = await self._channel.unary(self._stub.VoidCalls, request, timeout_seconds=SETTLE_SECONDS)
         return [None for _ in response.states]
 
 
