@@ -33,5 +33,7 @@ class InferenceSettings(ServiceSettings):
         default=256, ge=1, description="provider calls under way in this process; others wait their turn"
     )
     max_waiting_calls: int = Field(default=1024, ge=0, description="calls that may wait for their turn; more are refused")
-    default_call_deadline_seconds: float = Field(default=120.0, gt=0.0, description="how long a call may take whose caller set no deadline")
+    default_call_deadline_seconds: float = Field(
+        default=120.0, gt=0.0, description="the longest a call may take; a caller's shorter deadline wins"
+    )
     postgres_pool_size: int = Field(default=8, ge=1, description="connections to Postgres")

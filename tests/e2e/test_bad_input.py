@@ -11,6 +11,7 @@ from devstack.mesh_client import Metadata, credentials, operator_credentials, re
 from devstack.state import DemoTenant
 from mesh.inference.v1 import inference_service_pb2 as pb
 from mesh.metering.v1 import usage_service_pb2
+from mesh.ratelimit.v1 import rate_limit_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
 from mesh.tenant.v1 import api_key_service_pb2, api_key_service_pb2_grpc, tenant_service_pb2
 from tests.support.mesh import Mesh
@@ -37,11 +38,19 @@ async def call_raw(mesh: Mesh, service: str, method: str, body: bytes, metadata:
 
 
 async def assert_nothing_happened(mesh: Mesh, tenant: DemoTenant) -> None:
-    """The tenant's ledger is empty, nothing is held, and a good call works."""
+    """The tenant's ledger is empty, nothing of its limits is used or held, and a good call works."""
     metadata = credentials(tenant.api_key)
+    await assert_nothing_is_held(mesh, tenant)
     report = await mesh.client.usage.GetUsageReport(usage_service_pb2.GetUsageReportRequest(), metadata=metadata, timeout=10)
     assert (report.settled_count, report.open_count, report.unresolved_count) == (0, 0, 0)
     await mesh.client.inference.Generate(question(), metadata=metadata, timeout=20)
+
+
+async def assert_nothing_is_held(mesh: Mesh, tenant: DemoTenant) -> None:
+    """No limit of the tenant counts anything."""
+    request = rate_limit_service_pb2.ListLimitsRequest()
+    listed = await mesh.client.limits.ListLimits(request, metadata=credentials(tenant.api_key), timeout=10)
+    assert {limit.rule: limit.used for limit in listed.limits if limit.used} == {}
 
 
 REFUSED_QUESTIONS: list[tuple[str, Callable[[], pb.GenerateRequest], str, str]] = [
@@ -76,6 +85,7 @@ async def test_a_bad_question_is_refused_with_its_reason(
         await mesh.client.inference.Generate(request_of(), metadata=credentials(refused_tenant.api_key), timeout=20)
     told = refusal(refused.value)
     assert (told.code, told.reason) == (code, reason), told.message
+    await assert_nothing_is_held(mesh, refused_tenant)
 
 
 @pytest.fixture(scope="module")
