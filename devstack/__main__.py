@@ -33,6 +33,10 @@ def main() -> int:
     except (ProcessFailedError, ExceptionGroup) as failure:
         print(f"\n{_sentence(failure)}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read the output has left; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except grpc.aio.AioRpcError as error:
         told = refusal(error)
         print(f"\nThe mesh refused: {told.code} {told.reason}: {told.message}", file=sys.stderr)

@@ -1,14 +1,19 @@
 """One question asked of the mesh as a product back end asks it, with everything one may want to know of the answer."""
 
+import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from devstack.mesh_client import MeshClient, NewTrace, credentials
+import grpc
+
+from devstack.mesh_client import MeshClient, NewTrace, credentials, refusal
 from devstack.state import DemoTenant
 from mesh.inference.v1 import inference_service_pb2
 
 CALL_TIMEOUT_SECONDS = 30.0
+LONGEST_WAIT_SECONDS = 65.0
+WORTH_WAITING_FOR = frozenset({"PLAN_LIMIT", "CONCURRENCY", "LIMITS_REBUILDING"})
 NANO_USD_PER_USD = 1_000_000_000
 
 
@@ -57,6 +62,19 @@ async def ask(
             case "final":
                 asked.summary = event.final
     return asked
+
+
+async def patiently(call: Callable[[], Awaitable[Asked]], tell: Callable[[str], None]) -> Asked:
+    """Makes a call; refused for a limit that frees within a minute, it waits as long as the refusal says and makes it once more."""
+    try:
+        return await call()
+    except grpc.aio.AioRpcError as error:
+        told = refusal(error)
+        if told.retry_after_seconds is None or told.reason not in WORTH_WAITING_FOR or told.retry_after_seconds > LONGEST_WAIT_SECONDS:
+            raise
+    tell(f"waiting {told.retry_after_seconds:.0f} s: {told.message}")
+    await asyncio.sleep(told.retry_after_seconds + 0.1)
+    return await call()
 
 
 def usd(nano_usd: int) -> str:

@@ -1,9 +1,9 @@
 """`make demo`: the story of two tenants in five checks. Every line that is told is also verified; one that is untrue fails the run."""
 
-import asyncio
 import contextlib
 import datetime
 import json
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
@@ -11,19 +11,21 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from devstack.addresses import Ports
-from devstack.asking import CALL_TIMEOUT_SECONDS, Asked, ask, usd
+from devstack.asking import CALL_TIMEOUT_SECONDS, Asked, ask, patiently, usd
 from devstack.handbook import COMPANIES, HARBOR, LUMEN, Company, questions
+from devstack.managed_process import ProcessFailedError
 from devstack.mesh_client import MeshClient, Refusal, credentials, refusal
 from devstack.ports import answers
 from devstack.provisioning import provision_demo_tenants
 from devstack.run import STATE_FOLDER
-from devstack.stack import running_stack
+from devstack.shutdown import Shutdown
+from devstack.stack import is_serving, running_stack
 from devstack.state import DemoTenant, StackState
 from mesh.inference.v1 import inference_service_pb2
 from mesh.metering.v1 import usage_service_pb2
 
-LONGEST_WAIT_SECONDS = 65.0
 FLOOD_CALLS = 40
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +39,46 @@ class Check:
 
 
 async def demo(ports: Ports, *, as_json: bool) -> int:
-    """Tells the story against the running stack, or against one of its own; returns 0 when every claim held, else 1."""
-    async with _tenants(ports) as tenants, MeshClient.connect(ports) as client:
-        checks = await Story(client, tenants).tell()
+    """Tells the story against the running stack, or against one of its own.
+
+    Returns 0 when every claim held, 1 when one did not, 130 when a signal came first. Raises: ProcessFailedError with one sentence.
+    """
+    shutdown = Shutdown(_note)
+    checks: list[Check] = []
+    if not await shutdown.guard(_tell(ports, checks, shutdown, print_each=not as_json)):
+        return INTERRUPTED
     if as_json:
         print(json.dumps({"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}, indent=1))
-    else:
-        for check in checks:
-            print(f"{'PASS' if check.passed else 'FAIL'}  {check.claim}\n      {check.seen}")
     return 0 if all(check.passed for check in checks) else 1
 
 
+async def _tell(ports: Ports, checks: list[Check], shutdown: Shutdown, *, print_each: bool) -> None:
+    async with _tenants(ports, shutdown) as tenants, MeshClient.connect(ports) as client:
+        async for check in Story(client, tenants).tell():
+            checks.append(check)
+            if print_each:
+                print(f"{'PASS' if check.passed else 'FAIL'}  {check.claim}\n      {check.seen}", flush=True)
+
+
+def _note(text: str) -> None:
+    # Beside the story, not in it: standard output is the story alone, or one JSON object.
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextlib.asynccontextmanager
-async def _tenants(ports: Ports) -> AsyncIterator[dict[str, DemoTenant]]:
-    if answers(ports.inference):
-        yield StackState.open(STATE_FOLDER).tenants
+async def _tenants(ports: Ports, shutdown: Shutdown) -> AsyncIterator[dict[str, DemoTenant]]:
+    if not answers(ports.inference):
+        async with running_stack(STATE_FOLDER, ports, progress=_note, shutdown=shutdown) as stack:
+            async with MeshClient.connect(ports) as client:
+                await provision_demo_tenants(stack, client, _note)
+            yield stack.state.tenants
         return
-    async with running_stack(STATE_FOLDER, ports) as stack:
-        async with MeshClient.connect(ports) as client:
-            await provision_demo_tenants(stack, client, lambda _: None)
-        yield stack.state.tenants
+    if not await is_serving(ports, "inference"):
+        raise ProcessFailedError(f"{ports.address('inference')} does not serve: the mesh is still starting (wait), or it is something else")
+    tenants = StackState.read(STATE_FOLDER).tenants
+    if not {company.slug for company in COMPANIES} <= tenants.keys():
+        raise ProcessFailedError("the demo tenants are not there yet: wait until `make run` says that the mesh is up")
+    yield tenants
 
 
 class Story:
@@ -69,26 +91,17 @@ class Story:
         self._begin.FromDatetime(datetime.datetime.now(datetime.UTC))
         self._costs: dict[str, list[int]] = {company.slug: [] for company in COMPANIES}
 
-    async def tell(self) -> list[Check]:
-        """Runs the checks."""
-        return [
-            await self._own_documents(),
-            await self._nothing_of_the_other(),
-            await self._refusal_explains_itself(),
-            await self._forged_tenant_refused(),
-            await self._bill_is_exact(),
-        ]
+    async def tell(self) -> AsyncIterator[Check]:
+        """Runs the checks, one after the other."""
+        yield await self._own_documents()
+        yield await self._nothing_of_the_other()
+        yield await self._refusal_explains_itself()
+        yield await self._forged_tenant_refused()
+        yield await self._bill_is_exact()
 
     async def _ask(self, company: Company, question: str) -> Asked:
-        try:
-            asked = await ask(self._client, self._tenants[company.slug], question)
-        except grpc.aio.AioRpcError as error:
-            told = refusal(error)
-            if told.retry_after_seconds is None or told.retry_after_seconds > LONGEST_WAIT_SECONDS:
-                raise
-            # A demo run shortly before has used up the minute: the refusal says when to come back.
-            await asyncio.sleep(told.retry_after_seconds + 0.1)
-            asked = await ask(self._client, self._tenants[company.slug], question)
+        tenant = self._tenants[company.slug]
+        asked = await patiently(lambda: ask(self._client, tenant, question), _note)
         self._costs[company.slug].append(asked.cost_nano_usd)
         return asked
 

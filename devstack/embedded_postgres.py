@@ -7,13 +7,14 @@ import asyncio
 import importlib.util
 import os
 import pwd
+import shutil
 import signal
 import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
-from devstack.managed_process import ManagedProcess, ProcessFailedError
+from devstack.managed_process import ManagedProcess, ProcessFailedError, UnprivilegedUser
 from devstack.ports import LOOPBACK
 
 SUPERUSER = "tenantry_admin"
@@ -35,8 +36,11 @@ def binary(name: str) -> str:
     return str(Path(spec.submodule_search_locations[0]) / "pginstall18" / "bin" / name)
 
 
-def _unprivileged_user() -> int | None:
-    return pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else None
+def _unprivileged_user() -> UnprivilegedUser | None:
+    if os.geteuid() != 0:
+        return None
+    nobody = pwd.getpwnam("nobody")
+    return UnprivilegedUser(nobody.pw_uid, nobody.pw_gid)
 
 
 def _make_traversable(path: Path) -> None:
@@ -80,20 +84,27 @@ class EmbeddedPostgres:
     def _initialise(self) -> None:
         if (self._data_dir / "PG_VERSION").exists():
             return
-        self._data_dir.mkdir(parents=True, exist_ok=True)
-        self._data_dir.chmod(0o700)
+        # In a folder beside the real one, renamed when it is whole: a start that is killed half-way leaves nothing to stumble over.
+        draft = self._data_dir.with_name(self._data_dir.name + ".draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        draft.chmod(0o700)
         if self._user is not None:
-            os.chown(self._data_dir, self._user, -1)
-            _make_traversable(self._data_dir.parent)
+            os.chown(draft, self._user.uid, self._user.gid)
+            _make_traversable(draft.parent)
             _make_traversable(Path(binary("initdb")).parent)
+        self._run_initdb(draft)
+        draft.rename(self._data_dir)
+
+    def _run_initdb(self, folder: Path) -> None:
         with tempfile.NamedTemporaryFile("w") as secret:
             secret.write(self.password)
             secret.flush()
             if self._user is not None:
-                os.chown(secret.name, self._user, -1)
+                os.chown(secret.name, self._user.uid, self._user.gid)
             arguments = [
                 "-D",
-                str(self._data_dir),
+                str(folder),
                 "-U",
                 SUPERUSER,
                 f"--pwfile={secret.name}",
@@ -101,11 +112,17 @@ class EmbeddedPostgres:
                 "--encoding=UTF8",
                 "--locale=C",
             ]
-            done = subprocess.run([binary("initdb"), *arguments], user=self._user, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise ProcessFailedError(
-                f"initdb failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout[-200:]}"
+            done = subprocess.run(
+                [binary("initdb"), *arguments],
+                user=self._user.uid if self._user else None,
+                group=self._user.gid if self._user else None,
+                extra_groups=[] if self._user else None,
+                capture_output=True,
+                text=True,
+                check=False,
             )
+        if done.returncode != 0:
+            raise ProcessFailedError(f"initdb failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
 
     async def _answers(self) -> bool:
         probe = await asyncio.create_subprocess_exec(

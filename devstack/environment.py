@@ -43,6 +43,9 @@ def service_environment(
         "TENANTRY_PEER_TOKEN_HASHES": state.secrets.peer_token_hashes,
         "TENANTRY_OTLP_ENDPOINT": f"http://{ports.address('traces')}" if trace_sample_ratio > 0 else "",
         "TENANTRY_TRACE_SAMPLE_RATIO": str(trace_sample_ratio),
+        # Shorter than a person waits after Ctrl-C, and than the supervisor does before it kills.
+        "TENANTRY_DRAIN_SECONDS": "5",
+        "TENANTRY_LOG_LEVEL": os.environ.get("TENANTRY_LOG_LEVEL", "INFO"),
     }
     own |= {f"TENANTRY_{peer.upper()}_ADDRESS": ports.address(peer) for peer in SERVICES}
     if service in WITH_POSTGRES:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 READY_POLL_SECONDS = 0.05
@@ -18,6 +19,14 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 class ProcessFailedError(Exception):
     """A child that died or did not become ready; its text is one sentence for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnprivilegedUser:
+    """Whom a child runs as that refuses to be root; it keeps none of root's groups."""
+
+    uid: int
+    gid: int
 
 
 class ManagedProcess:
@@ -30,7 +39,7 @@ class ManagedProcess:
         *,
         log_path: Path,
         env: Mapping[str, str] | None = None,
-        user: int | None = None,
+        user: UnprivilegedUser | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
     ) -> None:
         self.name = name
@@ -63,7 +72,9 @@ class ManagedProcess:
                 stdout=log,
                 stderr=log,
                 env=self._env,
-                user=self._user,
+                user=self._user.uid if self._user else None,
+                group=self._user.gid if self._user else None,
+                extra_groups=[] if self._user else None,
                 start_new_session=True,
                 preexec_fn=_stop_with_parent(self._stop_signal),
             )
@@ -76,9 +87,7 @@ class ManagedProcess:
         deadline = asyncio.get_running_loop().time() + timeout_seconds
         while not await is_ready():
             if self.exit_code is not None:
-                raise ProcessFailedError(
-                    f"{self.name} stopped with exit code {self.exit_code}: {self.last_log_line()} (log: {self.log_path})"
-                )
+                raise ProcessFailedError(self.how_it_ended())
             if asyncio.get_running_loop().time() > deadline:
                 raise ProcessFailedError(
                     f"{self.name} was not ready within {timeout_seconds:.0f} s: {self.last_log_line()} (log: {self.log_path})"
@@ -106,6 +115,13 @@ class ManagedProcess:
         """Ends the child and what it started with SIGKILL, as a crash would."""
         if self._process is not None and self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def how_it_ended(self) -> str:
+        """A sentence on the child's end: the signal that killed it, or its exit code and last words."""
+        code = self.exit_code or 0
+        if code < 0:
+            return f"{self.name} was killed by signal {-code} ({signal.Signals(-code).name}) (log: {self.log_path})"
+        return f"{self.name} stopped with exit code {code}: {self.last_log_line()} (log: {self.log_path})"
 
     def last_log_line(self) -> str:
         """The last line the child wrote, or a sentence that says it wrote none."""

@@ -1,7 +1,5 @@
 """`make run`: starts everything, shows one call from question to bill to trace, and stays up until Ctrl-C."""
 
-import asyncio
-import signal
 import sys
 import time
 from pathlib import Path
@@ -9,11 +7,12 @@ from pathlib import Path
 import grpc
 
 from devstack.addresses import Ports
-from devstack.asking import Asked, ask, usd
+from devstack.asking import Asked, ask, patiently, usd
 from devstack.handbook import LUMEN, questions
 from devstack.managed_process import ProcessFailedError
 from devstack.mesh_client import MeshClient, refusal
 from devstack.provisioning import provision_demo_tenants
+from devstack.shutdown import Shutdown
 from devstack.stack import Stack, running_stack
 from devstack.state import SERVICES, DemoTenant
 from devstack.trace_tree import render
@@ -34,23 +33,18 @@ class StepPrinter:
 
 
 async def run(ports: Ports) -> None:
-    """Runs the stack until SIGINT or SIGTERM.
+    """Runs the stack until a signal.
 
     Raises: ProcessFailedError with one sentence when a part cannot start or dies.
     """
     step = StepPrinter()
-    serving = asyncio.ensure_future(_serve(ports, step))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, serving.cancel)
-    try:
-        await serving
-    except asyncio.CancelledError:
+    shutdown = Shutdown(step)
+    if not await shutdown.guard(_serve(ports, step, shutdown)):
         step("everything is stopped; `make run` goes on where this ended")
 
 
-async def _serve(ports: Ports, step: StepPrinter) -> None:
-    async with running_stack(STATE_FOLDER, ports, progress=step) as stack:
+async def _serve(ports: Ports, step: StepPrinter, shutdown: Shutdown) -> None:
+    async with running_stack(STATE_FOLDER, ports, progress=step, shutdown=shutdown) as stack:
         provider = "the provider stub (set ANTHROPIC_API_KEY to call the real API)" if stack.provider.is_stub else "the real Anthropic API"
         step(f"model provider: {provider}")
         step("embeddings: the built-in hashing embedder, for development")
@@ -65,23 +59,26 @@ async def _show_one_call(stack: Stack, client: MeshClient, step: StepPrinter) ->
     tenant = stack.state.tenants[LUMEN.slug]
     question = questions(LUMEN)[0].question
     step(f"one call as {LUMEN.display_name}")
-    print(f"\n  Q: {question}\n  A: ", end="", flush=True)
     try:
-        asked = await ask(client, tenant, question, on_text=_write)
+        asked = await patiently(lambda: _ask_aloud(client, tenant, question), step)
     except grpc.aio.AioRpcError as error:
         told = refusal(error)
-        again = f" Try again in {told.retry_after_seconds:.0f} s." if told.retry_after_seconds else ""
-        print(f"\n  refused: {told.code} {told.reason}: {told.message}{again}")
-        return
-    print("\n")
-    _print_summary(asked)
-    spans = await stack.traces.wait_for(asked.trace.trace_id, frozenset(SERVICES), timeout_seconds=TRACE_WAIT_SECONDS)
-    print("\n  trace " + asked.trace.trace_id)
-    for line in render(spans):
-        print("    " + line)
-    print("\n  try it yourself:")
+        print(f"\n  refused: {told.code} {told.reason}: {told.message}")
+    else:
+        print("\n")
+        _print_summary(asked)
+        spans = await stack.traces.wait_for(asked.trace.trace_id, frozenset(SERVICES), timeout_seconds=TRACE_WAIT_SECONDS)
+        print("\n  trace " + asked.trace.trace_id)
+        for line in render(spans):
+            print("    " + line)
+    print("\n  try it yourself (`make tools` installs grpcurl where there is Go):")
     for line in grpcurl_lines(stack.ports, tenant, question):
         print("    " + line)
+
+
+async def _ask_aloud(client: MeshClient, tenant: DemoTenant, question: str) -> Asked:
+    print(f"\n  Q: {question}\n  A: ", end="", flush=True)
+    return await ask(client, tenant, question, on_text=_write)
 
 
 def _write(text: str) -> None:

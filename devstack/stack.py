@@ -19,7 +19,8 @@ from devstack.embedded_redis import EmbeddedRedis
 from devstack.environment import DATABASE, WITH_POSTGRES, Provider, service_environment
 from devstack.managed_process import ManagedProcess, ProcessFailedError
 from devstack.ports import answers
-from devstack.state import SERVICES, StackState
+from devstack.shutdown import Shutdown
+from devstack.state import BEGIN_ANEW, SERVICES, StackState
 from devstack.trace_receiver import TraceReceiver
 
 SERVICE_READY_SECONDS = 60.0
@@ -104,7 +105,7 @@ class Stack:
             for watcher in watchers:
                 watcher.cancel()
         process = self.processes[watchers[done.pop()]]
-        return f"{process.name} stopped with exit code {process.exit_code}: {process.last_log_line()} (log: {process.log_path})"
+        return process.how_it_ended()
 
     async def _start_stores(self) -> None:
         await self.traces.start()
@@ -151,7 +152,10 @@ class Stack:
 
     async def _migrate(self) -> None:
         self._progress("migrating the databases")
-        connection = await asyncpg.connect(self.postgres.dsn())
+        try:
+            connection = await asyncpg.connect(self.postgres.dsn())
+        except asyncpg.InvalidPasswordError:
+            raise ProcessFailedError(f"the secrets in {self.state.folder} do not fit its stores. {BEGIN_ANEW}") from None
         try:
             if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
                 await connection.execute(f"CREATE DATABASE {DATABASE}")
@@ -183,15 +187,20 @@ class Stack:
                 group.create_task(self.start_service(name))
 
     async def _is_serving(self, name: str) -> bool:
-        # A pool of its own: a shared subchannel would still be backing off from the process that was here before.
-        options = (("grpc.use_local_subchannel_pool", 1),)
-        async with grpc.aio.insecure_channel(self.ports.address(name), options=options) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            try:
-                answer = await stub.Check(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE_NAMES[name]), timeout=1.0)
-            except grpc.aio.AioRpcError:
-                return False
-            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return await is_serving(self.ports, name)
+
+
+async def is_serving(ports: Ports, name: str) -> bool:
+    """Tells whether a service of the mesh answers its health check with SERVING."""
+    # A pool of its own: a shared subchannel would still be backing off from the process that was here before.
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    async with grpc.aio.insecure_channel(ports.address(name), options=options) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE_NAMES[name]), timeout=1.0)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _migration_digest() -> str:
@@ -210,10 +219,17 @@ def is_installed() -> bool:
 
 @contextlib.asynccontextmanager
 async def running_stack(
-    folder: Path, ports: Ports, *, trace_sample_ratio: float = 1.0, progress: Progress = lambda _: None
+    folder: Path,
+    ports: Ports,
+    *,
+    trace_sample_ratio: float = 1.0,
+    progress: Progress = lambda _: None,
+    shutdown: Shutdown | None = None,
 ) -> AsyncIterator[Stack]:
-    """A started stack, stopped at the end whatever happens."""
+    """A started stack, stopped at the end whatever happens. A `shutdown` learns of its children as they come."""
     stack = Stack(StackState.open(folder), ports, trace_sample_ratio=trace_sample_ratio, progress=progress)
+    if shutdown is not None:
+        shutdown.children = stack.processes
     await stack.start()
     try:
         yield stack

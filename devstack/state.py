@@ -8,8 +8,10 @@ import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from devstack.managed_process import ProcessFailedError
 from services.tenant.api_key import new_operator_key
 
+BEGIN_ANEW = "Stop the stack and remove its folder to begin anew (what is in it is lost): rm -rf .tenantry"
 SERVICES = ("tenant", "ratelimit", "inference", "retrieval", "metering")
 
 
@@ -70,17 +72,32 @@ class StackState:
 
     @classmethod
     def open(cls, folder: Path) -> "StackState":
-        """Reads the folder's state, or begins a new one in it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o711)
+        """Reads the folder's state, or begins a new one in it. Raises: ProcessFailedError when it cannot be read or written."""
         path = folder / "secrets.json"
-        if path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o711)
+            if path.exists():
+                path.chmod(0o600)
+                return cls.read(folder)
+            state = cls(folder, Secrets.generate())
+            state.save()
+        except OSError as error:
+            raise ProcessFailedError(f"{path} cannot be used: {error.strerror}. Run this where you may write.") from None
+        return state
+
+    @classmethod
+    def read(cls, folder: Path) -> "StackState":
+        """Reads the state of a stack that was begun. Raises: ProcessFailedError when there is none, or it is damaged."""
+        path = folder / "secrets.json"
+        try:
             kept = json.loads(path.read_text())
             tenants = {name: DemoTenant(**tenant) for name, tenant in kept.pop("tenants").items()}
             return cls(folder, Secrets(**kept), tenants)
-        state = cls(folder, Secrets.generate())
-        state.save()
-        return state
+        except FileNotFoundError:
+            raise ProcessFailedError(f"{path} is not there: the stack that runs here was started from another folder") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ProcessFailedError(f"{path} is damaged. {BEGIN_ANEW}") from None
 
     def save(self) -> None:
         """Writes everything, atomically, with mode 0600."""
