@@ -34,7 +34,11 @@ class Refusal:
 def refusal(error: grpc.aio.AioRpcError) -> Refusal:
     """Reads ErrorInfo and RetryInfo out of a failed call."""
     reason, metadata, retry_after = "", {}, None
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:
+        # Its own deadline made up another status than the one the server sent.
+        status = None
     for detail in status.details if status is not None else ():
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info):

@@ -80,6 +80,9 @@ class AdmissionGate:
             turn = self._queue.pop()
             if turn is None:
                 return
+            if turn.cancelled():
+                # Given up in this very turn of the loop; its own clean-up has not run yet. The slot goes to the next in line.
+                continue
             self._running += 1
             turn.set_result(None)
 

@@ -10,8 +10,8 @@ from mesh.inference.v1.inference_service_pb2_grpc import add_InferenceServiceSer
 from mesh.inference.v1.prompt_service_pb2_grpc import add_PromptServiceServicer_to_server
 from services.inference.adapters.anthropic import AnthropicProvider
 from services.inference.adapters.metering_client import MeteringLedger
+from services.inference.adapters.metering_prices_client import MeteringPrices
 from services.inference.adapters.postgres import PostgresMemory
-from services.inference.adapters.price_book import MeteringPrices
 from services.inference.adapters.ratelimit_client import RatelimitLimits
 from services.inference.adapters.retrieval_client import RetrievalDocuments
 from services.inference.adapters.traced_provider import TracedProvider
@@ -21,7 +21,7 @@ from services.inference.lease_keeper import LeaseKeeper
 from services.inference.pipeline import AnswerPipeline
 from services.inference.servicers.conversation_service import ConversationService
 from services.inference.servicers.inference_service import InferenceService
-from services.inference.servicers.lifecycle_service import TenantLifecycleService
+from services.inference.servicers.lifecycle import LifecycleServicer
 from services.inference.servicers.prompt_service import PromptService
 from services.inference.settings import InferenceSettings
 from services.inference.settlement import Settlement
@@ -101,7 +101,7 @@ def _registrations(inference: InferenceService, memory: PostgresMemory, configs:
         (add_InferenceServiceServicer_to_server, inference, "mesh.inference.v1.InferenceService"),
         (add_PromptServiceServicer_to_server, PromptService(memory), "mesh.inference.v1.PromptService"),
         (add_ConversationServiceServicer_to_server, ConversationService(memory), "mesh.inference.v1.ConversationService"),
-        (add_TenantLifecycleServiceServicer_to_server, TenantLifecycleService(memory, configs), "mesh.common.v1.TenantLifecycleService"),
+        (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(memory, configs), "mesh.common.v1.TenantLifecycleService"),
     ]
 
 

@@ -11,11 +11,12 @@ from uuid import UUID
 from services.inference.worst_case import text_bytes
 from services.kernel.errors import InvalidRequest
 from services.kernel.ids import TenantId
+from services.kernel.paging import decode_page_token, encode_page_token, refused_page_token
 
 DEFAULT_ASSISTANT_NAME = "Assistant"
-DEFAULT_PAGE_SIZE = 100
 _CONVERSATION_ID = re.compile("[0-9a-f]{64}")
 MAX_PROMPT_BYTES = 20_000
+_LISTING = "turns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +110,17 @@ def refuse_long_prompt(text: str) -> None:
         raise InvalidRequest("text", f"must be at most {MAX_PROMPT_BYTES} bytes without NUL characters")
 
 
-def page_start(page_token: str) -> int:
-    """Reads where a page starts. Raises: InvalidRequest for a token this service did not give out."""
-    if not page_token:
+def page_token(last: KeptTurn) -> str:
+    """Returns the token of the page after a turn."""
+    return encode_page_token(_LISTING, [str(last.sequence)])
+
+
+def page_start(token: str) -> int:
+    """Reads after which turn a page starts; 0 for the first page. Raises: InvalidRequest(page_token)."""
+    position = decode_page_token(token, _LISTING, 1)
+    if position is None:
         return 0
-    if not (page_token.isascii() and page_token.isdecimal() and len(page_token) <= 9):
-        raise InvalidRequest("page_token", "must be empty or the next_page_token of the page before")
-    return int(page_token)
+    [sequence] = position
+    if not (sequence.isascii() and sequence.isdecimal() and len(sequence) <= 9):
+        raise refused_page_token()
+    return int(sequence)

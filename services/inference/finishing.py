@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
+from uuid import UUID
 
 import structlog
 
@@ -27,10 +28,10 @@ class Finishing:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def start(self, tenant: TenantContext, work: Coroutine[object, object, T]) -> "asyncio.Task[T]":
+    def start(self, tenant: TenantContext, work: Coroutine[object, object, T], *, call_id: UUID | None = None) -> "asyncio.Task[T]":
         """Starts work that goes to its end whatever becomes of the caller, in a scope of its own."""
         # Owned by this object: kept until done, awaited by close.
-        task = asyncio.get_running_loop().create_task(_in_own_scope(tenant, work), name="finishing")
+        task = asyncio.get_running_loop().create_task(_in_own_scope(tenant, work, call_id), name="finishing")
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task
@@ -74,7 +75,7 @@ async def until_acknowledged(send: Callable[[], Awaitable[T]]) -> T:
         delay = min(delay * 2, _MAX_DELAY_SECONDS)
 
 
-async def _in_own_scope(tenant: TenantContext, work: Coroutine[object, object, T]) -> T:
+async def _in_own_scope(tenant: TenantContext, work: Coroutine[object, object, T], call_id: UUID | None) -> T:
     # The call's own deadline must not reach what outlives the call.
-    with bind_tenant(tenant):
+    with bind_tenant(tenant, call_id=call_id):
         return await work

@@ -103,7 +103,7 @@ class AnswerPipeline:
     async def _reserve(self, question: Question) -> Attempt:
         hold = self._worst_case(question)
         reservation_id = ReservationId(new_uuid7())
-        reservation = await self._limits.reserve(question.tenant, reservation_id, hold.tokens, hold.cost_nano_usd)
+        reservation = await self._settlement.reserve(question, reservation_id, hold)
         lease = self._leases.begin(CallRef(question.tenant_id, reservation_id))
         return Attempt(question, hold, reservation, lease)
 

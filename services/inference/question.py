@@ -25,6 +25,7 @@ class Asked:
 
     call_id: CallId
     tenant: TenantContext
+    tenant_id: TenantId
     messages: tuple[Turn, ...]
     model: str
     max_output_tokens: int
@@ -47,7 +48,7 @@ async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, pri
     question = Question(
         call_id=asked.call_id,
         tenant=asked.tenant,
-        tenant_id=_tenant_id(asked.tenant),
+        tenant_id=asked.tenant_id,
         messages=asked.messages,
         model=model,
         price=price,
@@ -91,10 +92,3 @@ def _max_output_tokens(asked: int, ai: tenant_service_pb2.AiSettings, model: Mod
     if asked > cap:
         raise RequestTooLarge("options.max_output_tokens", "max_output_tokens", cap, asked)
     return asked or min(ai.default_max_output_tokens or DEFAULT_MAX_OUTPUT_TOKENS, cap)
-
-
-def _tenant_id(tenant: TenantContext) -> TenantId:
-    if tenant.tenant_id is None:
-        msg = "a call's context names its tenant"
-        raise ValueError(msg)
-    return tenant.tenant_id

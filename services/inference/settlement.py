@@ -1,18 +1,21 @@
 """How attempts end: settled exactly, void, or unresolved; the limits hear of it only after the ledger. Never guesses a bill."""
 
+import asyncio
 from collections.abc import Coroutine
 from typing import assert_never
 
 import structlog
 
-from services.inference.call import Attempt, Settled, Stage
+from services.inference.call import Attempt, Question, Reservation, Settled, Stage
 from services.inference.finishing import Finishing, until_acknowledged
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.ports import CallToSettle, CallToVoid, Ledger, Limits, Recollection
 from services.inference.prompt_assembly import ASSISTANT, Turn
 from services.inference.provider_failure import ProviderFailure
 from services.inference.refusals import SettlementPending
+from services.inference.worst_case import Hold
 from services.kernel.errors import MeshError
+from services.kernel.ids import ReservationId
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +33,16 @@ class Settlement:
         self._memory = memory
         self._leases = leases
         self._finishing = finishing
+
+    async def reserve(self, question: Question, reservation_id: ReservationId, hold: Hold) -> Reservation:
+        """Takes the hold. A caller that goes away meanwhile leaves none behind: what was held is let go as soon as it is known."""
+        asking = self._limits.reserve(question.tenant, reservation_id, hold.tokens, hold.cost_nano_usd)
+        reserving = self._finishing.start(question.tenant, asking, call_id=question.call_id)
+        try:
+            return await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            self._finishing.start(question.tenant, self._release_late(question, reservation_id, reserving), call_id=question.call_id)
+            raise
 
     async def settle(self, attempt: Attempt) -> Settled:
         """Records the exact usage and the conversation's turns.
@@ -50,15 +63,13 @@ class Settlement:
     async def end(self, attempt: Attempt, error: BaseException) -> None:
         """Ends an attempt that did not come to its answer, by how far it got and by what is certain about its bill."""
         work = self._ending(attempt, error)
-        if work is None:
-            return
         try:
             await self._finishing.wait(self._finishing.start(attempt.question.tenant, work), SETTLE_SECONDS)
         except MeshError as failure:
             # The caller hears why its call failed, not how the clean-up did; the lease sweep covers the rest.
             log.error("attempt_end_refused", reservation_id=str(attempt.ref.reservation_id), error=str(failure))
 
-    def _ending(self, attempt: Attempt, error: BaseException) -> Coroutine[object, object, object] | None:
+    def _ending(self, attempt: Attempt, error: BaseException) -> Coroutine[object, object, object]:
         match attempt.stage:
             case Stage.RESERVED:
                 return self._release(attempt)
@@ -66,12 +77,13 @@ class Settlement:
                 return self._void_and_release(attempt, _cause(attempt, error))
             case Stage.DISPATCHED if attempt.received.complete:
                 return self._settle(attempt)
+            case Stage.ANSWERED:
+                # The answer is whole and something failed on the way to its settlement: what is billed is known all the same.
+                return self._settle(attempt)
             case Stage.DISPATCHED if isinstance(error, ProviderFailure) and error.unbilled:
                 return self._void_and_release(attempt, error.cause)
             case Stage.DISPATCHED:
                 return self._leave_unresolved(attempt, _cause(attempt, error))
-            case Stage.ANSWERED:
-                return None
             case _:
                 assert_never(attempt.stage)
 
@@ -102,6 +114,14 @@ class Settlement:
         except MeshError as error:
             # Only an early release: the ledger's outbox or the lease's end let the hold go as well.
             log.warning("hold_not_released", reservation_id=str(attempt.ref.reservation_id), error=str(error))
+
+    async def _release_late(self, question: Question, reservation_id: ReservationId, reserving: "asyncio.Task[Reservation]") -> None:
+        try:
+            reservation = await reserving
+            await self._limits.release(question.tenant, reservation_id, reservation.epoch)
+        except MeshError as error:
+            # Refused, so nothing is held; or not told, and then the lease's end and the ledger let it go.
+            log.info("late_hold_not_released", reservation_id=str(reservation_id), error=str(error))
 
     async def _remember(self, attempt: Attempt) -> None:
         question = attempt.question

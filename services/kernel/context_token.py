@@ -20,9 +20,10 @@ from google.protobuf.message import DecodeError
 
 from mesh.common.v1 import error_reason_pb2
 from mesh.common.v1.tenant_claims_pb2 import TenantClaims
-from services.kernel.errors import MeshError, Unauthenticated
+from services.kernel.errors import MeshError, Unauthenticated, Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
+from services.kernel.timestamps import from_timestamp
 
 MAX_LIFETIME = timedelta(seconds=300)
 _CLOCK_SKEW = timedelta(seconds=5)
@@ -79,6 +80,7 @@ class ContextTokenVerifier:
         self._verified: OrderedDict[str, TenantContext] = OrderedDict()
         self._fetching = asyncio.Lock()
         self._fetched_at: float | None = None
+        self._fetch_failure: MeshError | None = None
 
     async def verify(self, token: str) -> TenantContext:
         """Returns what the token proves. Raises: Unauthenticated(CONTEXT_INVALID), without telling which check failed."""
@@ -132,9 +134,15 @@ class ContextTokenVerifier:
             # Forged key ids must not become a flood of fetches: at most one a second, whoever asks.
             now = self._monotonic()
             if key_id not in self._keys and (self._fetched_at is None or now - self._fetched_at >= _REFETCH_SECONDS):
-                self._fetched_at = now
-                self._keys = dict(await self._source.fetch_keys())
+                self._fetched_at, self._fetch_failure = now, None
+                try:
+                    self._keys = dict(await self._source.fetch_keys())
+                except MeshError as error:
+                    self._fetch_failure = error
         known = self._keys.get(key_id)
+        if known is None and self._fetch_failure is not None:
+            # Nobody could tell whether the token is forged: the caller should come back, not be turned away.
+            raise Unavailable("tenant", "the keys that prove who is calling cannot be had; try again shortly")
         if known is None:
             raise _invalid()
         return known
@@ -178,7 +186,6 @@ def _parse(payload: bytes) -> TenantClaims:
 
 def _time(claims: TenantClaims, field: str) -> datetime:
     try:
-        stamp: datetime = getattr(claims, field).ToDatetime(tzinfo=UTC)
-    except (ValueError, OverflowError):
+        return from_timestamp(getattr(claims, field))
+    except ValueError:
         raise _invalid() from None
-    return stamp

@@ -71,6 +71,7 @@ class RemoteCredentialResolver:
         self._cache_size = cache_size
         self._answers: OrderedDict[CacheKey, _Answer] = OrderedDict()
         self._asking: dict[CacheKey, asyncio.Task[TenantContext]] = {}
+        self._away_until = 0.0
 
     async def resolve(self, credential: str, claimed_tenant_id: TenantId | None) -> TenantContext:
         """Returns who the credential proves, from an answer asked for at most 1 s ago or from a new one."""
@@ -81,6 +82,9 @@ class RemoteCredentialResolver:
         key = (digest, claimed_tenant_id, current_peer_address(), operator_reason())
         answer = self._answers.get(key)
         if answer is not None and self._monotonic() - answer.asked_at < _FRESH_SECONDS and answer.context.expire_time > self._clock():
+            return answer.context
+        if answer is not None and self._monotonic() < self._away_until and answer.context.expire_time > self._clock():
+            # The tenant service did not answer a moment ago: not every call has to find that out again.
             return answer.context
         task = self._asking.get(key)
         if task is None:
@@ -119,6 +123,7 @@ class RemoteCredentialResolver:
     def _without_answer(self, key: CacheKey, error: MeshError) -> TenantContext:
         stale = self._answers.get(key)
         if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            self._away_until = self._monotonic() + _FRESH_SECONDS
             if stale is not None and stale.context.expire_time > self._clock():
                 return stale.context
         else:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
 
 if TYPE_CHECKING:
@@ -65,6 +66,15 @@ def current_tenant() -> TenantContext:
     return tenant
 
 
+def current_tenant_id() -> TenantId:
+    """Returns the proven tenant's id. Raises: RuntimeError when the method's policy admitted a call without one."""
+    tenant_id = current_tenant().tenant_id
+    if tenant_id is None:
+        msg = "the call in hand names no tenant: its policy does not require one"
+        raise RuntimeError(msg)
+    return tenant_id
+
+
 def maybe_tenant() -> TenantContext | None:
     """Returns the proven tenant context, or None where there is none."""
     found = _scope.get()
@@ -98,12 +108,6 @@ def client_call_id() -> UUID | None:
     """Returns the id the caller gave the call in `x-request-id`, if any."""
     found = _scope.get()
     return None if found is None else found.client_call_id
-
-
-def current_call_id() -> UUID | None:
-    """Returns the id that names the call in logs and outbound calls: the bound one, else the caller's."""
-    found = _scope.get()
-    return None if found is None else (found.call_id or found.client_call_id)
 
 
 def operator_reason() -> str:

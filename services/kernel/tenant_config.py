@@ -11,16 +11,16 @@ from services.kernel.single_flight import SingleFlightCache
 from services.kernel.tenant_context import TenantContext
 
 FETCH_TIMEOUT_SECONDS = 2.0
-DEFAULT_CAPACITY = 10_000
+CAPACITY = 10_000
 
 
 class TenantConfigCache:
     """Answers from memory when the version is known, and asks the tenant service once for all who wait otherwise."""
 
-    def __init__(self, channel: MeshChannel, *, capacity: int = DEFAULT_CAPACITY) -> None:
+    def __init__(self, channel: MeshChannel) -> None:
         self._channel = channel
         self._stub = tenant_service_pb2_grpc.TenantServiceStub(channel.channel)
-        self._cache: SingleFlightCache[tuple[TenantId, int], tenant_service_pb2.TenantConfig] = SingleFlightCache(capacity)
+        self._cache: SingleFlightCache[tuple[TenantId, int], tenant_service_pb2.TenantConfig] = SingleFlightCache(CAPACITY)
 
     async def get(self, context: TenantContext) -> tenant_service_pb2.TenantConfig:
         """Returns the configuration of the context's tenant, of its version or newer.

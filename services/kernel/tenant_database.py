@@ -20,6 +20,7 @@ log = structlog.get_logger(__name__)
 
 # What a pool lends: a proxy that dies when it is given back.
 Connection: TypeAlias = asyncpg.pool.PoolConnectionProxy
+_ACQUIRE_SECONDS = 2.0
 _ROLLBACK_SECONDS = 2.0
 _WARM_SECONDS = 3.0
 _UNREACHABLE = (
@@ -37,9 +38,8 @@ _UNREACHABLE = (
 class Database:
     """A pool that tolerates an absent server: it opens at once, and calls answer Unavailable until Postgres is back."""
 
-    def __init__(self, pool: asyncpg.Pool, acquire_seconds: float) -> None:
+    def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
-        self._acquire_seconds = acquire_seconds
 
     @classmethod
     async def open(
@@ -50,7 +50,6 @@ class Database:
         max_size: int = 8,
         statement_timeout_seconds: float = 5.0,
         application_name: str = "tenantry",
-        acquire_timeout_seconds: float = 2.0,
     ) -> Self:
         """Builds the pool and warms `min_size` connections if the server is there."""
         pool = asyncpg.create_pool(
@@ -58,7 +57,7 @@ class Database:
             min_size=0,
             max_size=max_size,
             reset=_keep_session,
-            timeout=acquire_timeout_seconds,
+            timeout=_ACQUIRE_SECONDS,
             command_timeout=statement_timeout_seconds + 1.0,
             server_settings={
                 "application_name": application_name,
@@ -67,7 +66,7 @@ class Database:
             },
         )
         await pool
-        database = cls(pool, acquire_timeout_seconds)
+        database = cls(pool)
         await database._warm(min_size)
         return database
 
@@ -81,7 +80,7 @@ class Database:
 
     @asynccontextmanager
     async def _acquire(self) -> AsyncIterator[Connection]:
-        limit = min(self._acquire_seconds, remaining_seconds(self._acquire_seconds))
+        limit = min(_ACQUIRE_SECONDS, remaining_seconds(_ACQUIRE_SECONDS))
         with unreachable_is_unavailable():
             connection = await self._pool.acquire(timeout=max(limit, 0.001))
         try:

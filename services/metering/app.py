@@ -1,5 +1,6 @@
 """Composition root of the metering service: builds everything by constructor, closes everything in reverse order."""
 
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from services.kernel.background import BackgroundTasks
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import MigrationRefused, migrate
 from services.kernel.rpc.channel import MeshChannel
-from services.kernel.rpc.server import MeshServer
+from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.metering.adapters.postgres_epochs import PostgresEpochs
 from services.metering.adapters.postgres_jobs import PostgresJobs
@@ -19,7 +20,7 @@ from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPrices, load_price_book
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
-from services.metering.adapters.ratelimit import RemoteLimits
+from services.metering.adapters.ratelimit_client import RemoteLimits
 from services.metering.lease_sweeper import LeaseSweeper
 from services.metering.ledger import Ledger
 from services.metering.outbox import OutboxRelay
@@ -45,54 +46,57 @@ class MeteringApp:
     ledger: Ledger
     database: TenantDatabase
     jobs: JobsDatabase
-    channels: tuple[MeshChannel, ...]
+    closing: AsyncExitStack
 
     async def close(self) -> None:
-        """Finishes accepted batches, stops the loops, then closes pools and channels."""
-        await self.ledger.close()
-        await self.background.close()
-        await self.jobs.close()
-        await self.database.close()
-        for channel in self.channels:
-            await channel.close()
+        """Finishes accepted batches, stops the loops, then closes pools and channels; one that fails does not keep the rest open."""
+        await self.closing.aclose()
 
 
 async def build(settings: MeteringSettings) -> MeteringApp:
     """Builds the service. Starts while Postgres, the limits or the tenant service are down."""
-    database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), max_size=12, application_name="metering")
-    jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), max_size=3, application_name="metering-jobs")
-    to_limits = MeshChannel(settings.ratelimit_address, settings=settings, target_service="ratelimit")
-    to_tenant = MeshChannel(settings.tenant_address, settings=settings, target_service="tenant")
-    resolver, verifier = remote_trust(to_tenant)
-    catalog = PriceCatalog(PostgresPrices(database))
-    jobs_store = PostgresJobs(jobs)
-    relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)
-    sweeper = LeaseSweeper(jobs_store, relay, lease_seconds=settings.lease_seconds, sweep_seconds=settings.sweep_seconds)
-    ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, proves=TenantProof(verifier).proves)
-    server = MeshServer(
-        settings,
-        servicers=[
-            (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
-            (add_PriceServiceServicer_to_server, PriceServicer(catalog), "mesh.metering.v1.PriceService"),
-            (add_UsageServiceServicer_to_server, UsageServicer(PostgresUsage(database)), "mesh.metering.v1.UsageService"),
-            (
-                add_TenantLifecycleServiceServicer_to_server,
-                LifecycleServicer(PostgresTenantRecords(database)),
-                "mesh.common.v1.TenantLifecycleService",
-            ),
-        ],
-        resolver=resolver,
-        verifier=verifier,
-    )
-    background = BackgroundTasks()
-    background.start("outbox_deleter", relay.run_deleter)
-    background.start("outbox_sender", relay.run_sender)
-    background.start("outbox_poller", relay.run_poller)
-    background.start("lease_sweeper", sweeper.run)
-    return MeteringApp(server, background, ledger, database, jobs, (to_limits, to_tenant))
+    async with AsyncExitStack() as stack:
+        to_limits = _channel(stack, settings, settings.ratelimit_address, "ratelimit")
+        to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
+        database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), max_size=12, application_name="metering")
+        stack.push_async_callback(database.close)
+        jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), max_size=3, application_name="metering-jobs")
+        stack.push_async_callback(jobs.close)
+        background = BackgroundTasks()
+        stack.push_async_callback(background.close)
+        resolver, verifier = remote_trust(to_tenant)
+        catalog = PriceCatalog(PostgresPrices(database))
+        jobs_store = PostgresJobs(jobs)
+        relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)
+        sweeper = LeaseSweeper(jobs_store, relay, lease_seconds=settings.lease_seconds, sweep_seconds=settings.sweep_seconds)
+        ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, proves=TenantProof(verifier).proves)
+        # Closed before the loops: what its last batches end is still told.
+        stack.push_async_callback(ledger.close)
+        server = MeshServer(settings, servicers=_registrations(ledger, catalog, database), resolver=resolver, verifier=verifier)
+        background.start("outbox_deleter", relay.run_deleter)
+        background.start("outbox_sender", relay.run_sender)
+        background.start("outbox_poller", relay.run_poller)
+        background.start("lease_sweeper", sweeper.run)
+        return MeteringApp(server, background, ledger, database, jobs, stack.pop_all())
 
 
-async def migrate_store(settings: MeteringSettings) -> None:
+def _registrations(ledger: Ledger, catalog: PriceCatalog, database: TenantDatabase) -> list[Registration]:
+    records = PostgresTenantRecords(database)
+    return [
+        (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
+        (add_PriceServiceServicer_to_server, PriceServicer(catalog), "mesh.metering.v1.PriceService"),
+        (add_UsageServiceServicer_to_server, UsageServicer(PostgresUsage(database)), "mesh.metering.v1.UsageService"),
+        (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(records), "mesh.common.v1.TenantLifecycleService"),
+    ]
+
+
+def _channel(stack: AsyncExitStack, settings: MeteringSettings, address: str, service: str) -> MeshChannel:
+    channel = MeshChannel(address, settings=settings, target_service=service)
+    stack.push_async_callback(channel.close)
+    return channel
+
+
+async def migrate_schema(settings: MeteringSettings) -> None:
     """Brings the schema forward, then loads the price book. Idempotent. Raises: MigrationRefused."""
     admin_dsn = settings.postgres_admin_dsn.get_secret_value()
     try:

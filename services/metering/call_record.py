@@ -6,9 +6,9 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
-from services.kernel.ids import TenantId
+from services.kernel.ids import TenantId, parse_uuid
+from services.kernel.paging import decode_page_token, encode_page_token, position_time
 from services.metering.call import CallState, TokenUsage
-from services.metering.page_token import PagePosition
 from services.metering.usage_report import UsageGroup
 
 
@@ -46,6 +46,14 @@ class PeriodSums:
     groups: Sequence[UsageGroup]
 
 
+@dataclass(frozen=True, slots=True)
+class PagePosition:
+    """The last call of the page before: the next page holds calls opened before it."""
+
+    open_time: datetime
+    reservation_id: UUID
+
+
 class UsageStore(Protocol):
     """A tenant's own calls, read only."""
 
@@ -63,3 +71,19 @@ class UsageStore(Protocol):
     async def attempts(self, tenant_id: TenantId, call_id: UUID) -> Sequence[CallRecord]:
         """Returns the attempts of a call, first first; none when it is absent or another tenant's."""
         ...
+
+
+def page_token(last: CallRecord, tenant_id: TenantId, states: Sequence[CallState]) -> str:
+    """Returns the token of the page after a call."""
+    return encode_page_token(_listing(tenant_id, states), [last.open_time.isoformat(), str(last.reservation_id)])
+
+
+def page_position(token: str, tenant_id: TenantId, states: Sequence[CallState]) -> PagePosition | None:
+    """Reads a token; None for the first page. Raises: InvalidRequest(page_token) for one of another tenant, filter or making."""
+    position = decode_page_token(token, _listing(tenant_id, states), 2)
+    return None if position is None else PagePosition(position_time(position[0]), parse_uuid(position[1], "page_token"))
+
+
+def _listing(tenant_id: TenantId, states: Sequence[CallState]) -> str:
+    # A page of another filter would go on at the right place of the wrong list, and nobody would notice the calls it leaves out.
+    return "|".join(["calls", str(tenant_id), *(str(int(state)) for state in sorted(set(states)))])

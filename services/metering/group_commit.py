@@ -40,6 +40,7 @@ class GroupCommit(Generic[I, O]):
     async def _commit_group(self, group: list[Sequence[I]]) -> Sequence[list[O] | Exception]:
         try:
             outcomes = await self._commit([item for request in group for item in request])
+        # Whatever it is, it belongs to those whose items were in this transaction: raised, it would fail the other groups' callers too.
         except Exception as error:
             return [error] * len(group)
         answers: list[list[O]] = []

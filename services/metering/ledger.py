@@ -167,9 +167,7 @@ class Ledger:
     async def _end_batch(self, items: Sequence[Ending]) -> Sequence[Ended]:
         ended = await self._store.end(items)
         self._ends.send(
-            CallEnd(
-                item.tenant_id, item.reservation_id, EndKind.VOID if item.kind is VoidKind.NOT_BILLED else EndKind.PIN, result.told_epoch
-            )
+            CallEnd(item.tenant_id, item.reservation_id, _END_KINDS[item.kind], result.told_epoch)
             for item, result in zip(items, ended, strict=True)
             if result.told_epoch is not None
         )

@@ -1,11 +1,14 @@
 """Composition root of the ratelimit service: builds everything by constructor and closes it in reverse order."""
 
-from mesh.common.v1 import lifecycle_service_pb2_grpc
-from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
+from mesh.ratelimit.v1.rate_limit_service_pb2_grpc import add_RateLimitServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.rpc.channel import MeshChannel
-from services.kernel.rpc.server import MeshServer
+from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.adapters.metering_client import MeteringClient
@@ -15,79 +18,63 @@ from services.ratelimit.fencing import Fencing
 from services.ratelimit.limits import Limits
 from services.ratelimit.rebuild import Rebuilder
 from services.ratelimit.reservation import Reservations
+from services.ratelimit.servicers.lifecycle import LifecycleServicer
 from services.ratelimit.servicers.rate_limit import RateLimitServicer
-from services.ratelimit.servicers.tenant_lifecycle import TenantLifecycleServicer
 from services.ratelimit.settings import RatelimitSettings
 
-_LEASE_SECONDS = 5.0
 # What may take longer than a decision: batches of commits, snapshots, sweeps. Few at a time, so that decisions get between them.
 _BULK_TIMEOUT_SECONDS = 0.5
 _BULK_BATCH = 8
 
 
+@dataclass(frozen=True, slots=True)
 class RatelimitApp:
-    """The running service."""
+    """The running parts."""
 
-    def __init__(
-        self,
-        server: MeshServer,
-        background: BackgroundTasks,
-        rebuilder: Rebuilder,
-        links: tuple[Link, ...],
-        channels: tuple[MeshChannel, ...],
-    ) -> None:
-        self.server = server
-        self._background = background
-        self._rebuilder = rebuilder
-        self._links = links
-        self._channels = channels
+    server: MeshServer
+    closing: AsyncExitStack
 
     async def close(self) -> None:
-        """Stops the sweep and rebuilds, then closes the connections."""
-        await self._background.close()
-        await self._rebuilder.close()
-        for link in self._links:
-            await link.close()
-        for channel in self._channels:
-            await channel.close()
+        """Stops the sweep and rebuilds, then closes the connections; one that fails does not keep the rest open."""
+        await self.closing.aclose()
 
 
 async def build(settings: RatelimitSettings) -> RatelimitApp:
     """Builds the service; neither Redis nor a peer needs to be up."""
-    tenant = MeshChannel(settings.tenant_address, settings=settings, target_service="tenant")
-    metering = MeshChannel(settings.metering_address, settings=settings, target_service="metering")
-    decisions, bulk = _links(settings)
-    store = RedisStore(decisions, bulk, lease_seconds=_LEASE_SECONDS)
-    ledger = MeteringClient(metering)
-    configs = TenantConfigCache(tenant)
+    async with AsyncExitStack() as stack:
+        to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
+        ledger = MeteringClient(_channel(stack, settings, settings.metering_address, "metering"))
+        decisions, bulk = _links(settings)
+        stack.push_async_callback(bulk.close)
+        stack.push_async_callback(decisions.close)
+        store = RedisStore(decisions, bulk, lease_seconds=settings.lease_seconds)
+        configs = TenantConfigCache(to_tenant)
 
-    async def limits_of(context: TenantContext) -> Limits:
-        return Limits.of((await configs.get(context)).limits)
+        async def limits_of(context: TenantContext) -> Limits:
+            return Limits.of((await configs.get(context)).limits)
 
-    fencing = Fencing(store, ledger)
-    rebuilder = Rebuilder(store, ledger)
-    reservations = Reservations(store, limits_of, rebuilder, fencing)
-    resolver, verifier = remote_trust(tenant)
-    server = MeshServer(
-        settings,
-        servicers=[
-            (
-                rate_limit_service_pb2_grpc.add_RateLimitServiceServicer_to_server,
-                RateLimitServicer(reservations, _LEASE_SECONDS),
-                "mesh.ratelimit.v1.RateLimitService",
-            ),
-            (
-                lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
-                TenantLifecycleServicer(store),
-                "mesh.common.v1.TenantLifecycleService",
-            ),
-        ],
-        resolver=resolver,
-        verifier=verifier,
-    )
-    background = BackgroundTasks()
-    background.start("ratelimit.lease_sweep", fencing.run)
-    return RatelimitApp(server, background, rebuilder, (decisions, bulk), (metering, tenant))
+        fencing, rebuilder = Fencing(store, ledger), Rebuilder(store, ledger)
+        stack.push_async_callback(rebuilder.close)
+        background = BackgroundTasks()
+        stack.push_async_callback(background.close)
+        background.start("ratelimit.lease_sweep", fencing.run)
+        limits = RateLimitServicer(Reservations(store, limits_of, rebuilder, fencing), settings.lease_seconds)
+        resolver, verifier = remote_trust(to_tenant)
+        server = MeshServer(settings, servicers=_registrations(limits, LifecycleServicer(store)), resolver=resolver, verifier=verifier)
+        return RatelimitApp(server, stack.pop_all())
+
+
+def _registrations(limits: RateLimitServicer, lifecycle: LifecycleServicer) -> list[Registration]:
+    return [
+        (add_RateLimitServiceServicer_to_server, limits, "mesh.ratelimit.v1.RateLimitService"),
+        (add_TenantLifecycleServiceServicer_to_server, lifecycle, "mesh.common.v1.TenantLifecycleService"),
+    ]
+
+
+def _channel(stack: AsyncExitStack, settings: RatelimitSettings, address: str, service: str) -> MeshChannel:
+    channel = MeshChannel(address, settings=settings, target_service=service)
+    stack.push_async_callback(channel.close)
+    return channel
 
 
 def _links(settings: RatelimitSettings) -> tuple[Link, Link]:

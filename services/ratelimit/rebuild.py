@@ -1,4 +1,7 @@
-"""Counters that are gone come back from the ledger, in one snapshot that answers this store's own last request (docs/protocol.md, rules 5 and 6)."""
+"""Counters that are gone come back from the ledger, in one snapshot that answers this store's own last request.
+
+The rules: docs/protocol.md, 5 and 6.
+"""
 
 import asyncio
 import secrets

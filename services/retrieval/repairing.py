@@ -27,14 +27,14 @@ class OwedWork(Protocol):
         ...
 
 
-async def repair_forever(work: OwedWork, library: Library, *, pause_seconds: float = PAUSE_SECONDS) -> None:
+async def repair_forever(work: OwedWork, library: Library) -> None:
     """Repairs what is owed every few seconds, until cancelled. A store that is away is tried again at the next turn."""
     while True:
         try:
             await repair_once(work, library)
         except MeshError as error:
             log.warning("repair_postponed", reason=error.reason_name)
-        await asyncio.sleep(pause_seconds)
+        await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def repair_once(work: OwedWork, library: Library, *, limit: int = 100) -> int:

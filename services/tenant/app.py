@@ -20,7 +20,7 @@ from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer
 from services.kernel.tenant_database import TenantDatabase
-from services.tenant.adapters.lifecycle_peer import GrpcLifecyclePeer
+from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
 from services.tenant.adapters.postgres_keys import PostgresKeys
@@ -34,7 +34,7 @@ from services.tenant.local_credential_resolver import LocalCredentialResolver
 from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
 from services.tenant.servicers.api_key import ApiKeyServicer
 from services.tenant.servicers.authentication import AuthenticationServicer
-from services.tenant.servicers.lifecycle import TenantLifecycleServicer
+from services.tenant.servicers.lifecycle import LifecycleServicer
 from services.tenant.servicers.plan import PlanServicer
 from services.tenant.servicers.tenant import TenantServicer
 from services.tenant.settings import TenantSettings
@@ -84,7 +84,7 @@ async def build(settings: TenantSettings) -> TenantApp:
         return TenantApp(server, trail, stack.pop_all())
 
 
-async def migrate_all(settings: TenantSettings) -> None:
+async def migrate_schema(settings: TenantSettings) -> None:
     """Brings the schema and the plans forward."""
     admin_dsn = settings.postgres_admin_dsn.get_secret_value()
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, {"service": settings.postgres_dsn.get_secret_value()})
@@ -121,7 +121,7 @@ def _server(
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
             (
                 lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
-                TenantLifecycleServicer(TenantRemains(PostgresRemains(database))),
+                LifecycleServicer(TenantRemains(PostgresRemains(database))),
                 "mesh.common.v1.TenantLifecycleService",
             ),
         ],

@@ -13,7 +13,7 @@ from mesh.common.v1.tenant_claims_pb2 import TenantClaims
 from services.kernel.context_token import MAX_LIFETIME, SigningKey, mint
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
-from services.tenant.timestamps import timestamp
+from services.kernel.timestamps import to_timestamp
 
 PROVISIONING_SUBJECT = "mesh:tenant"
 _KEY_LENGTH = 32
@@ -59,8 +59,8 @@ class ContextMinter:
             subject=grant.subject,
             scopes=sorted(grant.scopes),
             config_version=grant.config_version,
-            issue_time=timestamp(now),
-            expire_time=timestamp(expire_time),
+            issue_time=to_timestamp(now),
+            expire_time=to_timestamp(expire_time),
             operator=grant.operator,
         )
         return TenantContext(

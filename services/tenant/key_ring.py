@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Protocol
 
 from mesh.common.v1 import error_reason_pb2
 from services.kernel.errors import InvalidRequest, LimitExceeded, NotFound, QuotaViolation
 from services.kernel.ids import TenantId
-from services.tenant import page_token
+from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, position_time
 from services.tenant.actor import Actor
 from services.tenant.api_key import ApiKeyText, new_api_key
 from services.tenant.scopes import grantable
@@ -77,12 +77,9 @@ class KeyRing:
 
     async def list(self, tenant_id: TenantId, asked_size: int, token: str) -> tuple[Sequence[ApiKeyRecord], str]:
         """Returns a page of keys, newest first, and the token of the next page. Raises: InvalidRequest(page_token)."""
-        size = page_token.page_size(asked_size)
-        keys = await self._store.list_keys(tenant_id, _position(token), size + 1)
-        if len(keys) <= size:
-            return keys, ""
-        last = keys[size - 1]
-        return keys[:size], page_token.encode(_LISTING, [last.create_time.isoformat(), last.key_id])
+        size = page_size(asked_size)
+        found = await self._store.list_keys(tenant_id, _position(token), size + 1)
+        return cut_page(found, size, lambda last: encode_page_token(_LISTING, [last.create_time.isoformat(), last.key_id]))
 
     async def revoke(self, tenant_id: TenantId, key_id: str, actor: Actor) -> ApiKeyRecord:
         """Revokes a key of this tenant; idempotent. Raises: NotFound for an absent key and for another tenant's."""
@@ -93,16 +90,8 @@ class KeyRing:
 
 
 def _position(token: str) -> tuple[datetime, str] | None:
-    parts = page_token.decode(token, _LISTING, 2)
-    if parts is None:
-        return None
-    try:
-        create_time = datetime.fromisoformat(parts[0])
-        if create_time.tzinfo is not None:
-            return create_time.astimezone(UTC), parts[1]
-    except (ValueError, OverflowError):
-        pass
-    raise page_token.invalid()
+    position = decode_page_token(token, _LISTING, 2)
+    return None if position is None else (position_time(position[0]), position[1])
 
 
 def _too_many(tenant_id: TenantId) -> LimitExceeded:

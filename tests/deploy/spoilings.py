@@ -60,7 +60,7 @@ SPOILINGS = {
     ),
     "admin connection in a service": Spoiling(
         INFERENCE,
-        "TENANTRY_POSTGRES_JOBS_DSN",
+        "TENANTRY_POSTGRES_DSN",
         "TENANTRY_POSTGRES_ADMIN_DSN",
         "inference: secrets are named",
         "does not belong in a Deployment",

@@ -122,6 +122,22 @@ async def test_the_gate_admits_in_fair_order() -> None:
     assert (calls.gate.running, calls.gate.waiting) == (0, 0)
 
 
+async def test_a_waiter_cancelled_while_a_slot_comes_free_takes_none() -> None:
+    """Given up in the very turn of the loop in which another call leaves, a waiter neither takes its slot nor fails the one that left."""
+    calls = Calls(AdmissionGate(1, 10))
+    loop = asyncio.get_running_loop()
+    running, waiting, last = (loop.create_task(calls.run(name, A)) for name in ("1", "2", "3"))
+    await settle_down()
+    calls.ends["1"].set()
+    waiting.cancel()
+    await settle_down()
+    assert running.exception() is None
+    assert (calls.gate.running, calls.gate.waiting, calls.admitted[-1]) == (1, 0, "3")
+    calls.ends["3"].set()
+    await last
+    assert calls.gate.running == 0
+
+
 async def test_a_cancelled_waiter_leaves_at_once_and_takes_no_slot() -> None:
     """Cancelling a waiting call frees its place; cancelling the running one admits the next."""
     calls = Calls(AdmissionGate(1, 10))

@@ -9,7 +9,7 @@ import grpc
 from devstack.ports import free_port
 from mesh.inference.v1 import inference_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
-from services.inference.adapters.price_book import MeteringPrices
+from services.inference.adapters.metering_prices_client import MeteringPrices
 from services.kernel.errors import Unavailable
 from services.kernel.rpc.channel import MeshChannel
 from tests.inference.conftest import World, running_service, service_settings

@@ -17,7 +17,8 @@ from mesh.inference.v1 import inference_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as limit_pb
 from mesh.retrieval.v1 import search_service_pb2 as search_pb
-from services.kernel.errors import LimitExceeded, MeshError, ReservationLost, Unavailable
+from services.inference.admission import AdmissionGate
+from services.kernel.errors import InvalidRequest, LimitExceeded, MeshError, ReservationLost, Unavailable
 from services.kernel.ids import new_uuid7
 from tests.inference.conftest import World, until
 from tests.inference.peers import Tenant, opened
@@ -206,6 +207,23 @@ async def test_cancelling_mid_stream_leaves_the_call_unresolved(world: World, te
     await stream_closed(world)
 
 
+async def test_cancelling_while_the_hold_is_taken_leaves_none_behind(world: World, tenant: Tenant) -> None:
+    """A caller that goes away while the limits decide has its hold released as soon as it is known."""
+    decide = asyncio.Event()
+
+    async def later(_: Any) -> None:
+        await decide.wait()
+
+    world.script.hooks["reserve"] = later
+    call = world.stream(tenant)
+    await world.script.wait_for("reserve")
+    call.cancel()
+    decide.set()
+    await world.script.wait_for("release")
+    assert world.script.names() == ["reserve", "release"]
+    assert world.script.all("release")[0].reservation_id == world.script.all("reserve")[0].reservation_id
+
+
 async def test_cancelling_before_dispatch_bills_nothing(world: World, tenant: Tenant) -> None:
     """A caller that goes away while the ledger is asked leaves a voided record and a released hold."""
     never = asyncio.Event()
@@ -322,6 +340,37 @@ async def test_cancelling_after_the_answer_still_settles_it(world: World, tenant
     reservation_id = world.script.all("settle")[0].calls[0].ref.reservation_id
     await until(lambda: reservation_id in world.script.settled)
     assert world.script.names() == ["reserve", "open", "dispatch", "settle"]
+
+
+async def test_a_failure_between_answer_and_settlement_still_settles(world: World, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong once the usage is known, the call is settled by it."""
+
+    def fail(self: AdmissionGate) -> None:
+        self._running -= 1
+        raise RuntimeError("the slot cannot be given back")
+
+    monkeypatch.setattr(AdmissionGate, "_leave", fail)
+    with pytest.raises(MeshError):
+        await world.answer(tenant)
+    monkeypatch.undo()
+    await world.script.wait_for("settle")
+    assert world.script.names() == ["reserve", "open", "dispatch", "settle"]
+
+
+async def test_one_refused_settlement_does_not_keep_others_from_being_settled(world: World, tenant: Tenant) -> None:
+    """A batch that the contract refuses is settled item by item."""
+    refusals = 0
+
+    def refuse_batches(request: Any) -> None:
+        nonlocal refusals
+        if len(request.calls) > 1:
+            refusals += 1
+            raise InvalidRequest("calls[1].usage", "is not valid")
+
+    world.script.hooks["settle"] = refuse_batches
+    async with asyncio.TaskGroup() as calls:
+        answers = [calls.create_task(world.answer(tenant)) for _ in range(12)]
+    assert all(answer.result().summary.ledger_entry_id for answer in answers)
 
 
 async def test_an_unknown_price_is_refused_before_anything_is_held(world: World, tenant: Tenant) -> None:

@@ -100,6 +100,16 @@ async def test_usage_is_exact_in_every_class() -> None:
     assert (received.text, received.stop_reason, received.complete, received.provider_request_id) == ("Hé", "end_turn", True, "req_1")
 
 
+@pytest.mark.parametrize("count", ["200000000", "-1", "1.5", '"7"', "true"])
+async def test_a_count_that_is_none_is_never_billed(count: str) -> None:
+    """Usage no ledger could take makes the call unresolved: what is not known is not guessed."""
+    end = END.replace(b'"output_tokens":7', f'"output_tokens":{count}'.encode())
+    async with answering(HEAD, START, DELTA, end) as (url, _):
+        received, failure = await ask(url)
+    assert failure is not None
+    assert (failure.cause, failure.unbilled, received.complete) == ("malformed_event", False, False)
+
+
 async def test_no_header_names_the_call_unless_configured() -> None:
     """The call id leaves the mesh only in the configured header."""
     async with answering(HEAD, START, END) as (url, requests):

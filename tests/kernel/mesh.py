@@ -18,7 +18,7 @@ from mesh.common.v1.tenant_claims_pb2 import TenantClaims
 from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
 from mesh.tenant.v1 import authentication_service_pb2_grpc as auth_grpc
 from services.kernel.context_token import ContextTokenVerifier, SigningKey, mint
-from services.kernel.errors import Unauthenticated
+from services.kernel.errors import MeshError, Unauthenticated
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer
@@ -56,9 +56,12 @@ class Keys:
 
     signing: list[SigningKey] = field(default_factory=lambda: [SigningKey("k1", Ed25519PrivateKey.generate())])
     fetches: int = 0
+    failure: MeshError | None = None
 
     async def fetch_keys(self) -> Mapping[str, Ed25519PublicKey]:
         self.fetches += 1
+        if self.failure is not None:
+            raise self.failure
         return {key.key_id: key.private_key.public_key() for key in self.signing}
 
     def token(self, tenant_id: TenantId | None = None, *, lifetime: float = 200.0, now: datetime | None = None, **claims: Any) -> str:

@@ -72,8 +72,8 @@ async def test_a_passed_deadline_is_not_even_sent(mesh: Mesh) -> None:
     assert called == []
 
 
-async def test_a_peer_that_overruns_is_a_deadline_and_its_handler_is_cancelled(mesh: Mesh) -> None:
-    """The caller gets DEADLINE_EXCEEDED with the peer's name, and the work at the peer stops."""
+async def test_a_peer_that_overruns_its_hop_is_unavailable_and_its_handler_is_cancelled(mesh: Mesh) -> None:
+    """While the caller still has time, a peer that hangs is UNAVAILABLE by name, and the work at the peer stops."""
     stopped = asyncio.Event()
 
     async def slow(request: Any, context: Any) -> Any:
@@ -85,9 +85,21 @@ async def test_a_peer_that_overruns_is_a_deadline_and_its_handler_is_cancelled(m
     mesh.lifecycle.provision = slow
     with pytest.raises(MeshError) as late:
         await mesh.provision(timeout_seconds=0.1)
-    assert (late.value.code.name, late.value.metadata) == ("DEADLINE_EXCEEDED", {"phase": "peer"})
+    assert (late.value.code.name, late.value.metadata) == ("UNAVAILABLE", {"dependency": "peer"})
     async with asyncio.timeout(5):
         await stopped.wait()
+
+
+async def test_a_caller_whose_own_time_ran_out_is_told_so(mesh: Mesh) -> None:
+    """When the caller's deadline ends the hop, it is DEADLINE_EXCEEDED with the peer's name."""
+
+    async def slow(request: Any, context: Any) -> Any:
+        await asyncio.sleep(60)
+
+    mesh.lifecycle.provision = slow
+    with bind_tenant(mesh.tenant, deadline=time.monotonic() + 0.2), pytest.raises(MeshError) as late:
+        await mesh.provision(timeout_seconds=5.0)
+    assert (late.value.code.name, late.value.metadata) == ("DEADLINE_EXCEEDED", {"phase": "peer"})
 
 
 async def test_only_an_idempotent_call_is_repeated(mesh: Mesh) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.kernel.context_token import ContextTokenVerifier, SigningKey, mint
-from services.kernel.errors import Unauthenticated
+from services.kernel.errors import Unauthenticated, Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from tests.kernel.mesh import Keys, claims_of
 
@@ -127,6 +127,19 @@ async def test_keys_are_fetched_once_and_a_new_key_is_found() -> None:
     keys.signing.insert(0, SigningKey("k2", Ed25519PrivateKey.generate()))
     await verifier.verify(keys.token(now=START))
     assert keys.fetches == 2
+
+
+async def test_a_token_nobody_can_judge_is_not_called_forged() -> None:
+    """While the keys cannot be had a token is neither good nor bad: the caller is asked to come back, again and again."""
+    keys, clock = Keys(), Clock()
+    verifier = verifier_of(keys, clock)
+    keys.failure = Unavailable("tenant")
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            await verifier.verify(keys.token(now=START))
+    keys.failure = None
+    clock.advance(2)
+    assert (await verifier.verify(keys.token(now=START))).tier == "free"
 
 
 async def test_unknown_key_ids_do_not_flood_the_key_source() -> None:

@@ -192,9 +192,9 @@ async def test_a_service_starts_without_postgres_and_recovers_with_it() -> None:
         await database.close()
 
 
-async def test_an_exhausted_pool_answers_within_its_limit(databases: Databases) -> None:
+async def test_an_exhausted_pool_answers_within_its_limit(databases: Databases, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for a connection is bounded like any other wait."""
-    databases.service._acquire_seconds = 0.05
+    monkeypatch.setattr("services.kernel.tenant_database._ACQUIRE_SECONDS", 0.05)
     async with databases.service.transaction(tenant()):
         with pytest.raises(Unavailable):
             await databases.service.call(None, "SELECT 1")

@@ -19,7 +19,7 @@ from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.settings import ServiceSettings
 from services.kernel.tenant_context import TenantContext
-from services.metering.app import MeteringApp, build, migrate_store
+from services.metering.app import MeteringApp, build, migrate_schema
 from services.metering.settings import MeteringSettings
 from tests.metering.peers import Peers
 
@@ -242,4 +242,4 @@ async def running_mesh(admin_dsn: str, peers: Peers, admin: asyncpg.Pool, **over
 
 async def migrated(admin_dsn: str, peers: Peers) -> None:
     """Brings the database forward and loads the packaged price book."""
-    await migrate_store(settings_for(admin_dsn, peers))
+    await migrate_schema(settings_for(admin_dsn, peers))

@@ -27,6 +27,25 @@ async def test_service_starts_without_its_database_and_says_when_to_retry(ledger
         await mesh.close()
 
 
+async def test_a_part_that_fails_to_close_keeps_no_other_open(
+    ledger_dsn: str, peers: Peers, admin: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the last batches cannot be finished, the loops still end and the pools are still given back; the failure is told."""
+    mesh = await running_mesh(ledger_dsn, peers, admin)
+    app, lost = mesh.app, "the last batch is lost"
+
+    async def fail() -> None:
+        raise RuntimeError(lost)
+
+    await mesh.opened(mesh.new_tenant())
+    monkeypatch.setattr(app.ledger._opens, "close", fail)
+    with pytest.raises(RuntimeError, match=lost):
+        await mesh.close()
+    assert app.background.running() == ()
+    for database in (app.database, app.jobs):
+        assert database._pool.is_closing()
+
+
 async def test_calls_work_again_after_every_connection_was_cut(mesh: Mesh) -> None:
     """When the database ends all connections, the next calls are refused at most once and then work; nothing is settled twice."""
     tenant = mesh.new_tenant()

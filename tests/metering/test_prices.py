@@ -11,7 +11,7 @@ from services.kernel.migrate import MigrationRefused
 from services.kernel.rpc import metadata as keys
 from services.kernel.tenant_database import JobsDatabase
 from services.metering.adapters.postgres_prices import load_price_book
-from services.metering.app import migrate_store
+from services.metering.app import migrate_schema
 from services.metering.price_book import PriceBookRefused, parse_price_book
 from services.metering.settings import PACKAGED_PRICE_BOOK
 from tests.metering.mesh import MODEL, Mesh, bill, running_mesh, settings_for
@@ -134,18 +134,18 @@ async def test_versions_are_loaded_once_and_never_changed(postgres: PostgresStor
         path.write_text(text)
         settings = settings_for(dsn, peers, price_book_path=path)
         if refusal is None:
-            await migrate_store(settings)
+            await migrate_schema(settings)
         else:
             with pytest.raises(MigrationRefused, match=refusal):
-                await migrate_store(settings)
+                await migrate_schema(settings)
     with pytest.raises(MigrationRefused, match="cannot be read"):
-        await migrate_store(settings_for(dsn, peers, price_book_path=tmp_path / "absent.yaml"))
+        await migrate_schema(settings_for(dsn, peers, price_book_path=tmp_path / "absent.yaml"))
 
 
 async def test_next_version_takes_over_at_its_time_and_old_calls_keep_theirs(postgres: PostgresStore, peers: Peers) -> None:
     """A call is billed by the version it was opened with, though a later one is in force when it is settled."""
     dsn = await postgres.fresh_database()
-    await migrate_store(settings_for(dsn, peers))
+    await migrate_schema(settings_for(dsn, peers))
     async with asyncpg.create_pool(dsn, min_size=1, max_size=2) as admin:
         mesh = await running_mesh(dsn, peers, admin)
         try:

@@ -30,7 +30,7 @@ from mesh.tenant.v1 import (
 from services.kernel.errors import MeshError
 from services.kernel.rpc.wire_status import decode_rpc_error
 from services.tenant.api_key import ApiKeyText, OperatorKeyText, new_operator_key, parse
-from services.tenant.app import TenantApp, build, migrate_all
+from services.tenant.app import TenantApp, build, migrate_schema
 from services.tenant.settings import TenantSettings
 from tests.support.stores import PostgresStore
 
@@ -256,7 +256,7 @@ async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
         service_dsn = postgres.dsn(urlsplit(admin_dsn).path.lstrip("/"), "tenant_service", "service-password")
         operator = new_operator_key()
         settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()})
-        await migrate_all(settings)
+        await migrate_schema(settings)
         app = await build(settings)
         await app.server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{app.server.bound_port}", options=[("grpc.use_local_subchannel_pool", 1)])

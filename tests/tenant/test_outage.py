@@ -11,7 +11,7 @@ from devstack.ports import free_port
 from mesh.common.v1 import error_reason_pb2
 from mesh.tenant.v1 import authentication_service_pb2, authentication_service_pb2_grpc
 from services.tenant.api_key import new_api_key, new_operator_key
-from services.tenant.app import TenantApp, build, migrate_all
+from services.tenant.app import TenantApp, build, migrate_schema
 from services.tenant.context_minting import public_key_id
 from services.tenant.settings import TenantSettings
 from tests.support.stores import PostgresStore
@@ -53,7 +53,7 @@ async def test_it_starts_without_postgres_and_serves_when_it_is_back(postgres: P
     """While the store is away every question is UNAVAILABLE with a time to retry; when it is back the same process answers."""
     admin_dsn, operator = await postgres.fresh_database(), new_operator_key()
     real_dsn = postgres.dsn(urlsplit(admin_dsn).path.lstrip("/"), "tenant_service", "service-password")
-    await migrate_all(settings_for(admin_dsn, real_dsn, operator, {}))
+    await migrate_schema(settings_for(admin_dsn, real_dsn, operator, {}))
     port = free_port()
     away_dsn = real_dsn.replace(f":{urlsplit(real_dsn).port}", f":{port}")
     app = await build(settings_for(admin_dsn, away_dsn, operator, {}))

@@ -16,7 +16,7 @@ from services.kernel.errors import MeshError
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
-from services.tenant.adapters.lifecycle_peer import GrpcLifecyclePeer
+from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_tenants import PostgresTenants
 from services.tenant.context_minting import ContextMinter, read_signing_key

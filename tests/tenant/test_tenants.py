@@ -1,7 +1,5 @@
 """Reading tenants, their configuration and the plans."""
 
-import base64
-import json
 from dataclasses import replace
 from uuid import UUID
 
@@ -10,8 +8,9 @@ import pytest
 
 from mesh.common.v1 import error_reason_pb2
 from mesh.tenant.v1 import plan_service_pb2, tenant_service_pb2
+from services.kernel.paging import encode_page_token
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
-from services.tenant.app import PLAN_FILE, migrate_all
+from services.tenant.app import PLAN_FILE, migrate_schema
 from services.tenant.plan import PlanCatalog, PlanCatalogRefused
 from tests.support.stores import PostgresStore
 from tests.tenant.harness import Harness, as_service, call, refusal, running_service, with_key
@@ -66,11 +65,9 @@ async def test_the_list_shows_every_tenant_once_by_slug(harness: Harness) -> Non
         "garbage",
         "%%%",
         "e30",
-        base64.urlsafe_b64encode(json.dumps(["api_keys", "x"]).encode()).decode(),
-        base64.urlsafe_b64encode(json.dumps(["tenants", 1]).encode()).decode(),
-        base64.urlsafe_b64encode(json.dumps(["tenants", "a\x00"]).encode()).decode(),
-        base64.urlsafe_b64encode(b"\xff\xfe").decode(),
-        "[" * 200,
+        encode_page_token("api_keys", ["x"]),
+        encode_page_token("tenants", ["x", "y"]),
+        encode_page_token("tenants", ["a\x00"]),
         "x" * 201,
     ],
 )
@@ -146,7 +143,7 @@ async def test_a_change_of_settings_raises_the_version_in_tokens_and_configurati
 async def test_loading_plans_again_changes_nothing_and_a_change_needs_a_new_version(postgres: PostgresStore) -> None:
     """Migrating twice is harmless; other terms need a higher version, raise every tenant's configuration version and keep the old terms."""
     async with running_service(postgres) as harness:
-        await migrate_all(harness.settings)
+        await migrate_schema(harness.settings)
         created = await harness.create()
         catalog = read_plan_file(PLAN_FILE)
         smaller = tuple(replace(plan, requests_per_minute=7) if plan.name == "professional" else plan for plan in catalog.plans)

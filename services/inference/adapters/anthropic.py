@@ -22,6 +22,7 @@ from services.inference.provider_failure import ProviderFailure
 ANTHROPIC_URL = "https://api.anthropic.com"
 _CONNECT_SECONDS = 5.0
 _MAX_STOP_REASON_LENGTH = 100
+_MOST_TOKENS = 100_000_000
 _MAX_REQUEST_ID_LENGTH = 200
 
 
@@ -128,7 +129,7 @@ def _take(event: dict[str, Any], received: Received) -> str:
             received.usage = _usage(event.get("usage") or {}, received.usage)
             stop_reason = event["delta"].get("stop_reason")
             if stop_reason:
-                received.stop_reason, received.complete = str(stop_reason)[:_MAX_STOP_REASON_LENGTH], True
+                received.stop_reason, received.complete = str(stop_reason).replace("\x00", "")[:_MAX_STOP_REASON_LENGTH], True
         case "error":
             kind = (event.get("error") or {}).get("type", "error")
             raise ProviderFailure(f"midstream_{kind}"[:_MAX_STOP_REASON_LENGTH], accepted=True)
@@ -145,12 +146,20 @@ def _usage(reported: dict[str, Any], before: Usage) -> Usage:
     if five_minutes is None:
         five_minutes = before.cache_write_5m_tokens if written is None else max(0, written - cache_write_1h)
     return Usage(
-        input_tokens=_or(reported.get("input_tokens"), before.input_tokens),
-        output_tokens=_or(reported.get("output_tokens"), before.output_tokens),
-        cache_read_tokens=_or(reported.get("cache_read_input_tokens"), before.cache_read_tokens),
-        cache_write_5m_tokens=five_minutes,
-        cache_write_1h_tokens=cache_write_1h,
+        input_tokens=_count(_or(reported.get("input_tokens"), before.input_tokens)),
+        output_tokens=_count(_or(reported.get("output_tokens"), before.output_tokens)),
+        cache_read_tokens=_count(_or(reported.get("cache_read_input_tokens"), before.cache_read_tokens)),
+        cache_write_5m_tokens=_count(five_minutes),
+        cache_write_1h_tokens=_count(cache_write_1h),
     )
+
+
+def _count(reported: object) -> int:
+    # What no ledger could take is no usage: the call is listed as unresolved instead of billed by it.
+    if type(reported) is not int or not 0 <= reported <= _MOST_TOKENS:
+        msg = "a token count is not one"
+        raise ValueError(msg)
+    return reported
 
 
 def _or(reported: int | None, before: int) -> int:

@@ -1,8 +1,9 @@
 """The ledger port over the metering service. Concurrent opens, settlements and voids ride together in one rpc each."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from uuid import UUID
 
+import grpc
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -12,7 +13,7 @@ from services.inference.call import CallRef, Settled, Usage
 from services.inference.models import PROVIDER
 from services.inference.ports import CallToOpen, CallToSettle, CallToVoid, Opened, OpenOutcome
 from services.kernel.batching import Batcher
-from services.kernel.errors import ContentConflict, Unavailable, WrongState
+from services.kernel.errors import ContentConflict, MeshError, Unavailable, WrongState
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.request_context import RequestScope, enter_scope
 from services.kernel.rpc.channel import MeshChannel
@@ -22,6 +23,7 @@ log = structlog.get_logger(__name__)
 OPEN_SECONDS = 5.0
 SETTLE_SECONDS = 5.0
 RENEW_SECONDS = 2.0
+SettleFlush = Callable[[list[CallToSettle]], Awaitable[Sequence[Settled | Exception]]]
 _MAX_BATCH = 500
 # Callers wait for opens before anything else happens, so a second rpc may start beside a slow one.
 _OPENS_IN_FLIGHT = 2
@@ -85,7 +87,13 @@ class MeteringLedger:
     async def _settle_batch(self, calls: list[CallToSettle]) -> Sequence[Settled | Exception]:
         _leave_the_call()
         request = pb.SettleCallsRequest(calls=[_settle(call) for call in calls])
-        response = await self._channel.unary(self._stub.SettleCalls, request, timeout_seconds=SETTLE_SECONDS)
+        try:
+            response = await self._channel.unary(self._stub.SettleCalls, request, timeout_seconds=SETTLE_SECONDS)
+        except MeshError as error:
+            if error.code is not grpc.StatusCode.INVALID_ARGUMENT or len(calls) == 1:
+                raise
+            # One item that the contract refuses must not keep the others, of other tenants, from being settled.
+            return [await _alone(self._settle_batch, call) for call in calls]
         return [_settled(call, result) for call, result in zip(calls, response.results, strict=True)]
 
     async def _void_batch(self, calls: list[CallToVoid]) -> Sequence[None]:
@@ -93,6 +101,16 @@ class MeteringLedger:
         request = pb.VoidCallsRequest(calls=[_void(call) for call in calls])
         response = await self._channel.unary(self._stub.VoidCalls, request, timeout_seconds=SETTLE_SECONDS)
         return [None for _ in response.states]
+
+
+async def _alone(
+    flush: Callable[[list[CallToSettle]], Awaitable[Sequence[Settled | Exception]]], call: CallToSettle
+) -> Settled | Exception:
+    try:
+        [result] = await flush([call])
+    except MeshError as error:
+        return error
+    return result
 
 
 def _leave_the_call() -> None:

@@ -1,7 +1,6 @@
 """The limits port over the ratelimit service."""
 
 from collections.abc import Sequence
-from datetime import UTC
 from uuid import UUID
 
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as pb
@@ -10,6 +9,7 @@ from services.inference.call import CallRef, LimitLeft, Reservation
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.tenant_context import TenantContext
+from services.kernel.timestamps import from_timestamp
 
 RESERVE_SECONDS = 2.0
 RENEW_SECONDS = 2.0
@@ -31,7 +31,7 @@ class RatelimitLimits:
         return Reservation(
             reservation_id=reservation_id,
             epoch=response.epoch,
-            reserve_time=response.reserve_time.ToDatetime(tzinfo=UTC),
+            reserve_time=from_timestamp(response.reserve_time),
             limits=tuple(LimitLeft(limit.rule, limit.limit, limit.remaining) for limit in response.limits),
         )
 

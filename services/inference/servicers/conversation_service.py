@@ -3,9 +3,11 @@
 from mesh.inference.v1 import conversation_service_pb2 as pb
 from mesh.inference.v1 import conversation_service_pb2_grpc
 from mesh.inference.v1.inference_service_pb2 import ROLE_ASSISTANT, ROLE_USER
-from services.inference.conversation import DEFAULT_PAGE_SIZE, KeptTurn, Store, new_conversation_id, page_start, refuse_unstorable_user
+from services.inference.conversation import KeptTurn, Store, new_conversation_id, page_start, page_token, refuse_unstorable_user
 from services.inference.prompt_assembly import USER
-from services.inference.servicers.tenant import current_tenant_id
+from services.kernel.paging import cut_page, page_size
+from services.kernel.request_context import current_tenant_id
+from services.kernel.timestamps import to_timestamp
 
 
 class ConversationService(conversation_service_pb2_grpc.ConversationServiceServicer):
@@ -22,17 +24,14 @@ class ConversationService(conversation_service_pb2_grpc.ConversationServiceServi
         """Begins a conversation."""
         refuse_unstorable_user(request.user)
         made = await self._store.add_conversation(current_tenant_id(), new_conversation_id(), request.user)
-        response = pb.CreateConversationResponse(conversation=pb.Conversation(conversation_id=made.conversation_id, user=made.user))
-        response.conversation.create_time.FromDatetime(made.create_time)
-        return response
+        conversation = pb.Conversation(conversation_id=made.conversation_id, user=made.user, create_time=to_timestamp(made.create_time))
+        return pb.CreateConversationResponse(conversation=conversation)
 
     async def ListTurns(self, request: pb.ListTurnsRequest, context: object) -> pb.ListTurnsResponse:
         """Lists turns, oldest first."""
-        size = request.page_size or DEFAULT_PAGE_SIZE
-        # One more than asked for tells whether there is a next page.
+        size = page_size(request.page_size)
         found = await self._store.turns(current_tenant_id(), request.conversation_id, page_start(request.page_token), size + 1)
-        page = found[:size]
-        following = str(page[-1].sequence) if len(found) > size else ""
+        page, following = cut_page(found, size, page_token)
         return pb.ListTurnsResponse(turns=[_turn(turn) for turn in page], next_page_token=following)
 
     async def DeleteConversation(
@@ -47,6 +46,5 @@ class ConversationService(conversation_service_pb2_grpc.ConversationServiceServi
 
 def _turn(turn: KeptTurn) -> pb.Turn:
     role = ROLE_USER if turn.role == USER else ROLE_ASSISTANT
-    message = pb.Turn(sequence=turn.sequence, role=role, text=turn.text, call_id=str(turn.call_id))
-    message.create_time.FromDatetime(turn.create_time)
-    return message
+    create_time = to_timestamp(turn.create_time)
+    return pb.Turn(sequence=turn.sequence, role=role, text=turn.text, call_id=str(turn.call_id), create_time=create_time)

@@ -15,7 +15,7 @@ from services.inference.ports import Prices, Sink
 from services.inference.prompt_assembly import ASSISTANT, USER, Chunk, Turn
 from services.inference.question import Asked, to_question
 from services.kernel.ids import CallId, new_uuid7
-from services.kernel.request_context import bind_call_id, client_call_id, current_tenant, remaining_seconds
+from services.kernel.request_context import bind_call_id, client_call_id, current_tenant, current_tenant_id, remaining_seconds
 from services.kernel.tenant_config import TenantConfigCache
 
 _MODES = {
@@ -87,6 +87,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         asked = Asked(
             call_id=call_id,
             tenant=tenant,
+            tenant_id=current_tenant_id(),
             messages=tuple([Turn(_ROLES[message.role], message.text) for message in request.messages]),
             model=options.model,
             max_output_tokens=options.max_output_tokens,

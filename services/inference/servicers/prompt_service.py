@@ -3,7 +3,8 @@
 from mesh.inference.v1 import prompt_service_pb2 as pb
 from mesh.inference.v1 import prompt_service_pb2_grpc
 from services.inference.conversation import Prompt, Store, refuse_long_prompt
-from services.inference.servicers.tenant import current_tenant_id
+from services.kernel.request_context import current_tenant_id
+from services.kernel.timestamps import to_timestamp
 
 
 class PromptService(prompt_service_pb2_grpc.PromptServiceServicer):
@@ -23,6 +24,4 @@ class PromptService(prompt_service_pb2_grpc.PromptServiceServicer):
 
 
 def _prompt(prompt: Prompt) -> pb.Prompt:
-    message = pb.Prompt(version=prompt.version, text=prompt.text)
-    message.create_time.FromDatetime(prompt.create_time)
-    return message
+    return pb.Prompt(version=prompt.version, text=prompt.text, create_time=to_timestamp(prompt.create_time))

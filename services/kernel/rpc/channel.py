@@ -14,7 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
-from services.kernel.errors import DeadlineExceeded, MeshError
+from services.kernel.errors import DeadlineExceeded, MeshError, Unavailable
 from services.kernel.request_context import scope
 from services.kernel.rpc import metadata as keys
 from services.kernel.rpc.trace import client_span
@@ -27,6 +27,7 @@ Response = TypeVar("Response")
 
 _MAX_ATTEMPTS = 3
 _FIRST_BACKOFF_SECONDS = 0.02
+_CLOCKS_DIFFER_SECONDS = 0.02
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
 Metadata = tuple[tuple[str, str], ...]
@@ -115,7 +116,11 @@ class MeshChannel:
             with client_span(_path(method), self._target) as traceparent:
                 return await method(request, timeout=remaining, metadata=self.metadata(tenant, traceparent))
         except grpc.aio.AioRpcError as error:
-            raise decode_rpc_error(error, self._target) from None
+            failure = decode_rpc_error(error, self._target)
+            if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED and _only_the_hop_is_late(give_up_at):
+                # Our own limit for this hop has passed, not the caller's: the peer hangs.
+                raise Unavailable(self._target) from None
+            raise failure from None
 
 
 class ResponseStream(Generic[Response]):
@@ -167,6 +172,14 @@ def _give_up_at(timeout_seconds: float) -> float:
     own = time.monotonic() + timeout_seconds
     call = scope()
     return own if call is None or call.deadline is None else min(own, call.deadline)
+
+
+def _only_the_hop_is_late(give_up_at: float) -> bool:
+    call, now = scope(), time.monotonic()
+    # The peer counts the same limit down and may answer that it is over a moment before our clock says so.
+    return now >= give_up_at - _CLOCKS_DIFFER_SECONDS and (
+        call is None or call.deadline is None or now < call.deadline - _CLOCKS_DIFFER_SECONDS
+    )
 
 
 def _pause(attempt: int, error: MeshError) -> float:

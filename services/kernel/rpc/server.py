@@ -34,7 +34,6 @@ log = structlog.get_logger(__name__)
 
 # The generated add_…_to_server function, the servicer and its full name, such as mesh.tenant.v1.TenantService.
 Registration = tuple[Callable[[Any, grpc.aio.Server], None], object, str]
-Closer = Callable[[], Awaitable[None]]
 
 _MAX_METADATA_BYTES = 16 * 1024
 _GC_ALLOCATIONS = 20_000
@@ -50,18 +49,15 @@ class MeshServer:
         servicers: Sequence[Registration],
         resolver: CredentialResolver,
         verifier: ContextTokenVerifier,
-        closers: Sequence[Closer] = (),
-        extra_interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         self._settings = settings
         self._names = [name for _, _, name in servicers]
-        self._closers = list(closers)
         self._health = health.aio.HealthServicer()
         self._health_server: grpc.aio.Server | None = None
         self._stopping = asyncio.Event()
         self._port = 0
         self.interceptors = build_interceptors(settings, self._names, resolver, verifier)
-        self._server = grpc.aio.server(interceptors=[*self.interceptors, *extra_interceptors], options=_server_options(settings))
+        self._server = grpc.aio.server(interceptors=self.interceptors, options=_server_options(settings))
         for add, servicer, _ in servicers:
             add(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -114,15 +110,13 @@ class MeshServer:
         self._stopping.set()
 
     async def stop(self) -> None:
-        """Reports NOT_SERVING, waits for endpoint removal, lets calls finish within the grace time, then runs the closers in order."""
+        """Reports NOT_SERVING, waits for endpoint removal, lets calls finish within the grace time."""
         log.info("server_draining", seconds=self._settings.drain_seconds)
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self._settings.endpoint_removal_seconds)
         await self._server.stop(self._settings.drain_seconds)
         if self._health_server is not None:
             await self._health_server.stop(None)
-        for close in self._closers:
-            await close()
         log.info("server_stopped")
 
     def _bind(self) -> int:

@@ -1,4 +1,4 @@
-"""Names of attributes, spans and metrics. Conventions still move: they are spelled here and nowhere else."""
+"""Names of attributes of spans and logs. Conventions still move: they are spelled here and nowhere else."""
 
 RPC_SYSTEM = "rpc.system"
 RPC_SYSTEM_GRPC = "grpc"
@@ -12,19 +12,11 @@ TENANT_ID = "tenantry.tenant_id"
 TENANT_TIER = "tenantry.tenant_tier"
 CALL_ID = "tenantry.call_id"
 CALLER = "tenantry.caller"
-REASON = "tenantry.reason"
 MODEL = "gen_ai.request.model"
-RESPONSE_MODEL = "gen_ai.response.model"
 PROVIDER = "gen_ai.provider.name"
 OPERATION = "gen_ai.operation.name"
 INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
-
-METRIC_RPC_SERVER_DURATION = "rpc.server.duration"
-METRIC_RPC_CLIENT_DURATION = "rpc.client.duration"
-METRIC_GEN_AI_DURATION = "gen_ai.client.operation.duration"
-METRIC_GEN_AI_TOKENS = "gen_ai.client.token.usage"
-METRIC_TIME_TO_FIRST_TOKEN = "gen_ai.server.time_to_first_token"  # noqa: S105 - a metric's name
 
 LOG_TENANT_ID = "tenant_id"
 LOG_CALL_ID = "call_id"

@@ -9,7 +9,7 @@ _ZERO_TRACE = "0" * 32
 _ZERO_SPAN = "0" * 16
 # Ids of traces must be unlike, not secret; the operating system's generator costs a system call each.
 _random = random.SystemRandom().getrandbits(128)
-_generator = random.Random(_random)  # noqa: S311
+_generator = random.Random(_random)  # noqa: S311 - not secret
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ import asyncpg
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import TenantDatabase
 from services.metering.call import CallState, TokenUsage
-from services.metering.call_record import CallRecord, PeriodSums
-from services.metering.page_token import PagePosition
+from services.metering.call_record import CallRecord, PagePosition, PeriodSums
 from services.metering.usage_report import UsageGroup, refuse_bad_period
 
 # The database's clock decides what "now" is: it stamped the calls, and a call just settled must be in the report.
@@ -75,8 +74,7 @@ class PostgresUsage:
             if after is None:
                 rows = await connection.fetch(SELECT_FIRST_PAGE, tenant_id, wanted, size)
             else:
-                position = (after.open_time, UUID(bytes=after.reservation_id))
-                rows = await connection.fetch(SELECT_NEXT_PAGE, tenant_id, wanted, size, *position)
+                rows = await connection.fetch(SELECT_NEXT_PAGE, tenant_id, wanted, size, after.open_time, after.reservation_id)
         return [_record(row) for row in rows]
 
     async def attempts(self, tenant_id: TenantId, call_id: UUID) -> Sequence[CallRecord]:

@@ -1,21 +1,12 @@
 """mesh.metering.v1.LedgerService: messages in, the ledger's answers out."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from mesh.metering.v1 import ledger_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2_grpc
+from services.kernel.request_context import current_tenant_id
 from services.metering.call import CallKey
 from services.metering.epoch import EpochStore
 from services.metering.ledger import Ledger
 from services.metering.servicers import ledger_messages as messages
-from services.metering.servicers.own_tenant import own_tenant_id
-
-if TYPE_CHECKING:
-    import grpc
-
-    Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class LedgerServicer(ledger_service_pb2_grpc.LedgerServiceServicer):
@@ -25,31 +16,31 @@ class LedgerServicer(ledger_service_pb2_grpc.LedgerServiceServicer):
         self._ledger = ledger
         self._epochs = epochs
 
-    async def OpenCalls(self, request: pb.OpenCallsRequest, context: Context) -> pb.OpenCallsResponse:
+    async def OpenCalls(self, request: pb.OpenCallsRequest, context: object) -> pb.OpenCallsResponse:
         """Records calls before anything is sent."""
         opened = await self._ledger.open([messages.opening(call, index) for index, call in enumerate(request.calls)])
         return pb.OpenCallsResponse(results=[messages.open_result(result) for result in opened])
 
-    async def SettleCalls(self, request: pb.SettleCallsRequest, context: Context) -> pb.SettleCallsResponse:
+    async def SettleCalls(self, request: pb.SettleCallsRequest, context: object) -> pb.SettleCallsResponse:
         """Records what calls were billed."""
         settled = await self._ledger.settle([messages.settlement(call, index) for index, call in enumerate(request.calls)])
         return pb.SettleCallsResponse(results=[messages.settle_result(result) for result in settled])
 
-    async def VoidCalls(self, request: pb.VoidCallsRequest, context: Context) -> pb.VoidCallsResponse:
+    async def VoidCalls(self, request: pb.VoidCallsRequest, context: object) -> pb.VoidCallsResponse:
         """Ends calls without a bill."""
         ended = await self._ledger.end([messages.ending(call, index) for index, call in enumerate(request.calls)])
         return pb.VoidCallsResponse(states=[messages.state(result.state) for result in ended])
 
-    async def RenewCalls(self, request: pb.RenewCallsRequest, context: Context) -> pb.RenewCallsResponse:
+    async def RenewCalls(self, request: pb.RenewCallsRequest, context: object) -> pb.RenewCallsResponse:
         """Prolongs leases."""
         lost = await self._ledger.renew([CallKey(ref.tenant_id, ref.reservation_id) for ref in request.calls])
         return pb.RenewCallsResponse(lost=[pb.CallRef(tenant_id=key.tenant_id, reservation_id=key.reservation_id) for key in lost])
 
-    async def FenceCalls(self, request: pb.FenceCallsRequest, context: Context) -> pb.FenceCallsResponse:
+    async def FenceCalls(self, request: pb.FenceCallsRequest, context: object) -> pb.FenceCallsResponse:
         """Decides calls whose lease at the limits ended."""
         fenced = await self._ledger.fence([messages.fencing(call) for call in request.calls])
         return pb.FenceCallsResponse(outcomes=[messages.fence_outcome(result) for result in fenced])
 
-    async def BeginEpoch(self, request: pb.BeginEpochRequest, context: Context) -> pb.BeginEpochResponse:
+    async def BeginEpoch(self, request: pb.BeginEpochRequest, context: object) -> pb.BeginEpochResponse:
         """Begins an epoch of the call's tenant."""
-        return messages.begin_epoch_response(request.nonce, await self._epochs.begin_epoch(own_tenant_id()))
+        return messages.begin_epoch_response(request.nonce, await self._epochs.begin_epoch(current_tenant_id()))

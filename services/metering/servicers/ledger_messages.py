@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.metering.v1 import ledger_service_pb2 as pb
 from services.kernel.errors import InvalidRequest
+from services.kernel.timestamps import to_timestamp
 from services.metering.call import (
     CallState,
     Ending,
@@ -115,24 +116,25 @@ def usage_message(value: TokenUsage) -> pb.TokenUsage:
 
 def begin_epoch_response(nonce: str, snapshot: EpochSnapshot) -> pb.BeginEpochResponse:
     """Writes a snapshot."""
-    response = pb.BeginEpochResponse(
+    return pb.BeginEpochResponse(
         nonce=nonce,
         epoch=snapshot.epoch,
+        snapshot_time=to_timestamp(snapshot.snapshot_time),
         recent=[_counted(call) for call in snapshot.recent],
         outstanding=[_counted(call) for call in snapshot.outstanding],
         settled_tokens_by_day=snapshot.settled_tokens_by_day,
         settled_nano_usd_by_month=snapshot.settled_nano_usd_by_month,
     )
-    response.snapshot_time.FromDatetime(snapshot.snapshot_time)
-    return response
 
 
 def _counted(call: CountedCall) -> pb.CountedCall:
-    message = pb.CountedCall(
-        reservation_id=call.reservation_id, state=state(call.state), tokens=call.tokens, cost_nano_usd=call.cost_nano_usd
+    return pb.CountedCall(
+        reservation_id=call.reservation_id,
+        state=state(call.state),
+        reserve_time=to_timestamp(call.reserve_time),
+        tokens=call.tokens,
+        cost_nano_usd=call.cost_nano_usd,
     )
-    message.reserve_time.FromDatetime(call.reserve_time)
-    return message
 
 
 def _micros(stamp: Timestamp, field: str) -> int:

@@ -1,19 +1,11 @@
 """mesh.common.v1.TenantLifecycleService of the ledger."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
 
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.common.v1 import lifecycle_service_pb2_grpc
-from services.metering.servicers.own_tenant import own_tenant_id
+from services.kernel.request_context import current_tenant_id
 from services.metering.tenant_records import CALLS, EPOCHS, TenantRecords
-
-if TYPE_CHECKING:
-    import grpc
-
-    Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
@@ -22,18 +14,18 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
     def __init__(self, records: TenantRecords) -> None:
         self._records = records
 
-    async def ProvisionTenant(self, request: pb.ProvisionTenantRequest, context: Context) -> pb.ProvisionTenantResponse:
+    async def ProvisionTenant(self, request: pb.ProvisionTenantRequest, context: object) -> pb.ProvisionTenantResponse:
         """Makes the tenant's first epoch."""
-        tenant_id = own_tenant_id()
+        tenant_id = current_tenant_id()
         await self._records.provision(tenant_id)
         return pb.ProvisionTenantResponse(resources=[f"{EPOCHS} {tenant_id}"])
 
-    async def EraseTenant(self, request: pb.EraseTenantRequest, context: Context) -> pb.EraseTenantResponse:
+    async def EraseTenant(self, request: pb.EraseTenantRequest, context: object) -> pb.EraseTenantResponse:
         """Pseudonymises the tenant's calls; amounts stay."""
-        count = await self._records.pseudonymise(own_tenant_id())
+        count = await self._records.pseudonymise(current_tenant_id())
         return pb.EraseTenantResponse(erased=[pb.ErasedRecords(kind=CALLS, count=count)])
 
-    async def ExportTenant(self, request: pb.ExportTenantRequest, context: Context) -> AsyncIterator[pb.ExportTenantResponse]:
+    async def ExportTenant(self, request: pb.ExportTenantRequest, context: object) -> AsyncIterator[pb.ExportTenantResponse]:
         """Streams the tenant's calls and entries."""
-        async for kind, record in self._records.export(own_tenant_id()):
+        async for kind, record in self._records.export(current_tenant_id()):
             yield pb.ExportTenantResponse(kind=kind, record_json=record.encode())

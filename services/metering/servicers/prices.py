@@ -1,18 +1,10 @@
 """mesh.metering.v1.PriceService: the price book in force."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from mesh.metering.v1 import price_service_pb2 as pb
 from mesh.metering.v1 import price_service_pb2_grpc
+from services.kernel.timestamps import to_timestamp
 from services.metering.price_catalog import PriceCatalog
 from services.metering.rating import ClassPrices
-
-if TYPE_CHECKING:
-    import grpc
-
-    Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class PriceServicer(price_service_pb2_grpc.PriceServiceServicer):
@@ -21,17 +13,15 @@ class PriceServicer(price_service_pb2_grpc.PriceServiceServicer):
     def __init__(self, catalog: PriceCatalog) -> None:
         self._catalog = catalog
 
-    async def GetPriceBook(self, request: pb.GetPriceBookRequest, context: Context) -> pb.GetPriceBookResponse:
+    async def GetPriceBook(self, request: pb.GetPriceBookRequest, context: object) -> pb.GetPriceBookResponse:
         """Returns the version in force, and when the next one takes over."""
         found = await self._catalog.in_force()
-        response = pb.GetPriceBookResponse(
+        return pb.GetPriceBookResponse(
             version=found.version.version,
+            effective_time=to_timestamp(found.version.effective_time),
+            next_effective_time=to_timestamp(found.next_effective_time),
             prices=[_model_price(provider, model, prices) for (provider, model), prices in sorted(found.version.prices.items())],
         )
-        response.effective_time.FromDatetime(found.version.effective_time)
-        if found.next_effective_time is not None:
-            response.next_effective_time.FromDatetime(found.next_effective_time)
-        return response
 
 
 def _model_price(provider: str, model: str, prices: ClassPrices) -> pb.ModelPrice:

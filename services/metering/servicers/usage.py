@@ -1,31 +1,19 @@
 """mesh.metering.v1.UsageService: what the call's own tenant used."""
 
-from __future__ import annotations
-
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
 from uuid import UUID
-
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import usage_service_pb2 as pb
 from mesh.metering.v1 import usage_service_pb2_grpc
 from services.kernel.errors import InvalidRequest, NotFound
 from services.kernel.ids import parse_uuid
+from services.kernel.paging import cut_page, page_size
+from services.kernel.request_context import current_tenant_id
+from services.kernel.timestamps import parse_timestamp, to_timestamp
 from services.metering.call import CallState
-from services.metering.call_record import CallRecord, UsageStore
-from services.metering.page_token import PagePosition, decode_page_token, encode_page_token
+from services.metering.call_record import CallRecord, UsageStore, page_position, page_token
 from services.metering.servicers.ledger_messages import state, usage_message
-from services.metering.servicers.own_tenant import own_tenant_id
 from services.metering.usage_report import UsageLine, build_report
-
-if TYPE_CHECKING:
-    import grpc
-
-    Context = grpc.aio.ServicerContext[Any, Any]
-
-DEFAULT_PAGE_SIZE = 100
 
 
 class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
@@ -34,13 +22,15 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
     def __init__(self, store: UsageStore) -> None:
         self._store = store
 
-    async def GetUsageReport(self, request: pb.GetUsageReportRequest, context: Context) -> pb.GetUsageReportResponse:
+    async def GetUsageReport(self, request: pb.GetUsageReportRequest, context: object) -> pb.GetUsageReportResponse:
         """Sums a period."""
-        start = _moment(request.start_time, "start_time") if request.HasField("start_time") else None
-        end = _moment(request.end_time, "end_time") if request.HasField("end_time") else None
-        sums = await self._store.period(own_tenant_id(), start, end)
+        start = parse_timestamp(request.start_time, "start_time") if request.HasField("start_time") else None
+        end = parse_timestamp(request.end_time, "end_time") if request.HasField("end_time") else None
+        sums = await self._store.period(current_tenant_id(), start, end)
         report = build_report(sums.start_time, sums.end_time, sums.groups)
-        response = pb.GetUsageReportResponse(
+        return pb.GetUsageReportResponse(
+            start_time=to_timestamp(report.start_time),
+            end_time=to_timestamp(report.end_time),
             lines=[_line(line) for line in report.lines],
             total_cost=NanoUsd(nano_usd=report.total_nano_usd),
             settled_count=report.settled_count,
@@ -49,27 +39,20 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
             unresolved_count=report.unresolved_count,
             outstanding_bound=NanoUsd(nano_usd=report.outstanding_bound_nano_usd),
         )
-        response.start_time.FromDatetime(report.start_time)
-        response.end_time.FromDatetime(report.end_time)
-        return response
 
-    async def ListCalls(self, request: pb.ListCallsRequest, context: Context) -> pb.ListCallsResponse:
+    async def ListCalls(self, request: pb.ListCallsRequest, context: object) -> pb.ListCallsResponse:
         """Lists calls, newest first."""
-        tenant_id = own_tenant_id()
+        tenant_id = current_tenant_id()
         states = _states(request)
-        after = decode_page_token(request.page_token, tenant_id, states)
-        size = request.page_size or DEFAULT_PAGE_SIZE
-        # One more than asked for tells whether there is a next page.
+        after = page_position(request.page_token, tenant_id, states)
+        size = page_size(request.page_size)
         found = await self._store.page(tenant_id, states, after, size + 1)
-        response = pb.ListCallsResponse(calls=[_record(call) for call in found[:size]])
-        if len(found) > size:
-            last = found[size - 1]
-            response.next_page_token = encode_page_token(PagePosition(last.open_time, last.reservation_id.bytes), tenant_id, states)
-        return response
+        page, following = cut_page(found, size, lambda last: page_token(last, tenant_id, states))
+        return pb.ListCallsResponse(calls=[_record(call) for call in page], next_page_token=following)
 
-    async def GetCall(self, request: pb.GetCallRequest, context: Context) -> pb.GetCallResponse:
+    async def GetCall(self, request: pb.GetCallRequest, context: object) -> pb.GetCallResponse:
         """Returns one call with its attempts."""
-        attempts = await self._store.attempts(own_tenant_id(), UUID(int=parse_uuid(request.call_id, "call_id").int))
+        attempts = await self._store.attempts(current_tenant_id(), UUID(int=parse_uuid(request.call_id, "call_id").int))
         if not attempts:
             raise NotFound("call")
         return pb.GetCallResponse(attempts=[_record(call) for call in attempts])
@@ -80,14 +63,6 @@ def _states(request: pb.ListCallsRequest) -> list[CallState]:
         if value == 0:
             raise InvalidRequest(f"states[{index}]", "must name a state; leave the list empty for all")
     return [CallState(value) for value in request.states]
-
-
-def _moment(stamp: Timestamp, field: str) -> datetime:
-    try:
-        moment: datetime = stamp.ToDatetime(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        raise InvalidRequest(field, "must be a moment between the years 1 and 9999") from None
-    return moment
 
 
 def _line(line: UsageLine) -> pb.UsageLine:
@@ -102,11 +77,13 @@ def _line(line: UsageLine) -> pb.UsageLine:
 
 
 def _record(call: CallRecord) -> pb.CallRecord:
-    message = pb.CallRecord(
+    return pb.CallRecord(
         call_id=str(call.call_id),
         reservation_id=str(call.reservation_id),
         attempt=call.attempt,
         state=state(call.state),
+        open_time=to_timestamp(call.open_time),
+        end_time=to_timestamp(call.end_time),
         provider=call.provider,
         model=call.model,
         feature=call.feature,
@@ -121,7 +98,3 @@ def _record(call: CallRecord) -> pb.CallRecord:
         first_token_ms=call.first_token_ms,
         total_ms=call.total_ms,
     )
-    message.open_time.FromDatetime(call.open_time)
-    if call.end_time is not None:
-        message.end_time.FromDatetime(call.end_time)
-    return message

@@ -51,8 +51,8 @@ class QdrantIndex:
 
     def __init__(self, url: str, api_key: SecretStr, dimensions: int) -> None:
         self._channel = _open_channel(url)
-        self._points = q.PointsStub(self._channel)  # type: ignore[no-untyped-call]
-        self._collections = q.CollectionsStub(self._channel)  # type: ignore[no-untyped-call]
+        self._points = q.PointsStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
+        self._collections = q.CollectionsStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
         self._tokens = CollectionTokens(api_key)
         self._admin: Metadata = (("api-key", api_key.get_secret_value()),)
         self._dimensions = dimensions
@@ -187,8 +187,8 @@ def _open_channel(url: str) -> grpc.aio.Channel:
     target = f"{parts.hostname}:{parts.port or 6334}"
     options = [("grpc.keepalive_time_ms", 30_000), ("grpc.max_receive_message_length", 32 * 1024 * 1024)]
     if parts.scheme == "https":
-        return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options)  # noqa: TID251
-    return grpc.aio.insecure_channel(target, options)  # noqa: TID251
+        return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options)  # noqa: TID251 - a store's
+    return grpc.aio.insecure_channel(target, options)  # noqa: TID251 - a store's
 
 
 def _text(value: str) -> q.Value:

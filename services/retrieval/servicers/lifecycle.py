@@ -6,8 +6,8 @@ import orjson
 
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.common.v1 import lifecycle_service_pb2_grpc
+from services.kernel.request_context import current_tenant_id
 from services.retrieval.document import DocumentStore, VectorIndex
-from services.retrieval.servicers.documents import tenant
 
 
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
@@ -19,19 +19,19 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
 
     async def ProvisionTenant(self, request: pb.ProvisionTenantRequest, context: object) -> pb.ProvisionTenantResponse:
         """Makes the tenant's collection."""
-        return pb.ProvisionTenantResponse(resources=[f"qdrant collection {await self._index.provision(tenant())}"])
+        return pb.ProvisionTenantResponse(resources=[f"qdrant collection {await self._index.provision(current_tenant_id())}"])
 
     async def EraseTenant(self, request: pb.EraseTenantRequest, context: object) -> pb.EraseTenantResponse:
         """Drops the collection, then removes the rows: a repeated call after a crash finds whichever is left."""
-        points = await self._index.erase(tenant())
+        points = await self._index.erase(current_tenant_id())
         erased = [pb.ErasedRecords(kind="qdrant:points", count=points)]
         erased += [
             pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count)
-            for table, count in (await self._store.erase(tenant())).items()
+            for table, count in (await self._store.erase(current_tenant_id())).items()
         ]
         return pb.EraseTenantResponse(erased=erased)
 
     async def ExportTenant(self, request: pb.ExportTenantRequest, context: object) -> AsyncIterator[pb.ExportTenantResponse]:
         """Streams the tenant's documents."""
-        async for table, row in self._store.export(tenant()):
+        async for table, row in self._store.export(current_tenant_id()):
             yield pb.ExportTenantResponse(kind=f"postgres:retrieval.{table}", record_json=orjson.dumps(row, default=str))

@@ -2,8 +2,8 @@
 
 from mesh.retrieval.v1 import search_service_pb2 as pb
 from mesh.retrieval.v1 import search_service_pb2_grpc
+from services.kernel.request_context import current_tenant_id
 from services.retrieval.library import FoundChunk, Library
-from services.retrieval.servicers.documents import tenant
 
 DEFAULT_TOP_K = 5
 
@@ -16,7 +16,7 @@ class SearchServicer(search_service_pb2_grpc.SearchServiceServicer):
 
     async def Search(self, request: pb.SearchRequest, context: object) -> pb.SearchResponse:
         """Returns the chunks nearest to the query."""
-        found = await self._library.search(tenant(), request.query, request.top_k or DEFAULT_TOP_K)
+        found = await self._library.search(current_tenant_id(), request.query, request.top_k or DEFAULT_TOP_K)
         return pb.SearchResponse(chunks=[_to_proto(chunk) for chunk in found])
 
 

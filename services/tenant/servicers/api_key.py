@@ -1,14 +1,11 @@
 """ApiKeyService on the wire."""
 
-from datetime import UTC
-
 from mesh.tenant.v1 import api_key_service_pb2 as messages
 from mesh.tenant.v1 import api_key_service_pb2_grpc
-from services.kernel.errors import InvalidRequest
-from services.kernel.request_context import current_tenant
+from services.kernel.request_context import current_tenant, current_tenant_id
+from services.kernel.timestamps import parse_timestamp, to_timestamp
 from services.tenant.key_ring import ApiKeyRecord, KeyRing, NewKeyTerms
-from services.tenant.servicers.caller import acting_subject, acting_tenant
-from services.tenant.timestamps import timestamp
+from services.tenant.servicers.caller import acting_subject
 
 
 class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
@@ -20,25 +17,22 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
     async def CreateApiKey(self, request: messages.CreateApiKeyRequest, context: object) -> messages.CreateApiKeyResponse:
         """Makes a key."""
         caller = current_tenant()
-        record, text = await self._key_ring.create(acting_tenant(caller), caller.tier, caller.scopes, _terms(request), acting_subject())
+        record, text = await self._key_ring.create(current_tenant_id(), caller.tier, caller.scopes, _terms(request), acting_subject())
         return messages.CreateApiKeyResponse(key=_key(record), api_key=str(text))
 
     async def ListApiKeys(self, request: messages.ListApiKeysRequest, context: object) -> messages.ListApiKeysResponse:
         """Lists keys, newest first."""
-        keys, following = await self._key_ring.list(acting_tenant(current_tenant()), request.page_size, request.page_token)
+        keys, following = await self._key_ring.list(current_tenant_id(), request.page_size, request.page_token)
         return messages.ListApiKeysResponse(keys=[_key(key) for key in keys], next_page_token=following)
 
     async def RevokeApiKey(self, request: messages.RevokeApiKeyRequest, context: object) -> messages.RevokeApiKeyResponse:
         """Revokes a key."""
-        record = await self._key_ring.revoke(acting_tenant(current_tenant()), request.key_id, acting_subject())
+        record = await self._key_ring.revoke(current_tenant_id(), request.key_id, acting_subject())
         return messages.RevokeApiKeyResponse(key=_key(record))
 
 
 def _terms(request: messages.CreateApiKeyRequest) -> NewKeyTerms:
-    try:
-        expire_time = request.expire_time.ToDatetime(tzinfo=UTC) if request.HasField("expire_time") else None
-    except (ValueError, OverflowError):
-        raise InvalidRequest("expire_time", "must be a time before the year 10000") from None
+    expire_time = parse_timestamp(request.expire_time, "expire_time") if request.HasField("expire_time") else None
     return NewKeyTerms(request.display_name, tuple(request.scopes), expire_time)
 
 
@@ -47,7 +41,7 @@ def _key(record: ApiKeyRecord) -> messages.ApiKey:
         key_id=record.key_id,
         display_name=record.display_name,
         scopes=record.scopes,
-        create_time=timestamp(record.create_time),
-        expire_time=timestamp(record.expire_time),
-        revoke_time=timestamp(record.revoke_time),
+        create_time=to_timestamp(record.create_time),
+        expire_time=to_timestamp(record.expire_time),
+        revoke_time=to_timestamp(record.revoke_time),
     )

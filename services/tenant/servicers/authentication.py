@@ -8,9 +8,9 @@ from mesh.tenant.v1 import authentication_service_pb2 as messages
 from mesh.tenant.v1 import authentication_service_pb2_grpc
 from services.kernel.context_token import ContextKeySource
 from services.kernel.ids import TenantId
+from services.kernel.timestamps import to_timestamp
 from services.tenant.authentication import Authenticator, CredentialAttempt
 from services.tenant.text import printable
-from services.tenant.timestamps import timestamp
 
 
 class AuthenticationServicer(authentication_service_pb2_grpc.AuthenticationServiceServicer):
@@ -25,7 +25,7 @@ class AuthenticationServicer(authentication_service_pb2_grpc.AuthenticationServi
         claimed = TenantId(UUID(bytes=request.claimed_tenant_id)) if request.claimed_tenant_id else None
         attempt = CredentialAttempt(request.credential, claimed, request.operator_reason, printable(request.peer_address, "peer_address"))
         proven = await self._authenticator.authenticate(attempt)
-        return messages.AuthenticateResponse(context_token=proven.token, expire_time=timestamp(proven.expire_time))
+        return messages.AuthenticateResponse(context_token=proven.token, expire_time=to_timestamp(proven.expire_time))
 
     async def GetContextKeys(self, request: messages.GetContextKeysRequest, context: object) -> messages.GetContextKeysResponse:
         """Publishes the verifying keys."""

@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator
 
 from mesh.common.v1 import lifecycle_service_pb2 as messages
 from mesh.common.v1 import lifecycle_service_pb2_grpc
-from services.kernel.request_context import current_tenant
-from services.tenant.servicers.caller import acting_subject, acting_tenant
+from services.kernel.request_context import current_tenant_id
+from services.tenant.servicers.caller import acting_subject
 from services.tenant.tenant_remains import TenantRemains
 
 
-class TenantLifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
+class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     """The beginning and end of a tenant here."""
 
     def __init__(self, remains: TenantRemains) -> None:
@@ -21,10 +21,10 @@ class TenantLifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceS
 
     async def EraseTenant(self, request: messages.EraseTenantRequest, context: object) -> messages.EraseTenantResponse:
         """Removes everything but the audit log."""
-        removed = await self._remains.erase(acting_tenant(current_tenant()), acting_subject())
+        removed = await self._remains.erase(current_tenant_id(), acting_subject())
         return messages.EraseTenantResponse(erased=[messages.ErasedRecords(kind=records.kind, count=records.count) for records in removed])
 
     async def ExportTenant(self, request: messages.ExportTenantRequest, context: object) -> AsyncIterator[messages.ExportTenantResponse]:
         """Streams every record."""
-        async for record in self._remains.export(acting_tenant(current_tenant())):
+        async for record in self._remains.export(current_tenant_id()):
             yield messages.ExportTenantResponse(kind=record.kind, record_json=record.record_json.encode())

@@ -4,14 +4,14 @@ from mesh.tenant.v1 import tenant_service_pb2 as messages
 from mesh.tenant.v1 import tenant_service_pb2_grpc
 from services.kernel.errors import NotFound
 from services.kernel.ids import parse_uuid
-from services.kernel.request_context import current_tenant
-from services.tenant import page_token
+from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size
+from services.kernel.request_context import current_tenant_id
+from services.kernel.timestamps import to_timestamp
 from services.tenant.provisioning import TenantProvisioning, TenantWish
-from services.tenant.servicers.caller import acting_subject, acting_tenant
+from services.tenant.servicers.caller import acting_subject
 from services.tenant.servicers.plan import ai_settings, plan_limits
 from services.tenant.tenant_record import Tenant, TenantConfig, TenantDirectory, TenantState
 from services.tenant.text import printable
-from services.tenant.timestamps import timestamp
 
 _LISTING = "tenants"
 _STATES = {
@@ -42,22 +42,22 @@ class TenantServicer(tenant_service_pb2_grpc.TenantServiceServicer):
 
     async def GetTenant(self, request: messages.GetTenantRequest, context: object) -> messages.GetTenantResponse:
         """Returns the tenant of the call's context."""
-        tenant = await self._directory.get_tenant(acting_tenant(current_tenant()))
+        tenant = await self._directory.get_tenant(current_tenant_id())
         if tenant is None:
             raise NotFound("tenant")
         return messages.GetTenantResponse(tenant=_tenant(tenant))
 
     async def ListTenants(self, request: messages.ListTenantsRequest, context: object) -> messages.ListTenantsResponse:
         """Returns a page of tenants by slug."""
-        size = page_token.page_size(request.page_size)
-        position = page_token.decode(request.page_token, _LISTING, 1)
-        tenants = await self._directory.list_tenants("" if position is None else position[0], size + 1)
-        following = page_token.encode(_LISTING, [tenants[size - 1].slug]) if len(tenants) > size else ""
-        return messages.ListTenantsResponse(tenants=[_tenant(tenant) for tenant in tenants[:size]], next_page_token=following)
+        size = page_size(request.page_size)
+        [after_slug] = decode_page_token(request.page_token, _LISTING, 1) or [""]
+        found = await self._directory.list_tenants(after_slug, size + 1)
+        page, following = cut_page(found, size, lambda last: encode_page_token(_LISTING, [last.slug]))
+        return messages.ListTenantsResponse(tenants=[_tenant(tenant) for tenant in page], next_page_token=following)
 
     async def GetTenantConfig(self, request: messages.GetTenantConfigRequest, context: object) -> messages.GetTenantConfigResponse:
         """Returns the newest configuration of the call's tenant."""
-        config = await self._directory.get_config(acting_tenant(current_tenant()))
+        config = await self._directory.get_config(current_tenant_id())
         if config is None:
             raise NotFound("tenant")
         return messages.GetTenantConfigResponse(config=_config(config))
@@ -71,7 +71,7 @@ def _tenant(tenant: Tenant) -> messages.Tenant:
         plan=tenant.plan,
         region=tenant.region,
         state=_STATES[tenant.state],
-        create_time=timestamp(tenant.create_time),
+        create_time=to_timestamp(tenant.create_time),
     )
 
 

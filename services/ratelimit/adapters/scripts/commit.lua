@@ -6,12 +6,13 @@
 --   it would leave a hold that nobody ends. So the commit waits in the outbox and is judged by its epoch once the snapshot has loaded. Cancelling
 --   the nonce instead would be safe too, but a stream of late commits could then keep a tenant from ever being rebuilt. The wait is bounded: an
 --   unanswered nonce dies with meta's expiry, and with it any snapshot still on its way.
---   No nonce: whatever loads next was asked for after this moment, so after the ledger committed what it tells here: that snapshot counts it. Done.
+--   No nonce, or one of another history, which nothing will load: whatever loads next was asked for after this moment, so after the ledger committed
+--   what it tells here: that snapshot counts it. Done. What is left of another history goes at once, as its tenant may never call again.
 -- A newer epoch: the ledger moved on by a rebuild whose answer was not loaded. All state goes, nonce included, which makes it the second case: done.
 -- The ledger need not send it again, and a tenant that never calls again leaves nothing in its outbox.
 local window_us, forget_us = tonumber(ARGV[1]), tonumber(ARGV[2])
 local now = store_time()
-local m = call('HMGET', meta, 'epoch', 'nonce')
+local m, stale = current('epoch', 'nonce')
 local epoch, nonce = tonumber(m[1]), m[2]
 local DONE, RETRY, OVER = 1, 2, 3
 
@@ -34,6 +35,9 @@ local function apply(id, kind, tokens, cost)
   return over and OVER or DONE
 end
 
+if stale then
+  forget_all()
+end
 local outcomes = {}
 for i = 3, #ARGV, 5 do
   local told = tonumber(ARGV[i + 1])
@@ -42,7 +46,7 @@ for i = 3, #ARGV, 5 do
   elseif told < epoch then
     outcomes[#outcomes + 1] = DONE
   elseif told > epoch then
-    call('DEL', meta, reservations, leases, window, ended)
+    forget_all()
     epoch, nonce = nil, nil
     outcomes[#outcomes + 1] = DONE
   else

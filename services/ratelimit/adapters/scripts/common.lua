@@ -1,7 +1,7 @@
 -- Shared head of every script. All keys of one tenant lie in one slot; time is the store's own, in microseconds.
 -- Numbers are integers below 2^53, which a Lua double keeps exactly; `integer` writes them, because tostring(1e15) is "1e+15".
 --
--- meta          hash  epoch | nonce, nonce_us, loaded_parts | window_tokens, outstanding, day | tokens_used:<day> tokens_held:<day> cost_used:<month> cost_held:<month>
+-- meta          hash  history | epoch | nonce, nonce_us, loaded_parts | window_tokens, outstanding, day | tokens_used:<day> tokens_held:<day> cost_used:<month> cost_held:<month>
 -- reservations  hash  id -> "<state> <epoch> <reserve_us> <tokens> <cost>"; state: held pinned settled void released
 -- leases        zset  held ids by the end of their lease
 -- window        zset  counted ids by reserve_us; window_tokens is the sum of their records' tokens, evicted or not
@@ -12,6 +12,34 @@ local CHUNK = 500 -- bounded arguments a command: unpack() has a stack limit
 
 local function integer(n)
   return string.format('%.0f', n)
+end
+
+-- The name of the history this server's data has had since it began to lead. It is drawn anew whenever data may have gone back in time: by a start
+-- (an older file may have been loaded) and by a promotion (the replica may have lagged), also of a server that led before and kept running.
+-- Asked here and not once a connection, because a server can be demoted and promoted again while a connection stays open.
+local function current_history()
+  return string.match(call('INFO', 'server'), 'run_id:(%x+)')
+end
+
+-- Fields of meta, none if meta is of another history. Data that may have gone back counts as lost, because nothing else can be told of it: calls
+-- admitted since would be missing, and a hold that a commit ended since would come back for good, as no commit is sent twice. The ledger has both.
+-- A nonce of another history is as void: what the commits that waited for it were told may be lost with it. Names never return, so nor does the nonce.
+-- The second result is the data's being of another history.
+local function current(...)
+  local m = call('HMGET', meta, 'history', ...)
+  if m[1] ~= current_history() then
+    return {}, true
+  end
+  table.remove(m, 1)
+  return m, false
+end
+
+local function current_epoch()
+  return current('epoch')[1]
+end
+
+local function forget_all()
+  call('DEL', meta, reservations, leases, window, ended)
 end
 
 local function store_time()

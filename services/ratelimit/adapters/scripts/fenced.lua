@@ -1,6 +1,6 @@
 -- Applies the ledger's answers about ended leases. ARGV: the epoch they were asked in, then two an item: id, verdict (void | unresolved).
 -- Answers how many holds changed. An answer of another epoch, or about a hold that has ended since, changes nothing.
-local epoch = call('HGET', meta, 'epoch')
+local epoch = current_epoch()
 if not epoch or tonumber(epoch) ~= tonumber(ARGV[1]) then
   return 0
 end

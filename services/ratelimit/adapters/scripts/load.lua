@@ -1,8 +1,8 @@
 -- Loads one part of a snapshot of the ledger, if it answers the last request. Until the last part there is no epoch, so nothing reads what lies
 -- here: parts keep the store free for others and the whole still appears at once.
 -- ARGV: nonce, epoch, lease, window, number of this part from 0, 1 if it is the last, how many sums, sums, calls.
--- A sum is a field of meta and its value; a call is an id and its record. Answers 1 when loaded, 0 when another request was made since.
-local m = call('HMGET', meta, 'epoch', 'nonce', 'loaded_parts')
+-- A sum is a field of meta and its value; a call is an id and its record. Answers 1 when loaded, 0 when another request was made since, or the request is of another history.
+local m = current('epoch', 'nonce', 'loaded_parts')
 if m[1] or m[2] ~= ARGV[1] then
   return 0
 end

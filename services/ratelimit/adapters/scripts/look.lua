@@ -1,6 +1,6 @@
 -- Tells what is used and whether a call of this size would be admitted. Writes nothing.
 -- ARGV: tokens, cost, window, five limits. Answers: {"rebuild"} | {"refused" | "held", now, epoch, 0, expired holds, figures…}
-local epoch = call('HGET', meta, 'epoch')
+local epoch = current_epoch()
 if not epoch then
   return { 'rebuild' }
 end

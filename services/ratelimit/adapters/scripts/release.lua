@@ -1,5 +1,5 @@
 -- Lets a hold go whose call cannot be dispatched. ARGV: id, epoch. Answers 1 when it went, 0 when there was none.
-local epoch = call('HGET', meta, 'epoch')
+local epoch = current_epoch()
 if not epoch or tonumber(epoch) ~= tonumber(ARGV[2]) then
   return 0
 end

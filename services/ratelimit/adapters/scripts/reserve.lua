@@ -1,7 +1,7 @@
 -- Decides every rule at once and takes the hold. A refusal writes nothing.
 -- ARGV: id, the id's own time, tokens, cost, lease, window, forget, largest age of an id, five limits.
 -- Answers: {"rebuild"} | {"old"} | {"ahead"} | {"ended"} | {"conflict"} | {"refused" | "held", now, epoch, reserve_us, expired holds, figures…}
-local epoch = call('HGET', meta, 'epoch')
+local epoch = current_epoch()
 if not epoch then
   return { 'rebuild' }
 end

@@ -1,6 +1,11 @@
 -- Lists holds whose lease has ended and forgets what no rule counts. ARGV: window, forget, at most this many.
 -- Answers {epoch or -1, leases in all, ids…}.
-local epoch = call('HGET', meta, 'epoch')
+local m, stale = current('epoch')
+local epoch = m[1]
+if stale then
+  -- Its tenant may never call again, and nothing else would end these holds.
+  forget_all()
+end
 if not epoch then
   return { -1, 0 }
 end

@@ -7,7 +7,7 @@ from typing import Protocol
 from mesh.common.v1 import lifecycle_service_pb2 as messages
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.kernel.ids import TenantId
-from services.kernel.request_context import current_tenant
+from services.kernel.request_context import current_tenant_id
 
 
 class TenantRecords(Protocol):
@@ -26,7 +26,7 @@ class TenantRecords(Protocol):
         ...
 
 
-class TenantLifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
+class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     """Serves mesh.common.v1.TenantLifecycleService."""
 
     def __init__(self, records: TenantRecords) -> None:
@@ -47,7 +47,7 @@ class TenantLifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceS
         context: object,
     ) -> messages.EraseTenantResponse:
         """Removes every key of the tenant."""
-        erased = await self._records.erase(_tenant())
+        erased = await self._records.erase(current_tenant_id())
         return messages.EraseTenantResponse(
             erased=[messages.ErasedRecords(kind=f"redis:{kind}", count=count) for kind, count in sorted(erased.items())]
         )
@@ -58,13 +58,5 @@ class TenantLifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceS
         context: object,
     ) -> AsyncIterator[messages.ExportTenantResponse]:
         """Streams every record of the tenant."""
-        async for kind, fields in self._records.export(_tenant()):
+        async for kind, fields in self._records.export(current_tenant_id()):
             yield messages.ExportTenantResponse(kind=kind, record_json=json.dumps(fields, sort_keys=True).encode())
-
-
-def _tenant() -> TenantId:
-    tenant_id = current_tenant().tenant_id
-    if tenant_id is None:
-        msg = "the method's policy requires a tenant"
-        raise RuntimeError(msg)
-    return tenant_id

@@ -11,6 +11,7 @@ from services.inference.models import PROVIDER
 from services.inference.worst_case import Price
 from services.kernel.request_context import RequestScope, enter_scope
 from services.kernel.rpc.channel import MeshChannel
+from services.kernel.timestamps import from_timestamp
 
 FETCH_SECONDS = 2.0
 KEEP_SECONDS = 60.0
@@ -55,7 +56,7 @@ class MeteringPrices:
         }
         self._good_until = asked_at + KEEP_SECONDS
         if response.HasField("next_effective_time"):
-            until_next = (response.next_effective_time.ToDatetime(tzinfo=UTC) - self._clock()).total_seconds()
+            until_next = (from_timestamp(response.next_effective_time) - self._clock()).total_seconds()
             self._good_until = min(self._good_until, asked_at + until_next)
 
     def _fetched(self, task: "asyncio.Task[None]") -> None:

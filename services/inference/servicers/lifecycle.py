@@ -6,12 +6,11 @@ from contextlib import aclosing
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.inference.conversation import Store, first_prompt
-from services.inference.servicers.tenant import current_tenant_id
-from services.kernel.request_context import current_tenant
+from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.tenant_config import TenantConfigCache
 
 
-class TenantLifecycleService(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
+class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     """Provisions, erases and exports."""
 
     def __init__(self, store: Store, configs: TenantConfigCache) -> None:

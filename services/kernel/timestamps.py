@@ -1,0 +1,38 @@
+"""Times on the wire: moments as messages, and messages as moments of UTC. Refuses what no calendar holds."""
+
+from datetime import UTC, datetime
+from typing import overload
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.kernel.errors import InvalidRequest
+
+
+@overload
+def to_timestamp(moment: datetime) -> Timestamp: ...
+@overload
+def to_timestamp(moment: None) -> None: ...
+def to_timestamp(moment: datetime | None) -> Timestamp | None:
+    """Returns the moment as a message; None stays absent."""
+    if moment is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromDatetime(moment)
+    return stamp
+
+
+def from_timestamp(stamp: Timestamp) -> datetime:
+    """Returns the message as a moment. Raises: ValueError for one out of the calendar, which no peer of the mesh sends."""
+    try:
+        moment: datetime = stamp.ToDatetime(tzinfo=UTC)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+    return moment
+
+
+def parse_timestamp(stamp: Timestamp, field: str) -> datetime:
+    """Reads a moment that a caller sent. Raises: InvalidRequest(field)."""
+    try:
+        return from_timestamp(stamp)
+    except ValueError:
+        raise InvalidRequest(field, "must be a moment between the years 1 and 9999") from None
