@@ -55,15 +55,15 @@ class DurableRedis:
         shutil.copy(self.folder / "older.aof", self.folder / "appendonly.aof")
 
 
-def durable_redis(folder: Path, password: str) -> DurableRedis:
+def redis_in(folder: Path, password: str, *, durable: bool) -> EmbeddedRedis:
     """A server that is not running yet."""
-    return DurableRedis(EmbeddedRedis(folder, port=free_port(), password=password, log_path=folder.with_suffix(".log")), folder)
+    return EmbeddedRedis(folder, port=free_port(), password=password, log_path=folder.with_suffix(".log"), durable=durable)
 
 
 @pytest.fixture
 async def durable(tmp_path: Path) -> AsyncIterator[DurableRedis]:
     """A durable server that a test may restart."""
-    redis = durable_redis(tmp_path / "first", secrets.token_hex(16))
+    redis = DurableRedis(redis_in(tmp_path / "data", secrets.token_hex(16), durable=True), tmp_path / "data")
     await redis.server.start()
     yield redis
     await redis.server.stop()
@@ -197,7 +197,7 @@ async def test_a_request_for_a_snapshot_does_not_outlive_a_restart(durable: Dura
 async def test_a_server_that_leads_again_does_not_trust_what_it_got_meanwhile(tmp_path: Path) -> None:
     """Failed over to a lagging replica and back: the first server never stopped, nor did its connection, but its data went back."""
     password = secrets.token_hex(16)
-    first, second = (durable_redis(tmp_path / name, password).server for name in ("first", "second"))
+    first, second = (redis_in(tmp_path / name, password, durable=False) for name in ("first", "second"))
     links: list[PipelinedLink] = []
     try:
         for server in (first, second):

@@ -18,7 +18,7 @@ end
 -- (an older file may have been loaded) and by a promotion (the replica may have lagged), also of a server that led before and kept running.
 -- Asked here and not once a connection, because a server can be demoted and promoted again while a connection stays open.
 local function current_history()
-  return string.match(call('INFO', 'server'), 'run_id:(%x+)')
+  return string.match(call('INFO', 'replication'), 'master_replid:(%x+)')
 end
 
 -- Fields of meta, none if meta is of another history. Data that may have gone back counts as lost, because nothing else can be told of it: calls
