@@ -79,9 +79,9 @@ def _refuse_malformed(messages: Sequence[Turn]) -> None:
 async def _model(name: str, config: tenant_service_pb2.TenantConfig, prices: Prices) -> tuple[Model, Price]:
     price = await prices.price(name)
     if price is None and not is_known(name):
-        raise UnknownModel(name)
+        raise UnknownModel(name, config.ai.allowed_models)
     if name not in config.ai.allowed_models:
-        raise ModelNotInPlan(name, config.tier)
+        raise ModelNotInPlan(name, config.tier, config.ai.allowed_models)
     if price is None:
         raise PriceMissing(name)
     return describe(name), price

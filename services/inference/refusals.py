@@ -1,5 +1,7 @@
 """The ways a call of this service can be refused or fail, each with its reason, what varies and what to do next."""
 
+from collections.abc import Sequence
+
 from mesh.common.v1 import error_reason_pb2
 from services.inference.models import PROVIDER
 from services.kernel.errors import Forbidden, InvalidRequest, Unavailable, WrongState
@@ -12,10 +14,10 @@ DEFAULT_RETRY_AFTER_SECONDS = 1.0
 class UnknownModel(InvalidRequest):
     """No model of that name exists here."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, allowed: Sequence[str]) -> None:
         super().__init__(
             "options.model",
-            f"no model {model!r} is known; name one of your plan's models, or none for the default",
+            f"no model {model!r} is known; name one of your plan's models ({', '.join(allowed)}), or none for the default",
             reason=error_reason_pb2.ERROR_REASON_UNKNOWN_MODEL,
             metadata={"model": model},
         )
@@ -24,10 +26,10 @@ class UnknownModel(InvalidRequest):
 class ModelNotInPlan(Forbidden):
     """The plan does not include the model."""
 
-    def __init__(self, model: str, tier: str) -> None:
+    def __init__(self, model: str, tier: str, allowed: Sequence[str]) -> None:
         super().__init__(
             error_reason_pb2.ERROR_REASON_MODEL_TIER,
-            f"the plan {tier} does not include {model}; use another model or change the plan",
+            f"the plan {tier} does not include {model}; use one that it does ({', '.join(allowed)}) or change the plan",
             model=model,
             tier=tier,
         )
@@ -39,7 +41,7 @@ class RequestTooLarge(InvalidRequest):
     def __init__(self, field: str, rule: str, limit: int, requested: int) -> None:
         super().__init__(
             field,
-            f"needs {requested} of at most {limit} ({rule}); shorten it",
+            f"needs up to {requested} tokens of at most {limit} ({rule}); shorten it",
             reason=error_reason_pb2.ERROR_REASON_REQUEST_TOO_LARGE,
             metadata={"rule": rule, "limit": str(limit), "requested": str(requested)},
         )

@@ -17,6 +17,8 @@ NONE = policy_pb2.TENANT_REQUIREMENT_NONE
 OPERATOR = policy_pb2.TENANT_REQUIREMENT_OPERATOR
 _MAX_REASON_LENGTH = 500
 
+_CALLER_WORDS = {EXTERNAL: "callers from outside the mesh"}
+
 
 class PolicyMissing(Exception):
     """A method's contract does not say who may call it; the server must not start."""
@@ -132,7 +134,7 @@ def _refuse_without_reason(call: RequestScope) -> None:
 def _not_allowed(call: RequestScope) -> MeshError:
     return Forbidden(
         error_reason_pb2.ERROR_REASON_CALLER_NOT_ALLOWED,
-        f"{call.caller} may not call {call.method}",
+        f"{call.method} is not for {_CALLER_WORDS.get(call.caller, call.caller)}; `describe` its service to see who may call it",
         caller=call.caller,
         method=call.method,
     )
