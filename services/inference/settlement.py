@@ -51,8 +51,10 @@ class Settlement:
         """
         question = attempt.question
         # Both are started before anything is awaited: a cancellation that is already on its way must not come between.
-        settling = self._finishing.start(question.tenant, self._settle(attempt))
-        remembering = self._finishing.start(question.tenant, self._remember(attempt)) if question.conversation_id else None
+        settling = self._finishing.start(question.tenant, self._settle(attempt), call_id=question.call_id)
+        remembering = None
+        if question.conversation_id:
+            remembering = self._finishing.start(question.tenant, self._remember(attempt), call_id=question.call_id)
         settled = await self._finishing.wait(settling, SETTLE_SECONDS)
         if remembering is not None:
             await self._finishing.wait(remembering, REMEMBER_SECONDS)
@@ -64,7 +66,8 @@ class Settlement:
         """Ends an attempt that did not come to its answer, by how far it got and by what is certain about its bill."""
         work = self._ending(attempt, error)
         try:
-            await self._finishing.wait(self._finishing.start(attempt.question.tenant, work), SETTLE_SECONDS)
+            question = attempt.question
+            await self._finishing.wait(self._finishing.start(question.tenant, work, call_id=question.call_id), SETTLE_SECONDS)
         except MeshError as failure:
             # The caller hears why its call failed, not how the clean-up did; the lease sweep covers the rest.
             log.error("attempt_end_refused", reservation_id=str(attempt.ref.reservation_id), error=str(failure))
@@ -89,9 +92,11 @@ class Settlement:
 
     async def _settle(self, attempt: Attempt) -> Settled:
         try:
-            return await until_acknowledged(lambda: self._ledger.settle(CallToSettle(attempt.ref, attempt.received)))
+            settled = await until_acknowledged(lambda: self._ledger.settle(CallToSettle(attempt.ref, attempt.received)))
         finally:
             self._leases.end(attempt.lease)
+        _log_settled(attempt, settled)
+        return settled
 
     async def _void_and_release(self, attempt: Attempt, cause: str) -> None:
         # Released only after the void was acknowledged: a late Open must find the tombstone, not a freed hold.
@@ -106,6 +111,7 @@ class Settlement:
             await until_acknowledged(lambda: self._ledger.void(call))
         finally:
             self._leases.end(attempt.lease)
+        log.info("call_voided" if call.certain else "call_unresolved", cause=call.cause, model=attempt.question.model.name)
 
     async def _release(self, attempt: Attempt) -> None:
         self._leases.end(attempt.lease)
@@ -131,6 +137,21 @@ class Settlement:
         except Exception:
             # The answer is billed and delivered whatever becomes of the conversation.
             log.exception("turns_not_stored", call_id=str(question.call_id))
+
+
+def _log_settled(attempt: Attempt, settled: Settled) -> None:
+    question, received = attempt.question, attempt.received
+    log.info(
+        "call_settled",
+        model=question.model.name,
+        feature=question.feature,
+        input_tokens=received.usage.input_tokens,
+        output_tokens=received.usage.output_tokens,
+        cost_nano_usd=settled.cost_nano_usd,
+        stop_reason=received.stop_reason,
+        first_token_ms=received.first_token_ms,
+        total_ms=received.total_ms,
+    )
 
 
 def _cause(attempt: Attempt, error: BaseException) -> str:

@@ -137,5 +137,7 @@ class Binding:
 
 
 def bind_tenant(context: TenantContext, *, call_id: UUID | None = None, deadline: float | None = None) -> Binding:
-    """Starts a scope for background work in the name of a tenant: at once, and until the block ends if used with `with`."""
-    return Binding(enter_scope(RequestScope(tenant=context, call_id=call_id, deadline=deadline)))
+    """Starts a scope for work in the name of a tenant, in the trace at hand: at once, and until the block ends if used with `with`."""
+    outer = _scope.get()
+    trace = None if outer is None else outer.trace
+    return Binding(enter_scope(RequestScope(tenant=context, call_id=call_id, deadline=deadline, trace=trace)))

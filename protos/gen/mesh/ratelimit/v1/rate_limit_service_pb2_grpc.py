@@ -74,7 +74,8 @@ class RateLimitServiceServicer:
     def Reserve(self, request, context):
         """Holds the worst case of a call against every limit of the tenant: all or nothing. A refusal changes no counter.
         Idempotent by `reservation_id` while the reservation lives. The hold lives by a lease (5 s) that `Renew` prolongs.
-        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ABORTED RESERVATION_LOST when the
+        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ALREADY_EXISTS CONTENT_CONFLICT when the
+        reservation id was used with other amounts; ABORTED RESERVATION_LOST when the
         reservation has ended or its id is older than 60 s; UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -19,7 +19,8 @@ class RateLimitServiceStub:
     Reserve: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReserveRequest, _rate_limit_service_pb2.ReserveResponse]
     """Holds the worst case of a call against every limit of the tenant: all or nothing. A refusal changes no counter.
     Idempotent by `reservation_id` while the reservation lives. The hold lives by a lease (5 s) that `Renew` prolongs.
-    Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ABORTED RESERVATION_LOST when the
+    Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ALREADY_EXISTS CONTENT_CONFLICT when the
+    reservation id was used with other amounts; ABORTED RESERVATION_LOST when the
     reservation has ended or its id is older than 60 s; UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.RenewRequest, _rate_limit_service_pb2.RenewResponse]
@@ -48,7 +49,8 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_rate_limit_service_pb2.ReserveResponse]:
         """Holds the worst case of a call against every limit of the tenant: all or nothing. A refusal changes no counter.
         Idempotent by `reservation_id` while the reservation lives. The hold lives by a lease (5 s) that `Renew` prolongs.
-        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ABORTED RESERVATION_LOST when the
+        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ALREADY_EXISTS CONTENT_CONFLICT when the
+        reservation id was used with other amounts; ABORTED RESERVATION_LOST when the
         reservation has ended or its id is older than 60 s; UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
         """
 
