@@ -144,7 +144,6 @@ def _log_settled(attempt: Attempt, settled: Settled) -> None:
     log.info(
         "call_settled",
         model=question.model.name,
-        feature=question.feature,
         input_tokens=received.usage.input_tokens,
         output_tokens=received.usage.output_tokens,
         cost_nano_usd=settled.cost_nano_usd,

@@ -180,9 +180,9 @@ async def test_one_tenants_question_never_meets_the_others_documents(mesh: Mesh)
 async def test_the_logs_tell_how_a_call_ended(mesh: Mesh) -> None:
     """One line with the call's id, tenant and trace says what it was billed; what was asked and answered stands in no line."""
     tenant = await mesh.tenant()
-    asked = await ask(mesh.client, tenant, "What do you know of the sesquipedalian?", feature="log_test")
+    asked = await ask(mesh.client, tenant, "What do you know of the sesquipedalian?")
     lines = [json.loads(line) for line in mesh.stack.state.log_path("inference").read_text().splitlines() if str(asked.call_id) in line]
     [ended] = [line for line in lines if line["event"] == "call_settled"]
     assert (ended["tenant_id"], ended["trace_id"]) == (tenant.tenant_id, asked.trace.trace_id)
-    assert (ended["cost_nano_usd"], ended["feature"]) == (asked.cost_nano_usd, "log_test")
+    assert (ended["cost_nano_usd"], ended["model"]) == (asked.cost_nano_usd, asked.summary.model)
     assert "sesquipedalian" not in json.dumps(lines)
