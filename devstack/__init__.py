@@ -1,6 +1,10 @@
 """The embedded stack for development and tests: real stores from their wheels, a provider stub, a supervisor. Loopback only."""
 
 import os
+import sys
 
-# The supervisor starts children; gRPC's fork handlers would only print that they were skipped. Must be set before grpc is imported.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
+# The supervisor forks; gRPC's own fork handlers would wake its threads in the child, which now and then kills it before it starts.
+# They can only be switched off before grpc is loaded.
+FORKS_SAFELY = "grpc" not in sys.modules or os.environ.get(FORK_SUPPORT) == "0"
+os.environ.setdefault(FORK_SUPPORT, "0")

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from devstack import FORKS_SAFELY
+
 READY_POLL_SECONDS = 0.05
 _SET_PARENT_DEATH_SIGNAL = 1
 
@@ -133,7 +135,7 @@ class ManagedProcess:
 
 
 def _stop_with_parent(stop_signal: signal.Signals) -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or not FORKS_SAFELY:
         return None
     # Looked up before the fork: between fork and exec a child of a threaded process may do next to nothing.
     prctl = ctypes.CDLL(None).prctl
