@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from devstack.environment import DATABASE
 from devstack.stack import Stack
 from services.kernel.ids import TenantId
+from tests.support.waiting import eventually
 
 SCHEMAS = ("inference", "metering", "retrieval", "tenant")
 TENANT_TABLES = """
@@ -26,6 +27,7 @@ FROM (SELECT (to_jsonb(t) - 'last_use_time')::text AS r FROM {table} t WHERE ten
 # Refusals of a tenant's own keys are recorded there: attacks that fail leave their trace in it.
 AUDIT = "tenant.audit"
 UNSENT = "SELECT count(*) FROM metering.outbox WHERE tenant_id = $1"
+REST_SECONDS = 30.0
 COUNTERS = ("epoch", "outstanding", "tokens_used", "tokens_held", "cost_used", "cost_held")
 
 
@@ -44,8 +46,11 @@ async def tenant_tables(connection: asyncpg.Connection) -> list[str]:
     return [row["name"] for row in await connection.fetch(TENANT_TABLES, list(SCHEMAS))]
 
 
-async def fingerprint(stack: Stack, tenant_id: TenantId) -> dict[str, str]:
-    """Digests by store and table."""
+async def fingerprint(stack: Stack, tenant_id: TenantId, *, in_mid_call: bool = False) -> dict[str, str]:
+    """Digests by store and table, of a tenant at rest unless it is known to be in mid-call."""
+    if not in_mid_call:
+        # What an earlier test left open ends with its lease, and would change the digests in the middle of an attack.
+        await eventually(lambda: _is_at_rest(stack, tenant_id), within_seconds=REST_SECONDS)
     connection = await superuser(stack)
     try:
         while await connection.fetchval(UNSENT, tenant_id):
@@ -58,6 +63,12 @@ async def fingerprint(stack: Stack, tenant_id: TenantId) -> dict[str, str]:
     finally:
         await connection.close()
     return found | await _counters(stack, tenant_id) | await _points(stack, tenant_id)
+
+
+async def _is_at_rest(stack: Stack, tenant_id: TenantId) -> bool:
+    async with redis_of(stack) as redis:
+        outstanding = cast("bytes | None", await redis.hget(f"{{{tenant_id}}}:meta", "outstanding"))
+    return not int(outstanding or 0)
 
 
 async def _counters(stack: Stack, tenant_id: TenantId) -> dict[str, str]:
