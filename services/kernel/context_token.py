@@ -118,6 +118,9 @@ class ContextTokenVerifier:
             expire_time=expires,
             operator=claims.operator,
             token=token,
+            flags=frozenset(claims.flags),
+            placement=claims.placement or "pool",
+            encrypt_content=claims.encrypt_content,
         )
 
     def _remember(self, token: str, context: TenantContext) -> None:

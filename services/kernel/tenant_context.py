@@ -11,6 +11,7 @@ class TenantContext:
     """A proven tenant and actor.
 
     `tenant_id` is None only for an operator who named no tenant. `token` is the signed form, passed on to other services.
+    `flags` are the feature flags that are on. `placement` is pool, bridge or silo.
     """
 
     tenant_id: TenantId | None
@@ -22,3 +23,6 @@ class TenantContext:
     expire_time: datetime
     operator: bool
     token: str = field(repr=False)
+    flags: frozenset[str] = frozenset()
+    placement: str = "pool"
+    encrypt_content: bool = False

@@ -75,11 +75,10 @@ async def build(settings: TenantSettings) -> TenantApp:
         minter = ContextMinter(
             read_signing_key(settings.context_signing_key.get_secret_value()),
             read_public_keys(settings.context_additional_public_keys),
+            region=settings.region,
             clock=_now,
         )
-        authenticator = Authenticator(
-            credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), region=settings.region, clock=_now
-        )
+        authenticator = Authenticator(credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now)
         server = _server(settings, database, authenticator, minter, _peers(settings, stack))
         return TenantApp(server, trail, stack.pop_all())
 

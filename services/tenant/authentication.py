@@ -17,7 +17,7 @@ from services.kernel.tenant_context import TenantContext
 from services.tenant.api_key import ApiKeyText, OperatorKeyText, parse
 from services.tenant.context_minting import ContextMinter, Grant
 from services.tenant.scopes import OPERATOR_SCOPES, OPERATOR_TENANT_SCOPES
-from services.tenant.tenant_record import TenantState
+from services.tenant.tenant_record import TenantFacts, TenantState
 from services.tenant.text import printable
 
 MAX_REASON_LENGTH = 500
@@ -51,19 +51,7 @@ class StoredKey:
     expire_time: datetime | None
     revoke_time: datetime | None
     used: bool
-    state: TenantState
-    tier: str
-    region: str
-    config_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class TenantFacts:
-    """What a token says of a tenant."""
-
-    tier: str
-    region: str
-    config_version: int
+    facts: TenantFacts
 
 
 class CredentialStore(Protocol):
@@ -104,14 +92,12 @@ class Authenticator:
         minter: ContextMinter,
         *,
         operator_key_hashes: Sequence[bytes],
-        region: str,
         clock: Callable[[], datetime],
     ) -> None:
         self._store = store
         self._trail = trail
         self._minter = minter
         self._operator_key_hashes = tuple(operator_key_hashes)
-        self._region = region
         self._clock = clock
 
     async def authenticate(self, attempt: CredentialAttempt) -> TenantContext:
@@ -146,16 +132,14 @@ class Authenticator:
             self._trail.audit(stored.tenant_id, AuditAction.TENANT_MISMATCH, subject, target, attempt.peer_address)
             raise _mismatch()
         await self._note_use(stored, key.key_id, now)
-        return self._minter.mint(
-            Grant(stored.tenant_id, stored.tier, stored.region, subject, stored.scopes, stored.config_version, stored.expire_time)
-        )
+        return self._minter.mint(Grant(stored.tenant_id, stored.facts, subject, stored.scopes, end_time=stored.expire_time))
 
     def _refuse_unusable(self, stored: StoredKey, now: datetime) -> None:
         if stored.expire_time is not None and stored.expire_time <= now:
             raise _expired(stored.expire_time)
-        if stored.state is TenantState.SUSPENDED:
+        if stored.facts.state is TenantState.SUSPENDED:
             raise _suspended()
-        if stored.state is not TenantState.ACTIVE:
+        if stored.facts.state is not TenantState.ACTIVE:
             raise _invalid()
 
     async def _note_use(self, stored: StoredKey, key_id: str, now: datetime) -> None:
@@ -177,12 +161,10 @@ class Authenticator:
         claimed = attempt.claimed_tenant_id
         facts = await self._store.record_operator_access(claimed, subject, reason, attempt.peer_address)
         if claimed is None:
-            return self._minter.mint(Grant(None, "", self._region, subject, OPERATOR_SCOPES, 0, operator=True))
+            return self._minter.mint(Grant(None, None, subject, OPERATOR_SCOPES, operator=True))
         if facts is None:
             raise NotFound("tenant")
-        return self._minter.mint(
-            Grant(claimed, facts.tier, facts.region, subject, OPERATOR_TENANT_SCOPES, facts.config_version, operator=True)
-        )
+        return self._minter.mint(Grant(claimed, facts, subject, OPERATOR_TENANT_SCOPES, operator=True))
 
 
 def _invalid() -> MeshError:

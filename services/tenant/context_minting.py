@@ -14,6 +14,7 @@ from services.kernel.context_token import MAX_LIFETIME, SigningKey, mint
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
 from services.kernel.timestamps import to_timestamp
+from services.tenant.tenant_record import TenantFacts
 
 PROVISIONING_SUBJECT = "mesh:tenant"
 _KEY_LENGTH = 32
@@ -21,14 +22,13 @@ _KEY_LENGTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a credential proves. `end_time` is the credential's own end, None for never."""
+    """What a credential proves. `facts` is None for an operator who named no tenant; `end_time` is the credential's own end."""
 
     tenant_id: TenantId | None
-    tier: str
-    region: str
+    facts: TenantFacts | None
     subject: str
     scopes: frozenset[str]
-    config_version: int
+    flags: frozenset[str] = frozenset()
     end_time: datetime | None = None
     operator: bool = False
 
@@ -36,8 +36,11 @@ class Grant:
 class ContextMinter:
     """Signs grants with one private key and publishes it beside the keys of other replicas and of the time before a rotation."""
 
-    def __init__(self, signing_key: SigningKey, other_keys: Sequence[Ed25519PublicKey], *, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, signing_key: SigningKey, other_keys: Sequence[Ed25519PublicKey], *, region: str, clock: Callable[[], datetime]
+    ) -> None:
         self._signing_key = signing_key
+        self._region = region
         self._clock = clock
         own = signing_key.private_key.public_key()
         self._public_keys = {public_key_id(key): key for key in (own, *other_keys)}
@@ -52,27 +55,34 @@ class ContextMinter:
         expire_time = now + MAX_LIFETIME
         if grant.end_time is not None:
             expire_time = min(expire_time, grant.end_time)
+        facts = grant.facts
         claims = TenantClaims(
             tenant_id=b"" if grant.tenant_id is None else grant.tenant_id.bytes,
-            tier=grant.tier,
-            region=grant.region,
+            tier="" if facts is None else facts.tier,
+            region=self._region if facts is None else facts.region,
             subject=grant.subject,
             scopes=sorted(grant.scopes),
-            config_version=grant.config_version,
+            config_version=0 if facts is None else facts.config_version,
             issue_time=to_timestamp(now),
             expire_time=to_timestamp(expire_time),
             operator=grant.operator,
+            flags=sorted(grant.flags),
+            placement="" if facts is None else facts.placement,
+            encrypt_content=facts is not None and facts.encrypt_content,
         )
         return TenantContext(
             tenant_id=grant.tenant_id,
-            tier=grant.tier,
-            region=grant.region,
+            tier=claims.tier,
+            region=claims.region,
             subject=grant.subject,
             scopes=grant.scopes,
-            config_version=grant.config_version,
+            config_version=claims.config_version,
             expire_time=expire_time,
             operator=grant.operator,
             token=mint(claims, self._signing_key),
+            flags=grant.flags,
+            placement=claims.placement or "pool",
+            encrypt_content=claims.encrypt_content,
         )
 
 

@@ -185,10 +185,10 @@ class TenantProvisioning:
 
     async def _provision_peer(self, step: Step, tenant_id: TenantId) -> None:
         name, peer = self._peers[step]
-        config = await self._directory.get_config(tenant_id)
-        if config is None:
+        facts = await self._directory.get_facts(tenant_id)
+        if facts is None:
             raise NotFound("tenant")
-        context = self._minter.mint(Grant(tenant_id, config.plan.name, config.region, PROVISIONING_SUBJECT, frozenset(), config.version))
+        context = self._minter.mint(Grant(tenant_id, facts, PROVISIONING_SUBJECT, frozenset()))
         try:
             await peer.provision(context)
         except MeshError as error:

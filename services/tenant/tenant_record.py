@@ -21,6 +21,18 @@ class TenantState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TenantFacts:
+    """What a credential's answer says of its tenant, read with the credential in one round trip."""
+
+    state: TenantState
+    tier: str
+    region: str
+    config_version: int
+    placement: str
+    encrypt_content: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """A tenant."""
 
@@ -54,6 +66,10 @@ class TenantDirectory(Protocol):
 
     async def list_tenants(self, after_slug: str, limit: int) -> Sequence[Tenant]:
         """Returns at most `limit` tenants whose slug sorts after `after_slug`, by slug."""
+        ...
+
+    async def get_facts(self, tenant_id: TenantId) -> TenantFacts | None:
+        """Returns what a token says of the tenant, in every state of the tenant."""
         ...
 
     async def get_config(self, tenant_id: TenantId) -> TenantConfig | None:

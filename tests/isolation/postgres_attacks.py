@@ -15,8 +15,8 @@ from devstack.ports import LOOPBACK
 from devstack.stack import Stack
 from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
 
-# Names looked up before a tenant is known: a directory maps a name to a tenant id and holds nothing else, so it may be read whole.
-DIRECTORIES = frozenset({"tenant.api_key_directory", "tenant.slug_directory", "tenant.request_directory"})
+# Names looked up before a tenant is known, and the feed of changes: a tenant id and nothing of its tenant, so they may be read whole.
+DIRECTORIES = frozenset({"tenant.api_key_directory", "tenant.slug_directory", "tenant.request_directory", "tenant.changes"})
 DENIED = (asyncpg.InsufficientPrivilegeError,)
 # An append-only table's own trigger refuses, and refuses the owner of the row as well.
 REFUSED = (*DENIED, asyncpg.RestrictViolationError)

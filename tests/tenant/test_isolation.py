@@ -8,6 +8,8 @@ import pytest
 from tests.tenant.harness import Harness, taken_apart
 
 TENANT_TABLES = ("tenants", "users", "api_keys", "tenant_settings", "provisioning", "audit")
+# Ids and kinds of changes, read whole by every replica.
+FEEDS = ("changes",)
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory")
 PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions")
 ENTER = "SELECT set_config('app.tenant_id', $1, true)"
@@ -117,7 +119,7 @@ async def test_every_table_forces_row_level_security_and_belongs_to_the_owner(ha
             "SELECT relname, relrowsecurity, relforcerowsecurity, pg_get_userbyid(relowner) AS owner FROM pg_class "
             "WHERE relnamespace = 'tenant'::regnamespace AND relkind IN ('r', 'p') AND relname <> 'schema_migrations'"
         )
-        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *PLAN_TABLES}
+        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES}
         for row in tables:
             assert (row["relrowsecurity"], row["relforcerowsecurity"], row["owner"]) == (True, True, "tenant_owner"), row["relname"]
         policies = await connection.fetch("SELECT tablename, cmd, qual, with_check FROM pg_policies WHERE schemaname = 'tenant'")

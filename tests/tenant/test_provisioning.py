@@ -165,7 +165,7 @@ async def second_process(harness: Harness) -> AsyncIterator[tuple[TenantProvisio
             stack.push_async_callback(channel.close)
             peers[Step[name.upper()]] = (name, GrpcLifecyclePeer(channel))
         signing_key = read_signing_key(harness.settings.context_signing_key.get_secret_value())
-        minter = ContextMinter(signing_key, [], clock=lambda: datetime.now(UTC))
+        minter = ContextMinter(signing_key, [], region="local", clock=lambda: datetime.now(UTC))
         store = CrashingStore(database)
         yield TenantProvisioning(store, PostgresTenants(database), peers, minter, region="local"), store
 

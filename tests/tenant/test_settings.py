@@ -11,6 +11,7 @@ from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.ids import TenantId
 from services.tenant.context_minting import ContextMinter, Grant, read_public_keys, read_signing_key
 from services.tenant.settings import TenantSettings
+from services.tenant.tenant_record import TenantFacts, TenantState
 
 
 def test_several_operator_keys_may_be_listed() -> None:
@@ -45,7 +46,8 @@ def test_one_seed_is_one_key_with_one_name_everywhere() -> None:
 
 async def test_a_minted_context_says_what_its_token_proves() -> None:
     """The context handed out in process equals what any verifier reads from the token."""
-    minter = ContextMinter(read_signing_key(base64.b64encode(bytes(32)).decode()), [], clock=lambda: datetime.now(UTC))
+    minter = ContextMinter(read_signing_key(base64.b64encode(bytes(32)).decode()), [], region="local", clock=lambda: datetime.now(UTC))
     end = datetime.now(UTC) + timedelta(seconds=30)
-    context = minter.mint(Grant(TenantId(uuid4()), "free", "local", "key:k", frozenset({"b:c", "a:b"}), 4, end))
+    facts = TenantFacts(TenantState.ACTIVE, "free", "local", 4, "pool", encrypt_content=False)
+    context = minter.mint(Grant(TenantId(uuid4()), facts, "key:k", frozenset({"b:c", "a:b"}), end_time=end))
     assert await ContextTokenVerifier(minter).verify(context.token) == context

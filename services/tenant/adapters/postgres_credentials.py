@@ -4,17 +4,21 @@ from collections.abc import Sequence
 
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import TenantDatabase
-from services.tenant.authentication import StoredKey, TenantFacts
-from services.tenant.tenant_record import TenantState
+from services.tenant.adapters.postgres_tenants import tenant_facts
+from services.tenant.authentication import StoredKey
+from services.tenant.tenant_record import TenantFacts
 from services.tenant.usage_trail import AuditEvent, KeyUse
 
 FIND_API_KEY = """
-SELECT tenant_id, secret_sha256, scopes, expire_time, revoke_time, used, state, plan, region, config_version FROM tenant.find_api_key($1)
+SELECT tenant_id, secret_sha256, scopes, expire_time, revoke_time, used, state, plan, region, config_version, placement, encrypt_content
+FROM tenant.find_api_key($1)
 """
 RECORD_FIRST_USE = "SELECT tenant.record_first_use($1, $2)"
 RECORD_LAST_USES = "SELECT tenant.record_last_uses($1::uuid[], $2::text[], $3::timestamptz[])"
 APPEND_AUDIT = "SELECT tenant.append_audit($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::integer[])"
-RECORD_OPERATOR_ACCESS = "SELECT plan, region, config_version FROM tenant.record_operator_access($1, $2, $3, $4)"
+RECORD_OPERATOR_ACCESS = """
+SELECT state, plan, region, config_version, placement, encrypt_content FROM tenant.record_operator_access($1, $2, $3, $4)
+"""
 
 
 class PostgresCredentials:
@@ -35,10 +39,7 @@ class PostgresCredentials:
             expire_time=row["expire_time"],
             revoke_time=row["revoke_time"],
             used=row["used"],
-            state=TenantState(row["state"]),
-            tier=row["plan"],
-            region=row["region"],
-            config_version=row["config_version"],
+            facts=tenant_facts(row),
         )
 
     async def record_first_use(self, tenant_id: TenantId, key_id: str) -> bool:
@@ -48,7 +49,7 @@ class PostgresCredentials:
     async def record_operator_access(self, tenant_id: TenantId | None, subject: str, reason: str, peer_address: str) -> TenantFacts | None:
         """Writes the audit record durably and returns the named tenant's facts; None for no such tenant."""
         row = await self._database.fetch_row(tenant_id, RECORD_OPERATOR_ACCESS, tenant_id, subject, reason, peer_address)
-        return None if row is None else TenantFacts(row["plan"], row["region"], row["config_version"])
+        return None if row is None else tenant_facts(row)
 
     async def record_last_uses(self, uses: Sequence[KeyUse]) -> None:
         """Writes the last use of each key; the batch names its tenants item by item."""

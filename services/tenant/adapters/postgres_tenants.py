@@ -7,10 +7,11 @@ import asyncpg
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.plan import Plan
-from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantConfig, TenantState
+from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantConfig, TenantFacts, TenantState
 
 GET_TENANT = "SELECT tenant_id, slug, display_name, plan, region, state, create_time FROM tenant.get_tenant($1)"
 LIST_TENANTS = "SELECT tenant_id, slug, display_name, plan, region, state, create_time FROM tenant.list_tenants($1, $2)"
+GET_FACTS = "SELECT state, plan, region, config_version, placement, encrypt_content FROM tenant.get_facts($1)"
 GET_CONFIG = """
 SELECT tenant_id, version, plan, region, display_name, assistant_name, requests_per_minute, tokens_per_minute, tokens_per_day,
        cost_nano_usd_per_month, concurrent_calls, context_tokens, weight, default_model, allowed_models, default_max_output_tokens,
@@ -40,6 +41,11 @@ class PostgresTenants:
         """Returns at most `limit` tenants by slug; the function enters each tenant in turn."""
         return [_tenant(row) for row in await self._database.call(None, LIST_TENANTS, after_slug, limit)]
 
+    async def get_facts(self, tenant_id: TenantId) -> TenantFacts | None:
+        """Returns what a token says of the tenant."""
+        row = await self._database.fetch_row(tenant_id, GET_FACTS, tenant_id)
+        return None if row is None else tenant_facts(row)
+
     async def get_config(self, tenant_id: TenantId) -> TenantConfig | None:
         """Returns the tenant's configuration."""
         row = await self._database.fetch_row(tenant_id, GET_CONFIG, tenant_id)
@@ -58,6 +64,18 @@ class PostgresTenants:
     async def list_plans(self) -> Sequence[Plan]:
         """Returns the plans in force, from the smallest to the largest."""
         return [_plan(row) for row in await self._database.call(None, LIST_PLANS)]
+
+
+def tenant_facts(row: asyncpg.Record) -> TenantFacts:
+    """Builds the facts from the columns of `tenant.tenant_facts`."""
+    return TenantFacts(
+        state=TenantState(row["state"]),
+        tier=row["plan"],
+        region=row["region"],
+        config_version=row["config_version"],
+        placement=row["placement"],
+        encrypt_content=row["encrypt_content"],
+    )
 
 
 def _tenant(row: asyncpg.Record) -> Tenant:

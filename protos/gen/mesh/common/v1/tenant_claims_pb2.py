@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"mesh/common/v1/tenant_claims.proto\x12\x0emesh.common.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfb\x01\n\x0cTenantClaims\x12\x11\n\ttenant_id\x18\x01 \x01(\x0c\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0e\n\x06scopes\x18\x05 \x03(\t\x12\x16\n\x0e\x63onfig_version\x18\x06 \x01(\x03\x12.\n\nissue_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06key_id\x18\t \x01(\t\x12\x10\n\x08operator\x18\n \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"mesh/common/v1/tenant_claims.proto\x12\x0emesh.common.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x02\n\x0cTenantClaims\x12\x11\n\ttenant_id\x18\x01 \x01(\x0c\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0e\n\x06scopes\x18\x05 \x03(\t\x12\x16\n\x0e\x63onfig_version\x18\x06 \x01(\x03\x12.\n\nissue_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06key_id\x18\t \x01(\t\x12\x10\n\x08operator\x18\n \x01(\x08\x12\r\n\x05\x66lags\x18\x0b \x03(\t\x12\x11\n\tplacement\x18\x0c \x01(\t\x12\x17\n\x0f\x65ncrypt_content\x18\r \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.common.v1.tenant_claim
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TENANTCLAIMS']._serialized_start=88
-  _globals['_TENANTCLAIMS']._serialized_end=339
+  _globals['_TENANTCLAIMS']._serialized_end=398
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,9 @@ class TenantClaims(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
     OPERATOR_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    ENCRYPT_CONTENT_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.bytes
     """The tenant: 16 bytes of its UUID. Empty for an operator who named no tenant."""
     tier: _builtins.str
@@ -49,6 +52,10 @@ class TenantClaims(_message.Message):
     """Names the key that signed, so that keys can be rotated with an overlap."""
     operator: _builtins.bool
     """True for an operator acting with `x-operator-reason`."""
+    placement: _builtins.str
+    """Where the tenant's data is kept: "pool", "bridge" or "silo". Empty for an operator who named no tenant."""
+    encrypt_content: _builtins.bool
+    """True when conversation text and documents are encrypted under the tenant's own key."""
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the subject may do, such as "inference:generate". Sorted, unique."""
@@ -60,6 +67,10 @@ class TenantClaims(_message.Message):
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the token ends: at most 300 s after `issue_time`."""
+
+    @_builtins.property
+    def flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The feature flags that are on for this tenant. Sorted, unique, at most 200."""
 
     def __init__(
         self,
@@ -74,10 +85,13 @@ class TenantClaims(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         key_id: _builtins.str = ...,
         operator: _builtins.bool = ...,
+        flags: _abc.Iterable[_builtins.str] | None = ...,
+        placement: _builtins.str = ...,
+        encrypt_content: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "issue_time", b"issue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_version", b"config_version", "expire_time", b"expire_time", "issue_time", b"issue_time", "key_id", b"key_id", "operator", b"operator", "region", b"region", "scopes", b"scopes", "subject", b"subject", "tenant_id", b"tenant_id", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_version", b"config_version", "encrypt_content", b"encrypt_content", "expire_time", b"expire_time", "flags", b"flags", "issue_time", b"issue_time", "key_id", b"key_id", "operator", b"operator", "placement", b"placement", "region", b"region", "scopes", b"scopes", "subject", b"subject", "tenant_id", b"tenant_id", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
