@@ -55,7 +55,10 @@ async def build(settings: InferenceSettings) -> InferenceApp:
     """Builds the service. Stores and peers may be down: calls answer Unavailable until they are back."""
     async with AsyncExitStack() as stack:
         database = await TenantDatabase.open(
-            settings.postgres_dsn.get_secret_value(), max_size=settings.postgres_pool_size, application_name="inference"
+            settings.postgres_dsn.get_secret_value(),
+            max_size=settings.postgres_pool_size,
+            application_name="inference",
+            transaction_pooling=settings.postgres_transaction_pooling,
         )
         stack.push_async_callback(database.close)
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")

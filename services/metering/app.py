@@ -58,9 +58,19 @@ async def build(settings: MeteringSettings) -> MeteringApp:
     async with AsyncExitStack() as stack:
         to_limits = _channel(stack, settings, settings.ratelimit_address, "ratelimit")
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
-        database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), max_size=12, application_name="metering")
+        database = await TenantDatabase.open(
+            settings.postgres_dsn.get_secret_value(),
+            max_size=12,
+            application_name="metering",
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(database.close)
-        jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), max_size=3, application_name="metering-jobs")
+        jobs = await JobsDatabase.open(
+            settings.postgres_jobs_dsn.get_secret_value(),
+            max_size=3,
+            application_name="metering-jobs",
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(jobs.close)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)

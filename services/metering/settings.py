@@ -12,6 +12,7 @@ from services.kernel.settings import (
     PostgresAdminDsn,
     PostgresDsn,
     PostgresJobsDsn,
+    PostgresTransactionPooling,
     RatelimitAddress,
     ServiceSettings,
 )
@@ -26,6 +27,7 @@ class MeteringSettings(ServiceSettings):
 
     listen_address: ListenAddress = "127.0.0.1:7405"
     postgres_dsn: PostgresDsn = SecretStr("")
+    postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"

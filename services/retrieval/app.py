@@ -44,9 +44,18 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
     async with AsyncExitStack() as stack:
         to_tenant = MeshChannel(settings.tenant_address, settings=settings, target_service="tenant")
         stack.push_async_callback(to_tenant.close)
-        database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), application_name="retrieval")
+        database = await TenantDatabase.open(
+            settings.postgres_dsn.get_secret_value(),
+            application_name="retrieval",
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(database.close)
-        jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), application_name="retrieval-jobs", max_size=2)
+        jobs = await JobsDatabase.open(
+            settings.postgres_jobs_dsn.get_secret_value(),
+            application_name="retrieval-jobs",
+            max_size=2,
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(jobs.close)
         embedder = HashingEmbedder()
         index = QdrantIndex(settings.qdrant_url, settings.qdrant_api_key, embedder.dimensions)

@@ -64,7 +64,11 @@ class TenantApp:
 async def build(settings: TenantSettings) -> TenantApp:
     """Builds the service; it starts while Postgres or the other services are away."""
     async with AsyncExitStack() as stack:
-        database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), application_name="tenantry-tenant")
+        database = await TenantDatabase.open(
+            settings.postgres_dsn.get_secret_value(),
+            application_name="tenantry-tenant",
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(database.close)
         credentials = PostgresCredentials(database)
         trail = UsageTrailBuffer(credentials)
