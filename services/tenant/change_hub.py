@@ -134,6 +134,9 @@ class ChangeHub:
             except Unavailable as error:
                 self._go_blind(error)
                 is_more = False
+            except Exception:
+                self._go_blind(Unavailable("postgres"))
+                raise
             if not is_more:
                 await self._pause()
 
