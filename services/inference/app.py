@@ -26,6 +26,7 @@ from services.inference.servicers.prompt_service import PromptService
 from services.inference.settings import InferenceSettings
 from services.inference.settlement import Settlement
 from services.kernel.background import BackgroundTasks
+from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
@@ -94,7 +95,9 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         )
         configs = TenantConfigCache(to_tenant)
         inference = InferenceService(pipeline, configs, prices, settings.default_call_deadline_seconds)
-        resolver, verifier = remote_trust(to_tenant)
+        feed = ChangeFeed(to_tenant)
+        background.start("change_feed", feed.run)
+        resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(inference, memory, configs), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
 
