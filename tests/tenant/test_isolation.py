@@ -7,7 +7,7 @@ import pytest
 
 from tests.tenant.harness import Harness, taken_apart
 
-TENANT_TABLES = ("tenants", "users", "api_keys", "tenant_settings", "provisioning", "audit")
+TENANT_TABLES = ("tenants", "users", "api_keys", "tenant_settings", "provisioning", "audit", "audit_documents")
 # Ids and kinds of changes, read whole by every replica.
 FEEDS = ("changes",)
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory")
