@@ -9,6 +9,7 @@ from services.kernel.settings import (
     MeteringAddress,
     PostgresAdminDsn,
     PostgresDsn,
+    PostgresJobsDsn,
     RatelimitAddress,
     RetrievalAddress,
     ServiceSettings,
@@ -22,6 +23,7 @@ class InferenceSettings(ServiceSettings):
 
     listen_address: ListenAddress = "127.0.0.1:7403"
     postgres_dsn: PostgresDsn = SecretStr("")
+    postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
