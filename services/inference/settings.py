@@ -11,6 +11,7 @@ from services.kernel.settings import (
     MeteringAddress,
     PostgresAdminDsn,
     PostgresDsn,
+    PostgresJobsDsn,
     PostgresTransactionPooling,
     RatelimitAddress,
     RetrievalAddress,
@@ -27,6 +28,7 @@ class InferenceSettings(ServiceSettings):
     credential_outage_seconds: CredentialOutageSeconds = DEFAULT_CREDENTIAL_OUTAGE_SECONDS
     postgres_dsn: PostgresDsn = SecretStr("")
     postgres_transaction_pooling: PostgresTransactionPooling = False
+    postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"

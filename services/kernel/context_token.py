@@ -85,6 +85,7 @@ class ContextTokenVerifier:
         self._cache_size = cache_size
         self._keys: Mapping[str, Ed25519PublicKey] = {}
         self._verified: OrderedDict[str, TenantContext] = OrderedDict()
+        self._signed: OrderedDict[str, TenantClaims] = OrderedDict()
         self._fetching = asyncio.Lock()
         self._fetched_at: float | None = None
         self._fetch_failure: MeshError | None = None
@@ -109,12 +110,34 @@ class ContextTokenVerifier:
             key.verify(signature, payload)
         except InvalidSignature:
             raise _invalid() from None
-        context = self._accept(claims, token)
+        context = self._accept(claims, token, self._clock())
         self._remember(token, context)
         return context
 
-    def _accept(self, claims: TenantClaims, token: str) -> TenantContext:
-        now = self._clock()
+    async def verify_as_of(self, token: str, moment: datetime, *, grace: timedelta = timedelta(0)) -> TenantContext:
+        """Returns what the token proved at a moment of its life, or up to `grace` after it: for records of what happened then.
+
+        Never for admitting a call. Raises: Unauthenticated(CONTEXT_INVALID).
+        """
+        claims = self._signed.get(token)
+        if claims is None:
+            payload, signature = _split(token)
+            claims = _parse(payload)
+            key = await self._key(claims.key_id)
+            try:
+                key.verify(signature, payload)
+            except InvalidSignature:
+                raise _invalid() from None
+            self._signed[token] = claims
+            while len(self._signed) > self._cache_size:
+                self._signed.popitem(last=False)
+        expires = _time(claims, "expire_time")
+        if moment > expires + grace:
+            raise _invalid()
+        # Within the grace the token is judged as of the last moment it was good.
+        return self._accept(claims, token, min(moment, expires - timedelta(microseconds=1)))
+
+    def _accept(self, claims: TenantClaims, token: str, now: datetime) -> TenantContext:
         issued, expires = _time(claims, "issue_time"), _time(claims, "expire_time")
         if expires <= now or issued > now + _CLOCK_SKEW or expires - issued > MAX_LIFETIME:
             raise _invalid()
