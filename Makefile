@@ -12,7 +12,7 @@ KUSTOMIZE_VERSION := v5.7.1
 export PATH := $(CURDIR)/$(BIN):$(TOOLS):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run demo test test-all lint format types imports proto proto-check proto-breaking mutation bench k8s-check tools lock ci clean
+.PHONY: help install run demo certs test test-all lint format types imports proto proto-check proto-breaking mutation bench k8s-check tools lock ci clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,11 +30,14 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 install: $(INSTALLED) ## make the environment and install the locked dependencies
 
-run: $(INSTALLED) ## start the whole mesh here, show one call, stay up until Ctrl-C
-	@exec $(BIN)/python -m devstack run
+run: $(INSTALLED) ## start the whole mesh here, show one call, stay up until Ctrl-C (TLS=1: all of it on mutual TLS)
+	@exec $(BIN)/python -m devstack run $(if $(TLS),--tls)
 
-demo: $(INSTALLED) ## tell and verify the story of two tenants (JSON=1 for one JSON object)
-	@exec $(BIN)/python -m devstack demo $(if $(JSON),--json)
+demo: $(INSTALLED) ## tell and verify the story of two tenants (JSON=1 for one JSON object; TLS=1)
+	@exec $(BIN)/python -m devstack demo $(if $(JSON),--json) $(if $(TLS),--tls)
+
+certs: $(INSTALLED) ## make the development certificates, or renew those near their end
+	@$(BIN)/python -m devstack certs
 
 test: $(INSTALLED) ## run the tests against real stores
 	@$(BIN)/python -m pytest -q -m "not slow"

@@ -17,6 +17,7 @@ class Ports:
     metering: int = 7405
     postgres: int = 7411
     redis: int = 7412
+    pgbouncer: int = 7413
     qdrant: int = 7416
     traces: int = 7417
     provider: int = 7418

@@ -12,6 +12,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from devstack.addresses import Ports
 from devstack.asking import CALL_TIMEOUT_SECONDS, Asked, ask, patiently, usd
+from devstack.certificates import CLIENT, LeafFiles
+from devstack.environment import Wiring
 from devstack.handbook import COMPANIES, HARBOR, LUMEN, Company, questions
 from devstack.managed_process import ProcessFailedError
 from devstack.mesh_client import MeshClient, Refusal, credentials, refusal
@@ -19,7 +21,7 @@ from devstack.ports import answers
 from devstack.provisioning import provision_demo_tenants
 from devstack.run import STATE_FOLDER
 from devstack.shutdown import Shutdown
-from devstack.stack import is_serving, running_stack
+from devstack.stack import certificates_in, is_serving, running_stack
 from devstack.state import DemoTenant, StackState
 from mesh.inference.v1 import inference_service_pb2
 from mesh.metering.v1 import usage_service_pb2
@@ -38,22 +40,40 @@ class Check:
     seen: str
 
 
-async def demo(ports: Ports, *, as_json: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the mesh is and how it is spoken to."""
+
+    ports: Ports
+    wiring: Wiring
+
+    def client_leaf(self) -> LeafFiles | None:
+        """What the story's client shows. Raises: ProcessFailedError when there are no certificates to show."""
+        if self.wiring.certificates is None:
+            return None
+        leaf = self.wiring.certificates.files(CLIENT)
+        if not leaf.certificate.exists():
+            raise ProcessFailedError("there are no certificates here: run `make certs`, or `make run TLS=1`")
+        return leaf
+
+
+async def demo(ports: Ports, *, as_json: bool, tls: bool = False) -> int:
     """Tells the story against the running stack, or against one of its own.
 
     Returns 0 when every claim held, 1 when one did not, 130 when a signal came first. Raises: ProcessFailedError with one sentence.
     """
     shutdown = Shutdown(_note)
     checks: list[Check] = []
-    if not await shutdown.guard(_tell(ports, checks, shutdown, print_each=not as_json)):
+    place = Place(ports, Wiring(certificates_in(STATE_FOLDER) if tls else None))
+    if not await shutdown.guard(_tell(place, checks, shutdown, print_each=not as_json)):
         return INTERRUPTED
     if as_json:
         print(json.dumps({"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}, indent=1))
     return 0 if all(check.passed for check in checks) else 1
 
 
-async def _tell(ports: Ports, checks: list[Check], shutdown: Shutdown, *, print_each: bool) -> None:
-    async with _tenants(ports, shutdown) as tenants, MeshClient.connect(ports) as client:
+async def _tell(place: Place, checks: list[Check], shutdown: Shutdown, *, print_each: bool) -> None:
+    async with _tenants(place, shutdown) as tenants, MeshClient.connect(place.ports, place.client_leaf()) as client:
         async for check in Story(client, tenants).tell():
             checks.append(check)
             if print_each:
@@ -66,15 +86,20 @@ def _note(text: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _tenants(ports: Ports, shutdown: Shutdown) -> AsyncIterator[dict[str, DemoTenant]]:
+async def _tenants(place: Place, shutdown: Shutdown) -> AsyncIterator[dict[str, DemoTenant]]:
+    ports = place.ports
     if not answers(ports.inference):
-        async with running_stack(STATE_FOLDER, ports, progress=_note, shutdown=shutdown) as stack:
-            async with MeshClient.connect(ports) as client:
+        async with running_stack(STATE_FOLDER, ports, progress=_note, shutdown=shutdown, wiring=place.wiring) as stack:
+            async with MeshClient.connect(ports, stack.client_leaf) as client:
                 await provision_demo_tenants(stack, client, _note)
             yield stack.state.tenants
         return
-    if not await is_serving(ports, "inference"):
-        raise ProcessFailedError(f"{ports.address('inference')} does not serve: the mesh is still starting (wait), or it is something else")
+    if not await is_serving(ports, "inference", place.client_leaf()):
+        spoken = "TLS" if place.wiring.certificates else "plaintext"
+        raise ProcessFailedError(
+            f"{ports.address('inference')} does not serve {spoken}: the mesh is still starting (wait), "
+            "it was started the other way (TLS=1 goes with `make run TLS=1`), or it is something else"
+        )
     tenants = StackState.read(STATE_FOLDER).tenants
     if not {company.slug for company in COMPANIES} <= tenants.keys():
         raise ProcessFailedError("the demo tenants are not there yet: wait until `make run` says that the mesh is up")

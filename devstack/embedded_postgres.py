@@ -6,16 +6,15 @@ Postgres refuses to run as root; as root the server runs as `nobody` and the fol
 import asyncio
 import importlib.util
 import os
-import pwd
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
-from devstack.managed_process import ManagedProcess, ProcessFailedError, UnprivilegedUser
+from devstack.managed_process import ManagedProcess, ProcessFailedError
 from devstack.ports import LOOPBACK
+from devstack.unprivileged import make_traversable, unprivileged_user
 
 SUPERUSER = "tenantry_admin"
 READY_TIMEOUT_SECONDS = 30.0
@@ -36,20 +35,6 @@ def binary(name: str) -> str:
     return str(Path(spec.submodule_search_locations[0]) / "pginstall18" / "bin" / name)
 
 
-def _unprivileged_user() -> UnprivilegedUser | None:
-    if os.geteuid() != 0:
-        return None
-    nobody = pwd.getpwnam("nobody")
-    return UnprivilegedUser(nobody.pw_uid, nobody.pw_gid)
-
-
-def _make_traversable(path: Path) -> None:
-    for folder in (path, *path.parents):
-        mode = folder.stat().st_mode
-        if not mode & stat.S_IXOTH and folder.stat().st_uid == os.geteuid():
-            folder.chmod(stat.S_IMODE(mode) | stat.S_IXOTH)
-
-
 class EmbeddedPostgres:
     """One server on one data folder."""
 
@@ -57,7 +42,7 @@ class EmbeddedPostgres:
         self.port = port
         self.password = password
         self._data_dir = data_dir
-        self._user = _unprivileged_user()
+        self._user = unprivileged_user()
         settings = [part for key, value in (CONFIGURATION | {"port": str(port)}).items() for part in ("-c", f"{key}={value}")]
         self.process = ManagedProcess(
             "postgres",
@@ -91,8 +76,8 @@ class EmbeddedPostgres:
         draft.chmod(0o700)
         if self._user is not None:
             os.chown(draft, self._user.uid, self._user.gid)
-            _make_traversable(draft.parent)
-            _make_traversable(Path(binary("initdb")).parent)
+            make_traversable(draft.parent)
+            make_traversable(Path(binary("initdb")).parent)
         self._run_initdb(draft)
         draft.rename(self._data_dir)
 

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from devstack.addresses import Ports
+from devstack.certificates import DevelopmentCertificates
 from devstack.ports import LOOPBACK
 from devstack.state import SERVICES, StackState
 
@@ -29,18 +30,32 @@ class Provider:
         return cls(f"http://{ports.address('provider')}", state.secrets.provider_api_key, is_stub=True)
 
 
-def _role_dsn(state: StackState, ports: Ports, service: str, role: str) -> str:
-    return f"postgresql://{service}_{role}:{state.secrets.role_passwords[service]}@{LOOPBACK}:{ports.postgres}/{DATABASE}"
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How the parts are joined: plain or by certificates, to Postgres at once or through PgBouncer. Nothing of it is remembered."""
+
+    certificates: DevelopmentCertificates | None = None
+    pgbouncer: bool = False
+
+    def postgres_port(self, ports: Ports) -> int:
+        """Where the services find Postgres; migrations always go to the server itself."""
+        return ports.pgbouncer if self.pgbouncer else ports.postgres
+
+
+PLAIN = Wiring()
+
+
+def role_dsn(state: StackState, ports: Ports, service: str, role: str, *, wiring: Wiring = PLAIN) -> str:
+    """Returns the DSN by which a service logs in as one of its roles."""
+    return f"postgresql://{service}_{role}:{state.secrets.role_passwords[service]}@{LOOPBACK}:{wiring.postgres_port(ports)}/{DATABASE}"
 
 
 def service_environment(
-    service: str, state: StackState, ports: Ports, provider: Provider, *, trace_sample_ratio: float = 1.0
+    service: str, state: StackState, ports: Ports, provider: Provider, *, trace_sample_ratio: float = 1.0, wiring: Wiring = PLAIN
 ) -> dict[str, str]:
     """Returns the variables of one service, on top of the process's own plain ones."""
     own = {
         "TENANTRY_LISTEN_ADDRESS": ports.address(service),
-        "TENANTRY_SERVICE_TOKEN": state.secrets.service_tokens[service],
-        "TENANTRY_PEER_TOKEN_HASHES": state.secrets.peer_token_hashes,
         "TENANTRY_OTLP_ENDPOINT": f"http://{ports.address('traces')}" if trace_sample_ratio > 0 else "",
         "TENANTRY_TRACE_SAMPLE_RATIO": str(trace_sample_ratio),
         # Shorter than a person waits after Ctrl-C, and than the supervisor does before it kills.
@@ -48,15 +63,29 @@ def service_environment(
         "TENANTRY_LOG_LEVEL": os.environ.get("TENANTRY_LOG_LEVEL", "INFO"),
     }
     own |= {f"TENANTRY_{peer.upper()}_ADDRESS": ports.address(peer) for peer in SERVICES}
+    own |= _identity(service, state, wiring)
     if service in WITH_POSTGRES:
-        own["TENANTRY_POSTGRES_DSN"] = _role_dsn(state, ports, service, "service")
+        own["TENANTRY_POSTGRES_DSN"] = role_dsn(state, ports, service, "service", wiring=wiring)
+        own["TENANTRY_POSTGRES_TRANSACTION_POOLING"] = str(wiring.pgbouncer).lower()
         own["TENANTRY_POSTGRES_ADMIN_DSN"] = (
             f"postgresql://tenantry_admin:{state.secrets.postgres_password}@{LOOPBACK}:{ports.postgres}/{DATABASE}"
         )
     if service in WITH_JOBS_ROLE:
-        own["TENANTRY_POSTGRES_JOBS_DSN"] = _role_dsn(state, ports, service, "jobs")
+        own["TENANTRY_POSTGRES_JOBS_DSN"] = role_dsn(state, ports, service, "jobs", wiring=wiring)
     own |= _particular(service, state, ports, provider)
     return {key: value for key, value in os.environ.items() if not key.startswith(("TENANTRY_", "ANTHROPIC_"))} | own
+
+
+def _identity(service: str, state: StackState, wiring: Wiring) -> dict[str, str]:
+    if wiring.certificates is None:
+        tokens = state.secrets
+        return {"TENANTRY_SERVICE_TOKEN": tokens.service_tokens[service], "TENANTRY_PEER_TOKEN_HASHES": tokens.peer_token_hashes}
+    leaf = wiring.certificates.files(service)
+    return {
+        "TENANTRY_TLS_CERT_FILE": str(leaf.certificate.resolve()),
+        "TENANTRY_TLS_KEY_FILE": str(leaf.key.resolve()),
+        "TENANTRY_TLS_CA_FILE": str(leaf.authorities.resolve()),
+    }
 
 
 def _particular(service: str, state: StackState, ports: Ports, provider: Provider) -> dict[str, str]:

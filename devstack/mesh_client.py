@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from devstack.addresses import Ports
+from devstack.certificates import LeafFiles
 from mesh.inference.v1 import inference_service_pb2_grpc
 from mesh.metering.v1 import usage_service_pb2_grpc
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
@@ -63,13 +64,12 @@ class NewTrace:
 
 
 class MeshClient:
-    """Stubs of the five services over plaintext loopback channels."""
+    """Stubs of the five services over loopback channels: plaintext, or TLS with a leaf."""
 
-    def __init__(self, ports: Ports) -> None:
+    def __init__(self, ports: Ports, leaf: LeafFiles | None = None) -> None:
         options = (("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1))
         self._channels = {
-            name: grpc.aio.insecure_channel(ports.address(name), options=options)
-            for name in ("tenant", "ratelimit", "inference", "retrieval", "metering")
+            name: open_channel(ports.address(name), leaf, options) for name in ("tenant", "ratelimit", "inference", "retrieval", "metering")
         }
         self.tenants = tenant_service_pb2_grpc.TenantServiceStub(self._channels["tenant"])
         self.audit = audit_service_pb2_grpc.AuditServiceStub(self._channels["tenant"])
@@ -81,14 +81,22 @@ class MeshClient:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connect(cls, ports: Ports) -> AsyncIterator["MeshClient"]:
+    async def connect(cls, ports: Ports, leaf: LeafFiles | None = None) -> AsyncIterator["MeshClient"]:
         """Opens the channels and closes them at the end."""
-        client = cls(ports)
+        client = cls(ports, leaf)
         try:
             yield client
         finally:
             for channel in client._channels.values():
                 await channel.close()
+
+
+def open_channel(address: str, leaf: LeafFiles | None, options: tuple[tuple[str, int], ...] = ()) -> grpc.aio.Channel:
+    """Opens a channel as whoever the leaf is of; without one in plaintext."""
+    if leaf is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    trust = grpc.ssl_channel_credentials(leaf.authorities.read_bytes(), leaf.key.read_bytes(), leaf.certificate.read_bytes())
+    return grpc.aio.secure_channel(address, trust, options=options)
 
 
 def credentials(api_key: str, *, call_id: uuid.UUID | None = None, trace: NewTrace | None = None, tenant_id: str = "") -> Metadata:

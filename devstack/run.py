@@ -8,12 +8,14 @@ import grpc
 
 from devstack.addresses import Ports
 from devstack.asking import Asked, ask, patiently, usd
+from devstack.certificates import LeafFiles
+from devstack.environment import Wiring
 from devstack.handbook import LUMEN, questions
 from devstack.managed_process import ProcessFailedError
 from devstack.mesh_client import MeshClient, refusal
 from devstack.provisioning import provision_demo_tenants
 from devstack.shutdown import Shutdown
-from devstack.stack import Stack, running_stack
+from devstack.stack import Stack, certificates_in, running_stack
 from devstack.state import SERVICES, DemoTenant
 from devstack.trace_tree import render
 
@@ -32,23 +34,24 @@ class StepPrinter:
         print(f"[{time.monotonic() - self._begin:5.1f} s] {step}", flush=True)
 
 
-async def run(ports: Ports) -> None:
+async def run(ports: Ports, *, tls: bool = False) -> None:
     """Runs the stack until a signal.
 
     Raises: ProcessFailedError with one sentence when a part cannot start or dies.
     """
     step = StepPrinter()
     shutdown = Shutdown(step)
-    if not await shutdown.guard(_serve(ports, step, shutdown)):
+    if not await shutdown.guard(_serve(ports, step, shutdown, tls=tls)):
         step("everything is stopped; `make run` goes on where this ended")
 
 
-async def _serve(ports: Ports, step: StepPrinter, shutdown: Shutdown) -> None:
-    async with running_stack(STATE_FOLDER, ports, progress=step, shutdown=shutdown) as stack:
+async def _serve(ports: Ports, step: StepPrinter, shutdown: Shutdown, *, tls: bool) -> None:
+    wiring = Wiring(certificates_in(STATE_FOLDER) if tls else None)
+    async with running_stack(STATE_FOLDER, ports, progress=step, shutdown=shutdown, wiring=wiring) as stack:
         provider = "the provider stub (set ANTHROPIC_API_KEY to call the real API)" if stack.provider.is_stub else "the real Anthropic API"
         step(f"model provider: {provider}")
         step("embeddings: the built-in hashing embedder, for development")
-        async with MeshClient.connect(ports) as client:
+        async with MeshClient.connect(ports, stack.client_leaf) as client:
             await provision_demo_tenants(stack, client, step)
             await _show_one_call(stack, client, step)
         print("\nThe mesh is up. Ctrl-C stops everything.", flush=True)
@@ -72,7 +75,7 @@ async def _show_one_call(stack: Stack, client: MeshClient, step: StepPrinter) ->
         for line in render(spans):
             print("    " + line)
     print("\n  try it yourself (`make tools` installs grpcurl where there is Go):")
-    for line in grpcurl_lines(stack.ports, tenant, question):
+    for line in grpcurl_lines(stack.ports, tenant, question, stack.client_leaf):
         print("    " + line)
 
 
@@ -100,13 +103,14 @@ def _print_summary(asked: Asked) -> None:
     print(f"  call_id    {summary.call_id}")
 
 
-def grpcurl_lines(ports: Ports, tenant: DemoTenant, question: str) -> list[str]:
+def grpcurl_lines(ports: Ports, tenant: DemoTenant, question: str, leaf: LeafFiles | None = None) -> list[str]:
     """Returns three commands ready to paste: what is there, a streamed call, the bill."""
+    transport = "-plaintext" if leaf is None else f"-cacert {leaf.authorities} -cert {leaf.certificate} -key {leaf.key}"
     authorization = f"-H 'authorization: Bearer {tenant.api_key}'"
     body = f'{{"messages":[{{"role":"ROLE_USER","text":"{question}"}}],"options":{{"retrieval":{{"mode":"RETRIEVAL_MODE_REQUIRED"}}}}}}'
     escaped = body.replace("'", "'\\''")
     return [
-        f"grpcurl -plaintext localhost:{ports.inference} list",
-        f"grpcurl -plaintext {authorization} -d '{escaped}' localhost:{ports.inference} mesh.inference.v1.InferenceService/StreamGenerate",
-        f"grpcurl -plaintext {authorization} localhost:{ports.metering} mesh.metering.v1.UsageService/GetUsageReport",
+        f"grpcurl {transport} localhost:{ports.inference} list",
+        f"grpcurl {transport} {authorization} -d '{escaped}' localhost:{ports.inference} mesh.inference.v1.InferenceService/StreamGenerate",
+        f"grpcurl {transport} {authorization} localhost:{ports.metering} mesh.metering.v1.UsageService/GetUsageReport",
     ]

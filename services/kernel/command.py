@@ -9,6 +9,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from services.kernel.migrate import MigrationRefused
+from services.kernel.rpc.certificates import CertificatesUnusable
 from services.kernel.rpc.server import App, run_service
 from services.kernel.settings import ServiceSettings
 from services.kernel.telemetry.logging import configure_logging
@@ -21,7 +22,7 @@ def main(
     build: Callable[[Settings], Awaitable[App]],
     migrate: Callable[[Settings], Coroutine[None, None, None]] | None = None,
 ) -> None:
-    """Runs one command of a service and exits: 0 when done, 2 for wrong settings or a refused migration."""
+    """Runs one command of a service and exits: 0 when done, 2 for wrong settings, unusable certificates or a refused migration."""
     parser = argparse.ArgumentParser(prog=f"python -m services.{settings_type.service_name}")
     parser.add_argument("command", nargs="?", default="serve", choices=("serve", "migrate") if migrate else ("serve",))
     command = parser.parse_args().command
@@ -39,4 +40,7 @@ def main(
         sys.exit(2)
     except MigrationRefused as error:
         print(f"migration refused: {error}", file=sys.stderr)  # noqa: T201 - for people
+        sys.exit(2)
+    except CertificatesUnusable as error:
+        print(f"the certificates cannot be used: {error}", file=sys.stderr)  # noqa: T201 - for people
         sys.exit(2)

@@ -10,6 +10,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 ListenAddress = Annotated[str, Field(description="host:port to serve on; beyond loopback only with TLS")]
 PostgresDsn = Annotated[SecretStr, Field(description="Postgres, logging in as <service>_service")]
 PostgresJobsDsn = Annotated[SecretStr, Field(description="Postgres, logging in as <service>_jobs, for work over all tenants")]
+PostgresTransactionPooling = Annotated[
+    bool, Field(description="true when the DSNs lead to a pooler in transaction mode, such as PgBouncer; `migrate` always goes past it")
+]
 PostgresAdminDsn = Annotated[SecretStr, Field(description="Postgres, as a role that may create roles and schemas; for `migrate` alone")]
 RatelimitAddress = Annotated[str, Field(description="the ratelimit service")]
 InferenceAddress = Annotated[str, Field(description="the inference service")]
@@ -20,6 +23,16 @@ LeaseSeconds = Annotated[
     float, Field(gt=0.0, le=60.0, description="how long a hold and its open call live without being renewed; the same at both services")
 ]
 DEFAULT_LEASE_SECONDS = 5.0
+
+CredentialOutageSeconds = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        le=300.0,
+        description="how long known credentials go on working while the tenant service does not answer; 0 refuses them at once",
+    ),
+]
+DEFAULT_CREDENTIAL_OUTAGE_SECONDS = 300.0
 
 
 class ServiceSettings(BaseSettings):

@@ -1,10 +1,13 @@
 """The only place that acquires Postgres connections for tenant data. Refuses to run anything without saying whose data it is.
 
 Connections go back to the pool without a reset: safe because the tenant is only ever set inside a transaction, which takes it along.
+
+Behind a pooler in transaction mode a session is nobody's: everything runs in a transaction, and each begins by putting right whatever
+another client may have left on the server's connection.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self, TypeAlias
 from uuid import UUID
@@ -23,6 +26,7 @@ Connection: TypeAlias = asyncpg.pool.PoolConnectionProxy
 _ACQUIRE_SECONDS = 2.0
 _ROLLBACK_SECONDS = 2.0
 _WARM_SECONDS = 3.0
+_IDLE_MS = "15000"
 _UNREACHABLE = (
     OSError,
     TimeoutError,
@@ -38,8 +42,10 @@ _UNREACHABLE = (
 class Database:
     """A pool that tolerates an absent server: it opens at once, and calls answer Unavailable until Postgres is back."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(self, pool: asyncpg.Pool, *, pooled_begin: str = "") -> None:
+        """`pooled_begin` begins every transaction behind a pooler; without one it is empty."""
         self._pool = pool
+        self._pooled_begin = pooled_begin
 
     @classmethod
     async def open(
@@ -50,8 +56,13 @@ class Database:
         max_size: int = 8,
         statement_timeout_seconds: float = 5.0,
         application_name: str = "tenantry",
+        transaction_pooling: bool = False,
     ) -> Self:
-        """Builds the pool and warms `min_size` connections if the server is there."""
+        """Builds the pool and warms `min_size` connections if the server is there.
+
+        With `transaction_pooling` nothing outlives a transaction: no prepared statement and no setting of the session.
+        """
+        limits = {"statement_timeout": str(int(statement_timeout_seconds * 1000)), "idle_in_transaction_session_timeout": _IDLE_MS}
         pool = asyncpg.create_pool(
             dsn,
             min_size=0,
@@ -59,14 +70,12 @@ class Database:
             reset=_keep_session,
             timeout=_ACQUIRE_SECONDS,
             command_timeout=statement_timeout_seconds + 1.0,
-            server_settings={
-                "application_name": application_name,
-                "statement_timeout": str(int(statement_timeout_seconds * 1000)),
-                "idle_in_transaction_session_timeout": "15000",
-            },
+            # A pooler's server connections are not this client's: it refuses limits at the start, and a name alone gets through.
+            server_settings={"application_name": application_name} | ({} if transaction_pooling else limits),
+            **({"statement_cache_size": 0} if transaction_pooling else {}),
         )
         await pool
-        database = cls(pool)
+        database = cls(pool, pooled_begin=_pooled_begin(limits) if transaction_pooling else "")
         await database._warm(min_size)
         return database
 
@@ -92,8 +101,9 @@ class Database:
     @asynccontextmanager
     async def _transaction(self, begin: str) -> AsyncIterator[Connection]:
         async with self._acquire() as connection:
-            await connection.execute(begin)
             try:
+                # Inside: whoever leaves while it begins may leave a transaction open, and this tenant on it.
+                await connection.execute(begin)
                 yield connection
             except BaseException:
                 await _rollback(connection)
@@ -102,7 +112,8 @@ class Database:
                 await connection.execute("COMMIT")
 
     async def _fetch(self, sql: str, args: Sequence[object]) -> list[asyncpg.Record]:
-        async with self._acquire() as connection:
+        # Behind a pooler parsing and running are two visits, which only a transaction keeps on one server connection.
+        async with self._transaction(self._pooled_begin) if self._pooled_begin else self._acquire() as connection:
             rows: list[asyncpg.Record] = await connection.fetch(sql, *args)
             return rows
 
@@ -128,7 +139,7 @@ class TenantDatabase(Database):
 
         Savepoints inside are plain `SAVEPOINT` statements: the driver's own nesting does not know this transaction.
         """
-        async with self._transaction(_begin_for(tenant_id)) as connection:
+        async with self._transaction(_begin_for(tenant_id, self._pooled_begin or "BEGIN")) as connection:
             yield connection
 
     async def call(self, tenant_id: TenantId | None, sql: str, *args: object) -> list[asyncpg.Record]:
@@ -159,7 +170,7 @@ class JobsDatabase(Database):
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Yields a connection inside a transaction; commits at the end, rolls back on any exception."""
-        async with self._transaction("BEGIN") as connection:
+        async with self._transaction(self._pooled_begin or "BEGIN") as connection:
             yield connection
 
     async def call(self, sql: str, *args: object) -> list[asyncpg.Record]:
@@ -177,6 +188,27 @@ class JobsDatabase(Database):
         return None if row is None else row[0]
 
 
+@asynccontextmanager
+async def listening(dsn: str, channel: str, on_notice: Callable[[], None], *, application_name: str) -> AsyncIterator[asyncio.Event]:
+    """Calls `on_notice` for every notification on a channel; yields an event that is set when the connection has ended.
+
+    A connection outside of any pool, which reads no table. Raises: Unavailable.
+    """
+    ended = asyncio.Event()
+    with unreachable_is_unavailable():
+        connection = await asyncpg.connect(  # noqa: TID251 - this is one of the two places
+            dsn, timeout=_ACQUIRE_SECONDS, command_timeout=_ACQUIRE_SECONDS, server_settings={"application_name": application_name}
+        )
+    try:
+        connection.add_termination_listener(lambda _: ended.set())
+        with unreachable_is_unavailable(connection):
+            await connection.add_listener(channel, lambda *_: on_notice())
+        yield ended
+    finally:
+        # Without a goodbye: it could wait for a server that is gone.
+        connection.terminate()
+
+
 @contextmanager
 def unreachable_is_unavailable(connection: Connection | None = None) -> Iterator[None]:
     """Turns the driver's ways of saying "no server" into Unavailable; every other error passes unchanged."""
@@ -191,12 +223,20 @@ def unreachable_is_unavailable(connection: Connection | None = None) -> Iterator
         raise
 
 
-def _begin_for(tenant_id: TenantId) -> str:
+def _pooled_begin(limits: Mapping[str, str]) -> str:
+    # One visit in the simple protocol. What a faulty client has SET for the session is overruled until the end of this transaction:
+    # above all a tenant, which would otherwise be lent to a statement that forgot its own.
+    settings = {"app.tenant_id": "", "lock_timeout": "0", "row_security": "on"} | dict(limits)
+    overruled = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+    return f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL search_path TO DEFAULT; SELECT {overruled}"
+
+
+def _begin_for(tenant_id: TenantId, begin: str) -> str:
     # The simple protocol takes no parameters but runs both statements in one round trip; a UUID's own text cannot carry SQL.
     if not isinstance(tenant_id, UUID):
         msg = "a tenant transaction needs the tenant's UUID"
         raise TypeError(msg)
-    return f"BEGIN; SELECT set_config('app.tenant_id', '{UUID(int=tenant_id.int)}', true)"
+    return f"{begin}; SELECT set_config('app.tenant_id', '{UUID(int=tenant_id.int)}', true)"
 
 
 def _require_named(tenant_id: TenantId | None, args: Sequence[object]) -> None:

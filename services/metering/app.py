@@ -9,6 +9,7 @@ from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_t
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
 from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
+from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import MigrationRefused, migrate
 from services.kernel.rpc.channel import MeshChannel
@@ -58,13 +59,25 @@ async def build(settings: MeteringSettings) -> MeteringApp:
     async with AsyncExitStack() as stack:
         to_limits = _channel(stack, settings, settings.ratelimit_address, "ratelimit")
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
-        database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), max_size=12, application_name="metering")
+        database = await TenantDatabase.open(
+            settings.postgres_dsn.get_secret_value(),
+            max_size=12,
+            application_name="metering",
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(database.close)
-        jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), max_size=3, application_name="metering-jobs")
+        jobs = await JobsDatabase.open(
+            settings.postgres_jobs_dsn.get_secret_value(),
+            max_size=3,
+            application_name="metering-jobs",
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(jobs.close)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
-        resolver, verifier = remote_trust(to_tenant)
+        feed = ChangeFeed(to_tenant)
+        background.start("change_feed", feed.run)
+        resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         catalog = PriceCatalog(PostgresPrices(database))
         jobs_store = PostgresJobs(jobs)
         relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)

@@ -9,6 +9,7 @@ from mesh.retrieval.v1.document_service_pb2_grpc import add_DocumentServiceServi
 from mesh.retrieval.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
 from services.kernel.audit_client import AuditClient
 from services.kernel.background import BackgroundTasks
+from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
@@ -46,9 +47,18 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
     async with AsyncExitStack() as stack:
         to_tenant = MeshChannel(settings.tenant_address, settings=settings, target_service="tenant")
         stack.push_async_callback(to_tenant.close)
-        database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), application_name="retrieval")
+        database = await TenantDatabase.open(
+            settings.postgres_dsn.get_secret_value(),
+            application_name="retrieval",
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(database.close)
-        jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), application_name="retrieval-jobs", max_size=2)
+        jobs = await JobsDatabase.open(
+            settings.postgres_jobs_dsn.get_secret_value(),
+            application_name="retrieval-jobs",
+            max_size=2,
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(jobs.close)
         embedder = HashingEmbedder()
         index = QdrantIndex(settings.qdrant_url, settings.qdrant_api_key, embedder.dimensions)
@@ -61,7 +71,9 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         stack.push_async_callback(background.close)
         owed = PostgresOwedWork(jobs)
         background.start("repair", lambda: repair_forever(owed, library))
-        resolver, verifier = remote_trust(to_tenant)
+        feed = ChangeFeed(to_tenant)
+        background.start("change_feed", feed.run)
+        resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         lifecycle = LifecycleServicer(store, index)
         server = MeshServer(settings, servicers=_registrations(library, reads, lifecycle), resolver=resolver, verifier=verifier)
         return RetrievalApp(server, stack.pop_all())

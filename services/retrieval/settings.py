@@ -4,7 +4,16 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr
 
-from services.kernel.settings import ListenAddress, PostgresAdminDsn, PostgresDsn, PostgresJobsDsn, ServiceSettings
+from services.kernel.settings import (
+    DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
+    CredentialOutageSeconds,
+    ListenAddress,
+    PostgresAdminDsn,
+    PostgresDsn,
+    PostgresJobsDsn,
+    PostgresTransactionPooling,
+    ServiceSettings,
+)
 
 
 class RetrievalSettings(ServiceSettings):
@@ -13,7 +22,9 @@ class RetrievalSettings(ServiceSettings):
     service_name: ClassVar[str] = "retrieval"
 
     listen_address: ListenAddress = "127.0.0.1:7404"
+    credential_outage_seconds: CredentialOutageSeconds = DEFAULT_CREDENTIAL_OUTAGE_SECONDS
     postgres_dsn: PostgresDsn = SecretStr("")
+    postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     qdrant_url: str = Field(default="http://127.0.0.1:7416", description="Qdrant's gRPC port; https for TLS")

@@ -25,6 +25,7 @@ from services.kernel.tenant_database import TenantDatabase
 from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_audit import PostgresAuditLog
+from services.tenant.adapters.postgres_changes import ChangeListener, PostgresChanges
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
 from services.tenant.adapters.postgres_keys import PostgresKeys
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
@@ -33,6 +34,7 @@ from services.tenant.adapters.postgres_tenants import PostgresTenants
 from services.tenant.audit_head import HeadSigner
 from services.tenant.audit_log import AuditLog
 from services.tenant.authentication import Authenticator
+from services.tenant.change_hub import ChangeHub
 from services.tenant.context_minting import ContextMinter, public_key_id, read_public_keys, read_signing_key
 from services.tenant.key_ring import KeyRing
 from services.tenant.local_credential_resolver import LocalCredentialResolver
@@ -72,7 +74,11 @@ class TenantApp:
 async def build(settings: TenantSettings) -> TenantApp:
     """Builds the service; it starts while Postgres or the other services are away."""
     async with AsyncExitStack() as stack:
-        database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), application_name="tenantry-tenant")
+        database = await TenantDatabase.open(
+            settings.postgres_dsn.get_secret_value(),
+            application_name="tenantry-tenant",
+            transaction_pooling=settings.postgres_transaction_pooling,
+        )
         stack.push_async_callback(database.close)
         credentials = PostgresCredentials(database)
         trail = UsageTrailBuffer(credentials)
@@ -86,9 +92,22 @@ async def build(settings: TenantSettings) -> TenantApp:
             region=settings.region,
             clock=_now,
         )
+        changes = await _changes(settings, stack, background)
         authenticator = Authenticator(credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now)
-        server = _server(settings, database, authenticator, minter, _peers(settings, stack))
+        server = _server(settings, database, authenticator, minter, _peers(settings, stack), changes)
+        server.on_drain(changes.close)
         return TenantApp(server, trail, stack.pop_all())
+
+
+async def _changes(settings: TenantSettings, stack: AsyncExitStack, background: BackgroundTasks) -> ChangeHub:
+    dsn = settings.postgres_dsn.get_secret_value()
+    database = await TenantDatabase.open(dsn, max_size=1, application_name="tenantry-tenant-changes")
+    stack.push_async_callback(database.close)
+    hub = ChangeHub(PostgresChanges(database))
+    background.start("change_hub", hub.run)
+    background.start("change_trimmer", hub.run_trimmer)
+    background.start("change_listener", ChangeListener(dsn, hub.wake).run)
+    return hub
 
 
 async def migrate_schema(settings: TenantSettings) -> None:
@@ -104,6 +123,7 @@ def _server(
     authenticator: Authenticator,
     minter: ContextMinter,
     peers: dict[Step, tuple[str, LifecyclePeer]],
+    changes: ChangeHub,
 ) -> MeshServer:
     tenants = PostgresTenants(database)
     provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, peers, minter, region=settings.region)
@@ -112,7 +132,7 @@ def _server(
         servicers=[
             (
                 authentication_service_pb2_grpc.add_AuthenticationServiceServicer_to_server,
-                AuthenticationServicer(authenticator, minter),
+                AuthenticationServicer(authenticator, minter, changes),
                 "mesh.tenant.v1.AuthenticationService",
             ),
             (

@@ -11,6 +11,7 @@ from services.kernel.settings import (
     MeteringAddress,
     PostgresAdminDsn,
     PostgresDsn,
+    PostgresTransactionPooling,
     RatelimitAddress,
     RetrievalAddress,
     ServiceSettings,
@@ -26,6 +27,7 @@ class TenantSettings(ServiceSettings):
 
     listen_address: ListenAddress = "127.0.0.1:7401"
     postgres_dsn: PostgresDsn = SecretStr("")
+    postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     context_signing_key: SecretStr = Field(
         default=SecretStr(""), description="base64 of the 32-byte Ed25519 seed that signs context tokens; the same on every replica"

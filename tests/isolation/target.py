@@ -105,6 +105,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
         api_key_service_pb2.CreateApiKeyRequest(display_name=canary, scopes=["usage:read"]),
         metadata,
     )
+    await _plant_change(surface, metadata)
     document = listed_documents[0]
     ids = Ids(
         tenant_id=uuid.UUID(tenant.tenant_id),
@@ -123,6 +124,14 @@ async def _read_is_on_record(mesh: Mesh, metadata: Metadata, call_id: str) -> bo
     request = audit_service_pb2.QueryAuditRequest(call_id=call_id)
     found = {record.action for record in (await mesh.client.audit.QueryAudit(request, metadata=metadata, timeout=10)).records}
     return found >= {"DOCUMENTS_READ", "CALL_ENDED"}
+
+
+async def _plant_change(surface: Surface, metadata: Metadata) -> None:
+    """A revoked key leaves a row in the feed of changes."""
+    spare = api_key_service_pb2.CreateApiKeyRequest(display_name="spare", scopes=["usage:read"])
+    made = await _must(surface, "tenant", "ApiKeyService/CreateApiKey", spare, metadata)
+    revoked = api_key_service_pb2.RevokeApiKeyRequest(key_id=made.messages[0].key.key_id)  # type: ignore[attr-defined] # as above
+    await _must(surface, "tenant", "ApiKeyService/RevokeApiKey", revoked, metadata)
 
 
 async def _plant_documents(mesh: Mesh, metadata: Metadata, canary: str) -> list[document_service_pb2.Document]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from devstack.addresses import Ports
+from devstack.environment import Wiring
 from devstack.handbook import Company
 from devstack.mesh_client import MeshClient
 from devstack.provisioning import create_tenant, ingest
-from devstack.stack import Stack, running_stack
+from devstack.stack import Stack, certificates_in, running_stack
 from devstack.state import DemoTenant
 
 
@@ -44,13 +45,14 @@ class Mesh:
 
 
 @contextlib.asynccontextmanager
-async def running_mesh(*, trace_sample_ratio: float = 1.0) -> AsyncIterator[Mesh]:
-    """A mesh on free ports with an empty state, gone at the end."""
+async def running_mesh(*, trace_sample_ratio: float = 1.0, tls: bool = False, pgbouncer: bool = False) -> AsyncIterator[Mesh]:
+    """A mesh on free ports with an empty state, gone at the end; its connections on mutual TLS, or Postgres behind PgBouncer, if told."""
     with tempfile.TemporaryDirectory(prefix="tenantry-mesh-") as folder:
         Path(folder).chmod(0o755)
-        ports = Ports.free()
+        ports, state = Ports.free(), Path(folder) / "state"
+        wiring = Wiring(certificates_in(state) if tls else None, pgbouncer=pgbouncer)
         async with (
-            running_stack(Path(folder) / "state", ports, trace_sample_ratio=trace_sample_ratio) as stack,
-            MeshClient.connect(ports) as client,
+            running_stack(state, ports, trace_sample_ratio=trace_sample_ratio, wiring=wiring) as stack,
+            MeshClient.connect(ports, stack.client_leaf) as client,
         ):
             yield Mesh(stack, client)

@@ -8,7 +8,6 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -17,6 +16,8 @@ import grpc
 from services.kernel.errors import DeadlineExceeded, MeshError, Unavailable
 from services.kernel.request_context import scope
 from services.kernel.rpc import metadata as keys
+from services.kernel.rpc.certificates import CertificateFiles, Certificates
+from services.kernel.rpc.reloading_channel import ReloadingChannel
 from services.kernel.rpc.trace import client_span
 from services.kernel.rpc.wire_status import decode_rpc_error
 from services.kernel.settings import ServiceSettings, is_loopback
@@ -40,8 +41,14 @@ class MeshChannel:
         self._target = target_service
         self._identity: Metadata = _identity(settings)
         options = _channel_options(settings)
+        # `Any`: grpc's own channel, or one that follows its certificates; stubs take both.
+        self.channel: Any
         if settings.tls_enabled:
-            self.channel = grpc.aio.secure_channel(_target(address), _credentials(settings), options)  # noqa: TID251 - the one place
+
+            def secure(found: Certificates) -> grpc.aio.Channel:
+                return grpc.aio.secure_channel(_target(address), _credentials(found), options)  # noqa: TID251 - the one place
+
+            self.channel = ReloadingChannel(CertificateFiles.of(settings), secure)
         elif is_loopback(address):
             self.channel = grpc.aio.insecure_channel(_target(address), options)  # noqa: TID251 - the one place
         else:
@@ -206,12 +213,8 @@ def _identity(settings: ServiceSettings) -> Metadata:
     return ((keys.MESH_SERVICE, settings.service_name), (keys.MESH_SERVICE_TOKEN, token))
 
 
-def _credentials(settings: ServiceSettings) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(
-        root_certificates=Path(settings.tls_ca_file).read_bytes(),
-        private_key=Path(settings.tls_key_file).read_bytes(),
-        certificate_chain=Path(settings.tls_cert_file).read_bytes(),
-    )
+def _credentials(found: Certificates) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(root_certificates=found.authorities, private_key=found.key, certificate_chain=found.chain)
 
 
 def _channel_options(settings: ServiceSettings) -> list[tuple[str, str | int]]:

@@ -7,7 +7,6 @@ import asyncio
 import gc
 import signal
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
@@ -19,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import CredentialResolver
 from services.kernel.rpc.auth import AuthInterceptor
+from services.kernel.rpc.certificates import CertificateFiles, Certificates
 from services.kernel.rpc.deadline import DeadlineInterceptor
 from services.kernel.rpc.identity import ServiceIdentity
 from services.kernel.rpc.interceptor import MeshInterceptor
@@ -55,6 +55,7 @@ class MeshServer:
         self._health = health.aio.HealthServicer()
         self._health_server: grpc.aio.Server | None = None
         self._stopping = asyncio.Event()
+        self._on_drain: list[Callable[[], None]] = []
         self._port = 0
         self.interceptors = build_interceptors(settings, self._names, resolver, verifier)
         self._server = grpc.aio.server(interceptors=self.interceptors, options=_server_options(settings))
@@ -109,11 +110,17 @@ class MeshServer:
         """Ends `serve_until_signal`, as a signal does."""
         self._stopping.set()
 
+    def on_drain(self, callback: Callable[[], None]) -> None:
+        """Calls back when listening ends: for streams that have no end of their own, which the grace time would wait for."""
+        self._on_drain.append(callback)
+
     async def stop(self) -> None:
         """Reports NOT_SERVING, waits for endpoint removal, lets calls finish within the grace time."""
         log.info("server_draining", seconds=self._settings.drain_seconds)
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self._settings.endpoint_removal_seconds)
+        for callback in self._on_drain:
+            callback()
         await self._server.stop(self._settings.drain_seconds)
         if self._health_server is not None:
             await self._health_server.stop(None)
@@ -122,7 +129,7 @@ class MeshServer:
     def _bind(self) -> int:
         if not self._settings.tls_enabled:
             return self._server.add_insecure_port(self._settings.listen_address)
-        return self._server.add_secure_port(self._settings.listen_address, server_credentials(self._settings))
+        return self._server.add_secure_port(self._settings.listen_address, server_credentials(CertificateFiles.of(self._settings)))
 
 
 def build_interceptors(
@@ -148,10 +155,25 @@ def build_interceptors(
     ]
 
 
-def server_credentials(settings: ServiceSettings) -> grpc.ServerCredentials:
-    """Reads the certificate files. Every caller must show a certificate of the mesh's authority: grpc asks all of them or none."""
-    chain = (Path(settings.tls_key_file).read_bytes(), Path(settings.tls_cert_file).read_bytes())
-    return grpc.ssl_server_credentials([chain], Path(settings.tls_ca_file).read_bytes(), require_client_auth=True)
+def server_credentials(files: CertificateFiles) -> grpc.ServerCredentials:
+    """Serves what the files hold at each handshake. Every caller must show a certificate of the mesh's authority."""
+    served = files.current()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        # Called by grpc at each handshake, on threads of its own; None keeps what is served.
+        nonlocal served
+        found = files.current()
+        if found is served:
+            return None
+        served = found
+        return _server_configuration(found)
+
+    initial = _server_configuration(served)
+    return grpc.dynamic_ssl_server_credentials(initial, changed, require_client_authentication=True)  # type: ignore[arg-type] # None too
+
+
+def _server_configuration(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(certificates.key, certificates.chain)], certificates.authorities)
 
 
 def _server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
