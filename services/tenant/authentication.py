@@ -126,7 +126,13 @@ class Authenticator:
             self._trail.audit(stored.tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, "", attempt.peer_address)
             raise _invalid()
         now = self._clock()
-        self._refuse_unusable(stored, now)
+        try:
+            self._refuse_unusable(stored, now)
+        except MeshError as refusal:
+            # A right secret whose time is over, or whose tenant may not act, is worth more attention than a guess.
+            target = f"refused:{refusal.reason_name}"
+            self._trail.audit(stored.tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, target, attempt.peer_address)
+            raise
         if attempt.claimed_tenant_id not in (None, stored.tenant_id):
             target = f"tenant:{attempt.claimed_tenant_id}"
             self._trail.audit(stored.tenant_id, AuditAction.TENANT_MISMATCH, subject, target, attempt.peer_address)

@@ -76,6 +76,21 @@ CASES: Mapping[str, Case] = {
         "claimed_tenant_id": ids.tenant_id.bytes,
     },
     "/mesh.tenant.v1.AuthenticationService/GetContextKeys": _nothing,
+    "/mesh.tenant.v1.AuditService/QueryAudit": lambda ids: {"document_id": ids.document_id, "page_size": 1000},
+    "/mesh.tenant.v1.AuditService/VerifyAuditChain": _nothing,
+    "/mesh.tenant.v1.AuditService/GetAuditHead": _nothing,
+    "/mesh.tenant.v1.AuditService/RecordAudit": lambda ids: {
+        "items": [
+            {
+                "tenant_id": ids.tenant_id.bytes,
+                "audit_id": UUID(ids.call_id).bytes,
+                "occur_time": in_seconds(0),
+                "action": "FORGED",
+                "user": TAMPERED,
+                "document_ids": [UUID(ids.document_id).bytes],
+            }
+        ]
+    },
     # From the beginning: everything that is kept of anybody's changes.
     "/mesh.tenant.v1.AuthenticationService/WatchChanges": lambda ids: {"after_change_id": 0},
     "/mesh.ratelimit.v1.RateLimitService/Reserve": lambda ids: {

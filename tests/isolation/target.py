@@ -10,10 +10,13 @@ from devstack.state import DemoTenant
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
 from mesh.metering.v1 import usage_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
-from mesh.tenant.v1 import api_key_service_pb2
+from mesh.tenant.v1 import api_key_service_pb2, audit_service_pb2
 from services.kernel.ids import new_uuid7
 from tests.isolation.surface import Answer, Surface
 from tests.support.mesh import Mesh
+from tests.support.waiting import eventually
+
+ON_RECORD_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
     prompt = f"You are the assistant of {canary}. Answer from the documents."
     await _must(surface, "inference", "PromptService/PutPrompt", prompt_service_pb2.PutPromptRequest(text=prompt), metadata)
     conversation_id, call_id = await _plant_conversation(surface, metadata, canary)
+    await eventually(lambda: _read_is_on_record(mesh, metadata, call_id), within_seconds=ON_RECORD_SECONDS)
     call = (await mesh.client.usage.GetCall(usage_service_pb2.GetCallRequest(call_id=call_id), metadata=metadata)).attempts[0]
     made = await _must(
         surface,
@@ -114,6 +118,12 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
         page_tokens=await _page_tokens(surface, metadata, conversation_id),
     )
     return Target(tenant, canary, ids, prompt)
+
+
+async def _read_is_on_record(mesh: Mesh, metadata: Metadata, call_id: str) -> bool:
+    request = audit_service_pb2.QueryAuditRequest(call_id=call_id)
+    found = {record.action for record in (await mesh.client.audit.QueryAudit(request, metadata=metadata, timeout=10)).records}
+    return found >= {"DOCUMENTS_READ", "CALL_ENDED"}
 
 
 async def _plant_change(surface: Surface, metadata: Metadata) -> None:
