@@ -35,7 +35,14 @@ from services.tenant.audit_head import HeadSigner
 from services.tenant.audit_log import AuditLog
 from services.tenant.authentication import Authenticator
 from services.tenant.change_hub import ChangeHub
-from services.tenant.context_minting import ContextMinter, public_key_id, read_public_keys, read_signing_key
+from services.tenant.context_minting import (
+    ContextMinter,
+    new_signing_seed,
+    public_key_id,
+    public_key_text,
+    read_public_keys,
+    read_signing_key,
+)
 from services.tenant.key_ring import KeyRing
 from services.tenant.local_credential_resolver import LocalCredentialResolver
 from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
@@ -115,6 +122,17 @@ async def migrate_schema(settings: TenantSettings) -> None:
     admin_dsn = settings.postgres_admin_dsn.get_secret_value()
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, {"service": settings.postgres_dsn.get_secret_value()})
     await load_plans(admin_dsn, read_plan_file(PLAN_FILE))
+
+
+def new_context_key(_: TenantSettings) -> str:
+    """Makes a signing key and says which settings take it and its public half."""
+    seed = new_signing_seed()
+    return f"TENANTRY_CONTEXT_SIGNING_KEY={seed}\n# for TENANTRY_CONTEXT_ADDITIONAL_PUBLIC_KEYS: {public_key_text(seed)}"
+
+
+def context_public_key(settings: TenantSettings) -> str:
+    """Returns the public half of the signing key in use: what stays published for 300 s after the next one took over."""
+    return public_key_text(settings.context_signing_key.get_secret_value())
 
 
 def _server(
