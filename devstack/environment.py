@@ -10,7 +10,7 @@ from devstack.state import SERVICES, StackState
 
 DATABASE = "tenantry"
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
-WITH_JOBS_ROLE = frozenset({"metering", "retrieval"})
+WITH_JOBS_ROLE = frozenset({"inference", "metering", "retrieval"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,13 @@ from services.inference.adapters.anthropic import AnthropicProvider
 from services.inference.adapters.metering_client import MeteringLedger
 from services.inference.adapters.metering_prices_client import MeteringPrices
 from services.inference.adapters.postgres import PostgresMemory
+from services.inference.adapters.postgres_audit import PostgresAuditOutbox, PostgresAuditRelay
 from services.inference.adapters.ratelimit_client import RatelimitLimits
 from services.inference.adapters.retrieval_client import RetrievalDocuments
 from services.inference.adapters.traced_provider import TracedProvider
 from services.inference.admission import AdmissionGate
+from services.inference.audit_relay import AuditRelay
+from services.inference.call_audit import CallAudit
 from services.inference.finishing import Finishing
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.pipeline import AnswerPipeline
@@ -25,13 +28,15 @@ from services.inference.servicers.lifecycle import LifecycleServicer
 from services.inference.servicers.prompt_service import PromptService
 from services.inference.settings import InferenceSettings
 from services.inference.settlement import Settlement
+from services.kernel.audit_client import AuditClient
 from services.kernel.background import BackgroundTasks
+from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_config import TenantConfigCache
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 SCHEMA = "inference"
@@ -61,6 +66,8 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             transaction_pooling=settings.postgres_transaction_pooling,
         )
         stack.push_async_callback(database.close)
+        jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), max_size=2, application_name="inference-jobs")
+        stack.push_async_callback(jobs.close)
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
@@ -78,6 +85,10 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         background.start("lease_keeper", leases.run)
+        audit = CallAudit(PostgresAuditOutbox(database))
+        background.start("call_audit", audit.run)
+        background.start("audit_relay", AuditRelay(PostgresAuditRelay(jobs), AuditClient(to_tenant).record).run)
+        stack.push_async_callback(audit.close)
         # Closed before everything it settles with.
         finishing = Finishing()
         stack.push_async_callback(finishing.close)
@@ -90,11 +101,14 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             provider=TracedProvider(provider),
             gate=gate,
             leases=leases,
-            settlement=Settlement(ledger, limits, memory, leases, finishing),
+            settlement=Settlement(ledger, limits, memory, leases, finishing, audit),
+            audit=audit,
         )
         configs = TenantConfigCache(to_tenant)
         inference = InferenceService(pipeline, configs, prices, settings.default_call_deadline_seconds)
-        resolver, verifier = remote_trust(to_tenant)
+        feed = ChangeFeed(to_tenant)
+        background.start("change_feed", feed.run)
+        resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(inference, memory, configs), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
 
@@ -110,7 +124,7 @@ def _registrations(inference: InferenceService, memory: PostgresMemory, configs:
 
 async def migrate_schema(settings: InferenceSettings) -> None:
     """Brings the schema forward."""
-    roles = {"service": settings.postgres_dsn.get_secret_value()}
+    roles = {"service": settings.postgres_dsn.get_secret_value(), "jobs": settings.postgres_jobs_dsn.get_secret_value()}
     await migrate(settings.postgres_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS, roles)
 
 

@@ -14,6 +14,7 @@ import structlog
 
 from services.inference.admission import AdmissionGate
 from services.inference.call import Attempt, CallRef, Found, Memory, Question, Ready, Report, RetrievalMode, Stage
+from services.inference.call_audit import CallAudit
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.opening import StartAgain, refuse_unopened
 from services.inference.ports import CallToOpen, Documents, Ledger, Limits, OpenOutcome, Provider, Recollection, Sink
@@ -54,6 +55,7 @@ class AnswerPipeline:
         gate: AdmissionGate,
         leases: LeaseKeeper,
         settlement: Settlement,
+        audit: CallAudit,
     ) -> None:
         self._limits = limits
         self._ledger = ledger
@@ -63,6 +65,7 @@ class AnswerPipeline:
         self._gate = gate
         self._leases = leases
         self._settlement = settlement
+        self._audit = audit
         self._prompt_sizes = PromptSizes()
 
     async def answer(self, question: Question, sink: Sink) -> Report:
@@ -93,6 +96,8 @@ class AnswerPipeline:
     async def _answer(self, attempt: Attempt, sink: Sink) -> Ready:
         try:
             ready = await self._open_and_gather(attempt)
+            # Before anybody is shown anything: neither the caller nor the provider sees a document of which there is no record.
+            await self._audit.documents_read(attempt.question, ready)
             async with self._slot(attempt, ready):
                 await self._dispatch(attempt, ready, sink)
         except BaseException as error:

@@ -5,10 +5,13 @@ from typing import ClassVar
 from pydantic import Field, SecretStr
 
 from services.kernel.settings import (
+    DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
+    CredentialOutageSeconds,
     ListenAddress,
     MeteringAddress,
     PostgresAdminDsn,
     PostgresDsn,
+    PostgresJobsDsn,
     PostgresTransactionPooling,
     RatelimitAddress,
     RetrievalAddress,
@@ -22,8 +25,10 @@ class InferenceSettings(ServiceSettings):
     service_name: ClassVar[str] = "inference"
 
     listen_address: ListenAddress = "127.0.0.1:7403"
+    credential_outage_seconds: CredentialOutageSeconds = DEFAULT_CREDENTIAL_OUTAGE_SECONDS
     postgres_dsn: PostgresDsn = SecretStr("")
     postgres_transaction_pooling: PostgresTransactionPooling = False
+    postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"

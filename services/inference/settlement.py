@@ -7,6 +7,7 @@ from typing import assert_never
 import structlog
 
 from services.inference.call import Attempt, Question, Reservation, Settled, Stage
+from services.inference.call_audit import CallAudit
 from services.inference.finishing import Finishing, until_acknowledged
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.ports import CallToSettle, CallToVoid, Ledger, Limits, Recollection
@@ -27,12 +28,15 @@ REMEMBER_SECONDS = 2.0
 class Settlement:
     """Brings every attempt to its end at the ledger, whatever happens to the caller meanwhile."""
 
-    def __init__(self, ledger: Ledger, limits: Limits, memory: Recollection, leases: LeaseKeeper, finishing: Finishing) -> None:
+    def __init__(
+        self, ledger: Ledger, limits: Limits, memory: Recollection, leases: LeaseKeeper, finishing: Finishing, audit: CallAudit
+    ) -> None:
         self._ledger = ledger
         self._limits = limits
         self._memory = memory
         self._leases = leases
         self._finishing = finishing
+        self._audit = audit
 
     async def reserve(self, question: Question, reservation_id: ReservationId, hold: Hold) -> Reservation:
         """Takes the hold. A caller that goes away meanwhile leaves none behind: what was held is let go as soon as it is known."""
@@ -96,6 +100,7 @@ class Settlement:
         finally:
             self._leases.end(attempt.lease)
         _log_settled(attempt, settled)
+        self._audit.call_ended(attempt, "settled", cost_nano_usd=settled.cost_nano_usd)
         return settled
 
     async def _void_and_release(self, attempt: Attempt, cause: str) -> None:
@@ -112,6 +117,7 @@ class Settlement:
         finally:
             self._leases.end(attempt.lease)
         log.info("call_voided" if call.certain else "call_unresolved", cause=call.cause, model=attempt.question.model.name)
+        self._audit.call_ended(attempt, "void" if call.certain else "unresolved", cause=call.cause)
 
     async def _release(self, attempt: Attempt) -> None:
         self._leases.end(attempt.lease)

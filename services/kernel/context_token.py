@@ -22,6 +22,7 @@ from mesh.common.v1 import error_reason_pb2
 from mesh.common.v1.tenant_claims_pb2 import TenantClaims
 from services.kernel.errors import MeshError, Unauthenticated, Unavailable
 from services.kernel.ids import TenantId
+from services.kernel.telemetry.shared_work import context_under, span_parent
 from services.kernel.tenant_context import TenantContext
 from services.kernel.timestamps import from_timestamp
 
@@ -30,6 +31,9 @@ _CLOCK_SKEW = timedelta(seconds=5)
 _MAX_TOKEN_LENGTH = 8192
 _CACHE_SIZE = 10_000
 _REFETCH_SECONDS = 1.0
+# A key that is published no more is forgotten after the next look, and none is believed that nobody confirmed for so long.
+_LOOK_AGAIN_SECONDS = 30.0
+_CONFIRMED_SECONDS = MAX_LIFETIME.total_seconds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,10 @@ def mint(claims: TenantClaims, key: SigningKey) -> str:
 
 
 class ContextTokenVerifier:
-    """Verifies tokens, remembering each verified text until it expires and each key until the process ends."""
+    """Verifies tokens, remembering each verified text until it expires and each key while it is published.
+
+    The keys are looked at again every 30 s, beside the calls; a call waits for that only when the last look is 300 s ago.
+    """
 
     def __init__(
         self,
@@ -78,12 +85,18 @@ class ContextTokenVerifier:
         self._cache_size = cache_size
         self._keys: Mapping[str, Ed25519PublicKey] = {}
         self._verified: OrderedDict[str, TenantContext] = OrderedDict()
+        self._signed: OrderedDict[str, TenantClaims] = OrderedDict()
         self._fetching = asyncio.Lock()
         self._fetched_at: float | None = None
         self._fetch_failure: MeshError | None = None
+        self._look_again_at = 0.0
+        self._confirmed_at = 0.0
+        self._looking: asyncio.Task[None] | None = None
 
     async def verify(self, token: str) -> TenantContext:
         """Returns what the token proves. Raises: Unauthenticated(CONTEXT_INVALID), without telling which check failed."""
+        if self._keys and self._monotonic() >= self._look_again_at:
+            await self._look_again()
         context = self._verified.get(token)
         if context is not None:
             if context.expire_time > self._clock():
@@ -97,12 +110,34 @@ class ContextTokenVerifier:
             key.verify(signature, payload)
         except InvalidSignature:
             raise _invalid() from None
-        context = self._accept(claims, token)
+        context = self._accept(claims, token, self._clock())
         self._remember(token, context)
         return context
 
-    def _accept(self, claims: TenantClaims, token: str) -> TenantContext:
-        now = self._clock()
+    async def verify_as_of(self, token: str, moment: datetime, *, grace: timedelta = timedelta(0)) -> TenantContext:
+        """Returns what the token proved at a moment of its life, or up to `grace` after it: for records of what happened then.
+
+        Never for admitting a call. Raises: Unauthenticated(CONTEXT_INVALID).
+        """
+        claims = self._signed.get(token)
+        if claims is None:
+            payload, signature = _split(token)
+            claims = _parse(payload)
+            key = await self._key(claims.key_id)
+            try:
+                key.verify(signature, payload)
+            except InvalidSignature:
+                raise _invalid() from None
+            self._signed[token] = claims
+            while len(self._signed) > self._cache_size:
+                self._signed.popitem(last=False)
+        expires = _time(claims, "expire_time")
+        if moment > expires + grace:
+            raise _invalid()
+        # Within the grace the token is judged as of the last moment it was good.
+        return self._accept(claims, token, min(moment, expires - timedelta(microseconds=1)))
+
+    def _accept(self, claims: TenantClaims, token: str, now: datetime) -> TenantContext:
         issued, expires = _time(claims, "issue_time"), _time(claims, "expire_time")
         if expires <= now or issued > now + _CLOCK_SKEW or expires - issued > MAX_LIFETIME:
             raise _invalid()
@@ -137,11 +172,7 @@ class ContextTokenVerifier:
             # Forged key ids must not become a flood of fetches: at most one a second, whoever asks.
             now = self._monotonic()
             if key_id not in self._keys and (self._fetched_at is None or now - self._fetched_at >= _REFETCH_SECONDS):
-                self._fetched_at, self._fetch_failure = now, None
-                try:
-                    self._keys = dict(await self._source.fetch_keys())
-                except MeshError as error:
-                    self._fetch_failure = error
+                await self._fetch(now)
         known = self._keys.get(key_id)
         if known is None and self._fetch_failure is not None:
             # Nobody could tell whether the token is forged: the caller should come back, not be turned away.
@@ -149,6 +180,40 @@ class ContextTokenVerifier:
         if known is None:
             raise _invalid()
         return known
+
+    async def _fetch(self, now: float) -> None:
+        self._fetched_at, self._fetch_failure = now, None
+        try:
+            published = dict(await self._source.fetch_keys())
+        except MeshError as error:
+            self._fetch_failure = error
+            return
+        if not published.keys() >= self._keys.keys():
+            # Some of what was verified may be of the key that went; to verify the rest once more is cheap.
+            self._verified.clear()
+        self._keys = published
+        # From before asking: the answer may have been on its way for as long as its timeout.
+        self._confirmed_at, self._look_again_at = now, now + _LOOK_AGAIN_SECONDS
+
+    async def _look_again(self) -> None:
+        if self._looking is None:
+            # In a context of its own: the look is nobody's call.
+            self._looking = asyncio.get_running_loop().create_task(self._look(), context=context_under(span_parent()))
+        if self._monotonic() - self._confirmed_at >= _CONFIRMED_SECONDS:
+            await asyncio.shield(self._looking)
+
+    async def _look(self) -> None:
+        try:
+            async with self._fetching:
+                now = self._monotonic()
+                self._look_again_at = now + _REFETCH_SECONDS
+                await self._fetch(now)
+                # Longer than a token lives, so that an outage ends no token before its time.
+                if self._fetch_failure is not None and now - self._confirmed_at >= _CONFIRMED_SECONDS + _LOOK_AGAIN_SECONDS:
+                    self._keys = {}
+                    self._verified.clear()
+        finally:
+            self._looking = None
 
 
 def _invalid() -> MeshError:

@@ -24,6 +24,16 @@ LeaseSeconds = Annotated[
 ]
 DEFAULT_LEASE_SECONDS = 5.0
 
+CredentialOutageSeconds = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        le=300.0,
+        description="how long known credentials go on working while the tenant service does not answer; 0 refuses them at once",
+    ),
+]
+DEFAULT_CREDENTIAL_OUTAGE_SECONDS = 300.0
+
 
 class ServiceSettings(BaseSettings):
     """Read once, by a service's app. One environment name means the same in every service."""

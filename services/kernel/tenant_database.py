@@ -7,7 +7,7 @@ another client may have left on the server's connection.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self, TypeAlias
 from uuid import UUID
@@ -186,6 +186,27 @@ class JobsDatabase(Database):
         """As `call`, returning the first column of the first row or None."""
         row = await self.fetch_row(sql, *args)
         return None if row is None else row[0]
+
+
+@asynccontextmanager
+async def listening(dsn: str, channel: str, on_notice: Callable[[], None], *, application_name: str) -> AsyncIterator[asyncio.Event]:
+    """Calls `on_notice` for every notification on a channel; yields an event that is set when the connection has ended.
+
+    A connection outside of any pool, which reads no table. Raises: Unavailable.
+    """
+    ended = asyncio.Event()
+    with unreachable_is_unavailable():
+        connection = await asyncpg.connect(  # noqa: TID251 - this is one of the two places
+            dsn, timeout=_ACQUIRE_SECONDS, command_timeout=_ACQUIRE_SECONDS, server_settings={"application_name": application_name}
+        )
+    try:
+        connection.add_termination_listener(lambda _: ended.set())
+        with unreachable_is_unavailable(connection):
+            await connection.add_listener(channel, lambda *_: on_notice())
+        yield ended
+    finally:
+        # Without a goodbye: it could wait for a server that is gone.
+        connection.terminate()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_t
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
 from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
+from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import MigrationRefused, migrate
 from services.kernel.rpc.channel import MeshChannel
@@ -74,7 +75,9 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         stack.push_async_callback(jobs.close)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
-        resolver, verifier = remote_trust(to_tenant)
+        feed = ChangeFeed(to_tenant)
+        background.start("change_feed", feed.run)
+        resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         catalog = PriceCatalog(PostgresPrices(database))
         jobs_store = PostgresJobs(jobs)
         relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)

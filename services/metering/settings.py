@@ -6,7 +6,9 @@ from typing import ClassVar
 from pydantic import Field, SecretStr
 
 from services.kernel.settings import (
+    DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
     DEFAULT_LEASE_SECONDS,
+    CredentialOutageSeconds,
     LeaseSeconds,
     ListenAddress,
     PostgresAdminDsn,
@@ -26,6 +28,7 @@ class MeteringSettings(ServiceSettings):
     service_name: ClassVar[str] = "metering"
 
     listen_address: ListenAddress = "127.0.0.1:7405"
+    credential_outage_seconds: CredentialOutageSeconds = DEFAULT_CREDENTIAL_OUTAGE_SECONDS
     postgres_dsn: PostgresDsn = SecretStr("")
     postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")

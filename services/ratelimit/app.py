@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
 from mesh.ratelimit.v1.rate_limit_service_pb2_grpc import add_RateLimitServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
+from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
@@ -59,7 +60,9 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         stack.push_async_callback(background.close)
         background.start("ratelimit.lease_sweep", fencing.run)
         limits = RateLimitServicer(Reservations(store, limits_of, rebuilder, fencing), settings.lease_seconds)
-        resolver, verifier = remote_trust(to_tenant)
+        feed = ChangeFeed(to_tenant)
+        background.start("change_feed", feed.run)
+        resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(limits, LifecycleServicer(store)), resolver=resolver, verifier=verifier)
         return RatelimitApp(server, stack.pop_all())
 

@@ -5,7 +5,9 @@ from typing import ClassVar, Self
 from pydantic import Field, SecretStr, field_validator
 
 from services.kernel.settings import (
+    DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
     DEFAULT_LEASE_SECONDS,
+    CredentialOutageSeconds,
     LeaseSeconds,
     ListenAddress,
     MeteringAddress,
@@ -19,6 +21,7 @@ class RatelimitSettings(ServiceSettings):
     service_name: ClassVar[str] = "ratelimit"
 
     listen_address: ListenAddress = "127.0.0.1:7402"
+    credential_outage_seconds: CredentialOutageSeconds = DEFAULT_CREDENTIAL_OUTAGE_SECONDS
     metering_address: MeteringAddress = "127.0.0.1:7405"
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     redis_url: SecretStr = Field(

@@ -8,6 +8,7 @@ from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleService
 from mesh.retrieval.v1.document_service_pb2_grpc import add_DocumentServiceServicer_to_server
 from mesh.retrieval.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
+from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
@@ -66,7 +67,9 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         stack.push_async_callback(background.close)
         owed = PostgresOwedWork(jobs)
         background.start("repair", lambda: repair_forever(owed, library))
-        resolver, verifier = remote_trust(to_tenant)
+        feed = ChangeFeed(to_tenant)
+        background.start("change_feed", feed.run)
+        resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         lifecycle = LifecycleServicer(store, index)
         server = MeshServer(settings, servicers=_registrations(library, lifecycle), resolver=resolver, verifier=verifier)
         return RetrievalApp(server, stack.pop_all())

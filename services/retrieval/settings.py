@@ -5,6 +5,8 @@ from typing import ClassVar
 from pydantic import Field, SecretStr
 
 from services.kernel.settings import (
+    DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
+    CredentialOutageSeconds,
     ListenAddress,
     PostgresAdminDsn,
     PostgresDsn,
@@ -20,6 +22,7 @@ class RetrievalSettings(ServiceSettings):
     service_name: ClassVar[str] = "retrieval"
 
     listen_address: ListenAddress = "127.0.0.1:7404"
+    credential_outage_seconds: CredentialOutageSeconds = DEFAULT_CREDENTIAL_OUTAGE_SECONDS
     postgres_dsn: PostgresDsn = SecretStr("")
     postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")

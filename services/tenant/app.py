@@ -1,7 +1,7 @@
 """The composition root: builds everything by constructor and closes it in reverse order."""
 
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import structlog
@@ -9,6 +9,7 @@ import structlog
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
+    audit_service_pb2_grpc,
     authentication_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2_grpc,
@@ -19,20 +20,27 @@ from services.kernel.errors import Unavailable
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer
+from services.kernel.tenant_context import TenantContext
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
+from services.tenant.adapters.postgres_audit import PostgresAuditLog
+from services.tenant.adapters.postgres_changes import ChangeListener, PostgresChanges
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
 from services.tenant.adapters.postgres_keys import PostgresKeys
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
 from services.tenant.adapters.postgres_tenants import PostgresTenants
+from services.tenant.audit_head import HeadSigner
+from services.tenant.audit_log import AuditLog
 from services.tenant.authentication import Authenticator
-from services.tenant.context_minting import ContextMinter, read_public_keys, read_signing_key
+from services.tenant.change_hub import ChangeHub
+from services.tenant.context_minting import ContextMinter, public_key_id, read_public_keys, read_signing_key
 from services.tenant.key_ring import KeyRing
 from services.tenant.local_credential_resolver import LocalCredentialResolver
 from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
 from services.tenant.servicers.api_key import ApiKeyServicer
+from services.tenant.servicers.audit import AuditServicer
 from services.tenant.servicers.authentication import AuthenticationServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
 from services.tenant.servicers.plan import PlanServicer
@@ -45,6 +53,8 @@ log = structlog.get_logger(__name__)
 
 SCHEMA = "tenant"
 MIGRATIONS = Path(__file__).parent / "migrations"
+# What began in a token's life may end after it.
+LONGEST_CALL = timedelta(hours=1)
 PLAN_FILE = Path(__file__).parent / "plans.yaml"
 
 
@@ -82,9 +92,22 @@ async def build(settings: TenantSettings) -> TenantApp:
             region=settings.region,
             clock=_now,
         )
+        changes = await _changes(settings, stack, background)
         authenticator = Authenticator(credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now)
-        server = _server(settings, database, authenticator, minter, _peers(settings, stack))
+        server = _server(settings, database, authenticator, minter, _peers(settings, stack), changes)
+        server.on_drain(changes.close)
         return TenantApp(server, trail, stack.pop_all())
+
+
+async def _changes(settings: TenantSettings, stack: AsyncExitStack, background: BackgroundTasks) -> ChangeHub:
+    dsn = settings.postgres_dsn.get_secret_value()
+    database = await TenantDatabase.open(dsn, max_size=1, application_name="tenantry-tenant-changes")
+    stack.push_async_callback(database.close)
+    hub = ChangeHub(PostgresChanges(database))
+    background.start("change_hub", hub.run)
+    background.start("change_trimmer", hub.run_trimmer)
+    background.start("change_listener", ChangeListener(dsn, hub.wake).run)
+    return hub
 
 
 async def migrate_schema(settings: TenantSettings) -> None:
@@ -100,6 +123,7 @@ def _server(
     authenticator: Authenticator,
     minter: ContextMinter,
     peers: dict[Step, tuple[str, LifecyclePeer]],
+    changes: ChangeHub,
 ) -> MeshServer:
     tenants = PostgresTenants(database)
     provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, peers, minter, region=settings.region)
@@ -108,7 +132,7 @@ def _server(
         servicers=[
             (
                 authentication_service_pb2_grpc.add_AuthenticationServiceServicer_to_server,
-                AuthenticationServicer(authenticator, minter),
+                AuthenticationServicer(authenticator, minter, changes),
                 "mesh.tenant.v1.AuthenticationService",
             ),
             (
@@ -121,6 +145,11 @@ def _server(
                 ApiKeyServicer(KeyRing(PostgresKeys(database), clock=_now)),
                 "mesh.tenant.v1.ApiKeyService",
             ),
+            (
+                audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
+                AuditServicer(_audit_log(settings, database, minter)),
+                "mesh.tenant.v1.AuditService",
+            ),
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
             (
                 lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
@@ -131,6 +160,18 @@ def _server(
         resolver=LocalCredentialResolver(authenticator),
         verifier=ContextTokenVerifier(minter),
     )
+
+
+def _audit_log(settings: TenantSettings, database: TenantDatabase, minter: ContextMinter) -> AuditLog:
+    key = read_signing_key(settings.context_signing_key.get_secret_value())
+    others = read_public_keys(settings.context_additional_public_keys)
+    public_keys = {public_key_id(public): public for public in (key.private_key.public_key(), *others)}
+    verifier = ContextTokenVerifier(minter)
+
+    async def prove(token: str, moment: datetime) -> TenantContext:
+        return await verifier.verify_as_of(token, moment, grace=LONGEST_CALL)
+
+    return AuditLog(PostgresAuditLog(database), HeadSigner(key, public_keys, _now), prove)
 
 
 def _peers(settings: TenantSettings, stack: AsyncExitStack) -> dict[Step, tuple[str, LifecyclePeer]]:

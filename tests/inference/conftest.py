@@ -219,6 +219,7 @@ def service_settings(dsn: str, peers: str, provider_url: str, **changes: Any) ->
         "peer_token_hashes": f"tenant={hashlib.sha256(b'tenant-bearer').hexdigest()}",
         "drain_seconds": 0.5,
         "postgres_dsn": dsn,
+        "postgres_jobs_dsn": dsn.replace("inference_service:", "inference_jobs:"),
         "tenant_address": peers,
         "ratelimit_address": peers,
         "metering_address": peers,
@@ -249,7 +250,9 @@ async def inference_dsn(postgres: PostgresStore) -> str:
     """A migrated database, as the service's role."""
     admin = await postgres.fresh_database()
     dsn = postgres.dsn(urlsplit(admin).path.lstrip("/"), "inference_service", PASSWORD)
-    settings = InferenceSettings(postgres_admin_dsn=admin, postgres_dsn=dsn)
+    settings = InferenceSettings(
+        postgres_admin_dsn=admin, postgres_dsn=dsn, postgres_jobs_dsn=dsn.replace("inference_service:", "inference_jobs:")
+    )
     await migrate_schema(settings)
     return dsn
 

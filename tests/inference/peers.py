@@ -22,6 +22,8 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2 as limit_pb
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc as limit_grpc
 from mesh.retrieval.v1 import search_service_pb2 as search_pb
 from mesh.retrieval.v1 import search_service_pb2_grpc as search_grpc
+from mesh.tenant.v1 import audit_service_pb2 as audit_pb
+from mesh.tenant.v1 import audit_service_pb2_grpc as audit_grpc
 from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
 from mesh.tenant.v1 import authentication_service_pb2_grpc as auth_grpc
 from mesh.tenant.v1 import tenant_service_pb2 as tenant_pb
@@ -67,7 +69,7 @@ class Script:
 
     def names(self, *ignored: str) -> list[str]:
         """The events in order, immediate repetitions once, housekeeping left out."""
-        passed_over = {"authenticate", "keys", "config", "prices", "renew", "renew_calls", *ignored}
+        passed_over = {"authenticate", "keys", "config", "prices", "renew", "renew_calls", "audit", *ignored}
         found: list[str] = []
         for name, _ in self.heard:
             if name not in passed_over and (not found or found[-1] != name):
@@ -129,6 +131,19 @@ class Trust(auth_grpc.AuthenticationServiceServicer, tenant_grpc.TenantServiceSe
         tenant_id = dict(context.invocation_metadata())["x-tenant-id"]
         config = next(tenant.config for tenant in self.script.tenants.values() if tenant.config.tenant_id == tenant_id)
         return await self.script.hear("config", request, context, lambda: tenant_pb.GetTenantConfigResponse(config=config))
+
+
+class AuditLog(audit_grpc.AuditServiceServicer):
+    """The audit log of the tenant service."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    async def RecordAudit(self, request: Any, context: Any) -> Any:
+        def usual() -> Any:
+            return audit_pb.RecordAuditResponse(outcomes=[audit_pb.AUDIT_OUTCOME_RECORDED for _ in request.items])
+
+        return await self.script.hear("audit", request, context, usual)
 
 
 class Limits(limit_grpc.RateLimitServiceServicer):
@@ -238,6 +253,7 @@ async def running_peers() -> AsyncIterator[Peers]:
     script = Script()
     trust, ledger = Trust(script), Ledger(script)
     server = grpc.aio.server()
+    audit_grpc.add_AuditServiceServicer_to_server(AuditLog(script), server)
     auth_grpc.add_AuthenticationServiceServicer_to_server(trust, server)
     tenant_grpc.add_TenantServiceServicer_to_server(trust, server)
     limit_grpc.add_RateLimitServiceServicer_to_server(Limits(script), server)

@@ -76,6 +76,8 @@ CASES: Mapping[str, Case] = {
         "claimed_tenant_id": ids.tenant_id.bytes,
     },
     "/mesh.tenant.v1.AuthenticationService/GetContextKeys": _nothing,
+    # From the beginning: everything that is kept of anybody's changes.
+    "/mesh.tenant.v1.AuthenticationService/WatchChanges": lambda ids: {"after_change_id": 0},
     "/mesh.ratelimit.v1.RateLimitService/Reserve": lambda ids: {
         "reservation_id": ids.reservation_id,
         "amounts": {"tokens": 10, "cost_nano_usd": 1000},

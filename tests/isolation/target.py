@@ -101,6 +101,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
         api_key_service_pb2.CreateApiKeyRequest(display_name=canary, scopes=["usage:read"]),
         metadata,
     )
+    await _plant_change(surface, metadata)
     document = listed_documents[0]
     ids = Ids(
         tenant_id=uuid.UUID(tenant.tenant_id),
@@ -113,6 +114,14 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
         page_tokens=await _page_tokens(surface, metadata, conversation_id),
     )
     return Target(tenant, canary, ids, prompt)
+
+
+async def _plant_change(surface: Surface, metadata: Metadata) -> None:
+    """A revoked key leaves a row in the feed of changes."""
+    spare = api_key_service_pb2.CreateApiKeyRequest(display_name="spare", scopes=["usage:read"])
+    made = await _must(surface, "tenant", "ApiKeyService/CreateApiKey", spare, metadata)
+    revoked = api_key_service_pb2.RevokeApiKeyRequest(key_id=made.messages[0].key.key_id)  # type: ignore[attr-defined] # as above
+    await _must(surface, "tenant", "ApiKeyService/RevokeApiKey", revoked, metadata)
 
 
 async def _plant_documents(mesh: Mesh, metadata: Metadata, canary: str) -> list[document_service_pb2.Document]:

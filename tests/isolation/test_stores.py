@@ -7,9 +7,11 @@ import asyncpg
 import pytest
 
 from services.kernel import catalog
+from services.tenant.change_hub import ChangeKind
 from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
 from tests.isolation.postgres_attacks import (
     DIRECTORIES,
+    DIRECTORY_COLUMNS,
     REFUSED,
     SET_SESSION,
     Attacked,
@@ -88,12 +90,37 @@ async def test_no_role_gets_around_the_policies(mesh: Mesh, admin: asyncpg.Conne
 
 
 async def test_a_directory_tells_names_and_ids_alone(admin: asyncpg.Connection) -> None:
-    """The tables that are read before the tenant is known hold one name and one tenant id, and nothing else."""
-    for table in DIRECTORIES:
-        columns = await admin.fetch("SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0", table)
-        assert len(columns) == 2, table
-        assert "tenant_id" in {column["attname"] for column in columns}
+    """The tables that are read before the tenant is known hold a name or the place and kind of a change, a tenant id, and nothing else."""
+    for table, told in DIRECTORY_COLUMNS.items():
+        columns = await admin.fetch(
+            "SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped", table
+        )
+        assert {column["attname"] for column in columns} == told, table
     assert set(await tenant_tables(admin)) >= DIRECTORIES
+
+
+async def test_the_feed_of_changes_carries_no_text_of_anybodys(admin: asyncpg.Connection, victim: Target) -> None:
+    """What every replica reads of a change is an id and one of the code's own words: the table takes nothing else."""
+    kinds = {row["kind"] for row in await admin.fetch("SELECT DISTINCT kind FROM tenant.changes")}
+    assert "KEY" in kinds
+    assert kinds <= set(ChangeKind)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await admin.execute("INSERT INTO tenant.changes (tenant_id, kind) VALUES ($1, $2)", victim.tenant_id, victim.canary)
+
+
+async def test_the_feed_loses_nothing_younger_than_an_hour(mesh: Mesh, admin: asyncpg.Connection, attacker: Target) -> None:
+    """The service removes what is an hour old and cannot remove what is younger, whoever asks it to; the newest row always stays."""
+    async with as_role(mesh.stack, "tenant") as connection:
+        await connection.fetch(SET_SESSION, str(attacker.tenant_id))
+        assert await tries(connection, "DELETE FROM tenant.changes RETURNING tenant_id") == []
+        await admin.execute(
+            "INSERT INTO tenant.changes (tenant_id, kind, change_time) VALUES ($1, 'TRIMMED', now() - interval '61 minutes')",
+            attacker.tenant_id,
+        )
+        await admin.execute("INSERT INTO tenant.changes (tenant_id, kind) VALUES ($1, 'KEY')", attacker.tenant_id)
+        await connection.execute("SELECT tenant.trim_changes('1 second')")
+    assert await admin.fetchval("SELECT count(*) FROM tenant.changes WHERE kind = 'TRIMMED'") == 0
+    assert await admin.fetchval("SELECT count(*) FROM tenant.changes WHERE tenant_id = $1", attacker.tenant_id) >= 2
 
 
 @pytest.mark.parametrize("table", APPEND_ONLY)
@@ -122,9 +149,10 @@ async def test_the_jobs_role_does_its_jobs_and_nothing_else(mesh: Mesh, attacked
 
 def _commands(item: Attacked, victim: UUID) -> list[tuple[str, str, tuple[object, ...]]]:
     table, columns = item.table, item.columns
+    rows = f"SELECT {columns} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)"
     return [
         ("SELECT", f"SELECT tenant_id FROM {table} LIMIT 1", ()),
-        ("INSERT", f"INSERT INTO {table} SELECT {columns} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)", (item.row,)),
+        ("INSERT", f"INSERT INTO {table} ({columns}) {rows}", (item.row,)),
         ("UPDATE", f"UPDATE {table} SET tenant_id = tenant_id WHERE tenant_id = $1 RETURNING tenant_id", (victim,)),
         ("DELETE", f"DELETE FROM {table} WHERE tenant_id = $1 RETURNING tenant_id", (victim,)),
     ]

@@ -123,6 +123,9 @@ class Authentication(auth_grpc.AuthenticationServiceServicer):
         self.keys = keys
         self.requests: list[auth_pb.AuthenticateRequest] = []
         self.answer: Callable[[auth_pb.AuthenticateRequest], Awaitable[str]] = self._token
+        self.watched_after: list[int] = []
+        self.watchers: list[asyncio.Queue[auth_pb.WatchChangesResponse | None]] = []
+        self.watch_failure: MeshError | None = None
 
     async def Authenticate(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
@@ -131,6 +134,26 @@ class Authentication(auth_grpc.AuthenticationServiceServicer):
     async def GetContextKeys(self, request: Any, context: Any) -> Any:
         keys = (await self.keys.fetch_keys()).items()
         return auth_pb.GetContextKeysResponse(keys=[auth_pb.ContextKey(key_id=k, public_key=v.public_bytes_raw()) for k, v in keys])
+
+    async def WatchChanges(self, request: Any, context: Any) -> AsyncIterator[auth_pb.WatchChangesResponse]:
+        self.watched_after.append(request.after_change_id)
+        if self.watch_failure is not None:
+            raise self.watch_failure
+        queue: asyncio.Queue[auth_pb.WatchChangesResponse | None] = asyncio.Queue()
+        self.watchers.append(queue)
+        while (message := await queue.get()) is not None:
+            yield message
+
+    def tell(self, change_id: int, *changed: TenantId, forget_everything: bool = False, read_age_seconds: float = 0.0) -> None:
+        """Sends the newest watcher a message."""
+        changes = [auth_pb.Change(change_id=change_id, tenant_id=tenant.bytes, kind="KEY") for tenant in changed]
+        message = auth_pb.WatchChangesResponse(change_id=change_id, changes=changes, forget_everything=forget_everything)
+        message.read_age.FromNanoseconds(int(read_age_seconds * 1e9))
+        self.watchers[-1].put_nowait(message)
+
+    def end_watch(self) -> None:
+        """Ends the newest watcher's stream in good order."""
+        self.watchers[-1].put_nowait(None)
 
     async def _token(self, request: auth_pb.AuthenticateRequest) -> str:
         return self.keys.token(TenantId(new_uuid7()))
@@ -192,6 +215,8 @@ async def running_mesh(**changes: Any) -> AsyncIterator[Mesh]:
     as_inference = MeshChannel(address, settings=settings_of(InferenceSettings), target_service="peer")
     raw = grpc.aio.insecure_channel(address)
     tenant = await verifier.verify(keys.token(TenantId(new_uuid7())))
+    # Streams of changes have no end of their own.
+    server.on_drain(lambda: [queue.put_nowait(None) for queue in authentication.watchers] and None)
     try:
         yield Mesh(server, lifecycle, authentication, keys, resolver, tenant, as_tenant, as_inference, raw)
     finally:

@@ -11,6 +11,7 @@ from services.kernel.context_token import ContextTokenVerifier, SigningKey, mint
 from services.kernel.errors import Unauthenticated, Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from tests.kernel.mesh import Keys, claims_of
+from tests.support.waiting import eventually
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -159,3 +160,46 @@ async def test_the_memory_of_verified_tokens_is_bounded() -> None:
     for _ in range(10):
         await verifier.verify(keys.token(now=START))
     assert len(verifier._verified) == 3
+
+
+async def test_a_key_that_is_published_no_more_is_forgotten() -> None:
+    """The keys are looked at again beside the calls; once a key is gone its tokens are refused, those verified before as well."""
+    keys, clock = Keys(), Clock()
+    verifier = verifier_of(keys, clock)
+    old, kept = keys.token(now=START), SigningKey("k2", Ed25519PrivateKey.generate())
+    keys.signing.append(kept)
+    await verifier.verify(old)
+    await verifier.verify(mint(claims_of(None, now=START), kept))
+    keys.signing.pop(0)
+    clock.advance(31)
+    await verifier.verify(old)
+
+    async def was_looked_at() -> bool:
+        return keys.fetches == 2
+
+    await eventually(was_looked_at, within_seconds=20.0)
+    assert await refused(verifier, old)
+    assert (await verifier.verify(keys.token(now=START))).tier == "free"
+
+
+async def test_keys_nobody_confirmed_for_300_s_are_confirmed_before_they_are_believed() -> None:
+    """A verifier that slept through the end of a key refuses its tokens at once when it wakes."""
+    keys, clock = Keys(), Clock()
+    verifier, leaked = verifier_of(keys, clock), keys.signing[0]
+    await verifier.verify(keys.token(now=START))
+    keys.signing[0] = SigningKey("k2", Ed25519PrivateKey.generate())
+    clock.advance(300)
+    assert await refused(verifier, mint(claims_of(None, now=clock.now), leaked))
+
+
+async def test_keys_outlive_an_outage_by_as_long_as_a_token_and_no_more() -> None:
+    """While the keys cannot be had the known ones serve until every token of before has ended; then nobody can judge."""
+    keys, clock = Keys(), Clock()
+    verifier = verifier_of(keys, clock)
+    await verifier.verify(keys.token(now=START))
+    keys.failure = Unavailable("tenant")
+    clock.advance(320)
+    assert (await verifier.verify(keys.token(now=clock.now))).tier == "free"
+    clock.advance(15)
+    with pytest.raises(Unavailable):
+        await verifier.verify(keys.token(now=clock.now))

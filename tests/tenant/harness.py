@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from mesh.common.v1 import lifecycle_service_pb2, lifecycle_service_pb2_grpc
 from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
+    audit_service_pb2_grpc,
     authentication_service_pb2,
     authentication_service_pb2_grpc,
     plan_service_pb2_grpc,
@@ -110,6 +111,7 @@ class Harness:
         self.authentication = authentication_service_pb2_grpc.AuthenticationServiceStub(self.channel)
         self.tenants = tenant_service_pb2_grpc.TenantServiceStub(self.channel)
         self.keys = api_key_service_pb2_grpc.ApiKeyServiceStub(self.channel)
+        self.audits = audit_service_pb2_grpc.AuditServiceStub(self.channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(self.channel)
         self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
 

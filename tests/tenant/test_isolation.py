@@ -7,12 +7,13 @@ import pytest
 
 from tests.tenant.harness import Harness, taken_apart
 
-TENANT_TABLES = ("tenants", "users", "api_keys", "tenant_settings", "provisioning", "audit")
+TENANT_TABLES = ("tenants", "users", "api_keys", "tenant_settings", "provisioning", "audit", "audit_documents")
 # Ids and kinds of changes, read whole by every replica.
 FEEDS = ("changes",)
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory")
 PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions")
 ENTER = "SELECT set_config('app.tenant_id', $1, true)"
+READ_A_DOCUMENT = "INSERT INTO tenant.audit (tenant_id, action, subject, document_ids) VALUES ($1, 'TESTED', 'nobody', ARRAY[uuidv7()])"
 
 
 @pytest.mark.parametrize("table", TENANT_TABLES)
@@ -20,6 +21,10 @@ async def test_the_service_role_sees_one_tenants_rows_and_without_a_tenant_none(
     """A forgotten filter finds the set tenant's rows only; with no tenant set the statement fails."""
     one, other = await harness.create(), await harness.create()
     async with harness.service_role() as connection:
+        for created in (one, other):
+            async with connection.transaction():
+                await connection.execute(ENTER, created.tenant.tenant_id)
+                await connection.execute(READ_A_DOCUMENT, UUID(created.tenant.tenant_id))
         async with connection.transaction():
             await connection.execute(ENTER, one.tenant.tenant_id)
             seen = {str(row[0]) for row in await connection.fetch(f"SELECT tenant_id FROM tenant.{table}")}

@@ -55,6 +55,7 @@ class MeshServer:
         self._health = health.aio.HealthServicer()
         self._health_server: grpc.aio.Server | None = None
         self._stopping = asyncio.Event()
+        self._on_drain: list[Callable[[], None]] = []
         self._port = 0
         self.interceptors = build_interceptors(settings, self._names, resolver, verifier)
         self._server = grpc.aio.server(interceptors=self.interceptors, options=_server_options(settings))
@@ -109,11 +110,17 @@ class MeshServer:
         """Ends `serve_until_signal`, as a signal does."""
         self._stopping.set()
 
+    def on_drain(self, callback: Callable[[], None]) -> None:
+        """Calls back when listening ends: for streams that have no end of their own, which the grace time would wait for."""
+        self._on_drain.append(callback)
+
     async def stop(self) -> None:
         """Reports NOT_SERVING, waits for endpoint removal, lets calls finish within the grace time."""
         log.info("server_draining", seconds=self._settings.drain_seconds)
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self._settings.endpoint_removal_seconds)
+        for callback in self._on_drain:
+            callback()
         await self._server.stop(self._settings.drain_seconds)
         if self._health_server is not None:
             await self._health_server.stop(None)

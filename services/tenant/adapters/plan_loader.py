@@ -5,6 +5,8 @@ from pathlib import Path
 import yaml
 
 from services.kernel.tenant_database import Connection, JobsDatabase
+from services.tenant.adapters.postgres_changes import announce
+from services.tenant.change_hub import EVERYBODY, ChangeKind
 from services.tenant.plan import Plan, PlanCatalog, needs_loading, read_catalog
 
 BECOME_OWNER = "SET LOCAL ROLE tenant_owner"
@@ -52,6 +54,7 @@ async def _load(connection: Connection, catalog: PlanCatalog) -> bool:
     for position, plan in enumerate(catalog.plans):
         await connection.execute(UPSERT_PLAN, plan.name, position, catalog.version)
         await _insert_terms(connection, plan, catalog.version)
+    await announce(connection, EVERYBODY, ChangeKind.PLANS)
     return True
 
 

@@ -9,7 +9,9 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_changes import announce
 from services.tenant.api_key import ApiKeyText
+from services.tenant.change_hub import ChangeKind
 from services.tenant.key_ring import ApiKeyRecord, NewKeyTerms
 
 # The tenant's row serialises the tenant's key making, so that a hundred-and-first key cannot slip in beside the hundredth.
@@ -73,6 +75,7 @@ class PostgresKeys:
             row = await connection.fetchrow(REVOKE_LIVE, tenant_id, key_id)
             if row is not None:
                 await append_audit(connection, tenant_id, "KEY_REVOKED", f"key:{key_id}", actor)
+                await announce(connection, tenant_id, ChangeKind.KEY)
                 return _record(row)
             row = await connection.fetchrow(GET_KEY, tenant_id, key_id)
             return None if row is None else _record(row)

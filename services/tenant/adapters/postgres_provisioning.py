@@ -6,7 +6,9 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_changes import announce
 from services.tenant.api_key import ApiKeyText
+from services.tenant.change_hub import ChangeKind
 from services.tenant.provisioning import Recorded, RecordOutcome, Step, TenantWish
 
 RECORD_TENANT = """
@@ -90,6 +92,8 @@ class PostgresProvisioning:
             await connection.execute(SET_FIRST_KEY, tenant_id, key.key_id)
             await append_audit(connection, tenant_id, "KEY_CREATED", f"key:{key.key_id}", actor)
             await connection.execute(FINISH_STEP, tenant_id, step)
+            if earlier is not None:
+                await announce(connection, tenant_id, ChangeKind.KEY)
             return True
 
     async def activate(self, tenant_id: TenantId, step: Step) -> None:

@@ -6,6 +6,8 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_changes import announce
+from services.tenant.change_hub import ChangeKind
 from services.tenant.tenant_remains import ExportedRecord, RemovedRecords
 
 REVOKE_ALL = "UPDATE tenant.api_keys SET revoke_time = clock_timestamp() WHERE tenant_id = $1 AND revoke_time IS NULL RETURNING key_id"
@@ -54,8 +56,11 @@ class PostgresRemains:
     async def revoke_all_keys(self, tenant_id: TenantId, actor: Actor) -> None:
         """Revokes every live key, durably."""
         async with self._database.transaction(tenant_id) as connection:
-            for row in await connection.fetch(REVOKE_ALL, tenant_id):
+            revoked = await connection.fetch(REVOKE_ALL, tenant_id)
+            for row in revoked:
                 await append_audit(connection, tenant_id, "KEY_REVOKED", f"key:{row['key_id']}", actor)
+            if revoked:
+                await announce(connection, tenant_id, ChangeKind.KEY)
 
     async def remove(self, tenant_id: TenantId, actor: Actor) -> Sequence[RemovedRecords]:
         """Removes everything but the audit log in one transaction; a repeated call finds nothing."""
@@ -65,6 +70,7 @@ class PostgresRemains:
             removed = [RemovedRecords(kind, _count(await connection.execute(sql, tenant_id))) for kind, sql in DELETES.items()]
             if any(records.count for records in removed):
                 await append_audit(connection, tenant_id, "TENANT_ERASED", f"tenant:{tenant_id}", actor)
+                await announce(connection, tenant_id, ChangeKind.STATE)
             return removed
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[ExportedRecord]:

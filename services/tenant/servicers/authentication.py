@@ -1,5 +1,8 @@
 """AuthenticationService on the wire."""
 
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from uuid import UUID
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -10,15 +13,17 @@ from services.kernel.context_token import ContextKeySource
 from services.kernel.ids import TenantId
 from services.kernel.timestamps import to_timestamp
 from services.tenant.authentication import Authenticator, CredentialAttempt
+from services.tenant.change_hub import ChangeHub, Notice
 from services.tenant.text import printable
 
 
 class AuthenticationServicer(authentication_service_pb2_grpc.AuthenticationServiceServicer):
     """Turns credentials into context tokens for the other services."""
 
-    def __init__(self, authenticator: Authenticator, keys: ContextKeySource) -> None:
+    def __init__(self, authenticator: Authenticator, keys: ContextKeySource, changes: ChangeHub) -> None:
         self._authenticator = authenticator
         self._keys = keys
+        self._changes = changes
 
     async def Authenticate(self, request: messages.AuthenticateRequest, context: object) -> messages.AuthenticateResponse:
         """Resolves one credential."""
@@ -31,6 +36,25 @@ class AuthenticationServicer(authentication_service_pb2_grpc.AuthenticationServi
         """Publishes the verifying keys."""
         keys = await self._keys.fetch_keys()
         return messages.GetContextKeysResponse(keys=[_context_key(key_id, key) for key_id, key in keys.items()])
+
+    async def WatchChanges(self, request: messages.WatchChangesRequest, context: object) -> AsyncIterator[messages.WatchChangesResponse]:
+        """Streams what changes."""
+        async with aclosing(self._changes.watch(request.after_change_id)) as notices:
+            async for notice in notices:
+                yield _told(notice)
+
+
+def _told(notice: Notice) -> messages.WatchChangesResponse:
+    told = messages.WatchChangesResponse(
+        change_id=notice.change_id,
+        changes=[
+            messages.Change(change_id=change.change_id, tenant_id=change.tenant_id.bytes, kind=change.kind) for change in notice.changes
+        ],
+        forget_everything=notice.forget_everything,
+    )
+    # Counted now and not when it was read: a notice that waited in a queue is that much older.
+    told.read_age.FromNanoseconds(max(0, round((time.monotonic() - notice.read_at) * 1e9)))
+    return told
 
 
 def _context_key(key_id: str, key: Ed25519PublicKey) -> messages.ContextKey:

@@ -110,7 +110,7 @@ async def test_leaving_a_stream_stops_the_generation(provider: Provider, client:
         heard = [await anext(stream.text_stream) for _ in range(3)]
     left = time.monotonic()
     billed = (await provider.entry(call_id, "cancelled"))["output_tokens"]
-    assert time.monotonic() - left < 1
+    assert time.monotonic() - left < 5
     assert isinstance(billed, int)
     assert len(heard) <= billed < 200
 

@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+mesh/tenant/v1/authentication_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x84\x02\n\x13\x41uthenticateRequest\x12\x1e\n\ncredential\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12\x89\x01\n\x11\x63laimed_tenant_id\x18\x02 \x01(\x0c\x42n\xbaHk\xba\x01h\n\x16\x63laimed_tenant_id.uuid\x12\'must be empty or the 16 bytes of a UUID\x1a%this.size() == 0 || this.size() == 16\x12!\n\x0foperator_reason\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x1e\n\x0cpeer_address\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"^\n\x14\x41uthenticateResponse\x12\x15\n\rcontext_token\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x17\n\x15GetContextKeysRequest\"B\n\x16GetContextKeysResponse\x12(\n\x04keys\x18\x01 \x03(\x0b\x32\x1a.mesh.tenant.v1.ContextKey\"0\n\nContextKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x32\xbb\x02\n\x15\x41uthenticationService\x12\x8c\x01\n\x0c\x41uthenticate\x12#.mesh.tenant.v1.AuthenticateRequest\x1a$.mesh.tenant.v1.AuthenticateResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\x92\x01\n\x0eGetContextKeys\x12%.mesh.tenant.v1.GetContextKeysRequest\x1a&.mesh.tenant.v1.GetContextKeysResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08meteringb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+mesh/tenant/v1/authentication_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x84\x02\n\x13\x41uthenticateRequest\x12\x1e\n\ncredential\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12\x89\x01\n\x11\x63laimed_tenant_id\x18\x02 \x01(\x0c\x42n\xbaHk\xba\x01h\n\x16\x63laimed_tenant_id.uuid\x12\'must be empty or the 16 bytes of a UUID\x1a%this.size() == 0 || this.size() == 16\x12!\n\x0foperator_reason\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x1e\n\x0cpeer_address\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"^\n\x14\x41uthenticateResponse\x12\x15\n\rcontext_token\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x17\n\x15GetContextKeysRequest\"B\n\x16GetContextKeysResponse\x12(\n\x04keys\x18\x01 \x03(\x0b\x32\x1a.mesh.tenant.v1.ContextKey\"0\n\nContextKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"7\n\x13WatchChangesRequest\x12 \n\x0f\x61\x66ter_change_id\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x9a\x01\n\x14WatchChangesResponse\x12\x11\n\tchange_id\x18\x01 \x01(\x03\x12\'\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x16.mesh.tenant.v1.Change\x12\x19\n\x11\x66orget_everything\x18\x03 \x01(\x08\x12+\n\x08read_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"<\n\x06\x43hange\x12\x11\n\tchange_id\x18\x01 \x01(\x03\x12\x11\n\ttenant_id\x18\x02 \x01(\x0c\x12\x0c\n\x04kind\x18\x03 \x01(\t2\xcc\x03\n\x15\x41uthenticationService\x12\x8c\x01\n\x0c\x41uthenticate\x12#.mesh.tenant.v1.AuthenticateRequest\x1a$.mesh.tenant.v1.AuthenticateResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\x92\x01\n\x0eGetContextKeys\x12%.mesh.tenant.v1.GetContextKeysRequest\x1a&.mesh.tenant.v1.GetContextKeysResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\x8e\x01\n\x0cWatchChanges\x12#.mesh.tenant.v1.WatchChangesRequest\x1a$.mesh.tenant.v1.WatchChangesResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,20 +43,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['operator_reason']._serialized_options = b'\272H\005r\003\030\364\003'
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['peer_address']._loaded_options = None
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['peer_address']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_WATCHCHANGESREQUEST'].fields_by_name['after_change_id']._loaded_options = None
+  _globals['_WATCHCHANGESREQUEST'].fields_by_name['after_change_id']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['Authenticate']._loaded_options = None
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['Authenticate']._serialized_options = b'\312\363\030-\010\002\022\tratelimit\022\tinference\022\tretrieval\022\010metering'
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['GetContextKeys']._loaded_options = None
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['GetContextKeys']._serialized_options = b'\312\363\030-\010\002\022\tratelimit\022\tinference\022\tretrieval\022\010metering'
-  _globals['_AUTHENTICATEREQUEST']._serialized_start=155
-  _globals['_AUTHENTICATEREQUEST']._serialized_end=415
-  _globals['_AUTHENTICATERESPONSE']._serialized_start=417
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=511
-  _globals['_GETCONTEXTKEYSREQUEST']._serialized_start=513
-  _globals['_GETCONTEXTKEYSREQUEST']._serialized_end=536
-  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_start=538
-  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_end=604
-  _globals['_CONTEXTKEY']._serialized_start=606
-  _globals['_CONTEXTKEY']._serialized_end=654
-  _globals['_AUTHENTICATIONSERVICE']._serialized_start=657
-  _globals['_AUTHENTICATIONSERVICE']._serialized_end=972
+  _globals['_AUTHENTICATIONSERVICE'].methods_by_name['WatchChanges']._loaded_options = None
+  _globals['_AUTHENTICATIONSERVICE'].methods_by_name['WatchChanges']._serialized_options = b'\312\363\030-\010\002\022\tratelimit\022\tinference\022\tretrieval\022\010metering'
+  _globals['_AUTHENTICATEREQUEST']._serialized_start=187
+  _globals['_AUTHENTICATEREQUEST']._serialized_end=447
+  _globals['_AUTHENTICATERESPONSE']._serialized_start=449
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=543
+  _globals['_GETCONTEXTKEYSREQUEST']._serialized_start=545
+  _globals['_GETCONTEXTKEYSREQUEST']._serialized_end=568
+  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_start=570
+  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_end=636
+  _globals['_CONTEXTKEY']._serialized_start=638
+  _globals['_CONTEXTKEY']._serialized_end=686
+  _globals['_WATCHCHANGESREQUEST']._serialized_start=688
+  _globals['_WATCHCHANGESREQUEST']._serialized_end=743
+  _globals['_WATCHCHANGESRESPONSE']._serialized_start=746
+  _globals['_WATCHCHANGESRESPONSE']._serialized_end=900
+  _globals['_CHANGE']._serialized_start=902
+  _globals['_CHANGE']._serialized_end=962
+  _globals['_AUTHENTICATIONSERVICE']._serialized_start=965
+  _globals['_AUTHENTICATIONSERVICE']._serialized_end=1425
 # @@protoc_insertion_point(module_scope)

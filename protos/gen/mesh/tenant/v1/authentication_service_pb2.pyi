@@ -5,6 +5,7 @@ Who is calling: the one place where a credential becomes a tenant."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -147,3 +148,95 @@ class ContextKey(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ContextKey: _TypeAlias = ContextKey  # noqa: Y015
+
+@_typing.final
+class WatchChangesRequest(_message.Message):
+    """Where to begin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_CHANGE_ID_FIELD_NUMBER: _builtins.int
+    after_change_id: _builtins.int
+    """The last `change_id` the caller was told, on whichever replica; 0 when it remembers nothing yet."""
+    def __init__(
+        self,
+        *,
+        after_change_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_change_id", b"after_change_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchChangesRequest: _TypeAlias = WatchChangesRequest  # noqa: Y015
+
+@_typing.final
+class WatchChangesResponse(_message.Message):
+    """What changed since the message before; a heartbeat when nothing did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_ID_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    FORGET_EVERYTHING_FIELD_NUMBER: _builtins.int
+    READ_AGE_FIELD_NUMBER: _builtins.int
+    change_id: _builtins.int
+    """The newest change: with this message the caller has been told every one up to it. 0 while there never was one."""
+    forget_everything: _builtins.bool
+    """True in a first message that cannot name all that was missed: the caller must forget everything it remembers."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Change]:
+        """Changes after those told before, oldest first, at most 1,000."""
+
+    @_builtins.property
+    def read_age(self) -> _duration_pb2.Duration:
+        """How long before this message was sent the store was read: at most 500 ms."""
+
+    def __init__(
+        self,
+        *,
+        change_id: _builtins.int = ...,
+        changes: _abc.Iterable[Global___Change] | None = ...,
+        forget_everything: _builtins.bool = ...,
+        read_age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["read_age", b"read_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_id", b"change_id", "changes", b"changes", "forget_everything", b"forget_everything", "read_age", b"read_age"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchChangesResponse: _TypeAlias = WatchChangesResponse  # noqa: Y015
+
+@_typing.final
+class Change(_message.Message):
+    """Something that others may remember otherwise than it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_ID_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    change_id: _builtins.int
+    """Its place in the order of commits; rises, with gaps."""
+    tenant_id: _builtins.bytes
+    """Whose it is, 16 bytes; all zero when it concerns every tenant."""
+    kind: _builtins.str
+    """What changed, in upper snake case, such as `KEY`, `STATE` or `PLANS`. A caller takes a kind it does not know for a change of everything of
+    the tenant.
+    """
+    def __init__(
+        self,
+        *,
+        change_id: _builtins.int = ...,
+        tenant_id: _builtins.bytes = ...,
+        kind: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_id", b"change_id", "kind", b"kind", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Change: _TypeAlias = Change  # noqa: Y015

@@ -45,6 +45,11 @@ class AuthenticationServiceStub:
                 request_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.GetContextKeysRequest.SerializeToString,
                 response_deserializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.GetContextKeysResponse.FromString,
                 _registered_method=True)
+        self.WatchChanges = channel.unary_stream(
+                '/mesh.tenant.v1.AuthenticationService/WatchChanges',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.WatchChangesRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.WatchChangesResponse.FromString,
+                _registered_method=True)
 
 
 class AuthenticationServiceServicer:
@@ -66,6 +71,16 @@ class AuthenticationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchChanges(self, request, context):
+        """Streams what may end the trust in an answer remembered elsewhere, in the order of its commits, until the caller leaves or is cut for
+        reading too slowly. Each message vouches that every change up to its `change_id` was told; while the store can be read there is one
+        at least every 250 ms, changes or not. A caller that hears nothing for 750 ms is blind. Reads only.
+        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the store cannot be read: watch again from the last `change_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuthenticationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +93,11 @@ def add_AuthenticationServiceServicer_to_server(servicer, server):
                     servicer.GetContextKeys,
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.GetContextKeysRequest.FromString,
                     response_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.GetContextKeysResponse.SerializeToString,
+            ),
+            'WatchChanges': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchChanges,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.WatchChangesRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.WatchChangesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +155,33 @@ class AuthenticationService:
             '/mesh.tenant.v1.AuthenticationService/GetContextKeys',
             mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.GetContextKeysRequest.SerializeToString,
             mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.GetContextKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchChanges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mesh.tenant.v1.AuthenticationService/WatchChanges',
+            mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.WatchChangesRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.WatchChangesResponse.FromString,
             options,
             channel_credentials,
             insecure,

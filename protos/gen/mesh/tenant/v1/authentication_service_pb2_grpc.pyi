@@ -22,6 +22,12 @@ class AuthenticationServiceStub:
     """
     GetContextKeys: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.GetContextKeysRequest, _authentication_service_pb2.GetContextKeysResponse]
     """Returns the public keys that verify context tokens. Reads only."""
+    WatchChanges: _aio.UnaryStreamMultiCallable[_authentication_service_pb2.WatchChangesRequest, _authentication_service_pb2.WatchChangesResponse]
+    """Streams what may end the trust in an answer remembered elsewhere, in the order of its commits, until the caller leaves or is cut for
+    reading too slowly. Each message vouches that every change up to its `change_id` was told; while the store can be read there is one
+    at least every 250 ms, changes or not. A caller that hears nothing for 750 ms is blind. Reads only.
+    Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the store cannot be read: watch again from the last `change_id`.
+    """
 
 class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns credentials into signed context tokens. Every entrance of the mesh uses this and nothing else."""
@@ -43,5 +49,17 @@ class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_authentication_service_pb2.GetContextKeysRequest, _abc.Awaitable[_authentication_service_pb2.GetContextKeysResponse]],
     ) -> _abc.Awaitable[_authentication_service_pb2.GetContextKeysResponse]:
         """Returns the public keys that verify context tokens. Reads only."""
+
+    @_abc_1.abstractmethod
+    def WatchChanges(
+        self,
+        request: _authentication_service_pb2.WatchChangesRequest,
+        context: _aio.ServicerContext[_authentication_service_pb2.WatchChangesRequest, _abc.AsyncIterator[_authentication_service_pb2.WatchChangesResponse]],
+    ) -> _abc.AsyncIterator[_authentication_service_pb2.WatchChangesResponse]:
+        """Streams what may end the trust in an answer remembered elsewhere, in the order of its commits, until the caller leaves or is cut for
+        reading too slowly. Each message vouches that every change up to its `change_id` was told; while the store can be read there is one
+        at least every 250 ms, changes or not. A caller that hears nothing for 750 ms is blind. Reads only.
+        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the store cannot be read: watch again from the last `change_id`.
+        """
 
 def add_AuthenticationServiceServicer_to_server(servicer: AuthenticationServiceServicer, server: _aio.Server) -> None: ...
