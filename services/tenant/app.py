@@ -107,13 +107,15 @@ async def build(settings: TenantSettings) -> TenantApp:
 
 
 async def _changes(settings: TenantSettings, stack: AsyncExitStack, background: BackgroundTasks) -> ChangeHub:
-    dsn = settings.postgres_dsn.get_secret_value()
-    database = await TenantDatabase.open(dsn, max_size=1, application_name="tenantry-tenant-changes")
+    dsn, pooled = settings.postgres_dsn.get_secret_value(), settings.postgres_transaction_pooling
+    database = await TenantDatabase.open(dsn, max_size=1, application_name="tenantry-tenant-changes", transaction_pooling=pooled)
     stack.push_async_callback(database.close)
     hub = ChangeHub(PostgresChanges(database))
     background.start("change_hub", hub.run)
     background.start("change_trimmer", hub.run_trimmer)
-    background.start("change_listener", ChangeListener(dsn, hub.wake).run)
+    if not pooled:
+        # Through a pooler it would hear nothing, and leave a LISTEN on somebody's connection.
+        background.start("change_listener", ChangeListener(dsn, hub.wake).run)
     return hub
 
 

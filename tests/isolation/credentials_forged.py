@@ -14,13 +14,13 @@ from services.kernel.context_token import SigningKey, mint
 from services.tenant.api_key import ApiKeyText, new_api_key, new_operator_key, parse
 from services.tenant.context_minting import read_signing_key
 from services.tenant.scopes import TENANT_SCOPES
-from tests.isolation.surface import Metadata, Surface
+from tests.isolation.surface import LEAF, Metadata, Surface
 from tests.isolation.target import in_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """What a caller inside the mesh would hold: every service's bearer and the key that signs context tokens."""
+    """What a caller inside the mesh would hold: every service's bearer or leaf, and the key that signs context tokens."""
 
     state: StackState
     surface: Surface
@@ -31,10 +31,14 @@ class Inside:
         return read_signing_key(self.state.secrets.context_signing_key)
 
     def as_service(self, name: str, *, context: str = "", tenant_id: object = "") -> Metadata:
-        """The metadata of a call of this service, with its right bearer."""
-        pairs = [("x-mesh-service", name), ("x-mesh-service-token", self.state.secrets.service_tokens[name])]
+        """The metadata of a call of this service: with its right bearer, or on TLS over its own leaf."""
+        pairs = [(LEAF, name)] if self.surface.tls else self.bearer_of(name)
         pairs += [("x-tenant-context", context)] if context else []
         return [*pairs, ("x-tenant-id", str(tenant_id))] if tenant_id else pairs
+
+    def bearer_of(self, name: str) -> list[tuple[str, str]]:
+        """The service's bearer, as it is taken on plaintext and worth nothing on TLS."""
+        return [("x-mesh-service", name), ("x-mesh-service-token", self.state.secrets.service_tokens[name])]
 
     def as_operator(self, reason: str = "", *, tenant_id: object = "") -> Metadata:
         """The metadata of an operator's call."""
