@@ -25,9 +25,10 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
+from mesh.tenant.v1 import tenant_service_pb2 as mesh_dot_tenant_dot_v1_dot_tenant__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+mesh/tenant/v1/authentication_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x84\x02\n\x13\x41uthenticateRequest\x12\x1e\n\ncredential\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12\x89\x01\n\x11\x63laimed_tenant_id\x18\x02 \x01(\x0c\x42n\xbaHk\xba\x01h\n\x16\x63laimed_tenant_id.uuid\x12\'must be empty or the 16 bytes of a UUID\x1a%this.size() == 0 || this.size() == 16\x12!\n\x0foperator_reason\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x1e\n\x0cpeer_address\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"^\n\x14\x41uthenticateResponse\x12\x15\n\rcontext_token\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x17\n\x15GetContextKeysRequest\"B\n\x16GetContextKeysResponse\x12(\n\x04keys\x18\x01 \x03(\x0b\x32\x1a.mesh.tenant.v1.ContextKey\"0\n\nContextKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x32\xbb\x02\n\x15\x41uthenticationService\x12\x8c\x01\n\x0c\x41uthenticate\x12#.mesh.tenant.v1.AuthenticateRequest\x1a$.mesh.tenant.v1.AuthenticateResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\x92\x01\n\x0eGetContextKeys\x12%.mesh.tenant.v1.GetContextKeysRequest\x1a&.mesh.tenant.v1.GetContextKeysResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08meteringb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+mesh/tenant/v1/authentication_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\x1a#mesh/tenant/v1/tenant_service.proto\"\xb4\x02\n\x13\x41uthenticateRequest\x12\x1e\n\ncredential\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12\x89\x01\n\x11\x63laimed_tenant_id\x18\x02 \x01(\x0c\x42n\xbaHk\xba\x01h\n\x16\x63laimed_tenant_id.uuid\x12\'must be empty or the 16 bytes of a UUID\x1a%this.size() == 0 || this.size() == 16\x12!\n\x0foperator_reason\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x1e\n\x0cpeer_address\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x12\x16\n\x04host\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12\x16\n\x04path\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10\"^\n\x14\x41uthenticateResponse\x12\x15\n\rcontext_token\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"N\n\x14ResolveTenantRequest\x12\x1a\n\x04host\x18\x01 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x04\xba\x01\x01\x00\x12\x1a\n\x04path\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x10\xba\x01\x01\x00\"\x8a\x01\n\x15ResolveTenantResponse\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0c\n\x04slug\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0e\n\x06region\x18\x04 \x01(\t\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.mesh.tenant.v1.TenantState\"\x17\n\x15GetContextKeysRequest\"B\n\x16GetContextKeysResponse\x12(\n\x04keys\x18\x01 \x03(\x0b\x32\x1a.mesh.tenant.v1.ContextKey\"0\n\nContextKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x32\xe9\x03\n\x15\x41uthenticationService\x12\x8c\x01\n\x0c\x41uthenticate\x12#.mesh.tenant.v1.AuthenticateRequest\x1a$.mesh.tenant.v1.AuthenticateResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\xab\x01\n\rResolveTenant\x12$.mesh.tenant.v1.ResolveTenantRequest\x1a%.mesh.tenant.v1.ResolveTenantResponse\"M\xca\xf3\x18I\x08\x02\x12\x08\x65xternal\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x1a\x10operator:resolve\x12\x92\x01\n\x0eGetContextKeys\x12%.mesh.tenant.v1.GetContextKeysRequest\x1a&.mesh.tenant.v1.GetContextKeysResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08meteringb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,20 +43,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['operator_reason']._serialized_options = b'\272H\005r\003\030\364\003'
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['peer_address']._loaded_options = None
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['peer_address']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_AUTHENTICATEREQUEST'].fields_by_name['host']._loaded_options = None
+  _globals['_AUTHENTICATEREQUEST'].fields_by_name['host']._serialized_options = b'\272H\005r\003\030\200\004'
+  _globals['_AUTHENTICATEREQUEST'].fields_by_name['path']._loaded_options = None
+  _globals['_AUTHENTICATEREQUEST'].fields_by_name['path']._serialized_options = b'\272H\005r\003\030\200\020'
+  _globals['_RESOLVETENANTREQUEST'].fields_by_name['host']._loaded_options = None
+  _globals['_RESOLVETENANTREQUEST'].fields_by_name['host']._serialized_options = b'\272H\tr\007\030\200\004\272\001\001\000'
+  _globals['_RESOLVETENANTREQUEST'].fields_by_name['path']._loaded_options = None
+  _globals['_RESOLVETENANTREQUEST'].fields_by_name['path']._serialized_options = b'\272H\tr\007\030\200\020\272\001\001\000'
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['Authenticate']._loaded_options = None
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['Authenticate']._serialized_options = b'\312\363\030-\010\002\022\tratelimit\022\tinference\022\tretrieval\022\010metering'
+  _globals['_AUTHENTICATIONSERVICE'].methods_by_name['ResolveTenant']._loaded_options = None
+  _globals['_AUTHENTICATIONSERVICE'].methods_by_name['ResolveTenant']._serialized_options = b'\312\363\030I\010\002\022\010external\022\tratelimit\022\tinference\022\tretrieval\022\010metering\032\020operator:resolve'
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['GetContextKeys']._loaded_options = None
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['GetContextKeys']._serialized_options = b'\312\363\030-\010\002\022\tratelimit\022\tinference\022\tretrieval\022\010metering'
-  _globals['_AUTHENTICATEREQUEST']._serialized_start=155
-  _globals['_AUTHENTICATEREQUEST']._serialized_end=415
-  _globals['_AUTHENTICATERESPONSE']._serialized_start=417
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=511
-  _globals['_GETCONTEXTKEYSREQUEST']._serialized_start=513
-  _globals['_GETCONTEXTKEYSREQUEST']._serialized_end=536
-  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_start=538
-  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_end=604
-  _globals['_CONTEXTKEY']._serialized_start=606
-  _globals['_CONTEXTKEY']._serialized_end=654
-  _globals['_AUTHENTICATIONSERVICE']._serialized_start=657
-  _globals['_AUTHENTICATIONSERVICE']._serialized_end=972
+  _globals['_AUTHENTICATEREQUEST']._serialized_start=192
+  _globals['_AUTHENTICATEREQUEST']._serialized_end=500
+  _globals['_AUTHENTICATERESPONSE']._serialized_start=502
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=596
+  _globals['_RESOLVETENANTREQUEST']._serialized_start=598
+  _globals['_RESOLVETENANTREQUEST']._serialized_end=676
+  _globals['_RESOLVETENANTRESPONSE']._serialized_start=679
+  _globals['_RESOLVETENANTRESPONSE']._serialized_end=817
+  _globals['_GETCONTEXTKEYSREQUEST']._serialized_start=819
+  _globals['_GETCONTEXTKEYSREQUEST']._serialized_end=842
+  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_start=844
+  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_end=910
+  _globals['_CONTEXTKEY']._serialized_start=912
+  _globals['_CONTEXTKEY']._serialized_end=960
+  _globals['_AUTHENTICATIONSERVICE']._serialized_start=963
+  _globals['_AUTHENTICATIONSERVICE']._serialized_end=1452
 # @@protoc_insertion_point(module_scope)
