@@ -20,7 +20,7 @@ from mesh.common.v1 import error_reason_pb2
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import MeshError, Unauthenticated
 from services.kernel.ids import TenantId
-from services.kernel.request_context import current_peer_address, operator_reason
+from services.kernel.request_context import current_peer_address, operator_reason, tenant_host, tenant_path
 from services.kernel.telemetry.shared_work import context_under, span_parent
 from services.kernel.tenant_context import TenantContext
 
@@ -33,7 +33,7 @@ _CACHE_SIZE = 50_000
 _MAX_CREDENTIAL_LENGTH = 4096
 _TIMEOUT_SECONDS = 2.0
 
-CacheKey = tuple[bytes, TenantId | None, str, str]
+CacheKey = tuple[bytes, TenantId | None, str, str, str, str]
 
 
 class CredentialResolver(Protocol):
@@ -77,9 +77,9 @@ class RemoteCredentialResolver:
         """Returns who the credential proves, from an answer asked for at most 1 s ago or from a new one."""
         if len(credential) > _MAX_CREDENTIAL_LENGTH:
             raise Unauthenticated(error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID, "the credential is not valid; check the key")
-        # The address and reason are part of the question: an allow-list may answer differently for another address.
+        # All that came with it is part of the question: an allow-list may answer differently for another address.
         digest = hashlib.sha256(credential.encode()).digest()
-        key = (digest, claimed_tenant_id, current_peer_address(), operator_reason())
+        key = (digest, claimed_tenant_id, current_peer_address(), operator_reason(), tenant_host(), tenant_path())
         answer = self._answers.get(key)
         if answer is not None and self._monotonic() - answer.asked_at < _FRESH_SECONDS and answer.context.expire_time > self._clock():
             return answer.context
@@ -98,7 +98,7 @@ class RemoteCredentialResolver:
     async def _ask(self, key: CacheKey, credential: str) -> TenantContext:
         from mesh.tenant.v1.authentication_service_pb2 import AuthenticateRequest
 
-        _, claimed, address, reason = key
+        _, claimed, address, reason, host, path = key
         # Stamped before asking: a key revoked while the answer is under way must not gain a second from it.
         asked_at = self._monotonic()
         request = AuthenticateRequest(
@@ -106,6 +106,8 @@ class RemoteCredentialResolver:
             claimed_tenant_id=b"" if claimed is None else claimed.bytes,
             operator_reason=reason,
             peer_address=address,
+            host=host,
+            path=path,
         )
         try:
             response = await self._channel.unary(
@@ -122,7 +124,9 @@ class RemoteCredentialResolver:
 
     def _without_answer(self, key: CacheKey, error: MeshError) -> TenantContext:
         stale = self._answers.get(key)
-        if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        # An issuer's keys that cannot be had are no outage of the tenant service: no other credential may live on by it.
+        answered = error.metadata.get("dependency") == "jwks"
+        if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) and not answered:
             self._away_until = self._monotonic() + _FRESH_SECONDS
             if stale is not None and stale.context.expire_time > self._clock():
                 return stale.context
