@@ -91,7 +91,6 @@ class PostgresKeys:
                 list(terms.allowed_cidrs),
             )
             await append_audit(connection, tenant_id, "KEY_CREATED", f"key:{key.key_id}", actor)
-            await announce(connection, tenant_id, ChangeKind.KEY)
             return _record(row)
 
     async def list_keys(self, tenant_id: TenantId, after: tuple[datetime, str] | None, limit: int) -> Sequence[ApiKeyRecord]:
