@@ -16,7 +16,10 @@ from devstack.stack import Stack
 from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
 
 # Names looked up before a tenant is known, and the feed of changes: a tenant id and nothing of its tenant, so they may be read whole.
-DIRECTORIES = frozenset({"tenant.api_key_directory", "tenant.slug_directory", "tenant.request_directory", "tenant.changes"})
+DIRECTORIES = frozenset(
+    f"tenant.{name}"
+    for name in ("api_key_directory", "slug_directory", "request_directory", "issuer_directory", "domain_directory", "changes")
+)
 DENIED = (asyncpg.InsufficientPrivilegeError,)
 # An append-only table's own trigger refuses, and refuses the owner of the row as well.
 REFUSED = (*DENIED, asyncpg.RestrictViolationError)
@@ -28,7 +31,7 @@ SET_LOCAL = "SELECT set_config('app.tenant_id', $1, true)"
 A_ROW = "SELECT to_jsonb(t)::text FROM {table} t WHERE tenant_id = $1 LIMIT 1"
 COLUMNS = """
 SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute
-WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = '' AND attidentity <> 'a'
 """
 ALL_TABLES = """
 SELECT format('%I.%I', n.nspname, c.relname) AS name, n.nspname AS schema FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

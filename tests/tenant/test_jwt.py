@@ -1,4 +1,4 @@
-"""JWTs of registered issuers, with real keys fetched over HTTP: taken when everything fits, refused in the same words when anything does not."""
+"""JWTs of registered issuers, with real keys fetched over HTTP: taken when everything fits, refused in the same words otherwise."""
 
 import asyncio
 import hashlib
@@ -17,8 +17,8 @@ import structlog
 from cryptography.hazmat.primitives import serialization
 
 from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
-from mesh.tenant.v1 import issuer_service_pb2 as pb
 from mesh.tenant.v1 import api_key_service_pb2, tenant_service_pb2
+from mesh.tenant.v1 import issuer_service_pb2 as pb
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import MeshError
 from services.kernel.telemetry.logging import configure_logging
@@ -420,4 +420,3 @@ async def test_no_token_is_in_the_logs(harness: Harness, capfd: pytest.CaptureFi
     parts = [part for token in tokens for part in token.split(".") if len(part) > 8]
     assert [part for part in parts if part in lines] == []
     assert "eyJ" not in lines
-

@@ -91,7 +91,8 @@ async def test_a_tenant_has_at_most_a_thousand_users(harness: Harness) -> None:
     """One more is PLAN_LIMIT; changing one that is there goes on."""
     created = await harness.create()
     await harness.execute(
-        "INSERT INTO tenant.users (tenant_id, email, role) SELECT $1, 'user' || n || '@example.com', 'MEMBER' FROM generate_series(1, 999) n",
+        "INSERT INTO tenant.users (tenant_id, email, role) "
+        "SELECT $1, 'user' || n || '@example.com', 'MEMBER' FROM generate_series(1, 999) n",
         UUID(created.tenant.tenant_id),
     )
     error = await refusal(put(harness, created.api_key, "more@example.com", MEMBER))
@@ -101,7 +102,14 @@ async def test_a_tenant_has_at_most_a_thousand_users(harness: Harness) -> None:
 
 @pytest.mark.parametrize(
     ("email", "role"),
-    [("nobody", MEMBER), ("", MEMBER), ("a@b.example\x00", MEMBER), (f"{'a' * 250}@b.example", MEMBER), ("a@b.example", 0), ("a@b.example", 9)],
+    [
+        ("nobody", MEMBER),
+        ("", MEMBER),
+        ("a@b.example\x00", MEMBER),
+        (f"{'a' * 250}@b.example", MEMBER),
+        ("a@b.example", 0),
+        ("a@b.example", 9),
+    ],
 )
 async def test_a_bad_user_is_refused_by_its_contract(harness: Harness, email: str, role: Any) -> None:
     """Malformed addresses and unknown roles are invalid requests."""
