@@ -1,4 +1,4 @@
-"""JWTs of registered issuers, with real keys fetched over HTTP: taken when everything fits, refused in the same words when anything does not."""
+"""JWTs of registered issuers, with real keys fetched over HTTP: taken when everything fits, refused in the same words otherwise."""
 
 import asyncio
 import hashlib

@@ -91,7 +91,8 @@ async def test_a_tenant_has_at_most_a_thousand_users(harness: Harness) -> None:
     """One more is PLAN_LIMIT; changing one that is there goes on."""
     created = await harness.create()
     await harness.execute(
-        "INSERT INTO tenant.users (tenant_id, email, role) SELECT $1, 'user' || n || '@example.com', 'MEMBER' FROM generate_series(1, 999) n",
+        "INSERT INTO tenant.users (tenant_id, email, role) "
+        "SELECT $1, 'user' || n || '@example.com', 'MEMBER' FROM generate_series(1, 999) n",
         UUID(created.tenant.tenant_id),
     )
     error = await refusal(put(harness, created.api_key, "more@example.com", MEMBER))
