@@ -141,7 +141,9 @@ async def test_an_unproven_record_is_kept(world: World, tenant: Tenant, inferenc
         while not any(row["send_count"] for row in await waiting(inference_dsn, tenant)):  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.05)
     world.script.hooks.clear()
+    world.script.heard.clear()
     await is_empty(inference_dsn, tenant)
+    assert len(items(world, tenant, "CALL_ENDED")) >= 1
 
 
 async def test_documents_that_cannot_be_recorded_are_not_shown(world: World, tenant: Tenant, inference_dsn: str) -> None:

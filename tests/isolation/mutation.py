@@ -1,6 +1,6 @@
 """The suite on trial: one wall is taken down in a copy of the tree at a time, and the tests that lean on it must fail.
 
-`python -m tests.isolation.mutation [--only WORD] [--jobs 2] [--list]`. Changes nothing in the working tree. A mutation whose text is not
+`python -m tests.isolation.mutation [--only PATTERN] [--jobs 2] [--list]`. Changes nothing in the working tree. A mutation whose text is not
 found exactly once is an error, and so is one that breaks something else than a test; the last line counts.
 """
 
@@ -23,7 +23,10 @@ from pathlib import Path
 from tests.isolation.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 420.0
+RUN_SECONDS = 600.0
+# A test that a busy machine kept from ending has noticed nothing.
+TEST_SECONDS = 400
+_TIMED_OUT = "Timeout (>"
 BASELINE_SECONDS = 1_200.0
 _FAILED = re.compile(r"^FAILED (\S+)", re.MULTILINE)
 _ERROR = re.compile(r"^ERROR (\S+)", re.MULTILINE)
@@ -91,7 +94,7 @@ async def run_tests(tree: Path, tests: Sequence[str], *options: str, within_seco
     environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'protos/gen'}", "PYTHONDONTWRITEBYTECODE": "1"}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *options, *tests),
+        *("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS}", *options, *tests),
         cwd=tree,
         env=environment,
         stdout=subprocess.PIPE,
@@ -102,9 +105,12 @@ async def run_tests(tree: Path, tests: Sequence[str], *options: str, within_seco
         async with asyncio.timeout(within_seconds):
             output, _ = await process.communicate()
     except TimeoutError:
-        os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
         return None, ""
+    finally:
+        # Also when this run is given up: the tests' meshes end with them.
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
     return process.returncode, output.decode(errors="replace")
 
 
@@ -115,7 +121,7 @@ async def judge(tree: Path, mutation: Mutation) -> Outcome:
         code, output = await run_tests(tree, mutation.tests, "-x", within_seconds=RUN_SECONDS)
     seconds = time.monotonic() - began
     failed, error = _FAILED.search(output), _ERROR.search(output)
-    if code == _TESTS_FAILED and failed:
+    if code == _TESTS_FAILED and failed and _TIMED_OUT not in output:
         return Outcome(mutation, failed[1], seconds)
     if code is None:
         return Outcome(mutation, "", seconds, f"the tests did not end within {RUN_SECONDS:.0f} s")
@@ -167,12 +173,12 @@ def say(line: str) -> None:
 def main() -> int:
     """Returns 0 when every mutation was killed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="only mutations whose name holds this text")
+    parser.add_argument("--only", default="", help="only mutations whose name matches this pattern")
     parser.add_argument("--jobs", type=int, default=2, help="how many meshes at a time")
     parser.add_argument("--skip-unchanged", action="store_true", help="do not run the tests on the unchanged tree first")
     parser.add_argument("--list", action="store_true", help="name the mutations and check that they fit")
     chosen = parser.parse_args()
-    mutations = [mutation for mutation in MUTATIONS if chosen.only in mutation.name]
+    mutations = [mutation for mutation in MUTATIONS if re.search(chosen.only, mutation.name)]
     try:
         check(mutations)
     except StaleMutation as stale:

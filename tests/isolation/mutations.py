@@ -7,7 +7,8 @@ CALLERS = "tests/isolation/test_callers.py"
 CREDENTIALS = "tests/isolation/test_credentials.py"
 WALLS = "tests/isolation/test_each_wall_alone.py"
 RULES = f"{STORES}::test_every_schema_keeps_the_isolation_rules"
-REACHES = f"{STORES}::test_a_service_role_reaches_only_the_tenant_that_is_set"
+# One of the two ways of setting a tenant is enough to notice.
+REACHES = f"{STORES}::test_a_service_role_reaches_only_the_tenant_that_is_set[transaction]"
 
 _OWN = "(tenant_id = (SELECT current_setting('app.tenant_id')::uuid))"
 _OWN_ON_TWO_LINES = f"\n    USING {_OWN}\n    WITH CHECK {_OWN}"
@@ -109,14 +110,14 @@ _POLICIES = (
         _TENANT,
         "GRANT SELECT, INSERT ON tenant.audit TO :service;",
         "GRANT SELECT, INSERT, UPDATE, DELETE ON tenant.audit TO :service;",
-        WALLS,
+        f"{WALLS}::test_changing_what_was_recorded_is_not_granted",
     ),
     _one(
         "no trigger guards audit records",
         _AUDIT,
         "CREATE TRIGGER audit_is_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON tenant.audit\n",
         "CREATE TRIGGER audit_is_append_only BEFORE TRUNCATE ON tenant.audit\n",
-        WALLS,
+        f"{WALLS}::test_a_trigger_alone_refuses_to_change_what_was_recorded",
     ),
 )
 
@@ -154,21 +155,21 @@ _FILTERS = (
         "services/kernel/tenant_database.py",
         "SELECT set_config('app.tenant_id', '{UUID(int=tenant_id.int)}', true)",
         "SELECT set_config('app.tenant_id', '{UUID(int=tenant_id.int)}', false)",
-        WALLS,
+        f"{WALLS}::test_a_connection_keeps_no_tenant",
     ),
     _one(
         "searches use the key with every right",
         "services/retrieval/adapters/qdrant.py",
         'token: Metadata = (("api-key", self._tokens.mint(name, "r")),)',
         "token: Metadata = self._admin",
-        WALLS,
+        f"{WALLS}::test_the_collections_token_alone_names_one_collection",
     ),
     _one(
         "hits of other tenants are not dropped",
         "services/retrieval/library.py",
         "own = [hit for hit in hits if hit.tenant_id == tenant_id]",
         "own = list(hits)",
-        WALLS,
+        f"{WALLS}::test_the_library_alone_drops_points_of_other_tenants",
     ),
     _one(
         "Redis keys are not the tenant's own",
@@ -182,7 +183,7 @@ _FILTERS = (
         "services/kernel/paging.py",
         "or check != _check(listing, body) or",
         "or",
-        WALLS,
+        f"{WALLS}::test_a_page_token_is_good_for_its_own_list_alone",
     ),
 )
 
@@ -266,14 +267,14 @@ _RIGHTS = (
         _POLICY,
         "if not 1 <= len(reason) <= _MAX_REASON_LENGTH:",
         "if reason is None:",
-        WALLS,
+        f"{WALLS}::test_the_policy_alone_asks_an_operator_for_a_reason",
     ),
     _one(
         "authentication lets an operator act without a reason",
         "services/tenant/authentication.py",
         "if not 1 <= len(reason) <= MAX_REASON_LENGTH:",
         "if reason is None:",
-        WALLS,
+        f"{WALLS}::test_authentication_alone_asks_an_operator_for_a_reason",
     ),
     _one(
         "operator methods are for every tenant",
@@ -308,7 +309,7 @@ _RIGHTS = (
         "services/tenant/audit_log.py",
         _RECORD_PROOF,
         "ProvenRecord(item, context.subject, source)",
-        WALLS,
+        f"{WALLS}::test_an_audit_record_needs_its_own_tenants_token",
     ),
 )
 

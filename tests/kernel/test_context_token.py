@@ -203,3 +203,37 @@ async def test_keys_outlive_an_outage_by_as_long_as_a_token_and_no_more() -> Non
     clock.advance(15)
     with pytest.raises(Unavailable):
         await verifier.verify(keys.token(now=clock.now))
+
+
+async def test_a_token_that_ended_still_proves_what_it_proved() -> None:
+    """For a record of the past a token is judged as of then, and up to the grace after it; it admits nobody any more."""
+    keys, clock, grace = Keys(), Clock(), timedelta(seconds=60)
+    tenant = TenantId(new_uuid7())
+    token, verifier = keys.token(tenant, now=START), verifier_of(keys, clock)
+    clock.advance(100_000)
+    assert await refused(verifier, token)
+    for seconds in (0, 199, 200, 260):
+        proven = await verifier.verify_as_of(token, START + timedelta(seconds=seconds), grace=grace)
+        assert proven.tenant_id == tenant
+    for seconds in (-100, 261):
+        with pytest.raises(Unauthenticated):
+            await verifier.verify_as_of(token, START + timedelta(seconds=seconds), grace=grace)
+    assert await refused(verifier, token)
+
+
+async def test_the_past_is_proven_by_signature_alone() -> None:
+    """A token that nobody signed proves nothing of the past either, however often it is shown."""
+    keys, clock = Keys(), Clock()
+    token, verifier = Keys().token(now=START), verifier_of(keys, clock)
+    for _ in range(2):
+        with pytest.raises(Unauthenticated):
+            await verifier.verify_as_of(token, START)
+
+
+async def test_remembering_signatures_is_bounded() -> None:
+    """A verifier remembers no more signatures than it was told to."""
+    keys, clock = Keys(), Clock()
+    verifier = verifier_of(keys, clock, cache_size=2)
+    for _ in range(5):
+        await verifier.verify_as_of(keys.token(TenantId(new_uuid7()), now=START), START)
+    assert len(verifier._signed) == 2

@@ -1,18 +1,27 @@
 """The chain: nobody changes a record, nobody forks it, and whoever gets past every wall is found out."""
 
 import asyncio
+import shutil
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
 from mesh.tenant.v1 import audit_service_pb2 as messages
-from services.kernel.ids import new_uuid7
+from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.migrate import migrate
+from services.kernel.tenant_database import TenantDatabase
+from services.tenant.adapters.postgres_audit import PostgresAuditLog
+from services.tenant.app import MIGRATIONS
+from services.tenant.audit_chain import Link, follow
+from tests.support.stores import PostgresStore
 from tests.tenant.harness import Harness, as_service, call, with_key
 
 CHANGES = ("UPDATE tenant.audit SET subject = 'nobody'", "DELETE FROM tenant.audit", "TRUNCATE tenant.audit")
 TRIGGERS = ("audit_is_chained", "audit_documents_are_found", "audit_is_append_only")
+OLD_INSERT = "INSERT INTO tenant.audit (tenant_id, action, subject) VALUES ($1, $2, $3)"
 INSERT = "INSERT INTO tenant.audit (tenant_id, action, subject) VALUES ($1, $2, 'test')"
 
 
@@ -224,3 +233,30 @@ async def test_the_document_index_is_proven_with_the_chain(harness: Harness) -> 
         await connection.execute("DELETE FROM tenant.audit_documents WHERE document_id = $1", document_id)
         await connection.execute("ALTER TABLE tenant.audit_documents ENABLE ALWAYS TRIGGER audit_documents_are_append_only")
     assert (await verdict(harness, created.api_key)).first_broken_sequence == place
+
+
+async def test_records_from_before_the_chain_are_chained_by_the_migration(postgres: PostgresStore, tmp_path: Path) -> None:
+    """What was recorded before there was a chain is part of it afterwards, tenant by tenant, in the order it was written."""
+    admin_dsn, ids = await postgres.fresh_database(), [TenantId(new_uuid7()) for _ in range(3)]
+    files = sorted(MIGRATIONS.glob("*.sql"))
+    for file in files:
+        if file.name < "0009":
+            shutil.copy(file, tmp_path / file.name)
+    await migrate(admin_dsn, "tenant", tmp_path)
+    connection = await asyncpg.connect(admin_dsn)
+    try:
+        for number in range(30):
+            await connection.execute(OLD_INSERT, ids[number % 3], f"DONE_{number}", "é" * number)
+        await migrate(admin_dsn, "tenant", MIGRATIONS)
+        await connection.execute(OLD_INSERT, ids[0], "AFTERWARDS", "")
+    finally:
+        await connection.close()
+    database = await TenantDatabase.open(admin_dsn, max_size=1)
+    try:
+        for tenant_id in ids:
+            page = await PostgresAuditLog(database).chain_page(tenant_id, 0, 1_000, 1_000)
+            assert [kept.record.action for kept in page][:10] == [f"DONE_{n}" for n in range(30) if ids[n % 3] == tenant_id]
+            assert follow(Link(), page)[1] == 0
+            assert len(page) == (11 if tenant_id == ids[0] else 10)
+    finally:
+        await database.close()

@@ -9,8 +9,8 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 
 ADD_AUDIT = """
-SELECT inference.add_audit(
-    $1::uuid[], $2::uuid[], $3::text[], $4::uuid[], $5::timestamptz[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[])
+SELECT inference.add_audit($1::uuid[],
+    $2::uuid[], $3::text[], $4::uuid[], $5::timestamptz[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[])
 """
 SELECT_DUE = """
 SELECT tenant_id, audit_id, action, call_id, occur_time, user_name, document_ids, detail, peer_address, context_token

@@ -17,8 +17,8 @@ INSERT INTO tenant.audit (tenant_id, action, subject, target, reason, peer_addre
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 """
 RECORD_AUDIT = """
-SELECT tenant.record_audit(
-    $1::uuid[], $2::uuid[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
+SELECT tenant.record_audit($1::uuid[],
+    $2::uuid[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
     $11::uuid[], $12::text[], $13::text[])
 """
 SELECT_NEWEST = "SELECT sequence, record_hash FROM tenant.audit WHERE tenant_id = $1 ORDER BY sequence DESC LIMIT 1"
