@@ -8,6 +8,7 @@ import pytest
 PLAIN = "plain"
 MTLS = "mtls"
 PGBOUNCER = "pgbouncer"
+ROUNDS = (PLAIN, MTLS, PGBOUNCER)
 
 
 def over(*rounds: str) -> pytest.MarkDecorator:
