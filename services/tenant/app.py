@@ -10,6 +10,8 @@ from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
     authentication_service_pb2_grpc,
+    configuration_service_pb2_grpc,
+    flag_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2_grpc,
 )
@@ -22,18 +24,25 @@ from services.kernel.rpc.server import MeshServer
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
+from services.tenant.adapters.postgres_configuration import PostgresConfiguration
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
+from services.tenant.adapters.postgres_flags import PostgresFlags
 from services.tenant.adapters.postgres_keys import PostgresKeys
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
 from services.tenant.adapters.postgres_tenants import PostgresTenants
 from services.tenant.authentication import Authenticator
+from services.tenant.configuration import TenantConfiguration
 from services.tenant.context_minting import ContextMinter, read_public_keys, read_signing_key
+from services.tenant.flag_keeping import FlagKeeping
+from services.tenant.flag_set_cache import FlagSetCache
 from services.tenant.key_ring import KeyRing
 from services.tenant.local_credential_resolver import LocalCredentialResolver
 from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
 from services.tenant.servicers.api_key import ApiKeyServicer
 from services.tenant.servicers.authentication import AuthenticationServicer
+from services.tenant.servicers.configuration import ConfigurationServicer
+from services.tenant.servicers.flag import FlagServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
 from services.tenant.servicers.plan import PlanServicer
 from services.tenant.servicers.tenant import TenantServicer
@@ -78,7 +87,11 @@ async def build(settings: TenantSettings) -> TenantApp:
             region=settings.region,
             clock=_now,
         )
-        authenticator = Authenticator(credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now)
+        flags = FlagSetCache(PostgresFlags(database))
+        background.start("flag_set", flags.run)
+        authenticator = Authenticator(
+            credentials, trail, minter, flags=flags, operator_key_hashes=settings.operator_key_hashes(), clock=_now
+        )
         server = _server(settings, database, authenticator, minter, _peers(settings, stack))
         return TenantApp(server, trail, stack.pop_all())
 
@@ -118,6 +131,16 @@ def _server(
                 "mesh.tenant.v1.ApiKeyService",
             ),
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
+            (
+                configuration_service_pb2_grpc.add_ConfigurationServiceServicer_to_server,
+                ConfigurationServicer(TenantConfiguration(PostgresConfiguration(database))),
+                "mesh.tenant.v1.ConfigurationService",
+            ),
+            (
+                flag_service_pb2_grpc.add_FlagServiceServicer_to_server,
+                FlagServicer(FlagKeeping(PostgresFlags(database), tenants)),
+                "mesh.tenant.v1.FlagService",
+            ),
             (
                 lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
                 LifecycleServicer(TenantRemains(PostgresRemains(database))),

@@ -82,6 +82,14 @@ class UsageTrail(Protocol):
         ...
 
 
+class FlagEvaluator(Protocol):
+    """Which feature flags are on."""
+
+    async def enabled(self, tenant_id: TenantId, tier: str) -> frozenset[str]:
+        """Returns the names of the flags that are on for the tenant. Raises: Unavailable when nobody can tell."""
+        ...
+
+
 class Authenticator:
     """Resolves credentials. Keeps no answer: callers do, for at most a second."""
 
@@ -91,10 +99,12 @@ class Authenticator:
         trail: UsageTrail,
         minter: ContextMinter,
         *,
+        flags: FlagEvaluator,
         operator_key_hashes: Sequence[bytes],
         clock: Callable[[], datetime],
     ) -> None:
         self._store = store
+        self._flags = flags
         self._trail = trail
         self._minter = minter
         self._operator_key_hashes = tuple(operator_key_hashes)
@@ -132,7 +142,8 @@ class Authenticator:
             self._trail.audit(stored.tenant_id, AuditAction.TENANT_MISMATCH, subject, target, attempt.peer_address)
             raise _mismatch()
         await self._note_use(stored, key.key_id, now)
-        return self._minter.mint(Grant(stored.tenant_id, stored.facts, subject, stored.scopes, end_time=stored.expire_time))
+        flags = await self._flags.enabled(stored.tenant_id, stored.facts.tier)
+        return self._minter.mint(Grant(stored.tenant_id, stored.facts, subject, stored.scopes, flags, end_time=stored.expire_time))
 
     def _refuse_unusable(self, stored: StoredKey, now: datetime) -> None:
         if stored.expire_time is not None and stored.expire_time <= now:
@@ -164,7 +175,8 @@ class Authenticator:
             return self._minter.mint(Grant(None, None, subject, OPERATOR_SCOPES, operator=True))
         if facts is None:
             raise NotFound("tenant")
-        return self._minter.mint(Grant(claimed, facts, subject, OPERATOR_TENANT_SCOPES, operator=True))
+        flags = await self._flags.enabled(claimed, facts.tier)
+        return self._minter.mint(Grant(claimed, facts, subject, OPERATOR_TENANT_SCOPES, flags, operator=True))
 
 
 def _invalid() -> MeshError:

@@ -23,6 +23,8 @@ from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
     authentication_service_pb2,
     authentication_service_pb2_grpc,
+    configuration_service_pb2_grpc,
+    flag_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2,
     tenant_service_pb2_grpc,
@@ -111,6 +113,8 @@ class Harness:
         self.tenants = tenant_service_pb2_grpc.TenantServiceStub(self.channel)
         self.keys = api_key_service_pb2_grpc.ApiKeyServiceStub(self.channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(self.channel)
+        self.configuration = configuration_service_pb2_grpc.ConfigurationServiceStub(self.channel)
+        self.flags = flag_service_pb2_grpc.FlagServiceStub(self.channel)
         self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
 
     def as_operator(self, tenant_id: str | None = None, reason: str | None = "customer call 4711") -> Metadata:
