@@ -20,7 +20,7 @@ from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import Unavailable
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
-from services.kernel.rpc.server import MeshServer
+from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
@@ -131,16 +131,7 @@ def _server(
                 "mesh.tenant.v1.ApiKeyService",
             ),
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
-            (
-                configuration_service_pb2_grpc.add_ConfigurationServiceServicer_to_server,
-                ConfigurationServicer(TenantConfiguration(PostgresConfiguration(database))),
-                "mesh.tenant.v1.ConfigurationService",
-            ),
-            (
-                flag_service_pb2_grpc.add_FlagServiceServicer_to_server,
-                FlagServicer(FlagKeeping(PostgresFlags(database), tenants)),
-                "mesh.tenant.v1.FlagService",
-            ),
+            *_settings_servicers(database, tenants),
             (
                 lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
                 LifecycleServicer(TenantRemains(PostgresRemains(database))),
@@ -150,6 +141,21 @@ def _server(
         resolver=LocalCredentialResolver(authenticator),
         verifier=ContextTokenVerifier(minter),
     )
+
+
+def _settings_servicers(database: TenantDatabase, tenants: PostgresTenants) -> list[Registration]:
+    return [
+        (
+            configuration_service_pb2_grpc.add_ConfigurationServiceServicer_to_server,
+            ConfigurationServicer(TenantConfiguration(PostgresConfiguration(database))),
+            "mesh.tenant.v1.ConfigurationService",
+        ),
+        (
+            flag_service_pb2_grpc.add_FlagServiceServicer_to_server,
+            FlagServicer(FlagKeeping(PostgresFlags(database), tenants)),
+            "mesh.tenant.v1.FlagService",
+        ),
+    ]
 
 
 def _peers(settings: TenantSettings, stack: AsyncExitStack) -> dict[Step, tuple[str, LifecyclePeer]]:

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 from pydantic import SecretStr
 
 from mesh.common.v1 import lifecycle_service_pb2, lifecycle_service_pb2_grpc
@@ -23,7 +24,9 @@ from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
     authentication_service_pb2,
     authentication_service_pb2_grpc,
+    configuration_service_pb2,
     configuration_service_pb2_grpc,
+    flag_service_pb2,
     flag_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2,
@@ -215,6 +218,29 @@ async def call(
         return await method(request, metadata=tuple(metadata), timeout=timeout_seconds)
     except grpc.aio.AioRpcError as error:
         raise decode_rpc_error(error, "tenant") from None
+
+
+async def update(
+    harness: Harness, metadata: Metadata, paths: Sequence[str], *, expected_version: int = 0, validate_only: bool = False, **overrides: Any
+) -> configuration_service_pb2.UpdateConfigurationResponse:
+    """Changes what the paths name of a tenant's configuration."""
+    request = configuration_service_pb2.UpdateConfigurationRequest(
+        overrides=configuration_service_pb2.ConfigurationOverrides(**overrides),
+        update_mask=FieldMask(paths=paths),
+        expected_version=expected_version,
+        validate_only=validate_only,
+    )
+    return await call(harness.configuration.UpdateConfiguration, request, metadata)
+
+
+async def put_flag(
+    harness: Harness, name: str, *, expected_version: int = 0, validate_only: bool = False, **rules: Any
+) -> flag_service_pb2.PutFlagResponse:
+    """Keeps a flag as the operator."""
+    request = flag_service_pb2.PutFlagRequest(
+        flag=flag_service_pb2.Flag(name=name, **rules), expected_version=expected_version, validate_only=validate_only
+    )
+    return await call(harness.flags.PutFlag, request, harness.as_operator())
 
 
 async def refusal(awaitable: Any) -> MeshError:

@@ -88,9 +88,11 @@ def _overrides(overrides: Overrides) -> messages.ConfigurationOverrides:
     message = messages.ConfigurationOverrides()
     for name in PATH_OF:
         value = overrides.value(name)
+        if value is None:
+            continue
         if name == "allowed_models":
             message.ai.allowed_models.extend(overrides.allowed_models or ())
-        elif value is not None:
+        else:
             setattr(_part(message, name), name, value)
     return message
 
