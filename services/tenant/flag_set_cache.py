@@ -14,6 +14,7 @@ from services.tenant.feature_flag import FlagSet
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 0.2
+RETRY_SECONDS = 1.0
 # Later than this after the last look that succeeded, a question looks for itself, and fails when it cannot.
 FRESH_SECONDS = 0.8
 
@@ -60,12 +61,15 @@ class FlagSetCache:
     async def run(self) -> None:
         """Looks again and again, until cancelled; a store that is away is asked again."""
         while True:
+            pause = LOOK_SECONDS
             try:
                 async with self._looking:
                     await self._look()
             except MeshError as error:
                 log.warning("flags_not_read", reason=error.reason_name)
-            await asyncio.sleep(LOOK_SECONDS)
+                # Questions look for themselves meanwhile, and fail on their own.
+                pause = RETRY_SECONDS
+            await asyncio.sleep(pause)
 
     def _is_fresh(self) -> bool:
         return self._monotonic() - self._looked_at < FRESH_SECONDS
