@@ -136,7 +136,7 @@ def _commands(item: Attacked, victim: UUID) -> list[tuple[str, str, tuple[object
         ("SELECT", f"SELECT tenant_id FROM {table} LIMIT 1", ()),
         (
             "INSERT",
-            f"INSERT INTO {table} ({columns}) SELECT {columns} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)",
+            f"INSERT INTO {table} ({columns}) {row}",
             (item.row,),
         ),
         ("UPDATE", f"UPDATE {table} SET tenant_id = tenant_id WHERE tenant_id = $1 RETURNING tenant_id", (victim,)),
