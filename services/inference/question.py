@@ -62,6 +62,8 @@ async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, pri
         top_k=asked.top_k or DEFAULT_TOP_K,
         stop_sequences=asked.stop_sequences,
         deadline=asked.deadline,
+        prompt_prefix=config.ai.system_prompt_prefix,
+        endpoint=config.ai.dedicated_endpoint,
     )
     needed = input_bound(known_texts(question.messages, with_documents=question.with_documents))
     if needed > context_tokens:

@@ -11,7 +11,9 @@ from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
     audit_service_pb2_grpc,
     authentication_service_pb2_grpc,
+    configuration_service_pb2_grpc,
     domain_service_pb2_grpc,
+    flag_service_pb2_grpc,
     issuer_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2_grpc,
@@ -30,8 +32,10 @@ from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_audit import PostgresAuditLog
 from services.tenant.adapters.postgres_changes import ChangeListener, PostgresChanges
+from services.tenant.adapters.postgres_configuration import PostgresConfiguration
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
 from services.tenant.adapters.postgres_domains import PostgresDomains
+from services.tenant.adapters.postgres_flags import PostgresFlags
 from services.tenant.adapters.postgres_issuers import PostgresIssuers
 from services.tenant.adapters.postgres_keys import PostgresKeys
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
@@ -42,6 +46,7 @@ from services.tenant.audit_head import HeadSigner
 from services.tenant.audit_log import AuditLog
 from services.tenant.authentication import Authenticator
 from services.tenant.change_hub import ChangeHub
+from services.tenant.configuration import TenantConfiguration
 from services.tenant.context_minting import (
     ContextMinter,
     new_signing_seed,
@@ -51,6 +56,8 @@ from services.tenant.context_minting import (
     read_signing_key,
 )
 from services.tenant.domain import DomainRegistry
+from services.tenant.flag_keeping import FlagKeeping
+from services.tenant.flag_set_cache import FlagSetCache
 from services.tenant.issuer import IssuerRegistry
 from services.tenant.jwks_cache import JwksCache, JwksSource
 from services.tenant.jwt_proof import JwtProof
@@ -61,7 +68,9 @@ from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
 from services.tenant.servicers.api_key import ApiKeyServicer
 from services.tenant.servicers.audit import AuditServicer
 from services.tenant.servicers.authentication import AuthenticationServicer
+from services.tenant.servicers.configuration import ConfigurationServicer
 from services.tenant.servicers.domain import DomainServicer
+from services.tenant.servicers.flag import FlagServicer
 from services.tenant.servicers.issuer import IssuerServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
 from services.tenant.servicers.plan import PlanServicer
@@ -116,6 +125,8 @@ async def build(settings: TenantSettings) -> TenantApp:
             clock=_now,
         )
         changes = await _changes(settings, stack, background)
+        flags = FlagSetCache(PostgresFlags(database))
+        background.start("flag_set", flags.run)
         jwks = HttpJwksSource()
         stack.push_async_callback(jwks.close)
         names = NameResolution(PostgresDomains(database), PostgresTenants(database), settings.base_domain_names())
@@ -125,6 +136,7 @@ async def build(settings: TenantSettings) -> TenantApp:
             minter,
             JwtProof(PostgresIssuers(database), JwksCache(jwks), clock=_now),
             names,
+            flags=flags,
             operator_key_hashes=settings.operator_key_hashes(),
             front_key_hashes=settings.front_key_hashes(),
             clock=_now,
@@ -201,6 +213,7 @@ def _server(
                 "mesh.tenant.v1.AuditService",
             ),
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
+            *_settings_servicers(database, tenants),
             (
                 lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
                 LifecycleServicer(TenantRemains(PostgresRemains(database))),
@@ -241,6 +254,21 @@ def _identity_servicers(settings: TenantSettings, database: TenantDatabase, jwks
             user_service_pb2_grpc.add_UserServiceServicer_to_server,
             UserServicer(UserDirectory(PostgresUsers(database))),
             "mesh.tenant.v1.UserService",
+        ),
+    ]
+
+
+def _settings_servicers(database: TenantDatabase, tenants: PostgresTenants) -> list[Registration]:
+    return [
+        (
+            configuration_service_pb2_grpc.add_ConfigurationServiceServicer_to_server,
+            ConfigurationServicer(TenantConfiguration(PostgresConfiguration(database))),
+            "mesh.tenant.v1.ConfigurationService",
+        ),
+        (
+            flag_service_pb2_grpc.add_FlagServiceServicer_to_server,
+            FlagServicer(FlagKeeping(PostgresFlags(database), tenants)),
+            "mesh.tenant.v1.FlagService",
         ),
     ]
 

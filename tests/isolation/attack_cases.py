@@ -90,6 +90,20 @@ CASES: Mapping[str, Case] = {
     },
     "/mesh.tenant.v1.UserService/RemoveUser": lambda ids: {"user_id": ids.user_id},
     "/mesh.tenant.v1.PlanService/ListPlans": _nothing,
+    "/mesh.tenant.v1.ConfigurationService/GetConfiguration": _nothing,
+    "/mesh.tenant.v1.ConfigurationService/UpdateConfiguration": lambda ids: {
+        "overrides": {"ai": {"assistant_name": TAMPERED}},
+        "update_mask": {"paths": ["ai.assistant_name"]},
+    },
+    "/mesh.tenant.v1.ConfigurationService/ChangePlan": lambda ids: {"plan": "professional"},
+    "/mesh.tenant.v1.ConfigurationService/ListConfigurationChanges": lambda ids: {
+        "page_size": 1000,
+        "page_token": ids.page_token("/mesh.tenant.v1.ConfigurationService/ListConfigurationChanges"),
+    },
+    "/mesh.tenant.v1.FlagService/PutFlag": lambda ids: {"flag": {"name": "stolen_flag", "tenants_on": [str(ids.tenant_id)]}},
+    "/mesh.tenant.v1.FlagService/DeleteFlag": lambda ids: {"name": "stolen_flag"},
+    "/mesh.tenant.v1.FlagService/ListFlags": _nothing,
+    "/mesh.tenant.v1.FlagService/EvaluateFlags": lambda ids: {"tenant_id": str(ids.tenant_id)},
     "/mesh.tenant.v1.AuthenticationService/Authenticate": lambda ids: {
         "credential": f"ten_free_{ids.key_id}_guess",
         "claimed_tenant_id": ids.tenant_id.bytes,

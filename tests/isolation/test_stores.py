@@ -46,7 +46,15 @@ TRANSIENT = {
 APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
 SHARED_TABLES = {
     "metering": ("prices", "price_versions"),
-    "tenant": ("plan_catalogs", "plans", "plan_versions", *(name.partition(".")[2] for name in DIRECTORIES)),
+    "tenant": (
+        "plan_catalogs",
+        "plans",
+        "plan_versions",
+        "plan_features",
+        "flags",
+        "flag_changes",
+        *(name.partition(".")[2] for name in DIRECTORIES),
+    ),
 }
 # What the jobs roles may do, by table and command; everything else must be refused or find nothing.
 JOBS_MAY = {

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 from pydantic import SecretStr
 
 from mesh.common.v1 import lifecycle_service_pb2, lifecycle_service_pb2_grpc
@@ -24,7 +25,11 @@ from mesh.tenant.v1 import (
     audit_service_pb2_grpc,
     authentication_service_pb2,
     authentication_service_pb2_grpc,
+    configuration_service_pb2,
+    configuration_service_pb2_grpc,
     domain_service_pb2_grpc,
+    flag_service_pb2,
+    flag_service_pb2_grpc,
     issuer_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2,
@@ -121,6 +126,8 @@ class Harness:
         self.domains = domain_service_pb2_grpc.DomainServiceStub(self.channel)
         self.users = user_service_pb2_grpc.UserServiceStub(self.channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(self.channel)
+        self.configuration = configuration_service_pb2_grpc.ConfigurationServiceStub(self.channel)
+        self.flags = flag_service_pb2_grpc.FlagServiceStub(self.channel)
         self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
 
     def as_operator(self, tenant_id: str | None = None, reason: str | None = "customer call 4711") -> Metadata:
@@ -233,6 +240,29 @@ async def call(
         return await method(request, metadata=tuple(metadata), timeout=timeout_seconds)
     except grpc.aio.AioRpcError as error:
         raise decode_rpc_error(error, "tenant") from None
+
+
+async def update(
+    harness: Harness, metadata: Metadata, paths: Sequence[str], *, expected_version: int = 0, validate_only: bool = False, **overrides: Any
+) -> configuration_service_pb2.UpdateConfigurationResponse:
+    """Changes what the paths name of a tenant's configuration."""
+    request = configuration_service_pb2.UpdateConfigurationRequest(
+        overrides=configuration_service_pb2.ConfigurationOverrides(**overrides),
+        update_mask=FieldMask(paths=paths),
+        expected_version=expected_version,
+        validate_only=validate_only,
+    )
+    return await call(harness.configuration.UpdateConfiguration, request, metadata)
+
+
+async def put_flag(
+    harness: Harness, name: str, *, expected_version: int = 0, validate_only: bool = False, **rules: Any
+) -> flag_service_pb2.PutFlagResponse:
+    """Keeps a flag as the operator."""
+    request = flag_service_pb2.PutFlagRequest(
+        flag=flag_service_pb2.Flag(name=name, **rules), expected_version=expected_version, validate_only=validate_only
+    )
+    return await call(harness.flags.PutFlag, request, harness.as_operator())
 
 
 async def refusal(awaitable: Any) -> MeshError:

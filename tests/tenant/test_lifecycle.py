@@ -45,6 +45,8 @@ async def test_an_erased_tenant_leaves_only_its_audit_log(harness: Harness) -> N
         "postgres:tenant.provisioning": 1,
         "postgres:tenant.slug_directory": 1,
         "postgres:tenant.tenants": 1,
+        "postgres:tenant.configuration_changes": 0,
+        "postgres:tenant.flags": 0,
     }
     assert {item.count for item in (await call(harness.lifecycle.EraseTenant, ERASE, metadata)).erased} == {0}
     assert (await refusal(harness.authenticate(created.api_key))).reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
