@@ -12,7 +12,7 @@ KUSTOMIZE_VERSION := v5.7.1
 export PATH := $(CURDIR)/$(BIN):$(TOOLS):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run demo certs test test-all lint format types imports proto proto-check proto-breaking bench k8s-check tools lock ci clean
+.PHONY: help install run demo certs test test-all lint format types imports proto proto-check proto-breaking mutation bench k8s-check tools lock ci clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -75,6 +75,9 @@ proto-breaking: $(INSTALLED) ## fail when the contracts break callers of the las
 proto-check: proto ## fail when the checked-in stubs differ from their contracts
 	@git diff --exit-code --stat -- protos/gen || { echo "protos/gen does not match protos/: run 'make proto' and commit the result"; exit 1; }
 	@test -z "$$(git ls-files --others --exclude-standard protos/gen)" || { echo "protos/gen has stubs that are not committed"; exit 1; }
+
+mutation: $(INSTALLED) ## take one wall down at a time and see that the isolation suite notices (20 minutes)
+	@$(BIN)/python -m tests.isolation.mutation
 
 bench: $(INSTALLED) ## measure a call's overhead over the bare provider (one JSON object last)
 	@$(BIN)/python -m bench call_overhead

@@ -59,28 +59,14 @@ class InferenceApp:
 async def build(settings: InferenceSettings) -> InferenceApp:
     """Builds the service. Stores and peers may be down: calls answer Unavailable until they are back."""
     async with AsyncExitStack() as stack:
-        database = await TenantDatabase.open(
-            settings.postgres_dsn.get_secret_value(),
-            max_size=settings.postgres_pool_size,
-            application_name="inference",
-            transaction_pooling=settings.postgres_transaction_pooling,
-        )
-        stack.push_async_callback(database.close)
-        jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), max_size=2, application_name="inference-jobs")
-        stack.push_async_callback(jobs.close)
+        database, jobs = await _databases(stack, settings)
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         documents = RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval"))
         memory, ledger, prices = PostgresMemory(database), MeteringLedger(to_metering), MeteringPrices(to_metering)
         stack.push_async_callback(ledger.close)
-        provider = AnthropicProvider(
-            base_url=settings.provider_base_url,
-            api_key=settings.anthropic_api_key.get_secret_value(),
-            call_id_header=settings.provider_call_id_header,
-            max_connections=settings.max_concurrent_provider_calls,
-        )
-        stack.push_async_callback(provider.close)
+        provider = _provider(stack, settings)
         leases = LeaseKeeper(limits, ledger)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
@@ -111,6 +97,29 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(inference, memory, configs), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
+
+
+async def _databases(stack: AsyncExitStack, settings: InferenceSettings) -> tuple[TenantDatabase, JobsDatabase]:
+    pooling = settings.postgres_transaction_pooling
+    dsn, jobs_dsn = settings.postgres_dsn.get_secret_value(), settings.postgres_jobs_dsn.get_secret_value()
+    database = await TenantDatabase.open(
+        dsn, max_size=settings.postgres_pool_size, application_name="inference", transaction_pooling=pooling
+    )
+    stack.push_async_callback(database.close)
+    jobs = await JobsDatabase.open(jobs_dsn, max_size=2, application_name="inference-jobs", transaction_pooling=pooling)
+    stack.push_async_callback(jobs.close)
+    return database, jobs
+
+
+def _provider(stack: AsyncExitStack, settings: InferenceSettings) -> AnthropicProvider:
+    provider = AnthropicProvider(
+        base_url=settings.provider_base_url,
+        api_key=settings.anthropic_api_key.get_secret_value(),
+        call_id_header=settings.provider_call_id_header,
+        max_connections=settings.max_concurrent_provider_calls,
+    )
+    stack.push_async_callback(provider.close)
+    return provider
 
 
 def _registrations(inference: InferenceService, memory: PostgresMemory, configs: TenantConfigCache) -> list[Registration]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
 from mesh.retrieval.v1.document_service_pb2_grpc import add_DocumentServiceServicer_to_server
 from mesh.retrieval.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
+from services.kernel.audit_client import AuditClient
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
@@ -18,6 +19,7 @@ from services.retrieval.adapters.postgres import PostgresDocumentStore, Postgres
 from services.retrieval.adapters.qdrant import QdrantIndex
 from services.retrieval.embedding import HashingEmbedder
 from services.retrieval.library import Library
+from services.retrieval.read_audit import ReadAudit
 from services.retrieval.repairing import repair_forever
 from services.retrieval.servicers.documents import DocumentServicer
 from services.retrieval.servicers.lifecycle import LifecycleServicer
@@ -63,6 +65,8 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         stack.push_async_callback(index.close)
         store = PostgresDocumentStore(database)
         library = Library(store, index, embedder)
+        reads = ReadAudit(AuditClient(to_tenant).record)
+        stack.push_async_callback(reads.close)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         owed = PostgresOwedWork(jobs)
@@ -71,14 +75,14 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         background.start("change_feed", feed.run)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         lifecycle = LifecycleServicer(store, index)
-        server = MeshServer(settings, servicers=_registrations(library, lifecycle), resolver=resolver, verifier=verifier)
+        server = MeshServer(settings, servicers=_registrations(library, reads, lifecycle), resolver=resolver, verifier=verifier)
         return RetrievalApp(server, stack.pop_all())
 
 
-def _registrations(library: Library, lifecycle: LifecycleServicer) -> list[Registration]:
+def _registrations(library: Library, reads: ReadAudit, lifecycle: LifecycleServicer) -> list[Registration]:
     return [
-        (add_DocumentServiceServicer_to_server, DocumentServicer(library), "mesh.retrieval.v1.DocumentService"),
-        (add_SearchServiceServicer_to_server, SearchServicer(library), "mesh.retrieval.v1.SearchService"),
+        (add_DocumentServiceServicer_to_server, DocumentServicer(library, reads), "mesh.retrieval.v1.DocumentService"),
+        (add_SearchServiceServicer_to_server, SearchServicer(library, reads), "mesh.retrieval.v1.SearchService"),
         (add_TenantLifecycleServiceServicer_to_server, lifecycle, "mesh.common.v1.TenantLifecycleService"),
     ]
 

@@ -73,7 +73,9 @@ async def test_documents_are_on_record_before_anything_is_shown(world: World, te
 
     async with asyncio.TaskGroup() as both:
         both.create_task(look())
-        both.create_task(world.generate(tenant, "[[stub: output_tokens=5 token_ms=100]] What?", call_id=call_id, retrieval=REQUIRED, user="carol"))
+        both.create_task(
+            world.generate(tenant, "[[stub: output_tokens=5 token_ms=100]] What?", call_id=call_id, retrieval=REQUIRED, user="carol")
+        )
     [row] = [row for row in seen if row["action"] == "DOCUMENTS_READ"]
     assert row["document_ids"] == [UUID(found.document_id)]
     assert (str(row["call_id"]), row["user_name"], row["peer_address"]) == (call_id, "carol", "127.0.0.1")

@@ -70,12 +70,47 @@ CASES: Mapping[str, Case] = {
         "page_token": ids.page_token("/mesh.tenant.v1.ApiKeyService/ListApiKeys"),
     },
     "/mesh.tenant.v1.ApiKeyService/RevokeApiKey": lambda ids: {"key_id": ids.key_id},
+    "/mesh.tenant.v1.ApiKeyService/RotateApiKey": lambda ids: {"key_id": ids.key_id, "request_id": str(new_uuid7())},
+    "/mesh.tenant.v1.IssuerService/AddIssuer": lambda ids: {
+        "issuer": f"https://{ids.domain}",
+        "audience": "stolen",
+        "jwks_uri": "http://127.0.0.1:9/keys",
+        "algorithms": [3],
+        "scopes": ["tenant:admin"],
+    },
+    "/mesh.tenant.v1.IssuerService/ListIssuers": _nothing,
+    "/mesh.tenant.v1.IssuerService/RemoveIssuer": lambda ids: {"issuer_id": ids.issuer_id},
+    "/mesh.tenant.v1.DomainService/AddDomain": lambda ids: {"domain": ids.domain},
+    "/mesh.tenant.v1.DomainService/ListDomains": _nothing,
+    "/mesh.tenant.v1.DomainService/RemoveDomain": lambda ids: {"domain": ids.domain},
+    "/mesh.tenant.v1.UserService/PutUser": lambda ids: {"email": "thief@example.com", "role": 1},
+    "/mesh.tenant.v1.UserService/ListUsers": lambda ids: {
+        "page_size": 1000,
+        "page_token": ids.page_token("/mesh.tenant.v1.UserService/ListUsers"),
+    },
+    "/mesh.tenant.v1.UserService/RemoveUser": lambda ids: {"user_id": ids.user_id},
     "/mesh.tenant.v1.PlanService/ListPlans": _nothing,
     "/mesh.tenant.v1.AuthenticationService/Authenticate": lambda ids: {
         "credential": f"ten_free_{ids.key_id}_guess",
         "claimed_tenant_id": ids.tenant_id.bytes,
     },
+    "/mesh.tenant.v1.AuthenticationService/ResolveTenant": lambda ids: {"host": ids.domain},
     "/mesh.tenant.v1.AuthenticationService/GetContextKeys": _nothing,
+    "/mesh.tenant.v1.AuditService/QueryAudit": lambda ids: {"document_id": ids.document_id, "page_size": 1000},
+    "/mesh.tenant.v1.AuditService/VerifyAuditChain": _nothing,
+    "/mesh.tenant.v1.AuditService/GetAuditHead": _nothing,
+    "/mesh.tenant.v1.AuditService/RecordAudit": lambda ids: {
+        "items": [
+            {
+                "tenant_id": ids.tenant_id.bytes,
+                "audit_id": UUID(ids.call_id).bytes,
+                "occur_time": in_seconds(0),
+                "action": "FORGED",
+                "user": TAMPERED,
+                "document_ids": [UUID(ids.document_id).bytes],
+            }
+        ]
+    },
     # From the beginning: everything that is kept of anybody's changes.
     "/mesh.tenant.v1.AuthenticationService/WatchChanges": lambda ids: {"after_change_id": 0},
     "/mesh.ratelimit.v1.RateLimitService/Reserve": lambda ids: {

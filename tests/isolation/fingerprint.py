@@ -25,8 +25,10 @@ SELECT count(*) || ' rows ' || coalesce(md5(string_agg(r, '|' ORDER BY r)), '')
 FROM (SELECT (to_jsonb(t) - 'last_use_time')::text AS r FROM {table} t WHERE tenant_id = $1) rows
 """
 # Refusals of a tenant's own keys are recorded there: attacks that fail leave their trace in it.
-AUDIT = "tenant.audit"
-UNSENT = "SELECT count(*) FROM metering.outbox WHERE tenant_id = $1"
+AUDIT = frozenset({"tenant.audit", "tenant.audit_documents"})
+UNSENT = """
+SELECT (SELECT count(*) FROM metering.outbox WHERE tenant_id = $1) + (SELECT count(*) FROM inference.audit_outbox WHERE tenant_id = $1)
+"""
 REST_SECONDS = 30.0
 COUNTERS = ("epoch", "outstanding", "tokens_used", "tokens_held", "cost_used", "cost_held")
 
@@ -58,7 +60,7 @@ async def fingerprint(stack: Stack, tenant_id: TenantId, *, in_mid_call: bool = 
         found = {
             table: str(await connection.fetchval(TABLE_DIGEST.format(table=table), tenant_id))
             for table in await tenant_tables(connection)
-            if table != AUDIT
+            if table not in AUDIT
         }
     finally:
         await connection.close()

@@ -21,6 +21,8 @@ DIRECTORY_COLUMNS: Mapping[str, frozenset[str]] = {
     "tenant.api_key_directory": frozenset({"key_id", "tenant_id"}),
     "tenant.slug_directory": frozenset({"slug", "tenant_id"}),
     "tenant.request_directory": frozenset({"request_id", "tenant_id"}),
+    "tenant.issuer_directory": frozenset({"issuer", "audience", "tenant_id"}),
+    "tenant.domain_directory": frozenset({"domain", "tenant_id"}),
     "tenant.changes": frozenset({"change_id", "tenant_id", "kind", "change_time"}),
 }
 DIRECTORIES = frozenset(DIRECTORY_COLUMNS)

@@ -138,7 +138,8 @@ async def test_a_key_reaches_only_its_scopes(mesh: Mesh, surface: Surface, victi
         attempts.wrong += [f"{scopes}: {answer}"] if answer.refused_as != SCOPE_MISSING else []
     assert not attempts.wrong, "\n".join(attempts.wrong)
     after = await fingerprint(mesh.stack, TenantId(victim.tenant_id))
-    assert {store for store in after if after[store] != before.get(store)} <= {"tenant.api_keys", "tenant.api_key_directory"}
+    made_keys = {"tenant.api_keys", "tenant.api_key_directory", "tenant.changes"}
+    assert {store for store in after if after[store] != before.get(store)} <= made_keys
 
 
 async def test_operator_methods_are_for_operators_who_say_why(surface: Surface, inside: Inside, victim: Target) -> None:

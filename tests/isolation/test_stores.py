@@ -36,15 +36,21 @@ TRANSIENT = {
         "INSERT INTO metering.outbox (tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd, due_time) "
         "VALUES ($1, uuidv7(), 2, 0, 0, 0, now() + interval '1 day')"
     ),
+    "inference.audit_outbox": (
+        "INSERT INTO inference.audit_outbox (tenant_id, audit_id, action, call_id, occur_time, user_name, document_ids, detail, "
+        "peer_address, context_token, due_time) "
+        "VALUES ($1, uuidv7(), 'CALL_ENDED', uuidv7(), now(), '', '{}', '{}', '', '', now() + interval '1 day')"
+    ),
     "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
 }
-APPEND_ONLY = ("metering.entries", "tenant.audit", "metering.prices", "metering.price_versions")
+APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
 SHARED_TABLES = {
     "metering": ("prices", "price_versions"),
     "tenant": ("plan_catalogs", "plans", "plan_versions", *(name.partition(".")[2] for name in DIRECTORIES)),
 }
 # What the jobs roles may do, by table and command; everything else must be refused or find nothing.
 JOBS_MAY = {
+    "inference.audit_outbox": {"SELECT", "DELETE"},
     "metering.tenant_epochs": {"SELECT"},
     "metering.calls": {"SELECT", "UPDATE"},
     "metering.call_leases": {"SELECT", "DELETE"},

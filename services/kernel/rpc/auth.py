@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import structlog
+
 from mesh.common.v1 import error_reason_pb2
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import CredentialResolver
@@ -12,6 +14,8 @@ from services.kernel.rpc import metadata as keys
 from services.kernel.rpc.identity import ServiceIdentity, peer_host
 from services.kernel.rpc.interceptor import Behavior, Deserializer, MeshInterceptor, Method
 from services.kernel.tenant_context import TenantContext
+
+log = structlog.get_logger(__name__)
 
 
 class AuthInterceptor(MeshInterceptor):
@@ -84,6 +88,8 @@ def _claimed_tenant(call: RequestScope) -> TenantId | None:
 
 def _refuse_mismatch(tenant: TenantContext, claimed: TenantId | None) -> None:
     if claimed is not None and claimed != tenant.tenant_id:
+        # A service that presents one tenant's token under another's name is broken or somebody else.
+        log.error("tenant_mismatch", security_event=True, proven_tenant_id=str(tenant.tenant_id), claimed_tenant_id=str(claimed))
         raise Forbidden(
             error_reason_pb2.ERROR_REASON_TENANT_MISMATCH,
             "x-tenant-id names another tenant than your credential proves; leave it out or correct it",

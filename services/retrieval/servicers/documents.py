@@ -8,6 +8,7 @@ from services.kernel.request_context import current_tenant_id
 from services.kernel.timestamps import to_timestamp
 from services.retrieval.document import DocumentDraft, StoredDocument
 from services.retrieval.library import Library
+from services.retrieval.read_audit import ReadAudit
 
 _LISTING = "documents"
 
@@ -15,8 +16,9 @@ _LISTING = "documents"
 class DocumentServicer(document_service_pb2_grpc.DocumentServiceServicer):
     """Documents of the call's tenant."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, reads: ReadAudit) -> None:
         self._library = library
+        self._reads = reads
 
     async def UpsertDocuments(self, request: pb.UpsertDocumentsRequest, context: object) -> pb.UpsertDocumentsResponse:
         """Stores and indexes documents."""
@@ -26,7 +28,9 @@ class DocumentServicer(document_service_pb2_grpc.DocumentServiceServicer):
 
     async def GetDocument(self, request: pb.GetDocumentRequest, context: object) -> pb.GetDocumentResponse:
         """Returns one document."""
-        return pb.GetDocumentResponse(document=_to_proto(await self._library.get(current_tenant_id(), _document_id(request.document_id))))
+        document = await self._library.get(current_tenant_id(), _document_id(request.document_id))
+        await self._reads.documents_read("GetDocument", [document.document_id])
+        return pb.GetDocumentResponse(document=_to_proto(document))
 
     async def ListDocuments(self, request: pb.ListDocumentsRequest, context: object) -> pb.ListDocumentsResponse:
         """Lists documents by key."""

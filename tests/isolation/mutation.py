@@ -1,0 +1,193 @@
+"""The suite on trial: one wall is taken down in a copy of the tree at a time, and the tests that lean on it must fail.
+
+`python -m tests.isolation.mutation [--only WORD] [--jobs 2] [--list]`. Changes nothing in the working tree. A mutation whose text is not
+found exactly once is an error, and so is one that breaks something else than a test; the last line counts.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.isolation.mutations import MUTATIONS, Mutation
+
+ROOT = Path(__file__).parents[2]
+RUN_SECONDS = 420.0
+BASELINE_SECONDS = 1_200.0
+_FAILED = re.compile(r"^FAILED (\S+)", re.MULTILINE)
+_ERROR = re.compile(r"^ERROR (\S+)", re.MULTILINE)
+_TESTS_FAILED = 1
+
+
+class StaleMutation(Exception):
+    """A mutation that does not fit the code any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a mutation: killed by a test, or not and why."""
+
+    mutation: Mutation
+    killed_by: str
+    seconds: float
+    why_not: str = ""
+
+
+def copy_tree(target: Path) -> None:
+    """Copies what git knows of or would take up."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        source = ROOT / name
+        if source.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name)
+
+
+def check(mutations: Sequence[Mutation]) -> None:
+    """Raises: StaleMutation naming every edit whose text is not in its file exactly once."""
+    stale = [
+        f"{mutation.name}: {edit.path} holds the text {count} times"
+        for mutation in mutations
+        for edit in mutation.edits
+        if (count := (ROOT / edit.path).read_text().count(edit.find)) != 1
+    ]
+    if stale:
+        raise StaleMutation("\n".join(stale))
+
+
+@contextmanager
+def applied(tree: Path, mutation: Mutation) -> Iterator[None]:
+    """The tree with one wall down."""
+    before = {edit.path: (tree / edit.path).read_text() for edit in mutation.edits}
+    for edit in mutation.edits:
+        path = tree / edit.path
+        path.write_text(path.read_text().replace(edit.find, edit.put))
+    try:
+        yield
+    finally:
+        for name, text in before.items():
+            (tree / name).write_text(text)
+
+
+async def run_tests(tree: Path, tests: Sequence[str], *options: str, within_seconds: float) -> tuple[int | None, str]:
+    """Runs tests in the tree; the code is None when they did not end in time."""
+    # The copy comes before the installed tree, in the tests and in every service they start. No bytecode: a restored file may be as old.
+    environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'protos/gen'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *options, *tests),
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(within_seconds):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+        return None, ""
+    return process.returncode, output.decode(errors="replace")
+
+
+async def judge(tree: Path, mutation: Mutation) -> Outcome:
+    """Takes the wall down and tells which test noticed."""
+    began = time.monotonic()
+    with applied(tree, mutation):
+        code, output = await run_tests(tree, mutation.tests, "-x", within_seconds=RUN_SECONDS)
+    seconds = time.monotonic() - began
+    failed, error = _FAILED.search(output), _ERROR.search(output)
+    if code == _TESTS_FAILED and failed:
+        return Outcome(mutation, failed[1], seconds)
+    if code is None:
+        return Outcome(mutation, "", seconds, f"the tests did not end within {RUN_SECONDS:.0f} s")
+    if code == 0:
+        return Outcome(mutation, "", seconds, "no test noticed")
+    return Outcome(mutation, "", seconds, f"something else broke: {error[1] if error else output[-400:]}")
+
+
+async def try_all(mutations: Sequence[Mutation], jobs: int) -> list[Outcome]:
+    """Judges every mutation, some at a time, each worker in a copy of its own."""
+    waiting, outcomes = deque(mutations), list[Outcome]()
+
+    async def work(tree: Path) -> None:
+        copy_tree(tree)
+        while waiting:
+            outcome = await judge(tree, waiting.popleft())
+            outcomes.append(outcome)
+            verdict = f"killed by {outcome.killed_by}" if outcome.killed_by else f"SURVIVED: {outcome.why_not}"
+            say(f"{len(outcomes):>3}/{len(mutations)} {outcome.mutation.name}: {verdict} ({outcome.seconds:.0f} s)")
+
+    with tempfile.TemporaryDirectory(prefix="tenantry-mutation-") as folder:
+        # Postgres runs as a user of its own where this runs as root.
+        Path(folder).chmod(0o755)
+        async with asyncio.TaskGroup() as workers:
+            for number in range(jobs):
+                workers.create_task(work(Path(folder) / str(number)))
+    return outcomes
+
+
+async def holds_unchanged(mutations: Sequence[Mutation]) -> bool:
+    """Runs the chosen tests on an unchanged copy: a test that fails anyway kills nothing."""
+    tests = sorted({test for mutation in mutations for test in mutation.tests})
+    with tempfile.TemporaryDirectory(prefix="tenantry-mutation-") as folder:
+        Path(folder).chmod(0o755)
+        copy_tree(Path(folder))
+        code, output = await run_tests(Path(folder), tests, within_seconds=BASELINE_SECONDS)
+    say(f"unchanged: {output.strip().splitlines()[-1] if output.strip() else 'the tests did not end'}")
+    if code != 0:
+        say(output[-3000:])
+    return code == 0
+
+
+def say(line: str) -> None:
+    """Writes a line at once: a run takes minutes."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Returns 0 when every mutation was killed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="only mutations whose name holds this text")
+    parser.add_argument("--jobs", type=int, default=2, help="how many meshes at a time")
+    parser.add_argument("--skip-unchanged", action="store_true", help="do not run the tests on the unchanged tree first")
+    parser.add_argument("--list", action="store_true", help="name the mutations and check that they fit")
+    chosen = parser.parse_args()
+    mutations = [mutation for mutation in MUTATIONS if chosen.only in mutation.name]
+    try:
+        check(mutations)
+    except StaleMutation as stale:
+        say(str(stale))
+        return 2
+    if chosen.list:
+        say("\n".join(mutation.name for mutation in mutations))
+        return 0
+    if not chosen.skip_unchanged and not asyncio.run(holds_unchanged(mutations)):
+        return 1
+    outcomes = asyncio.run(try_all(mutations, max(1, chosen.jobs)))
+    killed = sum(bool(outcome.killed_by) for outcome in outcomes)
+    say(f"killed {killed} of {len(mutations)}")
+    return 0 if killed == len(mutations) > 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

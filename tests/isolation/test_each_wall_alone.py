@@ -1,0 +1,195 @@
+"""Where two walls stand behind each other, an attack cannot tell that one has fallen: here each is watched by itself."""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import asyncpg
+import grpc
+import pytest
+from pydantic import SecretStr
+from qdrant_client import grpc as q
+
+from devstack.environment import DATABASE
+from devstack.ports import LOOPBACK
+from mesh.tenant.v1 import audit_service_pb2, authentication_service_pb2
+from services.kernel.errors import Forbidden
+from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.request_context import EXTERNAL, RequestScope
+from services.kernel.rpc.policy import OPERATOR, REQUIRED, Policy, refuse_unlisted
+from services.kernel.tenant_context import TenantContext
+from services.kernel.tenant_database import TenantDatabase
+from services.retrieval.adapters.qdrant import QdrantIndex, alias_name
+from services.retrieval.document import DocumentStore, Hit, VectorIndex
+from services.retrieval.embedding import Embedder
+from services.retrieval.library import Library
+from tests.isolation.credentials_forged import Inside
+from tests.isolation.fingerprint import superuser
+from tests.isolation.postgres_attacks import SET_SESSION, as_role
+from tests.isolation.surface import Surface
+from tests.isolation.target import Target, in_seconds
+from tests.isolation.test_stores import APPEND_ONLY
+from tests.support.mesh import Mesh
+
+CHANGING = ("UPDATE", "DELETE", "TRUNCATE")
+ADMIN_KEY = "the-key-with-every-right"
+
+
+def an_operator(tenant_id: TenantId | None) -> TenantContext:
+    """An operator whom authentication has let in."""
+    end = datetime.now(UTC) + timedelta(seconds=60)
+    return TenantContext(tenant_id, "", "local", "operator:x", frozenset({"tenant:admin"}), 0, end, operator=True, token="")
+
+
+@pytest.mark.parametrize("requirement", [OPERATOR, REQUIRED])
+@pytest.mark.parametrize("reason", ["", " ", "x" * 501])
+def test_the_policy_alone_asks_an_operator_for_a_reason(requirement: int, reason: str) -> None:
+    """Whatever authentication let through: without a reason of 1 to 500 characters no operator's call is admitted."""
+    call = RequestScope(
+        method="/m", caller=EXTERNAL, tenant=an_operator(TenantId(new_uuid7())), metadata={"x-operator-reason": reason} if reason else {}
+    )
+    with pytest.raises(Forbidden) as refused:
+        refuse_unlisted(Policy(requirement, frozenset({EXTERNAL}), ()), call)
+    assert refused.value.reason_name == "OPERATOR_REASON_MISSING"
+
+
+async def test_authentication_alone_asks_an_operator_for_a_reason(surface: Surface, inside: Inside) -> None:
+    """A service that forgot to ask for the reason is told by authentication."""
+    rpc = surface.find("tenant", "AuthenticationService/Authenticate")
+    request = authentication_service_pb2.AuthenticateRequest(credential=inside.state.secrets.operator_key)
+    answer = await surface.call(rpc, request, inside.as_service("inference"))
+    assert answer.refused_as == ("PERMISSION_DENIED", "OPERATOR_REASON_MISSING")
+
+
+@pytest.mark.parametrize("table", APPEND_ONLY)
+async def test_changing_what_was_recorded_is_not_granted(mesh: Mesh, table: str) -> None:
+    """Were there no trigger, no role that logs in could update, delete or truncate an append-only table."""
+    schema = table.partition(".")[0]
+    connection = await superuser(mesh.stack)
+    try:
+        for role in (f"{schema}_service", f"{schema}_jobs"):
+            for right in CHANGING:
+                assert not await connection.fetchval("SELECT has_table_privilege($1, $2, $3)", role, table, right), (role, right)
+            columns = await connection.fetchval("SELECT has_any_column_privilege($1, $2, 'UPDATE')", role, table)
+            assert not columns, role
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("table", ["tenant.audit", "tenant.audit_documents", "metering.entries"])
+async def test_a_trigger_alone_refuses_to_change_what_was_recorded(mesh: Mesh, table: str) -> None:
+    """Were everything granted, a trigger would still refuse: it refuses the superuser."""
+    connection = await superuser(mesh.stack)
+    try:
+        for sql in (f"UPDATE {table} SET tenant_id = tenant_id WHERE false", f"DELETE FROM {table} WHERE false", f"TRUNCATE {table}"):
+            with pytest.raises(asyncpg.RestrictViolationError):
+                await connection.execute(sql)
+    finally:
+        await connection.close()
+
+
+async def test_a_connection_keeps_no_tenant(mesh: Mesh, victim: Target) -> None:
+    """A pooled connection that served a tenant has none set when its transaction is over."""
+    password = mesh.stack.state.secrets.role_passwords["inference"]
+    dsn = f"postgresql://inference_service:{password}@{LOOPBACK}:{mesh.stack.ports.postgres}/{DATABASE}"
+    database = await TenantDatabase.open(dsn, max_size=1)
+    try:
+        async with database.transaction(TenantId(victim.tenant_id)) as connection:
+            assert await connection.fetchval("SELECT current_setting('app.tenant_id')") == str(victim.tenant_id)
+        assert not await database.fetch_value(None, "SELECT current_setting('app.tenant_id', true)")
+    finally:
+        await database.close()
+
+
+async def test_a_page_token_is_good_for_its_own_list_alone(surface: Surface, attacker: Target) -> None:
+    """A list refuses where another list would go on, though caller and tenant are right."""
+    documents, keys = "/mesh.retrieval.v1.DocumentService/ListDocuments", "/mesh.tenant.v1.ApiKeyService/ListApiKeys"
+    for port, method, token in (
+        ("tenant", "ApiKeyService/ListApiKeys", attacker.ids.page_token(documents)),
+        ("retrieval", "DocumentService/ListDocuments", attacker.ids.page_token(keys)),
+    ):
+        rpc = surface.find(port, method)
+        answer = await surface.call(rpc, rpc.request_type(page_token=token), attacker.metadata)
+        assert answer.refused_as == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+
+
+async def test_the_library_alone_drops_points_of_other_tenants() -> None:
+    """Were a collection to answer with another tenant's points, none would be looked up."""
+    # Only what judges the hits is under trial: neither store, index nor embedder is touched.
+    library = Library(cast("DocumentStore", None), cast("VectorIndex", None), cast("Embedder", None))
+    own, other = TenantId(new_uuid7()), TenantId(new_uuid7())
+    mine = Hit(uuid4(), own, 0.9)
+    assert library._own(own, [Hit(uuid4(), other, 1.0), mine, Hit(uuid4(), None, 0.8)]) == [mine]
+
+
+class Listening(q.PointsServicer):
+    """A vector store that remembers with which key it was asked."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+
+    async def Query(self, request: Any, context: Any) -> Any:
+        self.keys.append(dict(context.invocation_metadata())["api-key"])
+        return q.QueryResponse()
+
+    async def Delete(self, request: Any, context: Any) -> Any:
+        self.keys.append(dict(context.invocation_metadata())["api-key"])
+        return q.PointsOperationResponse()
+
+
+@asynccontextmanager
+async def listening() -> AsyncIterator[tuple[Listening, str]]:
+    """Serves it on loopback."""
+    store, server = Listening(), grpc.aio.server()
+    q.add_PointsServicer_to_server(store, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield store, f"http://127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+async def test_the_collections_token_alone_names_one_collection() -> None:
+    """Searches and writes carry a token for the tenant's own alias, never the key with every right."""
+    tenant_id = TenantId(new_uuid7())
+    async with listening() as (store, url):
+        index = QdrantIndex(url, SecretStr(ADMIN_KEY), 3)
+        await index.search(tenant_id, "words", [0.1, 0.2, 0.3], 5)
+        await index.remove_document(tenant_id, new_uuid7(), keep=[])  # type: ignore[arg-type] # an id is an id here
+        await index.close()
+    assert len(store.keys) == 2
+    for key, access in zip(store.keys, ("r", "rw"), strict=True):
+        payload = key.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        assert claims["access"] == [{"collection": alias_name(tenant_id), "access": access}]
+
+
+async def test_an_audit_record_needs_its_own_tenants_token(
+    mesh: Mesh, surface: Surface, inside: Inside, victim: Target, attacker: Target
+) -> None:
+    """A service that holds one tenant's token writes nothing into another tenant's log."""
+    rpc, contexts = surface.find("tenant", "AuditService/RecordAudit"), [await inside.context_of(attacker.tenant.api_key), ""]
+    items = [
+        {
+            "tenant_id": victim.tenant_id.bytes,
+            "audit_id": new_uuid7().bytes,
+            "context_token": context,
+            "occur_time": in_seconds(0),
+            "action": "FORGED",
+            "document_ids": [UUID(victim.ids.document_id).bytes],
+        }
+        for context in contexts
+    ]
+    answer = await surface.call(rpc, rpc.request_type(items=items), inside.as_service("inference"))
+    assert answer.code == "OK"
+    outcomes = list(answer.messages[0].outcomes)  # type: ignore[attr-defined] # a class of the reflected pool
+    assert outcomes == [audit_service_pb2.AUDIT_OUTCOME_TENANT_NOT_PROVEN] * 2
+    async with as_role(mesh.stack, "tenant") as connection:
+        await connection.fetch(SET_SESSION, str(victim.tenant_id))
+        forged = "SELECT count(*) FROM tenant.audit WHERE tenant_id = $1 AND action = 'FORGED'"
+        assert not await connection.fetchval(forged, victim.tenant_id)
