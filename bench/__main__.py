@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Callable
 
-from bench import call_overhead, kernel_overhead
+from bench import call_overhead, kernel_overhead, revocation, tenants
 
 BENCHES: dict[str, Callable[[list[str]], None]] = {
     "call_overhead": call_overhead.main,
     "kernel_overhead": kernel_overhead.main,
+    "revocation": revocation.main,
+    "tenants": tenants.main,
 }
 
 

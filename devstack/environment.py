@@ -9,6 +9,8 @@ from devstack.ports import LOOPBACK
 from devstack.state import SERVICES, StackState
 
 DATABASE = "tenantry"
+# Resolves to this machine without any name server.
+BASE_DOMAIN = "tenantry.localhost"
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
 WITH_JOBS_ROLE = frozenset({"inference", "metering", "retrieval"})
 
@@ -93,6 +95,7 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
         return {
             "TENANTRY_CONTEXT_SIGNING_KEY": state.secrets.context_signing_key,
             "TENANTRY_OPERATOR_KEY_SHA256": state.secrets.operator_key_sha256,
+            "TENANTRY_BASE_DOMAINS": BASE_DOMAIN,
         }
     if service == "ratelimit":
         return {"TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0"}

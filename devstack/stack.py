@@ -244,12 +244,17 @@ class Stack:
 
 async def is_serving(ports: Ports, name: str, leaf: LeafFiles | None = None) -> bool:
     """Tells whether a service of the mesh answers its health check with SERVING."""
+    return await is_serving_at(ports.address(name), HEALTH_SERVICE_NAMES[name], leaf)
+
+
+async def is_serving_at(address: str, grpc_service: str, leaf: LeafFiles | None = None) -> bool:
+    """Tells whether a process answers the health check of one gRPC service with SERVING."""
     # A pool of its own: a shared subchannel would still be backing off from the process that was here before.
     options = (("grpc.use_local_subchannel_pool", 1),)
-    async with open_channel(ports.address(name), leaf, options) as channel:
+    async with open_channel(address, leaf, options) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE_NAMES[name]), timeout=1.0)
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=grpc_service), timeout=1.0)
         except grpc.aio.AioRpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

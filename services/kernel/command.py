@@ -1,9 +1,9 @@
-"""The command line every service has: `serve` and `migrate`. A wrong setting is one sentence, not a traceback."""
+"""The command line every service has: `serve`, `migrate` and what is its own. A wrong setting is one sentence, not a traceback."""
 
 import argparse
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -21,13 +21,21 @@ def main(
     settings_type: type[Settings],
     build: Callable[[Settings], Awaitable[App]],
     migrate: Callable[[Settings], Coroutine[None, None, None]] | None = None,
+    others: Mapping[str, Callable[[Settings], str]] | None = None,
 ) -> None:
-    """Runs one command of a service and exits: 0 when done, 2 for wrong settings, unusable certificates or a refused migration."""
+    """Runs one command of a service and exits: 0 when done, 2 for wrong settings, unusable certificates or a refused migration.
+
+    `others` are commands of the service's own, which answer with what is printed.
+    """
+    own = others or {}
     parser = argparse.ArgumentParser(prog=f"python -m services.{settings_type.service_name}")
-    parser.add_argument("command", nargs="?", default="serve", choices=("serve", "migrate") if migrate else ("serve",))
+    parser.add_argument("command", nargs="?", default="serve", choices=("serve", *(("migrate",) if migrate else ()), *own))
     command = parser.parse_args().command
     try:
         settings = settings_type()
+        if command in own:
+            print(own[command](settings))  # noqa: T201 - for people
+            return
         if command == "migrate" and migrate is not None:
             configure_logging(settings.service_name, settings.log_level)
             asyncio.run(migrate(settings))

@@ -7,7 +7,7 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
 
 # SHA-256 of the credential, the claimed tenant, the caller's address and the operator's reason.
-CacheKey = tuple[bytes, TenantId | None, str, str]
+CacheKey = tuple[bytes, TenantId | None, str, str, str, str]
 
 _OVERTAKEN_CAPACITY = 10_000
 

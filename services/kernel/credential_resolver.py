@@ -20,7 +20,7 @@ from services.kernel.context_token import MAX_LIFETIME, ContextTokenVerifier
 from services.kernel.credential_answers import Answer, CacheKey, CredentialAnswers
 from services.kernel.errors import MeshError, Unauthenticated, Unavailable
 from services.kernel.ids import TenantId
-from services.kernel.request_context import current_peer_address, operator_reason
+from services.kernel.request_context import current_peer_address, operator_reason, tenant_host, tenant_path
 from services.kernel.telemetry.shared_work import context_under, span_parent
 from services.kernel.tenant_context import TenantContext
 
@@ -77,9 +77,9 @@ class RemoteCredentialResolver:
         """Returns who the credential proves, from an answer that can be trusted now or from a new one."""
         if len(credential) > _MAX_CREDENTIAL_LENGTH:
             raise Unauthenticated(error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID, "the credential is not valid; check the key")
-        # The address and reason are part of the question: an allow-list may answer differently for another address.
+        # All that came with it is part of the question: an allow-list may answer differently for another address.
         digest = hashlib.sha256(credential.encode()).digest()
-        key = (digest, claimed_tenant_id, current_peer_address(), operator_reason())
+        key = (digest, claimed_tenant_id, current_peer_address(), operator_reason(), tenant_host(), tenant_path())
         answer = self._answers.get(key)
         if answer is not None and self._is_trusted(answer):
             return answer.context
@@ -136,12 +136,14 @@ class RemoteCredentialResolver:
     async def _authenticated(self, key: CacheKey, credential: str) -> TenantContext:
         from mesh.tenant.v1.authentication_service_pb2 import AuthenticateRequest
 
-        _, claimed, address, reason = key
+        _, claimed, address, reason, host, path = key
         request = AuthenticateRequest(
             credential=credential,
             claimed_tenant_id=b"" if claimed is None else claimed.bytes,
             operator_reason=reason,
             peer_address=address,
+            host=host,
+            path=path,
         )
         response = await self._channel.unary(
             self._stub.Authenticate, request, timeout_seconds=_TIMEOUT_SECONDS, tenant=None, idempotent=True
@@ -150,7 +152,9 @@ class RemoteCredentialResolver:
 
     def _without_answer(self, key: CacheKey, error: MeshError) -> TenantContext:
         known = self._answers.get(key)
-        if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        # An issuer's keys that cannot be had are no outage of the tenant service: no other credential may live on by it.
+        answered = error.metadata.get("dependency") == "jwks"
+        if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) and not answered:
             self._away_until = self._monotonic() + _FRESH_SECONDS
             if known is not None and self._serves_outage(known):
                 return known.context

@@ -116,6 +116,19 @@ def operator_reason() -> str:
     return "" if found is None else found.metadata.get("x-operator-reason", "")
 
 
+def tenant_host() -> str:
+    """Returns `x-tenant-host`, the host a front end was called by; empty when none was told."""
+    found = _scope.get()
+    return "" if found is None else found.metadata.get("x-tenant-host", "")
+
+
+def tenant_path() -> str:
+    """Returns the first two segments of `x-tenant-path`, such as `/t/acme`: the rest names no tenant, and answers are kept by this text."""
+    found = _scope.get()
+    path = "" if found is None else found.metadata.get("x-tenant-path", "")
+    return "/".join(path.partition("?")[0].partition("#")[0].split("/", 3)[:3])
+
+
 def bind_call_id(call_id: UUID) -> None:
     """Names the call in hand, for its logs and its outbound calls."""
     required_scope().call_id = call_id

@@ -11,43 +11,66 @@ from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
     audit_service_pb2_grpc,
     authentication_service_pb2_grpc,
+    domain_service_pb2_grpc,
+    issuer_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2_grpc,
+    user_service_pb2_grpc,
 )
 from services.kernel.background import BackgroundTasks
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import Unavailable
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
-from services.kernel.rpc.server import MeshServer
+from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_context import TenantContext
 from services.kernel.tenant_database import TenantDatabase
+from services.tenant.adapters.http_jwks import HttpJwksSource
 from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_audit import PostgresAuditLog
 from services.tenant.adapters.postgres_changes import ChangeListener, PostgresChanges
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
+from services.tenant.adapters.postgres_domains import PostgresDomains
+from services.tenant.adapters.postgres_issuers import PostgresIssuers
 from services.tenant.adapters.postgres_keys import PostgresKeys
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
 from services.tenant.adapters.postgres_tenants import PostgresTenants
+from services.tenant.adapters.postgres_users import PostgresUsers
 from services.tenant.audit_head import HeadSigner
 from services.tenant.audit_log import AuditLog
 from services.tenant.authentication import Authenticator
 from services.tenant.change_hub import ChangeHub
-from services.tenant.context_minting import ContextMinter, public_key_id, read_public_keys, read_signing_key
+from services.tenant.context_minting import (
+    ContextMinter,
+    new_signing_seed,
+    public_key_id,
+    public_key_text,
+    read_public_keys,
+    read_signing_key,
+)
+from services.tenant.domain import DomainRegistry
+from services.tenant.issuer import IssuerRegistry
+from services.tenant.jwks_cache import JwksCache, JwksSource
+from services.tenant.jwt_proof import JwtProof
 from services.tenant.key_ring import KeyRing
 from services.tenant.local_credential_resolver import LocalCredentialResolver
+from services.tenant.name_resolution import NameResolution
 from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
 from services.tenant.servicers.api_key import ApiKeyServicer
 from services.tenant.servicers.audit import AuditServicer
 from services.tenant.servicers.authentication import AuthenticationServicer
+from services.tenant.servicers.domain import DomainServicer
+from services.tenant.servicers.issuer import IssuerServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
 from services.tenant.servicers.plan import PlanServicer
 from services.tenant.servicers.tenant import TenantServicer
+from services.tenant.servicers.user import UserServicer
 from services.tenant.settings import TenantSettings
 from services.tenant.tenant_remains import TenantRemains
 from services.tenant.usage_trail import UsageTrailBuffer
+from services.tenant.user import UserDirectory
 
 log = structlog.get_logger(__name__)
 
@@ -93,20 +116,34 @@ async def build(settings: TenantSettings) -> TenantApp:
             clock=_now,
         )
         changes = await _changes(settings, stack, background)
-        authenticator = Authenticator(credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now)
-        server = _server(settings, database, authenticator, minter, _peers(settings, stack), changes)
+        jwks = HttpJwksSource()
+        stack.push_async_callback(jwks.close)
+        names = NameResolution(PostgresDomains(database), PostgresTenants(database), settings.base_domain_names())
+        authenticator = Authenticator(
+            credentials,
+            trail,
+            minter,
+            JwtProof(PostgresIssuers(database), JwksCache(jwks), clock=_now),
+            names,
+            operator_key_hashes=settings.operator_key_hashes(),
+            front_key_hashes=settings.front_key_hashes(),
+            clock=_now,
+        )
+        server = _server(settings, database, authenticator, names, jwks, minter, _peers(settings, stack), changes)
         server.on_drain(changes.close)
         return TenantApp(server, trail, stack.pop_all())
 
 
 async def _changes(settings: TenantSettings, stack: AsyncExitStack, background: BackgroundTasks) -> ChangeHub:
-    dsn = settings.postgres_dsn.get_secret_value()
-    database = await TenantDatabase.open(dsn, max_size=1, application_name="tenantry-tenant-changes")
+    dsn, pooled = settings.postgres_dsn.get_secret_value(), settings.postgres_transaction_pooling
+    database = await TenantDatabase.open(dsn, max_size=1, application_name="tenantry-tenant-changes", transaction_pooling=pooled)
     stack.push_async_callback(database.close)
     hub = ChangeHub(PostgresChanges(database))
     background.start("change_hub", hub.run)
     background.start("change_trimmer", hub.run_trimmer)
-    background.start("change_listener", ChangeListener(dsn, hub.wake).run)
+    if not pooled:
+        # Through a pooler it would hear nothing, and leave a LISTEN on somebody's connection.
+        background.start("change_listener", ChangeListener(dsn, hub.wake).run)
     return hub
 
 
@@ -117,10 +154,23 @@ async def migrate_schema(settings: TenantSettings) -> None:
     await load_plans(admin_dsn, read_plan_file(PLAN_FILE))
 
 
+def new_context_key(_: TenantSettings) -> str:
+    """Makes a signing key and says which settings take it and its public half."""
+    seed = new_signing_seed()
+    return f"TENANTRY_CONTEXT_SIGNING_KEY={seed}\n# for TENANTRY_CONTEXT_ADDITIONAL_PUBLIC_KEYS: {public_key_text(seed)}"
+
+
+def context_public_key(settings: TenantSettings) -> str:
+    """Returns the public half of the signing key in use: what stays published for 300 s after the next one took over."""
+    return public_key_text(settings.context_signing_key.get_secret_value())
+
+
 def _server(
     settings: TenantSettings,
     database: TenantDatabase,
     authenticator: Authenticator,
+    names: NameResolution,
+    jwks: JwksSource,
     minter: ContextMinter,
     peers: dict[Step, tuple[str, LifecyclePeer]],
     changes: ChangeHub,
@@ -132,7 +182,7 @@ def _server(
         servicers=[
             (
                 authentication_service_pb2_grpc.add_AuthenticationServiceServicer_to_server,
-                AuthenticationServicer(authenticator, minter, changes),
+                AuthenticationServicer(authenticator, names, minter, changes),
                 "mesh.tenant.v1.AuthenticationService",
             ),
             (
@@ -156,6 +206,7 @@ def _server(
                 LifecycleServicer(TenantRemains(PostgresRemains(database))),
                 "mesh.common.v1.TenantLifecycleService",
             ),
+            *_identity_servicers(settings, database, jwks),
         ],
         resolver=LocalCredentialResolver(authenticator),
         verifier=ContextTokenVerifier(minter),
@@ -172,6 +223,26 @@ def _audit_log(settings: TenantSettings, database: TenantDatabase, minter: Conte
         return await verifier.verify_as_of(token, moment, grace=LONGEST_CALL)
 
     return AuditLog(PostgresAuditLog(database), HeadSigner(key, public_keys, _now), prove)
+
+
+def _identity_servicers(settings: TenantSettings, database: TenantDatabase, jwks: JwksSource) -> list[Registration]:
+    return [
+        (
+            issuer_service_pb2_grpc.add_IssuerServiceServicer_to_server,
+            IssuerServicer(IssuerRegistry(PostgresIssuers(database), jwks)),
+            "mesh.tenant.v1.IssuerService",
+        ),
+        (
+            domain_service_pb2_grpc.add_DomainServiceServicer_to_server,
+            DomainServicer(DomainRegistry(PostgresDomains(database), settings.base_domain_names())),
+            "mesh.tenant.v1.DomainService",
+        ),
+        (
+            user_service_pb2_grpc.add_UserServiceServicer_to_server,
+            UserServicer(UserDirectory(PostgresUsers(database))),
+            "mesh.tenant.v1.UserService",
+        ),
+    ]
 
 
 def _peers(settings: TenantSettings, stack: AsyncExitStack) -> dict[Step, tuple[str, LifecyclePeer]]:

@@ -1,33 +1,42 @@
 """Who is calling: the one place where a credential becomes a tenant. Refuses without telling strangers what was wrong.
 
-A malformed, unknown or revoked key, and one with a wrong secret, get the same answer; only who holds the right secret learns more.
+A malformed, unknown or revoked key, one with a wrong secret and one used from elsewhere get the same answer; only who holds the right
+secret, where it may be used, learns more. A token's refusals tell as little.
 """
 
 import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
+from uuid import UUID
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import Forbidden, MeshError, NotFound, Unauthenticated
+from services.kernel.errors import MeshError, NotFound, Unauthenticated
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
 from services.tenant.api_key import ApiKeyText, OperatorKeyText, parse
+from services.tenant.cidr import is_within
 from services.tenant.context_minting import ContextMinter, Grant
-from services.tenant.scopes import OPERATOR_SCOPES, OPERATOR_TENANT_SCOPES
+from services.tenant.credential_refusals import MAX_REASON_LENGTH, expired, invalid, mismatch, reason_missing, suspended
+from services.tenant.json_web_token import JsonWebToken, parse_token
+from services.tenant.jwt_proof import JwtProof
+from services.tenant.name_resolution import NameResolution
+from services.tenant.scopes import FRONT_SCOPES, OPERATOR_SCOPES, OPERATOR_TENANT_SCOPES
 from services.tenant.tenant_record import TenantFacts, TenantState
 from services.tenant.text import printable
 
-MAX_REASON_LENGTH = 500
 _NO_HASH = bytes(32)
+# Where what concerns no tenant is kept.
+_NOBODY = TenantId(UUID(int=0))
 
 
 class AuditAction(StrEnum):
     """What authentication writes into a tenant's audit log."""
 
     CREDENTIAL_REFUSED = "CREDENTIAL_REFUSED"
+    KEY_USE_REFUSED = "KEY_USE_REFUSED"
     TENANT_MISMATCH = "TENANT_MISMATCH"
 
 
@@ -39,6 +48,8 @@ class CredentialAttempt:
     claimed_tenant_id: TenantId | None
     operator_reason: str
     peer_address: str
+    host: str = ""
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -52,6 +63,7 @@ class StoredKey:
     revoke_time: datetime | None
     used: bool
     facts: TenantFacts
+    allowed_cidrs: tuple[str, ...] = ()
 
 
 class CredentialStore(Protocol):
@@ -61,8 +73,8 @@ class CredentialStore(Protocol):
         """Returns the key of any tenant."""
         ...
 
-    async def record_first_use(self, tenant_id: TenantId, key_id: str) -> bool:
-        """Writes the first use durably; False when the key was revoked meanwhile."""
+    async def record_first_use(self, tenant_id: TenantId, key_id: str, secret_sha256: bytes) -> bool:
+        """Writes the first use durably; False when the key was revoked or got another secret meanwhile."""
         ...
 
     async def record_operator_access(self, tenant_id: TenantId | None, subject: str, reason: str, peer_address: str) -> TenantFacts | None:
@@ -90,113 +102,134 @@ class Authenticator:
         store: CredentialStore,
         trail: UsageTrail,
         minter: ContextMinter,
+        tokens: JwtProof,
+        names: NameResolution,
         *,
         operator_key_hashes: Sequence[bytes],
+        front_key_hashes: Sequence[bytes],
         clock: Callable[[], datetime],
     ) -> None:
         self._store = store
         self._trail = trail
         self._minter = minter
+        self._tokens = tokens
+        self._names = names
         self._operator_key_hashes = tuple(operator_key_hashes)
+        self._front_key_hashes = tuple(front_key_hashes)
         self._clock = clock
 
     async def authenticate(self, attempt: CredentialAttempt) -> TenantContext:
         """Returns who the credential proves.
 
         Raises: Unauthenticated(CREDENTIAL_INVALID | CREDENTIAL_EXPIRED), Forbidden(TENANT_MISMATCH | TENANT_SUSPENDED |
-        OPERATOR_REASON_MISSING), NotFound for a tenant an operator named that is not there.
+        OPERATOR_REASON_MISSING), NotFound for a tenant an operator named that is not there, Unavailable("jwks").
         """
-        key = parse(attempt.credential)
-        match key:
+        credential = parse(attempt.credential) or parse_token(attempt.credential)
+        match credential:
             case ApiKeyText():
-                return await self._authenticate_tenant(key, attempt)
+                grant = await self._prove_key(credential, attempt)
+            case JsonWebToken():
+                grant = await self._prove_token(credential, attempt)
             case OperatorKeyText():
-                return await self._authenticate_operator(key, attempt)
+                grant = await self._prove_operator(credential, attempt)
             case None:
-                raise _invalid()
+                raise invalid()
+        return self._minter.mint(grant)
 
-    async def _authenticate_tenant(self, key: ApiKeyText, attempt: CredentialAttempt) -> TenantContext:
+    async def _prove_key(self, key: ApiKeyText, attempt: CredentialAttempt) -> Grant:
         stored = await self._store.find_key(key.key_id)
         # Compared against something in every case, so that an unknown id takes as long as a wrong secret.
         proven = hmac.compare_digest(key.secret_sha256(), _NO_HASH if stored is None else stored.secret_sha256)
         if stored is None:
-            raise _invalid()
+            raise invalid()
         subject = f"key:{key.key_id}"
         if not proven or stored.revoke_time is not None:
-            self._trail.audit(stored.tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, "", attempt.peer_address)
-            raise _invalid()
+            self._audit(stored.tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, "", attempt)
+            raise invalid()
+        if stored.allowed_cidrs and not is_within(attempt.peer_address, stored.allowed_cidrs):
+            # In a stranger's hands a stolen key looks like a wrong one; its owner reads where it was tried.
+            self._audit(stored.tenant_id, AuditAction.KEY_USE_REFUSED, subject, "", attempt)
+            raise invalid()
         now = self._clock()
         try:
-            self._refuse_unusable(stored, now)
+            if stored.expire_time is not None and stored.expire_time <= now:
+                raise expired(stored.expire_time)
+            _refuse_unusable(stored.facts)
         except MeshError as refusal:
             # A right secret whose time is over, or whose tenant may not act, is worth more attention than a guess.
-            target = f"refused:{refusal.reason_name}"
-            self._trail.audit(stored.tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, target, attempt.peer_address)
+            self._audit(stored.tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, f"refused:{refusal.reason_name}", attempt)
             raise
-        if attempt.claimed_tenant_id not in (None, stored.tenant_id):
-            target = f"tenant:{attempt.claimed_tenant_id}"
-            self._trail.audit(stored.tenant_id, AuditAction.TENANT_MISMATCH, subject, target, attempt.peer_address)
-            raise _mismatch()
-        await self._note_use(stored, key.key_id, now)
-        return self._minter.mint(Grant(stored.tenant_id, stored.facts, subject, stored.scopes, end_time=stored.expire_time))
+        grant = Grant(stored.tenant_id, stored.facts, subject, stored.scopes, end_time=stored.expire_time)
+        await self._refuse_elsewhere(grant, attempt)
+        await self._note_use(stored, key, now)
+        return grant
 
-    def _refuse_unusable(self, stored: StoredKey, now: datetime) -> None:
-        if stored.expire_time is not None and stored.expire_time <= now:
-            raise _expired(stored.expire_time)
-        if stored.facts.state is TenantState.SUSPENDED:
-            raise _suspended()
-        if stored.facts.state is not TenantState.ACTIVE:
-            raise _invalid()
+    async def _prove_token(self, token: JsonWebToken, attempt: CredentialAttempt) -> Grant:
+        known = await self._tokens.find_issuer(token)
+        try:
+            proven = await self._tokens.prove(token, known.issuer)
+        except Unauthenticated as error:
+            if error.reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID:
+                # By the issuer alone: nothing the token says of its subject is proven.
+                self._audit(known.tenant_id, AuditAction.CREDENTIAL_REFUSED, f"jwt:{known.issuer.issuer_id}", "", attempt)
+            raise
+        _refuse_unusable(known.facts)
+        grant = Grant(known.tenant_id, known.facts, proven.subject, proven.scopes, end_time=proven.end_time)
+        await self._refuse_elsewhere(grant, attempt)
+        return grant
 
-    async def _note_use(self, stored: StoredKey, key_id: str, now: datetime) -> None:
-        if stored.used:
-            self._trail.key_used(stored.tenant_id, key_id, now)
-        # The first use is durable before the caller hears of it: a first key may be replaced only while it was never used.
-        elif not await self._store.record_first_use(stored.tenant_id, key_id):
-            raise _invalid()
-
-    async def _authenticate_operator(self, key: OperatorKeyText, attempt: CredentialAttempt) -> TenantContext:
+    async def _prove_operator(self, key: OperatorKeyText, attempt: CredentialAttempt) -> Grant:
         digest = key.text_sha256()
         # Every hash is compared, so that the time does not tell which one fits.
         if not any([hmac.compare_digest(digest, known) for known in self._operator_key_hashes]):
-            raise _invalid()
+            return self._prove_front(key, digest)
         reason = printable(attempt.operator_reason, "operator_reason").strip()
         if not 1 <= len(reason) <= MAX_REASON_LENGTH:
-            raise _reason_missing()
+            raise reason_missing()
         subject = f"operator:{key.key_id}"
         claimed = attempt.claimed_tenant_id
         facts = await self._store.record_operator_access(claimed, subject, reason, attempt.peer_address)
         if claimed is None:
-            return self._minter.mint(Grant(None, None, subject, OPERATOR_SCOPES, operator=True))
-        if facts is None:
+            grant = Grant(None, None, subject, OPERATOR_SCOPES, operator=True)
+        elif facts is None:
             raise NotFound("tenant")
-        return self._minter.mint(Grant(claimed, facts, subject, OPERATOR_TENANT_SCOPES, operator=True))
+        else:
+            grant = Grant(claimed, facts, subject, OPERATOR_TENANT_SCOPES, operator=True)
+        await self._refuse_elsewhere(grant, attempt)
+        return grant
+
+    def _prove_front(self, key: OperatorKeyText, digest: bytes) -> Grant:
+        if not any([hmac.compare_digest(digest, known) for known in self._front_key_hashes]):
+            raise invalid()
+        # It acts for no tenant, whichever one it names: `x-tenant-id` beside it is refused as naming another one.
+        return Grant(None, None, f"front:{key.key_id}", FRONT_SCOPES, operator=True)
+
+    async def _refuse_elsewhere(self, grant: Grant, attempt: CredentialAttempt) -> None:
+        claimed = attempt.claimed_tenant_id
+        if claimed not in (None, grant.tenant_id):
+            self._audit(grant.tenant_id, AuditAction.TENANT_MISMATCH, grant.subject, f"tenant:{claimed}", attempt)
+            raise mismatch("x-tenant-id")
+        named = await self._names.claimed_tenants(attempt.host, attempt.path)
+        for other in named - {grant.tenant_id}:
+            # By whose name it is, not by the name: a caller can make up names without end, and each would be a record.
+            target = "tenant:unknown" if other is None else f"tenant:{other}"
+            self._audit(grant.tenant_id, AuditAction.TENANT_MISMATCH, grant.subject, target, attempt)
+        if named - {grant.tenant_id}:
+            raise mismatch("the host or path (x-tenant-host, x-tenant-path)")
+
+    async def _note_use(self, stored: StoredKey, key: ApiKeyText, now: datetime) -> None:
+        if stored.used:
+            self._trail.key_used(stored.tenant_id, key.key_id, now)
+        # The first use is durable before the caller hears of it: a first key may be replaced only while it was never used.
+        elif not await self._store.record_first_use(stored.tenant_id, key.key_id, stored.secret_sha256):
+            raise invalid()
+
+    def _audit(self, tenant_id: TenantId | None, action: AuditAction, subject: str, target: str, attempt: CredentialAttempt) -> None:
+        self._trail.audit(_NOBODY if tenant_id is None else tenant_id, action, subject, target, attempt.peer_address)
 
 
-def _invalid() -> MeshError:
-    return Unauthenticated(error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID, "the credential is not valid; check the key")
-
-
-def _expired(expire_time: datetime) -> MeshError:
-    stamp = expire_time.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return Unauthenticated(
-        error_reason_pb2.ERROR_REASON_CREDENTIAL_EXPIRED, f"the key ended at {stamp}; use a newer one", expire_time=stamp
-    )
-
-
-def _suspended() -> MeshError:
-    return Forbidden(error_reason_pb2.ERROR_REASON_TENANT_SUSPENDED, "the tenant is suspended; ask the operator of the system")
-
-
-def _mismatch() -> MeshError:
-    return Forbidden(
-        error_reason_pb2.ERROR_REASON_TENANT_MISMATCH,
-        "x-tenant-id names another tenant than your credential proves; leave it out or correct it",
-    )
-
-
-def _reason_missing() -> MeshError:
-    return Forbidden(
-        error_reason_pb2.ERROR_REASON_OPERATOR_REASON_MISSING,
-        f"say why you act, in 1 to {MAX_REASON_LENGTH} characters, as x-operator-reason",
-    )
+def _refuse_unusable(facts: TenantFacts) -> None:
+    if facts.state is TenantState.SUSPENDED:
+        raise suspended()
+    if facts.state is not TenantState.ACTIVE:
+        raise invalid()

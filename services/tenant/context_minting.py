@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hashlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -95,6 +96,16 @@ def read_signing_key(seed_base64: str) -> SigningKey:
     """Reads the private key from the base64 of its 32-byte seed. Raises: ValueError."""
     private_key = Ed25519PrivateKey.from_private_bytes(_read_key(seed_base64))
     return SigningKey(public_key_id(private_key.public_key()), private_key)
+
+
+def new_signing_seed() -> str:
+    """Makes a signing key: the base64 of 32 random bytes."""
+    return base64.b64encode(secrets.token_bytes(_KEY_LENGTH)).decode()
+
+
+def public_key_text(seed_base64: str) -> str:
+    """Returns the base64 of the public half of a signing key. Raises: ValueError."""
+    return base64.b64encode(read_signing_key(seed_base64).private_key.public_key().public_bytes_raw()).decode()
 
 
 def read_public_keys(keys_base64: str) -> list[Ed25519PublicKey]:

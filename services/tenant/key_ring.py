@@ -1,20 +1,25 @@
-"""A tenant's API keys: made, listed, revoked. Refuses a hundred-and-first live key, and any look at another tenant's."""
+"""A tenant's API keys: made, listed, rotated, revoked. Refuses a hundred-and-first live key, and any look at another tenant's."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Protocol
+from datetime import datetime, timedelta
+from enum import Enum
+from typing import Protocol, assert_never
+from uuid import UUID
 
-from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import InvalidRequest, LimitExceeded, NotFound, QuotaViolation
+from services.kernel.errors import ContentConflict, InvalidRequest, MeshError, NotFound, WrongState
 from services.kernel.ids import TenantId
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, position_time
 from services.tenant.actor import Actor
 from services.tenant.api_key import ApiKeyText, new_api_key
+from services.tenant.cidr import read_cidrs
+from services.tenant.full import too_many
 from services.tenant.scopes import grantable
 from services.tenant.text import printable
 
 MAX_LIVE_KEYS = 100
+DEFAULT_OVERLAP_SECONDS = 86_400
 _LISTING = "api_keys"
 
 
@@ -28,15 +33,52 @@ class ApiKeyRecord:
     create_time: datetime
     expire_time: datetime | None
     revoke_time: datetime | None
+    last_use_time: datetime | None
+    allowed_cidrs: tuple[str, ...]
+    replaced_by: str
 
 
 @dataclass(frozen=True, slots=True)
 class NewKeyTerms:
-    """What a new key is called and may do; `expire_time` None: for ever."""
+    """What a new key is called and may do; `expire_time` None: for ever; no networks: from anywhere."""
 
     display_name: str
     scopes: Sequence[str]
     expire_time: datetime | None
+    allowed_cidrs: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RotationWish:
+    """Which key to replace, and how long it goes on beside its successor."""
+
+    key_id: str
+    overlap: timedelta
+    request_id: UUID
+
+    def digest(self) -> bytes:
+        """Returns the SHA-256 of the content: a repeated request must have the same."""
+        return hashlib.sha256(f"{self.key_id} {self.overlap.total_seconds():.0f}".encode()).digest()
+
+
+class RotationRefusal(Enum):
+    """Why a key was not replaced."""
+
+    ABSENT = "ABSENT"
+    REVOKED = "REVOKED"
+    EXPIRED = "EXPIRED"
+    REPLACED = "REPLACED"
+    FULL = "FULL"
+    OTHER_CONTENT = "OTHER_CONTENT"
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The key, its successor, and whether the text offered for the successor is the one that is kept."""
+
+    replaced: ApiKeyRecord
+    successor: ApiKeyRecord
+    text_is_kept: bool
 
 
 class KeyStore(Protocol):
@@ -48,6 +90,16 @@ class KeyStore(Protocol):
 
     async def list_keys(self, tenant_id: TenantId, after: tuple[datetime, str] | None, limit: int) -> Sequence[ApiKeyRecord]:
         """Returns keys older than the position, newest first."""
+        ...
+
+    async def get_key(self, tenant_id: TenantId, key_id: str) -> ApiKeyRecord | None:
+        """Returns the key; None when the tenant has no such key."""
+        ...
+
+    async def rotate_key(
+        self, tenant_id: TenantId, wish: RotationWish, key: ApiKeyText, max_live: int, actor: Actor
+    ) -> Rotation | RotationRefusal:
+        """Stores the key as the successor and ends the old one, or gives the successor this wish made before the new secret."""
         ...
 
     async def revoke_key(self, tenant_id: TenantId, key_id: str, actor: Actor) -> ApiKeyRecord | None:
@@ -66,7 +118,12 @@ class KeyRing:
         self, tenant_id: TenantId, tier: str, held: frozenset[str], terms: NewKeyTerms, actor: Actor
     ) -> tuple[ApiKeyRecord, ApiKeyText]:
         """Makes a key with no more rights than `held`. Raises: Forbidden(SCOPE_MISSING), LimitExceeded(PLAN_LIMIT)."""
-        granted = NewKeyTerms(printable(terms.display_name, "display_name"), grantable(terms.scopes, held), terms.expire_time)
+        granted = NewKeyTerms(
+            printable(terms.display_name, "display_name"),
+            grantable(terms.scopes, held),
+            terms.expire_time,
+            read_cidrs(terms.allowed_cidrs, "allowed_cidrs"),
+        )
         if terms.expire_time is not None and terms.expire_time <= self._clock():
             raise InvalidRequest("expire_time", "must be in the future")
         key = new_api_key(tier)
@@ -74,6 +131,25 @@ class KeyRing:
         if record is None:
             raise _too_many(tenant_id)
         return record, key
+
+    async def rotate(
+        self, tenant_id: TenantId, tier: str, held: frozenset[str], wish: RotationWish, actor: Actor
+    ) -> tuple[Rotation, ApiKeyText]:
+        """Replaces a key by one with the same rights, which the caller must hold: its text is as good as the old key's.
+
+        Raises: NotFound, Forbidden(SCOPE_MISSING), WrongState, ContentConflict, LimitExceeded(PLAN_LIMIT).
+        """
+        old = await self._store.get_key(tenant_id, wish.key_id)
+        if old is None:
+            raise NotFound("api_key")
+        # A key's scopes never change, so what is checked here holds in the transaction as well.
+        grantable(old.scopes, held)
+        key = new_api_key(tier)
+        rotation = await self._store.rotate_key(tenant_id, wish, key, MAX_LIVE_KEYS, actor)
+        if isinstance(rotation, RotationRefusal):
+            raise _not_rotated(rotation, tenant_id)
+        # A repeated wish keeps the successor's id and changes its secret alone.
+        return rotation, ApiKeyText(tier, rotation.successor.key_id, key.secret)
 
     async def list(self, tenant_id: TenantId, asked_size: int, token: str) -> tuple[Sequence[ApiKeyRecord], str]:
         """Returns a page of keys, newest first, and the token of the next page. Raises: InvalidRequest(page_token)."""
@@ -94,15 +170,21 @@ def _position(token: str) -> tuple[datetime, str] | None:
     return None if position is None else (position_time(position[0]), position[1])
 
 
-def _too_many(tenant_id: TenantId) -> LimitExceeded:
-    message = f"the tenant has {MAX_LIVE_KEYS} live keys, the most it may have; revoke one first"
-    return LimitExceeded(
-        error_reason_pb2.ERROR_REASON_PLAN_LIMIT,
-        message,
-        None,
-        [QuotaViolation(f"tenant:{tenant_id}", message)],
-        rule="live_api_keys",
-        limit=str(MAX_LIVE_KEYS),
-        used=str(MAX_LIVE_KEYS),
-        remaining="0",
-    )
+def _not_rotated(refusal: RotationRefusal, tenant_id: TenantId) -> MeshError:
+    match refusal:
+        case RotationRefusal.ABSENT:
+            return NotFound("api_key")
+        case RotationRefusal.REVOKED | RotationRefusal.EXPIRED:
+            return WrongState("api_key", refusal.value, "the key is dead already; make a new one")
+        case RotationRefusal.REPLACED:
+            return WrongState("api_key", refusal.value, "the key has a successor already; rotate that one")
+        case RotationRefusal.OTHER_CONTENT:
+            return ContentConflict("api_key", "this request id was used with other content; use a new one")
+        case RotationRefusal.FULL:
+            return _too_many(tenant_id, "revoke one first, or rotate with an overlap of 0")
+        case _:
+            assert_never(refusal)
+
+
+def _too_many(tenant_id: TenantId, advice: str = "revoke one first") -> MeshError:
+    return too_many(tenant_id, "live_api_keys", "live keys", MAX_LIVE_KEYS, advice)

@@ -6,6 +6,8 @@ from mesh.common.v1 import error_reason_pb2
 from services.kernel.errors import Forbidden
 
 OPERATOR_SCOPE = "operator:tenants"
+# A front end asks which tenant a host names, and nothing else.
+RESOLVE_SCOPE = "operator:resolve"
 GENERATE_SCOPE = "inference:generate"
 TENANT_SCOPES = frozenset(
     (
@@ -23,8 +25,9 @@ TENANT_SCOPES = frozenset(
     )
 )
 # An operator looks after a tenant but never spends its money.
-OPERATOR_TENANT_SCOPES = (TENANT_SCOPES - {GENERATE_SCOPE}) | {OPERATOR_SCOPE}
-OPERATOR_SCOPES = frozenset((OPERATOR_SCOPE,))
+OPERATOR_TENANT_SCOPES = (TENANT_SCOPES - {GENERATE_SCOPE}) | {OPERATOR_SCOPE, RESOLVE_SCOPE}
+FRONT_SCOPES = frozenset((RESOLVE_SCOPE,))
+OPERATOR_SCOPES = frozenset((OPERATOR_SCOPE, RESOLVE_SCOPE))
 
 
 def grantable(wanted: Iterable[str], held: frozenset[str]) -> list[str]:

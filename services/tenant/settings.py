@@ -3,7 +3,7 @@
 import re
 from typing import ClassVar, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from services.kernel.settings import (
     InferenceAddress,
@@ -16,6 +16,7 @@ from services.kernel.settings import (
     RetrievalAddress,
     ServiceSettings,
 )
+from services.tenant.domain_name import read_base_domains
 
 _SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -36,19 +37,43 @@ class TenantSettings(ServiceSettings):
         default="", description="base64 public keys still or soon in use, comma separated: for 300 s around a change of the signing key"
     )
     operator_key_sha256: str = Field(default="", description="SHA-256 (hex) of each operator key's whole text, comma separated")
+    front_key_sha256: str = Field(
+        default="", description="SHA-256 (hex) of each key's whole text by which a front end may ask ResolveTenant, comma separated"
+    )
+    base_domains: str = Field(
+        default="", description="domains under which <slug>.<domain> names a tenant, comma separated; empty: no host does by itself"
+    )
     region: str = Field(default="local", description="where this cell keeps its tenants' data")
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
     inference_address: InferenceAddress = "127.0.0.1:7403"
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     metering_address: MeteringAddress = "127.0.0.1:7405"
 
-    @field_validator("operator_key_sha256")
+    @field_validator("operator_key_sha256", "front_key_sha256")
     @classmethod
-    def _refuse_other_hashes(cls: type[Self], value: str) -> str:
+    def _refuse_other_hashes(cls: type[Self], value: str, info: ValidationInfo) -> str:
         if not all(_SHA256_HEX.fullmatch(item) for item in _items(value)):
-            msg = "TENANTRY_OPERATOR_KEY_SHA256 must list SHA-256 digests of 64 hex digits"
+            msg = f"TENANTRY_{(info.field_name or '').upper()} must list SHA-256 digests of 64 hex digits"
             raise ValueError(msg)
         return value
+
+    @field_validator("base_domains")
+    @classmethod
+    def _refuse_other_names(cls: type[Self], value: str) -> str:
+        try:
+            read_base_domains(_items(value))
+        except ValueError as error:
+            msg = f"TENANTRY_BASE_DOMAINS must list host names: {error}"
+            raise ValueError(msg) from None
+        return value
+
+    def base_domain_names(self) -> tuple[str, ...]:
+        """Returns the base domains in lower-case ASCII."""
+        return read_base_domains(_items(self.base_domains))
+
+    def front_key_hashes(self) -> tuple[bytes, ...]:
+        """Returns the digests of the front ends' keys."""
+        return tuple(bytes.fromhex(item) for item in _items(self.front_key_sha256))
 
     def operator_key_hashes(self) -> tuple[bytes, ...]:
         """Returns the digests of the operator keys."""

@@ -28,7 +28,7 @@ class RemainsStore(Protocol):
     """Where the records are."""
 
     async def revoke_all_keys(self, tenant_id: TenantId, actor: Actor) -> None:
-        """Revokes every live key, durably."""
+        """Revokes every live key and issuer, durably."""
         ...
 
     async def remove(self, tenant_id: TenantId, actor: Actor) -> Sequence[RemovedRecords]:

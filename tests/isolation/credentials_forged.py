@@ -1,10 +1,14 @@
 """Metadata as attackers send it: stolen, guessed, forged and misplaced credentials and context tokens."""
 
 import base64
+import hashlib
+import hmac
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from devstack.state import StackState
@@ -14,13 +18,15 @@ from services.kernel.context_token import SigningKey, mint
 from services.tenant.api_key import ApiKeyText, new_api_key, new_operator_key, parse
 from services.tenant.context_minting import read_signing_key
 from services.tenant.scopes import TENANT_SCOPES
-from tests.isolation.surface import Metadata, Surface
+from tests.isolation.surface import LEAF, Metadata, Surface
 from tests.isolation.target import in_seconds
+from tests.support.jwks import SigningKey as JwtKey
+from tests.support.jwks import unsigned
 
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """What a caller inside the mesh would hold: every service's bearer and the key that signs context tokens."""
+    """What a caller inside the mesh would hold: every service's bearer or leaf, and the key that signs context tokens."""
 
     state: StackState
     surface: Surface
@@ -31,10 +37,14 @@ class Inside:
         return read_signing_key(self.state.secrets.context_signing_key)
 
     def as_service(self, name: str, *, context: str = "", tenant_id: object = "") -> Metadata:
-        """The metadata of a call of this service, with its right bearer."""
-        pairs = [("x-mesh-service", name), ("x-mesh-service-token", self.state.secrets.service_tokens[name])]
+        """The metadata of a call of this service: with its right bearer, or on TLS over its own leaf."""
+        pairs = [(LEAF, name)] if self.surface.tls else self.bearer_of(name)
         pairs += [("x-tenant-context", context)] if context else []
         return [*pairs, ("x-tenant-id", str(tenant_id))] if tenant_id else pairs
+
+    def bearer_of(self, name: str) -> list[tuple[str, str]]:
+        """The service's bearer, as it is taken on plaintext and worth nothing on TLS."""
+        return [("x-mesh-service", name), ("x-mesh-service-token", self.state.secrets.service_tokens[name])]
 
     def as_operator(self, reason: str = "", *, tenant_id: object = "") -> Metadata:
         """The metadata of an operator's call."""
@@ -103,6 +113,31 @@ def forged_contexts(real: SigningKey, tenant_id: uuid.UUID, token_of_another: st
         "signed twice": f"{genuine}.{genuine.rpartition('.')[2]}",
         "empty": ".",
         "no token at all": "tenant:" + str(tenant_id),
+    }
+
+
+def forged_jwts(real: JwtKey, own: JwtKey, claims: dict[str, Any], own_claims: dict[str, Any]) -> dict[str, str]:
+    """JWTs in the name of a registered issuer that must all be refused, by how they were made; `own` is the forger's own issuer's key."""
+    header, posing = {"alg": "ES256", "kid": real.kid}, JwtKey("ES256", real.kid)
+    public = real.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    shared = unsigned({"alg": "HS256", "kid": real.kid}, claims).rpartition(".")[0]
+    genuine = real.sign(claims)
+    return {
+        "alg none": unsigned({"alg": "none"}, claims),
+        "alg none with the real kid": unsigned({"alg": "none", "kid": real.kid}, claims, b"x"),
+        "HS256 with the public key": f"{shared}.{_encode(hmac.new(public, shared.encode(), hashlib.sha256).digest())}",
+        "signed by the forger under the real kid": posing.sign(claims),
+        "signed by the forger's own issuer": own.sign(claims),
+        "the forger's issuer with another's claims": f"{own.sign(own_claims).rpartition('.')[0]}.{genuine.rpartition('.')[2]}",
+        "claims changed": f"{unsigned(header, claims | {'sub': 'root'}).rpartition('.')[0]}.{genuine.rpartition('.')[2]}",
+        "another audience": real.sign(claims | {"aud": "another"}),
+        "another issuer": real.sign(claims | {"iss": own_claims["iss"]}),
+        "an issuer nobody registered": own.sign(own_claims | {"iss": "https://nobody.example"}),
+        "not yet": real.sign(claims | {"nbf": int(in_seconds(120).timestamp())}),
+        "without end": real.sign({name: value for name, value in claims.items() if name != "exp"}),
+        "without subject": real.sign({name: value for name, value in claims.items() if name != "sub"}),
+        "unsigned": genuine.rpartition(".")[0] + ".",
+        "replaced header": f"{unsigned(header | {'jku': 'https://forger'}, claims).rpartition('.')[0]}.{genuine.rpartition('.')[2]}",
     }
 
 

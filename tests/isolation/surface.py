@@ -12,12 +12,15 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from devstack.addresses import Ports
-from devstack.mesh_client import refusal
+from devstack.certificates import CLIENT
+from devstack.mesh_client import open_channel, refusal
+from devstack.stack import Stack
 from devstack.state import SERVICES
 from mesh.common.v1 import policy_pb2
 
 Metadata = Sequence[tuple[str, str]]
+# Not sent: says whose leaf the caller of a TLS mesh shows. Without it, it is the client's, which any product has.
+LEAF = "leaf-of"
 CALL_TIMEOUT_SECONDS = 15.0
 OK = "OK"
 
@@ -68,8 +71,15 @@ class Answer:
 class Surface:
     """The five ports and every rpc found behind them."""
 
-    def __init__(self, ports: Ports) -> None:
-        self._channels = {name: grpc.aio.insecure_channel(ports.address(name)) for name in SERVICES}
+    def __init__(self, stack: Stack) -> None:
+        certificates = stack.wiring.certificates
+        self.tls = certificates is not None
+        # Whoever attacks has the client's leaf; the services' own are there for callers inside the mesh.
+        self._channels = {
+            (port, who): open_channel(stack.ports.address(port), None if certificates is None else certificates.files(who))
+            for port in SERVICES
+            for who in ((CLIENT,) if certificates is None else (CLIENT, *SERVICES))
+        }
         self.rpcs: tuple[Rpc, ...] = ()
         self.service_names: frozenset[str] = frozenset()
         self.calls_made = 0
@@ -84,7 +94,7 @@ class Surface:
         found: list[Rpc] = []
         names: set[str] = set()
         for port in SERVICES:
-            served, files = await _reflect(self._channels[port])
+            served, files = await _reflect(self._channels[port, CLIENT])
             names |= served
             found += _rpcs_of(port, served, files)
         self.rpcs, self.service_names = tuple(found), frozenset(names)
@@ -98,11 +108,11 @@ class Surface:
         """Calls it and returns the answer, refusals included."""
         self.calls_made += 1
         # `Any`: untyped by grpc's stubs, since the classes are made at run time.
-        channel: Any = self._channels[rpc.port]
+        channel: Any = self._channels[rpc.port, next((value for key, value in metadata if key == LEAF), CLIENT)]
         # The request travels by its own name, so that one class pool cannot be mistaken for the other's.
         raw = request.SerializeToString()
         read = rpc.response_type.FromString
-        pairs = tuple(metadata)
+        pairs = tuple(pair for pair in metadata if pair[0] != LEAF)
         try:
             if rpc.streams:
                 stream = channel.unary_stream(rpc.path, response_deserializer=read)(raw, metadata=pairs, timeout=timeout_seconds)

@@ -5,14 +5,15 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from devstack.mesh_client import Metadata, credentials
+from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
 from mesh.metering.v1 import usage_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
-from mesh.tenant.v1 import api_key_service_pb2, audit_service_pb2
+from mesh.tenant.v1 import api_key_service_pb2, audit_service_pb2, domain_service_pb2, issuer_service_pb2, user_service_pb2
 from services.kernel.ids import new_uuid7
 from tests.isolation.surface import Answer, Surface
+from tests.support.jwks import SigningKey, running_jwks
 from tests.support.mesh import Mesh
 from tests.support.waiting import eventually
 
@@ -30,6 +31,9 @@ class Ids:
     call_id: str
     reservation_id: str
     key_id: str
+    issuer_id: str
+    user_id: str
+    domain: str
     page_tokens: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -43,6 +47,9 @@ class Ids:
             call_id=str(uuid.uuid4()),
             reservation_id=str(new_uuid7()),
             key_id=secrets.token_hex(8),
+            issuer_id=str(new_uuid7()),
+            user_id=str(new_uuid7()),
+            domain=f"d{secrets.token_hex(8)}.example",
         )
 
     def page_token(self, listing: str) -> str:
@@ -52,7 +59,18 @@ class Ids:
     def spellings(self) -> dict[bytes, bytes]:
         """Each id as it may stand in an answer, with the name to put in its place."""
         found: dict[bytes, bytes] = {}
-        for name in ("tenant_id", "conversation_id", "document_id", "call_id", "reservation_id", "key_id", "document_key"):
+        for name in (
+            "tenant_id",
+            "conversation_id",
+            "document_id",
+            "call_id",
+            "reservation_id",
+            "key_id",
+            "document_key",
+            "issuer_id",
+            "user_id",
+            "domain",
+        ):
             text = str(getattr(self, name))
             found[text.encode()] = f"<{name}>".encode()
         for value in (self.tenant_id, uuid.UUID(self.document_id), uuid.UUID(self.call_id), uuid.UUID(self.reservation_id)):
@@ -106,6 +124,9 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
         metadata,
     )
     await _plant_change(surface, metadata)
+    user = user_service_pb2.PutUserRequest(email=f"{canary}@example.com", role=user_service_pb2.USER_ROLE_MEMBER)
+    put = await _must(surface, "tenant", "UserService/PutUser", user, metadata)
+    issuer_id, domain = await _plant_names(mesh, surface, tenant.tenant_id, canary)
     document = listed_documents[0]
     ids = Ids(
         tenant_id=uuid.UUID(tenant.tenant_id),
@@ -115,6 +136,9 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
         call_id=call_id,
         reservation_id=call.reservation_id,
         key_id=made.messages[0].key.key_id,  # type: ignore[attr-defined] # a class of the reflected pool
+        issuer_id=issuer_id,
+        user_id=put.messages[0].user.user_id,  # type: ignore[attr-defined] # a class of the reflected pool
+        domain=domain,
         page_tokens=await _page_tokens(surface, metadata, conversation_id),
     )
     return Target(tenant, canary, ids, prompt)
@@ -132,6 +156,25 @@ async def _plant_change(surface: Surface, metadata: Metadata) -> None:
     made = await _must(surface, "tenant", "ApiKeyService/CreateApiKey", spare, metadata)
     revoked = api_key_service_pb2.RevokeApiKeyRequest(key_id=made.messages[0].key.key_id)  # type: ignore[attr-defined] # as above
     await _must(surface, "tenant", "ApiKeyService/RevokeApiKey", revoked, metadata)
+
+
+async def _plant_names(mesh: Mesh, surface: Surface, tenant_id: str, canary: str) -> tuple[str, str]:
+    secret = mesh.stack.state.secrets.operator_key
+    operator = [*operator_credentials(secret, "planting"), ("x-tenant-id", tenant_id)]
+    domain = domain_service_pb2.AddDomainRequest(domain=f"{canary}.example")
+    given = await _must(surface, "tenant", "DomainService/AddDomain", domain, operator)
+    key = SigningKey()
+    # Its keys need to be there only while it is registered.
+    async with running_jwks(key) as server:
+        issuer = issuer_service_pb2.AddIssuerRequest(
+            issuer=f"https://login.{canary}.example",
+            audience="tenantry",
+            jwks_uri=server.uri,
+            algorithms=[issuer_service_pb2.JWT_ALGORITHM_ES256],
+            scopes=["tenant:read", "tenant:admin"],
+        )
+        added = await _must(surface, "tenant", "IssuerService/AddIssuer", issuer, operator)
+    return added.messages[0].issuer.issuer_id, given.messages[0].domain.domain  # type: ignore[attr-defined] # as above
 
 
 async def _plant_documents(mesh: Mesh, metadata: Metadata, canary: str) -> list[document_service_pb2.Document]:
@@ -169,6 +212,7 @@ async def _page_tokens(surface: Surface, metadata: Metadata, conversation_id: st
         ("retrieval", "DocumentService/ListDocuments"),
         ("inference", "ConversationService/ListTurns"),
         ("tenant", "ApiKeyService/ListApiKeys"),
+        ("tenant", "UserService/ListUsers"),
     ):
         rpc = surface.find(port, method)
         request = rpc.request_type(page_size=1)

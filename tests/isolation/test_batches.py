@@ -12,9 +12,13 @@ from services.kernel.ids import TenantId, new_uuid7
 from tests.isolation.attack_cases import aimed_at
 from tests.isolation.credentials_forged import Inside
 from tests.isolation.fingerprint import fingerprint
+from tests.isolation.rounds import MTLS, PGBOUNCER, PLAIN, over
 from tests.isolation.surface import Surface
 from tests.isolation.target import Target, in_seconds, plant
 from tests.support.mesh import Mesh
+
+# Through PgBouncer as well: batches name their tenants one by one, on sessions that have been left with the attacked one.
+pytestmark = over(PLAIN, MTLS, PGBOUNCER)
 
 MODEL = "claude-haiku-4-5-20251001"
 CATCH_UP_SECONDS = 5.0

@@ -9,6 +9,7 @@ from services.kernel.rpc.policy import NONE, OPERATOR, REQUIRED
 from tests.isolation.attack_cases import aimed_at
 from tests.isolation.credentials_forged import Inside, bearer
 from tests.isolation.fingerprint import fingerprint, superuser
+from tests.isolation.rounds import MTLS, PLAIN, over
 from tests.isolation.surface import Answer, Metadata, Rpc, Surface
 from tests.isolation.target import Target
 from tests.support.mesh import Mesh
@@ -70,6 +71,7 @@ async def test_a_service_cannot_use_what_is_for_others(mesh: Mesh, surface: Surf
     assert await fingerprint(mesh.stack, TenantId(victim.tenant_id)) == before
 
 
+@over(PLAIN)
 async def test_a_services_bearer_speaks_for_no_other_service(surface: Surface, inside: Inside, victim: Target) -> None:
     """One service's bearer under another's name is CREDENTIAL_INVALID at every rpc."""
     context, attempts = await inside.context_of(victim.tenant.api_key), Attempts(surface, victim)
@@ -80,6 +82,21 @@ async def test_a_services_bearer_speaks_for_no_other_service(surface: Surface, i
             metadata = [("x-mesh-service", name), ("x-mesh-service-token", tokens[other]), ("x-tenant-context", context)]
             await attempts.expect(("UNAUTHENTICATED", "CREDENTIAL_INVALID"), rpc, metadata, f"{other} as {name}")
     assert not attempts.wrong, "\n".join(attempts.wrong)
+
+
+@over(MTLS)
+async def test_on_tls_a_services_bearer_is_worth_nothing(surface: Surface, inside: Inside, victim: Target) -> None:
+    """The right bearer of a service that may call, shown over the client's leaf, proves nothing; over another service's, nothing more."""
+    context, attempts = await inside.context_of(victim.tenant.api_key), Attempts(surface, victim)
+    for rpc in surface.rpcs:
+        for name in sorted(rpc.callers - {"external"}):
+            with_token = [*inside.bearer_of(name), ("x-tenant-context", context)]
+            await attempts.expect(("UNAUTHENTICATED", "CREDENTIAL_MISSING"), rpc, inside.bearer_of(name), f"bearer of {name}")
+            await attempts.expect(("UNAUTHENTICATED", "CONTEXT_INVALID"), rpc, with_token, f"bearer of {name} with a token")
+            other = next(service for service in SERVICES if service not in rpc.callers)
+            await attempts.expect(NOT_ALLOWED, rpc, [*inside.as_service(other), *with_token], f"bearer of {name} over the leaf of {other}")
+    assert not attempts.wrong, "\n".join(attempts.wrong)
+    assert attempts.count > 60
 
 
 async def test_a_token_of_another_tenant_than_named_is_refused(surface: Surface, inside: Inside, victim: Target, attacker: Target) -> None:
@@ -121,7 +138,8 @@ async def test_a_key_reaches_only_its_scopes(mesh: Mesh, surface: Surface, victi
         attempts.wrong += [f"{scopes}: {answer}"] if answer.refused_as != SCOPE_MISSING else []
     assert not attempts.wrong, "\n".join(attempts.wrong)
     after = await fingerprint(mesh.stack, TenantId(victim.tenant_id))
-    assert {store for store in after if after[store] != before.get(store)} <= {"tenant.api_keys", "tenant.api_key_directory"}
+    made_keys = {"tenant.api_keys", "tenant.api_key_directory", "tenant.changes"}
+    assert {store for store in after if after[store] != before.get(store)} <= made_keys
 
 
 async def test_operator_methods_are_for_operators_who_say_why(surface: Surface, inside: Inside, victim: Target) -> None:

@@ -14,9 +14,13 @@ from tests.contract import contracts
 from tests.isolation.attack_cases import CASES, ENDS_ITS_TENANT, aimed_at, names_an_id
 from tests.isolation.credentials_forged import Inside, bearer
 from tests.isolation.fingerprint import fingerprint
+from tests.isolation.rounds import MTLS, PGBOUNCER, PLAIN, over
 from tests.isolation.surface import Answer, Metadata, Rpc, Surface
 from tests.isolation.target import Ids, Target, plant
 from tests.support.mesh import Mesh
+
+# Through PgBouncer as well: on the paths of the services, what a faulty client left on the sessions must not matter.
+pytestmark = over(PLAIN, MTLS, PGBOUNCER)
 
 
 async def test_every_served_rpc_has_an_attack(surface: Surface) -> None:

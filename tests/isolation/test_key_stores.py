@@ -22,8 +22,12 @@ from services.kernel.ids import TenantId
 from services.retrieval.adapters.qdrant import DENSE, alias_name, collection_name
 from services.retrieval.adapters.qdrant_token import CollectionTokens
 from tests.isolation.fingerprint import fingerprint, payload_of, qdrant, redis_of, scroll, superuser
+from tests.isolation.rounds import PLAIN, over
 from tests.isolation.target import Target
 from tests.support.mesh import Mesh
+
+# The stores are attacked directly, with keys and tokens of their own: no transport is in the way.
+pytestmark = over(PLAIN)
 
 KEY = re.compile(rb"^\{([0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12})\}:[a-z_]+$")
 COLLECTION = re.compile(r"^t_([0-9a-f]{32})_v\d+$")

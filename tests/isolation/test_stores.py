@@ -22,8 +22,12 @@ from tests.isolation.postgres_attacks import (
     tries,
     without_tenant,
 )
+from tests.isolation.rounds import PLAIN, over
 from tests.isolation.target import Target
 from tests.support.mesh import Mesh
+
+# The database is attacked directly, by its roles: no transport is in the way. Through PgBouncer: test_pooled_connections.
+pytestmark = over(PLAIN)
 
 # Rows of tables that are empty while nothing is under way: far in the future, so that no sweep and no relay takes them up meanwhile.
 TRANSIENT = {

@@ -14,9 +14,13 @@ from services.retrieval.adapters.qdrant import alias_name
 from tests.isolation.canaries import written_down
 from tests.isolation.fingerprint import fingerprint, payload_of, qdrant, redis_of, scroll, superuser
 from tests.isolation.postgres_attacks import Attacked, cross_tenant, without_tenant
+from tests.isolation.rounds import PLAIN, over
 from tests.isolation.target import Target
 from tests.isolation.test_key_stores import foreign_points, known_tenants, misplaced_keys
 from tests.support.mesh import Mesh
+
+# Walls of the stores are taken down and looked at directly: no transport is in the way.
+pytestmark = over(PLAIN)
 
 TABLE = "inference.prompts"
 POLICY = "prompts_of_tenant"

@@ -1,6 +1,5 @@
 """The feed of changes as its subscribers meet it: in order, and fresh only on a word it just got."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import UUID
@@ -146,6 +145,7 @@ async def test_a_stream_that_fell_silent_is_given_up() -> None:
         await b.is_watched(3)
         b.service.tell(5)
         await b.has_heard(5)
+        assert b.feed.is_fresh
 
 
 async def test_a_service_without_a_feed_is_told_from_one_that_is_silent() -> None:
@@ -171,4 +171,3 @@ async def test_a_refused_feed_is_no_feed() -> None:
 
         await eventually(was_refused, within_seconds=SECONDS)
         assert b.feed.state is FeedState.STALE
-        await asyncio.sleep(0)

@@ -14,6 +14,7 @@ from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import RemoteContextKeySource, RemoteCredentialResolver, remote_trust
 from services.kernel.errors import MeshError, Unauthenticated, Unavailable
 from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.request_context import Binding, RequestScope, enter_scope
 from tests.kernel.mesh import Mesh, running_mesh
 
 
@@ -141,6 +142,36 @@ async def test_each_claimed_tenant_is_its_own_question() -> None:
         await b.resolver.resolve("key", None)
         await b.resolver.resolve("key", claimed)
         assert [request.claimed_tenant_id for request in b.mesh.authentication.requests] == [b"", claimed.bytes]
+
+
+async def test_each_named_host_and_path_is_its_own_question() -> None:
+    """An answer for one host is not given for another; of a path only what can name a tenant counts."""
+    async with bench() as b:
+        for host, path in (("", ""), ("a.example", ""), ("a.example", "/t/a/1"), ("a.example", "/t/a/2?x"), ("a.example", "/t/b")):
+            named = {name: value for name, value in (("x-tenant-host", host), ("x-tenant-path", path)) if value}
+            with Binding(enter_scope(RequestScope(metadata=named))):
+                await b.resolver.resolve("key", None)
+        asked = [(request.host, request.path) for request in b.mesh.authentication.requests]
+        assert asked == [("", ""), ("a.example", ""), ("a.example", "/t/a"), ("a.example", "/t/b")]
+
+
+async def test_an_issuer_without_keys_is_no_outage_of_the_tenant_service() -> None:
+    """A token nobody can check is refused as it is told, its last good answer ends, and no other credential lives on by it."""
+
+    async def no_keys(request: auth_pb.AuthenticateRequest) -> str:
+        if request.credential == "token":
+            raise Unavailable("jwks")
+        return await revoked(request)
+
+    async with bench() as b:
+        await b.resolver.resolve("token", None)
+        await b.resolver.resolve("key", None)
+        b.seconds += 1.1
+        b.mesh.authentication.answer = no_keys
+        with pytest.raises(MeshError, match="jwks"):
+            await b.resolver.resolve("token", None)
+        with pytest.raises(MeshError, match="CREDENTIAL_INVALID"):
+            await b.resolver.resolve("key", None)
 
 
 async def test_the_memory_of_answers_is_bounded() -> None:

@@ -1,4 +1,4 @@
-"""What is remembered of a credential beside a feed of changes: trusted while it speaks, forgotten when it says so, asked about otherwise."""
+"""Credentials beside a feed of changes: trusted while it speaks, forgotten when it says so, asked about when it is silent."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -19,35 +19,48 @@ from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.identity import service_of_certificate
 from services.kernel.rpc.server import MeshServer
 from services.kernel.settings import ServiceSettings
+from services.kernel.tenant_context import TenantContext
 from tests.kernel.mesh import BEARERS, LIFECYCLE, InferenceSettings, KeyringResolver, Keys, Lifecycle, TenantSettings, settings_of
 
 
 class Authority:
     """A certificate authority of one test."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "mesh") -> None:
         self.folder = folder
         self.key = ec.generate_private_key(ec.SECP256R1())
-        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "mesh")])
+        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         self.certificate = self._build(self.name, self.key, []).sign(self.key, hashes.SHA256())
-        (folder / "ca.pem").write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
+        self.pem = self.certificate.public_bytes(serialization.Encoding.PEM)
+        (folder / "ca.pem").write_bytes(self.pem)
 
-    def issue(self, name: str, *uris: str) -> dict[str, Any]:
-        """Writes a certificate and returns the settings that use it."""
+    def issue(self, name: str, *uris: str, begins: float = -60.0, ends: float = 3600.0) -> dict[str, Any]:
+        """Writes a certificate that is valid between two moments, in seconds from now, and returns the settings that use it."""
         key = ec.generate_private_key(ec.SECP256R1())
         names: list[x509.GeneralName] = [x509.DNSName("localhost"), *(x509.UniformResourceIdentifier(uri) for uri in uris)]
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        certificate = self._build(subject, key, names).sign(self.key, hashes.SHA256())
-        pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+        certificate = self._build(subject, key, names, begins, ends).sign(self.key, hashes.SHA256())
+        pem = serialization.Encoding.PEM
         (self.folder / f"{name}.pem").write_bytes(certificate.public_bytes(pem))
-        (self.folder / f"{name}.key").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+        (self.folder / f"{name}.key").write_bytes(_pem_of(key))
         return {
             "tls_cert_file": str(self.folder / f"{name}.pem"),
             "tls_key_file": str(self.folder / f"{name}.key"),
             "tls_ca_file": str(self.folder / "ca.pem"),
         }
 
-    def _build(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, names: list[x509.GeneralName]) -> x509.CertificateBuilder:
+    def key_pem(self) -> bytes:
+        """Its own key, as text."""
+        return _pem_of(self.key)
+
+    def _build(
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        names: list[x509.GeneralName],
+        begins: float = -60.0,
+        ends: float = 3600.0,
+    ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateBuilder()
@@ -55,11 +68,15 @@ class Authority:
             .issuer_name(self.name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
+            .not_valid_before(now + datetime.timedelta(seconds=begins))
+            .not_valid_after(now + datetime.timedelta(seconds=ends))
             .add_extension(x509.BasicConstraints(ca=not names, path_length=None), critical=True)
         )
         return builder.add_extension(x509.SubjectAlternativeName(names), critical=False) if names else builder
+
+
+def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 class Peers:
@@ -78,8 +95,11 @@ class Peers:
             verifier=ContextTokenVerifier(self.keys),
         )
 
+    async def context(self) -> TenantContext:
+        return await ContextTokenVerifier(self.keys).verify(self.keys.token())
+
     async def call(self, settings: ServiceSettings) -> None:
-        tenant = await ContextTokenVerifier(self.keys).verify(self.keys.token())
+        tenant = await self.context()
         channel = MeshChannel(f"localhost:{self.server.bound_port}", settings=settings, target_service="metering")
         try:
             stub = pb_grpc.TenantLifecycleServiceStub(channel.channel)
@@ -130,6 +150,34 @@ async def test_a_stranger_is_not_even_heard(tmp_path: Path) -> None:
     with pytest.raises(MeshError) as refused:
         await peers.call(settings_of(**strange))
     assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+    assert peers.callers == []
+    await peers.server.stop()
+
+
+async def test_a_certificate_that_is_over_opens_nothing(tmp_path: Path) -> None:
+    """An expired client certificate, and one that is not valid yet, end the handshake."""
+    peers = Peers(tmp_path)
+    await peers.server.start()
+    for begins, ends in ((-7200.0, -3600.0), (3600.0, 7200.0)):
+        with pytest.raises(MeshError) as refused:
+            await peers.call(settings_of(**peers.authority.issue("tenant", "spiffe://tenantry/service/tenant", begins=begins, ends=ends)))
+        assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+    assert peers.callers == []
+    await peers.server.stop()
+
+
+@pytest.mark.parametrize(
+    "uris",
+    [("spiffe://tenantry/service/tenant", "spiffe://tenantry/service/inference"), ("spiffe://elsewhere/service/tenant",)],
+    ids=["two services", "none of the mesh"],
+)
+async def test_a_certificate_of_two_services_or_none_is_a_strangers(tmp_path: Path, uris: tuple[str, ...]) -> None:
+    """Its holder may knock and no more: no context token is taken from it, as from anybody outside."""
+    peers = Peers(tmp_path)
+    await peers.server.start()
+    with pytest.raises(MeshError) as refused:
+        await peers.call(settings_of(**peers.authority.issue("odd", *uris)))
+    assert refused.value.reason_name == "CONTEXT_INVALID"
     assert peers.callers == []
     await peers.server.stop()
 

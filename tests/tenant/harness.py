@@ -24,9 +24,12 @@ from mesh.tenant.v1 import (
     audit_service_pb2_grpc,
     authentication_service_pb2,
     authentication_service_pb2_grpc,
+    domain_service_pb2_grpc,
+    issuer_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2,
     tenant_service_pb2_grpc,
+    user_service_pb2_grpc,
 )
 from services.kernel.errors import MeshError
 from services.kernel.rpc.wire_status import decode_rpc_error
@@ -37,6 +40,7 @@ from tests.support.stores import PostgresStore
 
 PEERS = ("retrieval", "inference", "ratelimit", "metering")
 SERVICES = ("tenant", *PEERS)
+BASE_DOMAIN = "tenantry.example"
 SERVICE_TOKENS = {name: f"bearer-of-{name}" for name in SERVICES}
 Metadata = Sequence[tuple[str, str]]
 Request = TypeVar("Request")
@@ -105,6 +109,7 @@ class Harness:
     channel: grpc.aio.Channel
     admin_dsn: str
     operator: OperatorKeyText
+    front: OperatorKeyText
     peers: dict[str, ScriptedPeer]
 
     def __post_init__(self) -> None:
@@ -112,6 +117,9 @@ class Harness:
         self.tenants = tenant_service_pb2_grpc.TenantServiceStub(self.channel)
         self.keys = api_key_service_pb2_grpc.ApiKeyServiceStub(self.channel)
         self.audits = audit_service_pb2_grpc.AuditServiceStub(self.channel)
+        self.issuers = issuer_service_pb2_grpc.IssuerServiceStub(self.channel)
+        self.domains = domain_service_pb2_grpc.DomainServiceStub(self.channel)
+        self.users = user_service_pb2_grpc.UserServiceStub(self.channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(self.channel)
         self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
 
@@ -124,16 +132,28 @@ class Harness:
             pairs.append(("x-tenant-id", tenant_id))
         return pairs
 
+    def as_front(self) -> Metadata:
+        """Metadata of a front end."""
+        return [("authorization", f"Bearer {self.front}")]
+
     async def create(self, **changes: str) -> tenant_service_pb2.CreateTenantResponse:
         """Makes a tenant over the wire."""
         return await call(self.tenants.CreateTenant, wish(**changes), self.as_operator())
 
     async def authenticate(
-        self, credential: str, *, claimed: bytes = b"", reason: str = "", caller: str = "inference"
+        self,
+        credential: str,
+        *,
+        claimed: bytes = b"",
+        reason: str = "",
+        caller: str = "inference",
+        peer_address: str = "192.0.2.7",
+        host: str = "",
+        path: str = "",
     ) -> authentication_service_pb2.AuthenticateResponse:
         """Asks who a credential is, as another service does."""
         request = authentication_service_pb2.AuthenticateRequest(
-            credential=credential, claimed_tenant_id=claimed, operator_reason=reason, peer_address="192.0.2.7"
+            credential=credential, claimed_tenant_id=claimed, operator_reason=reason, peer_address=peer_address, host=host, path=path
         )
         return await call(self.authentication.Authenticate, request, as_service(caller))
 
@@ -232,7 +252,9 @@ def taken_apart(api_key: str) -> ApiKeyText:
     return key
 
 
-def settings_for(admin_dsn: str, service_dsn: str, operator: OperatorKeyText, peers: dict[str, str]) -> TenantSettings:
+def settings_for(
+    admin_dsn: str, service_dsn: str, operator: OperatorKeyText, peers: dict[str, str], front: OperatorKeyText | None = None
+) -> TenantSettings:
     """Settings of a service on free ports."""
     hashes = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in SERVICE_TOKENS.items())
     addresses: dict[str, Any] = {f"{name}_address": address for name, address in peers.items()}
@@ -243,6 +265,8 @@ def settings_for(admin_dsn: str, service_dsn: str, operator: OperatorKeyText, pe
         postgres_dsn=SecretStr(service_dsn),
         postgres_admin_dsn=SecretStr(admin_dsn),
         context_signing_key=SecretStr(base64.b64encode(secrets.token_bytes(32)).decode()),
+        base_domains=BASE_DOMAIN,
+        front_key_sha256="" if front is None else front.text_sha256().hex(),
         operator_key_sha256=operator.text_sha256().hex(),
         drain_seconds=0.0,
         **addresses,
@@ -256,14 +280,14 @@ async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
         peers = dict(zip(PEERS, (retrieval, inference, ratelimit, metering), strict=True))
         admin_dsn = await postgres.fresh_database()
         service_dsn = postgres.dsn(urlsplit(admin_dsn).path.lstrip("/"), "tenant_service", "service-password")
-        operator = new_operator_key()
-        settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()})
+        operator, front = new_operator_key(), new_operator_key()
+        settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()}, front)
         await migrate_schema(settings)
         app = await build(settings)
         await app.server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{app.server.bound_port}", options=[("grpc.use_local_subchannel_pool", 1)])
         try:
-            yield Harness(app, settings, channel, admin_dsn, operator, peers)
+            yield Harness(app, settings, channel, admin_dsn, operator, front, peers)
         finally:
             await channel.close()
             await app.server.stop()

@@ -3,7 +3,7 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import grpc
 import pytest
@@ -12,6 +12,7 @@ from mesh.common.v1 import error_reason_pb2
 from mesh.tenant.v1 import api_key_service_pb2, tenant_service_pb2
 from services.kernel.errors import MeshError
 from services.kernel.paging import encode_page_token
+from services.tenant.api_key import ApiKeyText
 from services.tenant.scopes import TENANT_SCOPES
 from tests.tenant.harness import Harness, Metadata, call, refusal, taken_apart, with_key
 
@@ -190,3 +191,204 @@ async def test_the_first_key_holds_every_tenant_scope(harness: Harness) -> None:
     created = await harness.create()
     [key] = (await listed(harness, created.api_key)).keys
     assert set(key.scopes) == TENANT_SCOPES
+
+
+async def rotate(harness: Harness, metadata: Metadata, key_id: str, **fields: Any) -> api_key_service_pb2.RotateApiKeyResponse:
+    """Rotates a key."""
+    request = api_key_service_pb2.RotateApiKeyRequest(**{"key_id": key_id, "request_id": str(uuid4()), **fields})
+    return await call(harness.keys.RotateApiKey, request, metadata)
+
+
+async def test_a_rotated_key_and_its_successor_work_until_the_overlap_ends(harness: Harness) -> None:
+    """The successor has the same name, scopes and networks and the plan's tier of now; the old key ends when the overlap does."""
+    created = await harness.create()
+    old = await make_key(harness, created.api_key, scopes=["tenant:read", "usage:read"], allowed_cidrs=["192.0.2.0/24"])
+    await harness.execute("UPDATE tenant.tenants SET plan = 'enterprise' WHERE tenant_id = $1", UUID(created.tenant.tenant_id))
+    answer = await rotate(harness, with_key(created.api_key), old.key.key_id)
+    assert (answer.key.display_name, answer.key.scopes, answer.key.allowed_cidrs) == ("back end", old.key.scopes, ["192.0.2.0/24"])
+    assert not answer.key.HasField("expire_time")
+    assert taken_apart(answer.api_key).tier == "enterprise"
+    assert (answer.replaced.replaced_by, answer.key.replaced_by) == (answer.key.key_id, "")
+    overlap = answer.replaced.expire_time.ToDatetime() - answer.key.create_time.ToDatetime()
+    assert abs(overlap - timedelta(days=1)) < timedelta(seconds=5)
+    for text in (old.api_key, answer.api_key):
+        assert (await harness.authenticate(text)).context_token
+    await harness.execute("UPDATE tenant.api_keys SET expire_time = now() WHERE key_id = $1", old.key.key_id)
+    assert (await refusal(harness.authenticate(old.api_key))).reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_EXPIRED
+    assert (await harness.authenticate(answer.api_key)).context_token
+    tenant_id = created.tenant.tenant_id
+    assert [record["target"] for record in await harness.audit(tenant_id, "KEY_ROTATED")] == [f"key:{old.key.key_id}"]
+    assert await harness.value("SELECT count(*) FROM tenant.changes WHERE tenant_id = $1 AND kind = 'KEY'", UUID(tenant_id)) == 2
+
+
+async def test_an_overlap_never_lengthens_a_keys_life(harness: Harness) -> None:
+    """A key that ends before the overlap keeps its own end; its successor lives as long as it was made to; 0 ends it at once."""
+    created = await harness.create()
+    end = datetime.now(UTC) + timedelta(hours=1)
+    old = await make_key(harness, created.api_key, expire_time=end)
+    answer = await rotate(harness, with_key(created.api_key), old.key.key_id, overlap_seconds=604_800)
+    assert answer.replaced.expire_time == old.key.expire_time
+    lived = answer.key.expire_time.ToDatetime(tzinfo=UTC) - answer.key.create_time.ToDatetime(tzinfo=UTC)
+    assert abs(lived - timedelta(hours=1)) < timedelta(seconds=30)
+    await rotate(harness, with_key(created.api_key), answer.key.key_id, overlap_seconds=0)
+    assert (await refusal(harness.authenticate(answer.api_key))).reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_EXPIRED
+
+
+async def test_a_repeated_rotation_makes_no_second_successor(harness: Harness) -> None:
+    """The same wish answers the same key: with a new text while it was never used, which ends the lost one, and without one afterwards."""
+    created = await harness.create()
+    old = await make_key(harness, created.api_key)
+    metadata, wish = with_key(created.api_key), {"request_id": str(uuid4()), "overlap_seconds": 60}
+    lost = await rotate(harness, metadata, old.key.key_id, **wish)
+    again = await rotate(harness, metadata, old.key.key_id, **wish)
+    assert again.key.key_id == lost.key.key_id
+    assert again.replaced == lost.replaced
+    assert (await refusal(harness.authenticate(lost.api_key))).reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
+    assert (await harness.authenticate(again.api_key)).context_token
+    used = await rotate(harness, metadata, old.key.key_id, **wish)
+    assert (used.key.key_id, used.api_key) == (lost.key.key_id, "")
+    assert (await harness.authenticate(again.api_key)).context_token
+    error = await refusal(rotate(harness, metadata, old.key.key_id, **{**wish, "overlap_seconds": 61}))
+    assert error.reason == error_reason_pb2.ERROR_REASON_CONTENT_CONFLICT
+    assert len((await listed(harness, created.api_key)).keys) == 3
+
+
+async def test_only_a_live_key_of_ones_own_is_rotated(harness: Harness) -> None:
+    """Revoked, ended and replaced keys are WRONG_STATE with that state; another tenant's is as absent as one that never was."""
+    created, other = await harness.create(), await harness.create()
+    metadata = with_key(created.api_key)
+    made = [await make_key(harness, created.api_key) for _ in range(3)]
+    await revoke(harness, metadata, made[0].key.key_id)
+    await harness.execute("UPDATE tenant.api_keys SET expire_time = now() WHERE key_id = $1", made[1].key.key_id)
+    await rotate(harness, metadata, made[2].key.key_id)
+    for key, state in zip(made, ("REVOKED", "EXPIRED", "REPLACED"), strict=True):
+        error = await refusal(rotate(harness, metadata, key.key.key_id))
+        assert (error.reason, error.metadata["state"]) == (error_reason_pb2.ERROR_REASON_WRONG_STATE, state)
+    foreign = await refusal(rotate(harness, metadata, taken_apart(other.api_key).key_id))
+    absent = await refusal(rotate(harness, metadata, "aaaaaaaaaaaaaaaa"))
+    assert foreign.code is grpc.StatusCode.NOT_FOUND
+    assert (foreign.reason, foreign.message, foreign.metadata) == (absent.reason, absent.message, absent.metadata)
+
+
+async def test_nobody_rotates_their_way_to_a_scope(harness: Harness) -> None:
+    """The successor's text is worth its scopes, so who does not hold them cannot have it: a narrow key, or an operator."""
+    created = await harness.create()
+    narrow = (await make_key(harness, created.api_key, scopes=["tenant:admin"])).api_key
+    first = taken_apart(created.api_key).key_id
+    for metadata in (with_key(narrow), harness.as_operator(created.tenant.tenant_id)):
+        error = await refusal(rotate(harness, metadata, first))
+        assert error.reason == error_reason_pb2.ERROR_REASON_SCOPE_MISSING
+    assert (await harness.authenticate(created.api_key)).context_token
+
+
+async def test_a_full_ring_rotates_without_an_overlap_only(harness: Harness) -> None:
+    """Up to 100 live keys are made and listed page by page, one more is PLAN_LIMIT, also as a successor beside its predecessor."""
+    created = await harness.create()
+    made = [await make_key(harness, created.api_key) for _ in range(99)]
+    error = await refusal(make_key(harness, created.api_key))
+    assert (error.reason, error.metadata["rule"]) == (error_reason_pb2.ERROR_REASON_PLAN_LIMIT, "live_api_keys")
+    metadata = with_key(created.api_key)
+    error = await refusal(rotate(harness, metadata, made[0].key.key_id, overlap_seconds=60))
+    assert (error.reason, error.metadata["rule"]) == (error_reason_pb2.ERROR_REASON_PLAN_LIMIT, "live_api_keys")
+    assert (await harness.authenticate(made[0].api_key)).context_token
+    await rotate(harness, metadata, made[0].key.key_id, overlap_seconds=0)
+    seen, token = list[str](), ""
+    while True:
+        page = await listed(harness, created.api_key, 40, token)
+        seen, token = seen + [key.key_id for key in page.keys], page.next_page_token
+        if not token:
+            break
+    assert (len(seen), len(set(seen))) == (101, 101)
+
+
+@pytest.mark.parametrize(
+    ("cidrs", "inside", "outside"),
+    [
+        (["192.0.2.0/24"], ["192.0.2.0", "192.0.2.255", "::ffff:192.0.2.7"], ["192.0.3.0", "", "unix", "::192.0.2.7", "2001:db8::1"]),
+        (["192.0.2.7/32", "2001:db8::/48"], ["192.0.2.7", "2001:db8::1", "2001:DB8:0:ffff::"], ["192.0.2.8", "2001:db8:1::", "::1"]),
+        (["::ffff:192.0.2.0/120"], ["192.0.2.9", "::ffff:192.0.2.9"], ["192.0.3.9"]),
+        (["::/0"], ["2001:db8::1"], ["192.0.2.7", "::ffff:192.0.2.7", ""]),
+        (["0.0.0.0/0"], ["192.0.2.7", "::ffff:192.0.2.7"], ["2001:db8::1", ""]),
+        ([], ["192.0.2.7", "", "unix"], []),
+    ],
+)
+async def test_a_key_is_used_from_its_networks_only(harness: Harness, cidrs: list[str], inside: list[str], outside: list[str]) -> None:
+    """Elsewhere, and from an unknown address, it is refused as a wrong key is; the refusal is on record with the address."""
+    created = await harness.create()
+    made = await make_key(harness, created.api_key, allowed_cidrs=cidrs)
+    own = taken_apart(made.api_key)
+    wrong = str(ApiKeyText(own.tier, own.key_id, own.secret[::-1]))
+    plain = await refusal(harness.authenticate(wrong))
+    for address in outside:
+        error = await refusal(harness.authenticate(made.api_key, peer_address=address))
+        assert (error.code, error.reason, error.message, error.metadata) == (plain.code, plain.reason, plain.message, plain.metadata)
+    records = await harness.audit(created.tenant.tenant_id, "KEY_USE_REFUSED")
+    assert {(record["subject"], record["peer_address"]) for record in records} == {(f"key:{own.key_id}", address) for address in outside}
+    [key] = [key for key in (await listed(harness, created.api_key)).keys if key.key_id == own.key_id]
+    assert not key.HasField("last_use_time")
+    for address in inside:
+        assert (await harness.authenticate(made.api_key, peer_address=address)).context_token
+    [key] = [key for key in (await listed(harness, created.api_key)).keys if key.key_id == own.key_id]
+    assert key.HasField("last_use_time")
+
+
+async def test_a_key_outside_its_networks_is_not_told_that_it_ended(harness: Harness) -> None:
+    """The end of a key, or its tenant's suspension, is told to who may use it, and to nobody elsewhere."""
+    created = await harness.create()
+    made = await make_key(harness, created.api_key, allowed_cidrs=["198.51.100.0/24"])
+    await harness.execute("UPDATE tenant.api_keys SET expire_time = now() WHERE key_id = $1", made.key.key_id)
+    assert (await refusal(harness.authenticate(made.api_key))).reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
+    error = await refusal(harness.authenticate(made.api_key, peer_address="198.51.100.9"))
+    assert error.reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_EXPIRED
+
+
+async def test_a_service_is_asked_from_the_callers_own_address(harness: Harness) -> None:
+    """The tenant service's own entrance holds the list against who really connected."""
+    created = await harness.create()
+    here = await make_key(harness, created.api_key, allowed_cidrs=["127.0.0.0/8"])
+    elsewhere = await make_key(harness, created.api_key, allowed_cidrs=["192.0.2.0/24"])
+    read = tenant_service_pb2.GetTenantRequest()
+    assert (await call(harness.tenants.GetTenant, read, with_key(here.api_key))).tenant == created.tenant
+    error = await refusal(call(harness.tenants.GetTenant, read, with_key(elsewhere.api_key)))
+    assert error.reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
+
+
+@pytest.mark.parametrize(
+    "cidr",
+    [
+        "192.0.2.1/24",
+        "192.0.2.0",
+        "192.0.2.0/33",
+        "192.0.2.0/255.255.255.0",
+        "192.0.2.0/0.0.0.255",
+        "192.0.2/24",
+        "192.0.02.0/24",
+        "2001:db8::1/48",
+        "2001:db8::/129",
+        "fe80::%eth0/64",
+        " 192.0.2.0/24",
+        "192.0.2.0/+24",
+        "١٩٢.0.2.0/24",
+        "example.com/24",
+        "",
+        "/0",
+    ],
+)
+async def test_a_malformed_network_is_refused_by_its_place(harness: Harness, cidr: str) -> None:
+    """Only the strict form is taken; the refusal names the item, and no key is made."""
+    created = await harness.create()
+    error = await refusal(make_key(harness, created.api_key, allowed_cidrs=["192.0.2.0/24", cidr]))
+    assert (error.code, error.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "allowed_cidrs[1]")
+    assert len((await listed(harness, created.api_key)).keys) == 1
+
+
+async def test_networks_are_kept_once_and_at_most_twenty(harness: Harness) -> None:
+    """Twenty fit, spellings of one network are one, and the twenty-first is refused."""
+    created = await harness.create()
+    many = [f"10.{number}.0.0/16" for number in range(20)]
+    made = await make_key(harness, created.api_key, allowed_cidrs=many)
+    assert list(made.key.allowed_cidrs) == many
+    made = await make_key(harness, created.api_key, allowed_cidrs=["2001:DB8:0::/48", "2001:db8::/48", "::ffff:10.0.0.0/104", "10.0.0.0/8"])
+    assert list(made.key.allowed_cidrs) == ["2001:db8::/48", "10.0.0.0/8"]
+    error = await refusal(make_key(harness, created.api_key, allowed_cidrs=[*many, "10.99.0.0/16"]))
+    assert (error.code, error.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "allowed_cidrs")

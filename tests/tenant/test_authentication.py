@@ -180,16 +180,16 @@ async def test_an_operator_acts_for_a_named_tenant_without_spending_its_money(ha
     context = await proven(harness, answer.context_token)
     assert context.operator
     assert context.tenant_id == tenant_id
-    assert context.scopes == (TENANT_SCOPES - {"inference:generate"}) | {"operator:tenants"}
+    assert context.scopes == (TENANT_SCOPES - {"inference:generate"}) | {"operator:tenants", "operator:resolve"}
     [record] = await harness.audit(created.tenant.tenant_id, "OPERATOR_ACCESS")
     assert (record["subject"], record["reason"]) == (f"operator:{harness.operator.key_id}", "ticket 12")
 
 
 async def test_an_operator_may_name_no_tenant_and_is_audited_all_the_same(harness: Harness) -> None:
-    """Without a tenant an operator holds operator:tenants only; the record is kept under the nil tenant."""
+    """Without a tenant an operator holds the operators' own scopes only; the record is kept under the nil tenant."""
     answer = await harness.authenticate(str(harness.operator), reason="weekly review 88")
     context = await proven(harness, answer.context_token)
-    assert (context.tenant_id, context.scopes, context.operator) == (None, frozenset({"operator:tenants"}), True)
+    assert (context.tenant_id, context.scopes, context.operator) == (None, frozenset({"operator:tenants", "operator:resolve"}), True)
     records = await harness.audit(str(UUID(int=0)), "OPERATOR_ACCESS")
     assert "weekly review 88" in {record["reason"] for record in records}
 

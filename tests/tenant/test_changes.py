@@ -307,6 +307,7 @@ async def test_a_listener_that_hears_nothing_costs_time_and_no_change(harness: H
                 made, told = await announced(connection), 0
                 while told < made:
                     told = (await anext(notices)).change_id
+                assert told >= made
             reading.cancel()
     finally:
         await database.close()

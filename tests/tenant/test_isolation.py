@@ -7,29 +7,54 @@ import pytest
 
 from tests.tenant.harness import Harness, taken_apart
 
-TENANT_TABLES = ("tenants", "users", "api_keys", "tenant_settings", "provisioning", "audit", "audit_documents")
+TENANT_TABLES = (
+    "tenants",
+    "users",
+    "api_keys",
+    "tenant_settings",
+    "provisioning",
+    "audit",
+    "audit_documents",
+    "issuers",
+    "domains",
+)
 # Ids and kinds of changes, read whole by every replica.
 FEEDS = ("changes",)
-DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory")
+DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory", "issuer_directory", "domain_directory")
 PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions")
 ENTER = "SELECT set_config('app.tenant_id', $1, true)"
 READ_A_DOCUMENT = "INSERT INTO tenant.audit (tenant_id, action, subject, document_ids) VALUES ($1, 'TESTED', 'nobody', ARRAY[uuidv7()])"
 
 
+async def furnished(harness: Harness) -> str:
+    """A tenant that has a row in every table of the schema."""
+    tenant_id = (await harness.create()).tenant.tenant_id
+    unique = uuid4().hex
+    for sql in (
+        "INSERT INTO tenant.domains (tenant_id, domain) VALUES ($1, $2)",
+        "INSERT INTO tenant.domain_directory (tenant_id, domain) VALUES ($1, $2)",
+        "INSERT INTO tenant.issuer_directory (tenant_id, issuer, audience) VALUES ($1, $2, 'api')",
+        "INSERT INTO tenant.issuers (tenant_id, issuer, audience, jwks_uri, algorithms, scopes, clock_skew_seconds) "
+        "VALUES ($1, $2, 'api', 'https://login.example/keys', '{ES256}', '{tenant:read}', 0)",
+    ):
+        await harness.execute(sql, UUID(tenant_id), f"{unique}.example")
+    return tenant_id
+
+
 @pytest.mark.parametrize("table", TENANT_TABLES)
 async def test_the_service_role_sees_one_tenants_rows_and_without_a_tenant_none(harness: Harness, table: str) -> None:
     """A forgotten filter finds the set tenant's rows only; with no tenant set the statement fails."""
-    one, other = await harness.create(), await harness.create()
+    one, other = await furnished(harness), await furnished(harness)
     async with harness.service_role() as connection:
         for created in (one, other):
             async with connection.transaction():
                 await connection.execute(ENTER, created.tenant.tenant_id)
                 await connection.execute(READ_A_DOCUMENT, UUID(created.tenant.tenant_id))
         async with connection.transaction():
-            await connection.execute(ENTER, one.tenant.tenant_id)
+            await connection.execute(ENTER, one)
             seen = {str(row[0]) for row in await connection.fetch(f"SELECT tenant_id FROM tenant.{table}")}
-            assert seen == {one.tenant.tenant_id}
-            foreign = UUID(other.tenant.tenant_id)
+            assert seen == {one}
+            foreign = UUID(other)
             assert await connection.fetchval(f"SELECT count(*) FROM tenant.{table} WHERE tenant_id = $1", foreign) == 0
         with pytest.raises(asyncpg.DataError):
             # The setting is empty once a transaction that set it is over.
@@ -46,6 +71,9 @@ async def test_the_service_role_sees_one_tenants_rows_and_without_a_tenant_none(
         "INSERT INTO tenant.audit (tenant_id, action, subject) VALUES ($1, 'FORGED', 'nobody')",
         "INSERT INTO tenant.api_key_directory (tenant_id, key_id) VALUES ($1, 'stolenstolenstol')",
         "INSERT INTO tenant.slug_directory (tenant_id, slug) VALUES ($1, 'stolen')",
+        "INSERT INTO tenant.domains (tenant_id, domain) VALUES ($1, 'stolen.example')",
+        "INSERT INTO tenant.domain_directory (tenant_id, domain) VALUES ($1, 'stolen.example')",
+        "INSERT INTO tenant.issuer_directory (tenant_id, issuer, audience) VALUES ($1, 'https://stolen.example', 'stolen')",
     ],
 )
 async def test_the_service_role_cannot_write_into_another_tenant(harness: Harness, sql: str) -> None:
@@ -58,15 +86,15 @@ async def test_the_service_role_cannot_write_into_another_tenant(harness: Harnes
                 await connection.execute(sql, UUID(other.tenant.tenant_id))
 
 
-@pytest.mark.parametrize("table", [*TENANT_TABLES[:5], "api_key_directory", "slug_directory", "request_directory"])
+@pytest.mark.parametrize("table", [table for table in (*TENANT_TABLES, *DIRECTORIES) if table != "audit"])
 async def test_the_service_role_cannot_remove_another_tenants_rows(harness: Harness, table: str) -> None:
     """Deleting everything removes nothing of anybody else's."""
-    one, other = await harness.create(), await harness.create()
+    one, other = await furnished(harness), await furnished(harness)
     async with harness.service_role() as connection:
         transaction = connection.transaction()
         await transaction.start()
-        await connection.execute(ENTER, one.tenant.tenant_id)
-        status = await connection.execute(f"DELETE FROM tenant.{table} WHERE tenant_id = $1", UUID(other.tenant.tenant_id))
+        await connection.execute(ENTER, one)
+        status = await connection.execute(f"DELETE FROM tenant.{table} WHERE tenant_id = $1", UUID(other))
         await transaction.rollback()
     assert status == "DELETE 0"
 
@@ -78,6 +106,9 @@ async def test_the_service_role_cannot_remove_another_tenants_rows(harness: Harn
         "DELETE FROM tenant.audit WHERE tenant_id = $1",
         "UPDATE tenant.api_key_directory SET tenant_id = $1",
         "UPDATE tenant.slug_directory SET tenant_id = $1",
+        "UPDATE tenant.issuer_directory SET tenant_id = $1",
+        "UPDATE tenant.domain_directory SET tenant_id = $1",
+        "UPDATE tenant.domains SET tenant_id = $1",
         "UPDATE tenant.plan_versions SET weight = 9 WHERE $1::uuid IS NOT NULL",
         "DELETE FROM tenant.plans WHERE $1::uuid IS NOT NULL",
     ],
@@ -104,7 +135,7 @@ async def test_the_key_lookup_reads_one_key_and_enters_only_its_tenant(harness: 
 
 
 async def test_directories_hold_names_and_tenant_ids_and_nothing_else(harness: Harness) -> None:
-    """What can be read without a tenant discloses no secret: two columns each, the name and the id."""
+    """What can be read without a tenant discloses no secret: the name, which an issuer shares with its audience, and the id."""
     async with harness.superuser() as connection:
         rows = await connection.fetch(
             "SELECT table_name, array_agg(column_name::text ORDER BY ordinal_position) AS columns FROM information_schema.columns "
@@ -114,6 +145,8 @@ async def test_directories_hold_names_and_tenant_ids_and_nothing_else(harness: H
         "api_key_directory": ["key_id", "tenant_id"],
         "slug_directory": ["slug", "tenant_id"],
         "request_directory": ["request_id", "tenant_id"],
+        "issuer_directory": ["issuer", "audience", "tenant_id"],
+        "domain_directory": ["domain", "tenant_id"],
     }
 
 

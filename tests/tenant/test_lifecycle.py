@@ -36,6 +36,10 @@ async def test_an_erased_tenant_leaves_only_its_audit_log(harness: Harness) -> N
     assert erased == {
         "postgres:tenant.api_key_directory": 1,
         "postgres:tenant.api_keys": 1,
+        "postgres:tenant.issuer_directory": 0,
+        "postgres:tenant.issuers": 0,
+        "postgres:tenant.domain_directory": 0,
+        "postgres:tenant.domains": 0,
         "postgres:tenant.users": 1,
         "postgres:tenant.tenant_settings": 1,
         "postgres:tenant.provisioning": 1,

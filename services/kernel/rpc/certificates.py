@@ -45,12 +45,12 @@ class CertificateFiles:
         key: Path,
         authorities: Path,
         *,
-        look_every_seconds: float = LOOK_EVERY_SECONDS,
+        look_every_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Reads the files. Raises: CertificatesUnusable when there is nothing to begin with."""
         self._paths = (certificate, key, authorities)
-        self._look_every_seconds = look_every_seconds
+        self._look_every_seconds = LOOK_EVERY_SECONDS if look_every_seconds is None else look_every_seconds
         self._clock = clock
         self._stamp = self._look()
         self._looked_at = clock()

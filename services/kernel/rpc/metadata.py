@@ -13,6 +13,8 @@ TENANT_ID = "x-tenant-id"
 TENANT_CONTEXT = "x-tenant-context"
 REQUEST_ID = "x-request-id"
 OPERATOR_REASON = "x-operator-reason"
+TENANT_HOST = "x-tenant-host"
+TENANT_PATH = "x-tenant-path"
 AUTHORIZATION = "authorization"
 MESH_SERVICE = "x-mesh-service"
 MESH_SERVICE_TOKEN = "x-mesh-service-token"  # noqa: S105 - the name of a key
@@ -20,7 +22,7 @@ TRACEPARENT = "traceparent"
 
 BEARER = "Bearer "
 OWN_KEYS = frozenset(
-    (TENANT_ID, TENANT_CONTEXT, REQUEST_ID, OPERATOR_REASON, AUTHORIZATION, MESH_SERVICE, MESH_SERVICE_TOKEN),
+    (TENANT_ID, TENANT_CONTEXT, REQUEST_ID, OPERATOR_REASON, TENANT_HOST, TENANT_PATH, AUTHORIZATION, MESH_SERVICE, MESH_SERVICE_TOKEN),
 )
 MAX_VALUE_LENGTH = 8192
 

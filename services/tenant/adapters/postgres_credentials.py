@@ -10,10 +10,9 @@ from services.tenant.tenant_record import TenantFacts
 from services.tenant.usage_trail import AuditEvent, KeyUse
 
 FIND_API_KEY = """
-SELECT tenant_id, secret_sha256, scopes, expire_time, revoke_time, used, state, plan, region, config_version, placement, encrypt_content
-FROM tenant.find_api_key($1)
+SELECT tenant_id, secret_sha256, scopes, expire_time, revoke_time, used, allowed_cidrs, (facts).* FROM tenant.find_api_key($1)
 """
-RECORD_FIRST_USE = "SELECT tenant.record_first_use($1, $2)"
+RECORD_FIRST_USE = "SELECT tenant.record_first_use($1, $2, $3)"
 RECORD_LAST_USES = "SELECT tenant.record_last_uses($1::uuid[], $2::text[], $3::timestamptz[])"
 APPEND_AUDIT = "SELECT tenant.append_audit($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::integer[])"
 RECORD_OPERATOR_ACCESS = """
@@ -40,11 +39,12 @@ class PostgresCredentials:
             revoke_time=row["revoke_time"],
             used=row["used"],
             facts=tenant_facts(row),
+            allowed_cidrs=tuple(row["allowed_cidrs"]),
         )
 
-    async def record_first_use(self, tenant_id: TenantId, key_id: str) -> bool:
-        """Writes the first use durably; False when the key was revoked meanwhile."""
-        return bool(await self._database.fetch_value(tenant_id, RECORD_FIRST_USE, tenant_id, key_id))
+    async def record_first_use(self, tenant_id: TenantId, key_id: str, secret_sha256: bytes) -> bool:
+        """Writes the first use durably; False when the key was revoked or got another secret meanwhile."""
+        return bool(await self._database.fetch_value(tenant_id, RECORD_FIRST_USE, tenant_id, key_id, secret_sha256))
 
     async def record_operator_access(self, tenant_id: TenantId | None, subject: str, reason: str, peer_address: str) -> TenantFacts | None:
         """Writes the audit record durably and returns the named tenant's facts; None for no such tenant."""

@@ -6,13 +6,13 @@ from datetime import datetime
 import asyncpg
 
 from services.kernel.ids import TenantId
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_changes import announce
 from services.tenant.api_key import ApiKeyText
 from services.tenant.change_hub import ChangeKind
-from services.tenant.key_ring import ApiKeyRecord, NewKeyTerms
+from services.tenant.key_ring import ApiKeyRecord, NewKeyTerms, Rotation, RotationRefusal, RotationWish
 
 # The tenant's row serialises the tenant's key making, so that a hundred-and-first key cannot slip in beside the hundredth.
 LOCK_TENANT = "SELECT tenant_id FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE"
@@ -20,24 +20,50 @@ COUNT_LIVE = """
 SELECT count(*) FROM tenant.api_keys WHERE tenant_id = $1 AND revoke_time IS NULL AND (expire_time IS NULL OR expire_time > now())
 """
 INSERT_DIRECTORY = "INSERT INTO tenant.api_key_directory (tenant_id, key_id) VALUES ($1, $2)"
-INSERT_KEY = """
-INSERT INTO tenant.api_keys (tenant_id, key_id, secret_sha256, display_name, scopes, expire_time) VALUES ($1, $2, $3, $4, $5, $6)
-RETURNING key_id, display_name, scopes, create_time, expire_time, revoke_time
+_COLUMNS = """
+key_id, display_name, scopes, create_time, expire_time, revoke_time, last_use_time, allowed_cidrs, coalesce(replaced_by, '') AS replaced_by
 """
-LIST_NEWEST = """
-SELECT key_id, display_name, scopes, create_time, expire_time, revoke_time FROM tenant.api_keys
-WHERE tenant_id = $1 ORDER BY create_time DESC, key_id DESC LIMIT $2
-"""
-LIST_OLDER = """
-SELECT key_id, display_name, scopes, create_time, expire_time, revoke_time FROM tenant.api_keys
+INSERT_KEY = f"""
+INSERT INTO tenant.api_keys (tenant_id, key_id, secret_sha256, display_name, scopes, expire_time, allowed_cidrs)
+VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING {_COLUMNS}
+"""  # noqa: S608 - joined from constants
+LIST_NEWEST = f"""
+SELECT {_COLUMNS} FROM tenant.api_keys WHERE tenant_id = $1 ORDER BY create_time DESC, key_id DESC LIMIT $2
+"""  # noqa: S608 - as above
+LIST_OLDER = f"""
+SELECT {_COLUMNS} FROM tenant.api_keys
 WHERE tenant_id = $1 AND (create_time, key_id) < ($3, $4) ORDER BY create_time DESC, key_id DESC LIMIT $2
-"""
-REVOKE_LIVE = """
+"""  # noqa: S608 - as above
+REVOKE_LIVE = f"""
 UPDATE tenant.api_keys SET revoke_time = clock_timestamp() WHERE tenant_id = $1 AND key_id = $2 AND revoke_time IS NULL
-RETURNING key_id, display_name, scopes, create_time, expire_time, revoke_time
+RETURNING {_COLUMNS}
+"""  # noqa: S608 - as above
+GET_KEY = f"SELECT {_COLUMNS} FROM tenant.api_keys WHERE tenant_id = $1 AND key_id = $2"  # noqa: S608 - as above
+STATE_OF_KEY = """
+SELECT CASE WHEN revoke_time IS NOT NULL THEN 'REVOKED' WHEN replaced_by IS NOT NULL THEN 'REPLACED'
+            WHEN expire_time <= clock_timestamp() THEN 'EXPIRED' ELSE 'LIVE' END
+FROM tenant.api_keys WHERE tenant_id = $1 AND key_id = $2
 """
-GET_KEY = """
-SELECT key_id, display_name, scopes, create_time, expire_time, revoke_time FROM tenant.api_keys WHERE tenant_id = $1 AND key_id = $2
+FIND_ROTATION = """
+SELECT s.key_id, s.rotation_digest, o.key_id AS replaced_key_id
+FROM tenant.api_keys s JOIN tenant.api_keys o ON o.tenant_id = s.tenant_id AND o.replaced_by = s.key_id
+WHERE s.tenant_id = $1 AND s.rotation_request_id = $2
+"""
+# As long as the old key was made to live, from now.
+INSERT_SUCCESSOR = """
+INSERT INTO tenant.api_keys (
+    tenant_id, key_id, secret_sha256, display_name, scopes, expire_time, allowed_cidrs, rotation_request_id, rotation_digest
+)
+SELECT tenant_id, $3, $4, display_name, scopes, clock_timestamp() + (expire_time - create_time), allowed_cidrs, $5, $6
+FROM tenant.api_keys WHERE tenant_id = $1 AND key_id = $2
+"""
+# least() passes over NULL: a key without an end of its own gets the overlap's.
+END_AFTER_OVERLAP = """
+UPDATE tenant.api_keys SET replaced_by = $3, expire_time = least(expire_time, clock_timestamp() + $4) WHERE tenant_id = $1 AND key_id = $2
+"""
+RENEW_UNUSED = """
+UPDATE tenant.api_keys SET secret_sha256 = $3
+WHERE tenant_id = $1 AND key_id = $2 AND last_use_time IS NULL AND revoke_time IS NULL RETURNING key_id
 """
 
 
@@ -55,7 +81,14 @@ class PostgresKeys:
                 return None
             await connection.execute(INSERT_DIRECTORY, tenant_id, key.key_id)
             row = await connection.fetchrow(
-                INSERT_KEY, tenant_id, key.key_id, key.secret_sha256(), terms.display_name, list(terms.scopes), terms.expire_time
+                INSERT_KEY,
+                tenant_id,
+                key.key_id,
+                key.secret_sha256(),
+                terms.display_name,
+                list(terms.scopes),
+                terms.expire_time,
+                list(terms.allowed_cidrs),
             )
             await append_audit(connection, tenant_id, "KEY_CREATED", f"key:{key.key_id}", actor)
             return _record(row)
@@ -69,6 +102,36 @@ class PostgresKeys:
                 rows = await connection.fetch(LIST_OLDER, tenant_id, limit, *after)
             return [_record(row) for row in rows]
 
+    async def get_key(self, tenant_id: TenantId, key_id: str) -> ApiKeyRecord | None:
+        """Returns the key; None when the tenant has no such key."""
+        async with self._database.transaction(tenant_id) as connection:
+            row = await connection.fetchrow(GET_KEY, tenant_id, key_id)
+            return None if row is None else _record(row)
+
+    async def rotate_key(
+        self, tenant_id: TenantId, wish: RotationWish, key: ApiKeyText, max_live: int, actor: Actor
+    ) -> Rotation | RotationRefusal:
+        """Stores the key as the successor and ends the old one, or gives the successor this wish made before the new secret."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(LOCK_TENANT, tenant_id)
+            before = await connection.fetchrow(FIND_ROTATION, tenant_id, wish.request_id)
+            if before is None:
+                refused = await _replace(connection, tenant_id, wish, key, max_live)
+                if refused is not None:
+                    return refused
+                successor_id, kept = key.key_id, True
+                await append_audit(connection, tenant_id, "KEY_ROTATED", f"key:{wish.key_id}", actor)
+                await append_audit(connection, tenant_id, "KEY_CREATED", f"key:{successor_id}", actor)
+                await announce(connection, tenant_id, ChangeKind.KEY)
+            elif before["rotation_digest"] != wish.digest() or before["replaced_key_id"] != wish.key_id:
+                return RotationRefusal.OTHER_CONTENT
+            else:
+                successor_id = before["key_id"]
+                renewed = await connection.fetchval(RENEW_UNUSED, tenant_id, successor_id, key.secret_sha256())
+                kept = renewed is not None
+            replaced = _record(await connection.fetchrow(GET_KEY, tenant_id, wish.key_id))
+            return Rotation(replaced, _record(await connection.fetchrow(GET_KEY, tenant_id, successor_id)), kept)
+
     async def revoke_key(self, tenant_id: TenantId, key_id: str, actor: Actor) -> ApiKeyRecord | None:
         """Revokes the key unless it is revoked; None when the tenant has no such key."""
         async with self._database.transaction(tenant_id) as connection:
@@ -81,7 +144,31 @@ class PostgresKeys:
             return None if row is None else _record(row)
 
 
+async def _replace(
+    connection: Connection, tenant_id: TenantId, wish: RotationWish, key: ApiKeyText, max_live: int
+) -> RotationRefusal | None:
+    state = await connection.fetchval(STATE_OF_KEY, tenant_id, wish.key_id)
+    if state != "LIVE":
+        return RotationRefusal.ABSENT if state is None else RotationRefusal(state)
+    # Without an overlap the old key makes room for its successor.
+    if await connection.fetchval(COUNT_LIVE, tenant_id) - (not wish.overlap) >= max_live:
+        return RotationRefusal.FULL
+    await connection.execute(INSERT_DIRECTORY, tenant_id, key.key_id)
+    secret = key.secret_sha256()
+    await connection.execute(INSERT_SUCCESSOR, tenant_id, wish.key_id, key.key_id, secret, wish.request_id, wish.digest())
+    await connection.execute(END_AFTER_OVERLAP, tenant_id, wish.key_id, key.key_id, wish.overlap)
+    return None
+
+
 def _record(row: asyncpg.Record) -> ApiKeyRecord:
     return ApiKeyRecord(
-        row["key_id"], row["display_name"], tuple(row["scopes"]), row["create_time"], row["expire_time"], row["revoke_time"]
+        key_id=row["key_id"],
+        display_name=row["display_name"],
+        scopes=tuple(row["scopes"]),
+        create_time=row["create_time"],
+        expire_time=row["expire_time"],
+        revoke_time=row["revoke_time"],
+        last_use_time=row["last_use_time"],
+        allowed_cidrs=tuple(row["allowed_cidrs"]),
+        replaced_by=row["replaced_by"],
     )

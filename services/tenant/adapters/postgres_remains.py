@@ -11,11 +11,19 @@ from services.tenant.change_hub import ChangeKind
 from services.tenant.tenant_remains import ExportedRecord, RemovedRecords
 
 REVOKE_ALL = "UPDATE tenant.api_keys SET revoke_time = clock_timestamp() WHERE tenant_id = $1 AND revoke_time IS NULL RETURNING key_id"
+# A token has an issuer where a key has an id: both are dead before anything is removed.
+REVOKE_ISSUERS = """
+UPDATE tenant.issuers SET revoke_time = clock_timestamp() WHERE tenant_id = $1 AND revoke_time IS NULL RETURNING issuer_id
+"""
 LOCK_TENANT = "SELECT tenant_id FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE"
 # In this order: what refers to the tenant goes before the tenant.
 DELETES = {
     "postgres:tenant.api_key_directory": "DELETE FROM tenant.api_key_directory WHERE tenant_id = $1",
     "postgres:tenant.api_keys": "DELETE FROM tenant.api_keys WHERE tenant_id = $1",
+    "postgres:tenant.issuer_directory": "DELETE FROM tenant.issuer_directory WHERE tenant_id = $1",
+    "postgres:tenant.issuers": "DELETE FROM tenant.issuers WHERE tenant_id = $1",
+    "postgres:tenant.domain_directory": "DELETE FROM tenant.domain_directory WHERE tenant_id = $1",
+    "postgres:tenant.domains": "DELETE FROM tenant.domains WHERE tenant_id = $1",
     "postgres:tenant.users": "DELETE FROM tenant.users WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
     "postgres:tenant.provisioning": "DELETE FROM tenant.provisioning WHERE tenant_id = $1",
@@ -37,8 +45,14 @@ EXPORTS = {
         SELECT user_id::text AS position, to_jsonb(u)::text AS record FROM tenant.users u
         WHERE tenant_id = $1 AND ($2 = '' OR user_id > nullif($2, '')::uuid) ORDER BY user_id LIMIT $3""",
     "postgres:tenant.api_keys": """
-        SELECT key_id AS position, (to_jsonb(k) - 'secret_sha256')::text AS record FROM tenant.api_keys k
+        SELECT key_id AS position, (to_jsonb(k) - 'secret_sha256' - 'rotation_digest')::text AS record FROM tenant.api_keys k
         WHERE tenant_id = $1 AND key_id > $2 ORDER BY key_id LIMIT $3""",
+    "postgres:tenant.issuers": """
+        SELECT issuer_id::text AS position, to_jsonb(i)::text AS record FROM tenant.issuers i
+        WHERE tenant_id = $1 AND ($2 = '' OR issuer_id > nullif($2, '')::uuid) ORDER BY issuer_id LIMIT $3""",
+    "postgres:tenant.domains": """
+        SELECT domain AS position, to_jsonb(d)::text AS record FROM tenant.domains d
+        WHERE tenant_id = $1 AND domain > $2 ORDER BY domain LIMIT $3""",
     "postgres:tenant.audit": """
         SELECT audit_id::text AS position, to_jsonb(a)::text AS record FROM tenant.audit a
         WHERE tenant_id = $1 AND ($2 = '' OR audit_id > nullif($2, '')::uuid) ORDER BY audit_id LIMIT $3""",
@@ -54,13 +68,18 @@ class PostgresRemains:
         self._page_size = page_size
 
     async def revoke_all_keys(self, tenant_id: TenantId, actor: Actor) -> None:
-        """Revokes every live key, durably."""
+        """Revokes every live key and issuer, durably."""
         async with self._database.transaction(tenant_id) as connection:
             revoked = await connection.fetch(REVOKE_ALL, tenant_id)
             for row in revoked:
                 await append_audit(connection, tenant_id, "KEY_REVOKED", f"key:{row['key_id']}", actor)
+            issuers = await connection.fetch(REVOKE_ISSUERS, tenant_id)
+            for row in issuers:
+                await append_audit(connection, tenant_id, "ISSUER_REVOKED", f"issuer:{row['issuer_id']}", actor)
             if revoked:
                 await announce(connection, tenant_id, ChangeKind.KEY)
+            if issuers:
+                await announce(connection, tenant_id, ChangeKind.ISSUER)
 
     async def remove(self, tenant_id: TenantId, actor: Actor) -> Sequence[RemovedRecords]:
         """Removes everything but the audit log in one transaction; a repeated call finds nothing."""
@@ -71,6 +90,7 @@ class PostgresRemains:
             if any(records.count for records in removed):
                 await append_audit(connection, tenant_id, "TENANT_ERASED", f"tenant:{tenant_id}", actor)
                 await announce(connection, tenant_id, ChangeKind.STATE)
+                await announce(connection, tenant_id, ChangeKind.DOMAIN)
             return removed
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[ExportedRecord]:

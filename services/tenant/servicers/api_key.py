@@ -1,15 +1,18 @@
 """ApiKeyService on the wire."""
 
+from datetime import timedelta
+
 from mesh.tenant.v1 import api_key_service_pb2 as messages
 from mesh.tenant.v1 import api_key_service_pb2_grpc
+from services.kernel.ids import parse_uuid
 from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.timestamps import parse_timestamp, to_timestamp
-from services.tenant.key_ring import ApiKeyRecord, KeyRing, NewKeyTerms
+from services.tenant.key_ring import DEFAULT_OVERLAP_SECONDS, ApiKeyRecord, KeyRing, NewKeyTerms, RotationWish
 from services.tenant.servicers.caller import acting_subject
 
 
 class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
-    """Makes, lists and revokes the keys of the call's tenant."""
+    """Makes, lists, rotates and revokes the keys of the call's tenant."""
 
     def __init__(self, key_ring: KeyRing) -> None:
         self._key_ring = key_ring
@@ -25,6 +28,16 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         keys, following = await self._key_ring.list(current_tenant_id(), request.page_size, request.page_token)
         return messages.ListApiKeysResponse(keys=[_key(key) for key in keys], next_page_token=following)
 
+    async def RotateApiKey(self, request: messages.RotateApiKeyRequest, context: object) -> messages.RotateApiKeyResponse:
+        """Replaces a key by a successor."""
+        caller = current_tenant()
+        overlap = request.overlap_seconds if request.HasField("overlap_seconds") else DEFAULT_OVERLAP_SECONDS
+        wish = RotationWish(request.key_id, timedelta(seconds=overlap), parse_uuid(request.request_id, "request_id"))
+        rotation, text = await self._key_ring.rotate(current_tenant_id(), caller.tier, caller.scopes, wish, acting_subject())
+        return messages.RotateApiKeyResponse(
+            key=_key(rotation.successor), api_key=str(text) if rotation.text_is_kept else "", replaced=_key(rotation.replaced)
+        )
+
     async def RevokeApiKey(self, request: messages.RevokeApiKeyRequest, context: object) -> messages.RevokeApiKeyResponse:
         """Revokes a key."""
         record = await self._key_ring.revoke(current_tenant_id(), request.key_id, acting_subject())
@@ -33,7 +46,7 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
 
 def _terms(request: messages.CreateApiKeyRequest) -> NewKeyTerms:
     expire_time = parse_timestamp(request.expire_time, "expire_time") if request.HasField("expire_time") else None
-    return NewKeyTerms(request.display_name, tuple(request.scopes), expire_time)
+    return NewKeyTerms(request.display_name, tuple(request.scopes), expire_time, tuple(request.allowed_cidrs))
 
 
 def _key(record: ApiKeyRecord) -> messages.ApiKey:
@@ -44,4 +57,7 @@ def _key(record: ApiKeyRecord) -> messages.ApiKey:
         create_time=to_timestamp(record.create_time),
         expire_time=to_timestamp(record.expire_time),
         revoke_time=to_timestamp(record.revoke_time),
+        last_use_time=to_timestamp(record.last_use_time),
+        allowed_cidrs=record.allowed_cidrs,
+        replaced_by=record.replaced_by,
     )

@@ -14,23 +14,44 @@ from services.kernel.ids import TenantId
 from services.kernel.timestamps import to_timestamp
 from services.tenant.authentication import Authenticator, CredentialAttempt
 from services.tenant.change_hub import ChangeHub, Notice
+from services.tenant.name_resolution import NameResolution
+from services.tenant.servicers.tenant import STATES
 from services.tenant.text import printable
 
 
 class AuthenticationServicer(authentication_service_pb2_grpc.AuthenticationServiceServicer):
-    """Turns credentials into context tokens for the other services."""
+    """Turns credentials into context tokens for the other services, and names into tenants for front ends."""
 
-    def __init__(self, authenticator: Authenticator, keys: ContextKeySource, changes: ChangeHub) -> None:
+    def __init__(self, authenticator: Authenticator, names: NameResolution, keys: ContextKeySource, changes: ChangeHub) -> None:
         self._authenticator = authenticator
+        self._names = names
         self._keys = keys
         self._changes = changes
 
     async def Authenticate(self, request: messages.AuthenticateRequest, context: object) -> messages.AuthenticateResponse:
         """Resolves one credential."""
         claimed = TenantId(UUID(bytes=request.claimed_tenant_id)) if request.claimed_tenant_id else None
-        attempt = CredentialAttempt(request.credential, claimed, request.operator_reason, printable(request.peer_address, "peer_address"))
+        attempt = CredentialAttempt(
+            request.credential,
+            claimed,
+            request.operator_reason,
+            printable(request.peer_address, "peer_address"),
+            request.host,
+            request.path,
+        )
         proven = await self._authenticator.authenticate(attempt)
         return messages.AuthenticateResponse(context_token=proven.token, expire_time=to_timestamp(proven.expire_time))
+
+    async def ResolveTenant(self, request: messages.ResolveTenantRequest, context: object) -> messages.ResolveTenantResponse:
+        """Answers whose a host or a path is."""
+        tenant = await self._names.resolve(request.host, request.path)
+        return messages.ResolveTenantResponse(
+            tenant_id=str(tenant.tenant_id),
+            slug=tenant.slug,
+            display_name=tenant.display_name,
+            region=tenant.region,
+            state=STATES[tenant.state],
+        )
 
     async def GetContextKeys(self, request: messages.GetContextKeysRequest, context: object) -> messages.GetContextKeysResponse:
         """Publishes the verifying keys."""

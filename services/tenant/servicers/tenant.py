@@ -14,7 +14,7 @@ from services.tenant.tenant_record import Tenant, TenantConfig, TenantDirectory,
 from services.tenant.text import printable
 
 _LISTING = "tenants"
-_STATES = {
+STATES = {
     TenantState.PROVISIONING: messages.TENANT_STATE_PROVISIONING,
     TenantState.ACTIVE: messages.TENANT_STATE_ACTIVE,
     TenantState.SUSPENDED: messages.TENANT_STATE_SUSPENDED,
@@ -70,7 +70,7 @@ def _tenant(tenant: Tenant) -> messages.Tenant:
         display_name=tenant.display_name,
         plan=tenant.plan,
         region=tenant.region,
-        state=_STATES[tenant.state],
+        state=STATES[tenant.state],
         create_time=to_timestamp(tenant.create_time),
     )
 

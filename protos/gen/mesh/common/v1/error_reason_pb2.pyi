@@ -43,7 +43,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CONTEXT_INVALID: _ErrorReason.ValueType  # 13
     """UNAUTHENTICATED. The context token is forged, altered or expired. {}"""
     ERROR_REASON_TENANT_MISMATCH: _ErrorReason.ValueType  # 14
-    """PERMISSION_DENIED. `x-tenant-id` names another tenant than the credential or context token proves. {}"""
+    """PERMISSION_DENIED. `x-tenant-id`, `x-tenant-host` or `x-tenant-path` names another tenant than the credential or context token proves. {}"""
     ERROR_REASON_CALLER_NOT_ALLOWED: _ErrorReason.ValueType  # 15
     """PERMISSION_DENIED. The method's policy does not list this caller. {"caller": "retrieval", "method": "/mesh…"}"""
     ERROR_REASON_SCOPE_MISSING: _ErrorReason.ValueType  # 16
@@ -119,7 +119,7 @@ ERROR_REASON_CREDENTIAL_EXPIRED: ErrorReason.ValueType  # 12
 ERROR_REASON_CONTEXT_INVALID: ErrorReason.ValueType  # 13
 """UNAUTHENTICATED. The context token is forged, altered or expired. {}"""
 ERROR_REASON_TENANT_MISMATCH: ErrorReason.ValueType  # 14
-"""PERMISSION_DENIED. `x-tenant-id` names another tenant than the credential or context token proves. {}"""
+"""PERMISSION_DENIED. `x-tenant-id`, `x-tenant-host` or `x-tenant-path` names another tenant than the credential or context token proves. {}"""
 ERROR_REASON_CALLER_NOT_ALLOWED: ErrorReason.ValueType  # 15
 """PERMISSION_DENIED. The method's policy does not list this caller. {"caller": "retrieval", "method": "/mesh…"}"""
 ERROR_REASON_SCOPE_MISSING: ErrorReason.ValueType  # 16

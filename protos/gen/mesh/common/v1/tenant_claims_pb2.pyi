@@ -45,7 +45,7 @@ class TenantClaims(_message.Message):
     region: _builtins.str
     """Where the tenant's data lives, such as "local" or "eu-west"."""
     subject: _builtins.str
-    """Who is acting: "key:<key id>", "operator:<key id>" or "mesh:<service>"."""
+    """Who is acting: "key:<key id>", "jwt:<issuer id>:<sub>", "operator:<key id>", "front:<key id>" or "mesh:<service>"."""
     config_version: _builtins.int
     """The version of the tenant's configuration when the token was minted. A change of plan, limits or settings raises it."""
     key_id: _builtins.str

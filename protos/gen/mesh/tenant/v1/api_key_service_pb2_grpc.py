@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ApiKeyServiceStub:
-    """Makes, lists and revokes the keys of the call's tenant.
+    """Makes, lists, rotates and revokes the keys of the call's tenant.
     """
 
     def __init__(self, channel):
@@ -45,6 +45,11 @@ class ApiKeyServiceStub:
                 request_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysRequest.SerializeToString,
                 response_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysResponse.FromString,
                 _registered_method=True)
+        self.RotateApiKey = channel.unary_unary(
+                '/mesh.tenant.v1.ApiKeyService/RotateApiKey',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RotateApiKeyRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RotateApiKeyResponse.FromString,
+                _registered_method=True)
         self.RevokeApiKey = channel.unary_unary(
                 '/mesh.tenant.v1.ApiKeyService/RevokeApiKey',
                 request_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RevokeApiKeyRequest.SerializeToString,
@@ -53,7 +58,7 @@ class ApiKeyServiceStub:
 
 
 class ApiKeyServiceServicer:
-    """Makes, lists and revokes the keys of the call's tenant.
+    """Makes, lists, rotates and revokes the keys of the call's tenant.
     """
 
     def CreateApiKey(self, request, context):
@@ -66,6 +71,18 @@ class ApiKeyServiceServicer:
 
     def ListApiKeys(self, request, context):
         """Lists keys, newest first, never their secrets. Reads only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateApiKey(self, request, context):
+        """Makes a successor with the key's name, scopes and allow-list, and ends the key after the overlap, never later than its own end.
+        A successor of a key that ends lives as long as that key was made to. Idempotent by `request_id`: a repeated call answers the same
+        successor, with a new text as long as it was never used, since an answer that never arrived took the text with it.
+        Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE for a key that ended or has a successor; ALREADY_EXISTS CONTENT_CONFLICT for a request
+        id used with other content; RESOURCE_EXHAUSTED PLAN_LIMIT at 100 live keys (with an overlap of 0 there is always room);
+        PERMISSION_DENIED SCOPE_MISSING for a key with a scope that the caller does not hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,6 +108,11 @@ def add_ApiKeyServiceServicer_to_server(servicer, server):
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysRequest.FromString,
                     response_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysResponse.SerializeToString,
             ),
+            'RotateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateApiKey,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RotateApiKeyRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RotateApiKeyResponse.SerializeToString,
+            ),
             'RevokeApiKey': grpc.unary_unary_rpc_method_handler(
                     servicer.RevokeApiKey,
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RevokeApiKeyRequest.FromString,
@@ -105,7 +127,7 @@ def add_ApiKeyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ApiKeyService:
-    """Makes, lists and revokes the keys of the call's tenant.
+    """Makes, lists, rotates and revokes the keys of the call's tenant.
     """
 
     @staticmethod
@@ -152,6 +174,33 @@ class ApiKeyService:
             '/mesh.tenant.v1.ApiKeyService/ListApiKeys',
             mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysRequest.SerializeToString,
             mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.ApiKeyService/RotateApiKey',
+            mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RotateApiKeyRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RotateApiKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

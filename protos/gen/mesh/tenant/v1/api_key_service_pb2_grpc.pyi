@@ -13,7 +13,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ApiKeyServiceStub:
-    """Makes, lists and revokes the keys of the call's tenant."""
+    """Makes, lists, rotates and revokes the keys of the call's tenant."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_service_pb2.CreateApiKeyRequest, _api_key_service_pb2.CreateApiKeyResponse]
@@ -22,11 +22,19 @@ class ApiKeyServiceStub:
     """
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_api_key_service_pb2.ListApiKeysRequest, _api_key_service_pb2.ListApiKeysResponse]
     """Lists keys, newest first, never their secrets. Reads only."""
+    RotateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_service_pb2.RotateApiKeyRequest, _api_key_service_pb2.RotateApiKeyResponse]
+    """Makes a successor with the key's name, scopes and allow-list, and ends the key after the overlap, never later than its own end.
+    A successor of a key that ends lives as long as that key was made to. Idempotent by `request_id`: a repeated call answers the same
+    successor, with a new text as long as it was never used, since an answer that never arrived took the text with it.
+    Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE for a key that ended or has a successor; ALREADY_EXISTS CONTENT_CONFLICT for a request
+    id used with other content; RESOURCE_EXHAUSTED PLAN_LIMIT at 100 live keys (with an overlap of 0 there is always room);
+    PERMISSION_DENIED SCOPE_MISSING for a key with a scope that the caller does not hold.
+    """
     RevokeApiKey: _aio.UnaryUnaryMultiCallable[_api_key_service_pb2.RevokeApiKeyRequest, _api_key_service_pb2.RevokeApiKeyResponse]
     """Revokes a key: refused everywhere within 1 s. Idempotent. Errors: NOT_FOUND."""
 
 class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Makes, lists and revokes the keys of the call's tenant."""
+    """Makes, lists, rotates and revokes the keys of the call's tenant."""
 
     @_abc_1.abstractmethod
     def CreateApiKey(
@@ -45,6 +53,20 @@ class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_api_key_service_pb2.ListApiKeysRequest, _abc.Awaitable[_api_key_service_pb2.ListApiKeysResponse]],
     ) -> _abc.Awaitable[_api_key_service_pb2.ListApiKeysResponse]:
         """Lists keys, newest first, never their secrets. Reads only."""
+
+    @_abc_1.abstractmethod
+    def RotateApiKey(
+        self,
+        request: _api_key_service_pb2.RotateApiKeyRequest,
+        context: _aio.ServicerContext[_api_key_service_pb2.RotateApiKeyRequest, _abc.Awaitable[_api_key_service_pb2.RotateApiKeyResponse]],
+    ) -> _abc.Awaitable[_api_key_service_pb2.RotateApiKeyResponse]:
+        """Makes a successor with the key's name, scopes and allow-list, and ends the key after the overlap, never later than its own end.
+        A successor of a key that ends lives as long as that key was made to. Idempotent by `request_id`: a repeated call answers the same
+        successor, with a new text as long as it was never used, since an answer that never arrived took the text with it.
+        Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE for a key that ended or has a successor; ALREADY_EXISTS CONTENT_CONFLICT for a request
+        id used with other content; RESOURCE_EXHAUSTED PLAN_LIMIT at 100 live keys (with an overlap of 0 there is always room);
+        PERMISSION_DENIED SCOPE_MISSING for a key with a scope that the caller does not hold.
+        """
 
     @_abc_1.abstractmethod
     def RevokeApiKey(

@@ -26,9 +26,10 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
+from mesh.tenant.v1 import tenant_service_pb2 as mesh_dot_tenant_dot_v1_dot_tenant__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+mesh/tenant/v1/authentication_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x84\x02\n\x13\x41uthenticateRequest\x12\x1e\n\ncredential\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12\x89\x01\n\x11\x63laimed_tenant_id\x18\x02 \x01(\x0c\x42n\xbaHk\xba\x01h\n\x16\x63laimed_tenant_id.uuid\x12\'must be empty or the 16 bytes of a UUID\x1a%this.size() == 0 || this.size() == 16\x12!\n\x0foperator_reason\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x1e\n\x0cpeer_address\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"^\n\x14\x41uthenticateResponse\x12\x15\n\rcontext_token\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x17\n\x15GetContextKeysRequest\"B\n\x16GetContextKeysResponse\x12(\n\x04keys\x18\x01 \x03(\x0b\x32\x1a.mesh.tenant.v1.ContextKey\"0\n\nContextKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"7\n\x13WatchChangesRequest\x12 \n\x0f\x61\x66ter_change_id\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x9a\x01\n\x14WatchChangesResponse\x12\x11\n\tchange_id\x18\x01 \x01(\x03\x12\'\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x16.mesh.tenant.v1.Change\x12\x19\n\x11\x66orget_everything\x18\x03 \x01(\x08\x12+\n\x08read_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"<\n\x06\x43hange\x12\x11\n\tchange_id\x18\x01 \x01(\x03\x12\x11\n\ttenant_id\x18\x02 \x01(\x0c\x12\x0c\n\x04kind\x18\x03 \x01(\t2\xcc\x03\n\x15\x41uthenticationService\x12\x8c\x01\n\x0c\x41uthenticate\x12#.mesh.tenant.v1.AuthenticateRequest\x1a$.mesh.tenant.v1.AuthenticateResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\x92\x01\n\x0eGetContextKeys\x12%.mesh.tenant.v1.GetContextKeysRequest\x1a&.mesh.tenant.v1.GetContextKeysResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\x8e\x01\n\x0cWatchChanges\x12#.mesh.tenant.v1.WatchChangesRequest\x1a$.mesh.tenant.v1.WatchChangesResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+mesh/tenant/v1/authentication_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\x1a#mesh/tenant/v1/tenant_service.proto\"\xb4\x02\n\x13\x41uthenticateRequest\x12\x1e\n\ncredential\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12\x89\x01\n\x11\x63laimed_tenant_id\x18\x02 \x01(\x0c\x42n\xbaHk\xba\x01h\n\x16\x63laimed_tenant_id.uuid\x12\'must be empty or the 16 bytes of a UUID\x1a%this.size() == 0 || this.size() == 16\x12!\n\x0foperator_reason\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x12\x1e\n\x0cpeer_address\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x12\x16\n\x04host\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12\x16\n\x04path\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10\"^\n\x14\x41uthenticateResponse\x12\x15\n\rcontext_token\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"N\n\x14ResolveTenantRequest\x12\x1a\n\x04host\x18\x01 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x04\xba\x01\x01\x00\x12\x1a\n\x04path\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x10\xba\x01\x01\x00\"\x8a\x01\n\x15ResolveTenantResponse\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0c\n\x04slug\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0e\n\x06region\x18\x04 \x01(\t\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.mesh.tenant.v1.TenantState\"\x17\n\x15GetContextKeysRequest\"B\n\x16GetContextKeysResponse\x12(\n\x04keys\x18\x01 \x03(\x0b\x32\x1a.mesh.tenant.v1.ContextKey\"0\n\nContextKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"7\n\x13WatchChangesRequest\x12 \n\x0f\x61\x66ter_change_id\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x9a\x01\n\x14WatchChangesResponse\x12\x11\n\tchange_id\x18\x01 \x01(\x03\x12\'\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x16.mesh.tenant.v1.Change\x12\x19\n\x11\x66orget_everything\x18\x03 \x01(\x08\x12+\n\x08read_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"<\n\x06\x43hange\x12\x11\n\tchange_id\x18\x01 \x01(\x03\x12\x11\n\ttenant_id\x18\x02 \x01(\x0c\x12\x0c\n\x04kind\x18\x03 \x01(\t2\xfa\x04\n\x15\x41uthenticationService\x12\x8c\x01\n\x0c\x41uthenticate\x12#.mesh.tenant.v1.AuthenticateRequest\x1a$.mesh.tenant.v1.AuthenticateResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\xab\x01\n\rResolveTenant\x12$.mesh.tenant.v1.ResolveTenantRequest\x1a%.mesh.tenant.v1.ResolveTenantResponse\"M\xca\xf3\x18I\x08\x02\x12\x08\x65xternal\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x1a\x10operator:resolve\x12\x92\x01\n\x0eGetContextKeys\x12%.mesh.tenant.v1.GetContextKeysRequest\x1a&.mesh.tenant.v1.GetContextKeysResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x12\x8e\x01\n\x0cWatchChanges\x12#.mesh.tenant.v1.WatchChangesRequest\x1a$.mesh.tenant.v1.WatchChangesResponse\"1\xca\xf3\x18-\x08\x02\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,30 +44,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['operator_reason']._serialized_options = b'\272H\005r\003\030\364\003'
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['peer_address']._loaded_options = None
   _globals['_AUTHENTICATEREQUEST'].fields_by_name['peer_address']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_AUTHENTICATEREQUEST'].fields_by_name['host']._loaded_options = None
+  _globals['_AUTHENTICATEREQUEST'].fields_by_name['host']._serialized_options = b'\272H\005r\003\030\200\004'
+  _globals['_AUTHENTICATEREQUEST'].fields_by_name['path']._loaded_options = None
+  _globals['_AUTHENTICATEREQUEST'].fields_by_name['path']._serialized_options = b'\272H\005r\003\030\200\020'
+  _globals['_RESOLVETENANTREQUEST'].fields_by_name['host']._loaded_options = None
+  _globals['_RESOLVETENANTREQUEST'].fields_by_name['host']._serialized_options = b'\272H\tr\007\030\200\004\272\001\001\000'
+  _globals['_RESOLVETENANTREQUEST'].fields_by_name['path']._loaded_options = None
+  _globals['_RESOLVETENANTREQUEST'].fields_by_name['path']._serialized_options = b'\272H\tr\007\030\200\020\272\001\001\000'
   _globals['_WATCHCHANGESREQUEST'].fields_by_name['after_change_id']._loaded_options = None
   _globals['_WATCHCHANGESREQUEST'].fields_by_name['after_change_id']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['Authenticate']._loaded_options = None
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['Authenticate']._serialized_options = b'\312\363\030-\010\002\022\tratelimit\022\tinference\022\tretrieval\022\010metering'
+  _globals['_AUTHENTICATIONSERVICE'].methods_by_name['ResolveTenant']._loaded_options = None
+  _globals['_AUTHENTICATIONSERVICE'].methods_by_name['ResolveTenant']._serialized_options = b'\312\363\030I\010\002\022\010external\022\tratelimit\022\tinference\022\tretrieval\022\010metering\032\020operator:resolve'
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['GetContextKeys']._loaded_options = None
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['GetContextKeys']._serialized_options = b'\312\363\030-\010\002\022\tratelimit\022\tinference\022\tretrieval\022\010metering'
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['WatchChanges']._loaded_options = None
   _globals['_AUTHENTICATIONSERVICE'].methods_by_name['WatchChanges']._serialized_options = b'\312\363\030-\010\002\022\tratelimit\022\tinference\022\tretrieval\022\010metering'
-  _globals['_AUTHENTICATEREQUEST']._serialized_start=187
-  _globals['_AUTHENTICATEREQUEST']._serialized_end=447
-  _globals['_AUTHENTICATERESPONSE']._serialized_start=449
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=543
-  _globals['_GETCONTEXTKEYSREQUEST']._serialized_start=545
-  _globals['_GETCONTEXTKEYSREQUEST']._serialized_end=568
-  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_start=570
-  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_end=636
-  _globals['_CONTEXTKEY']._serialized_start=638
-  _globals['_CONTEXTKEY']._serialized_end=686
-  _globals['_WATCHCHANGESREQUEST']._serialized_start=688
-  _globals['_WATCHCHANGESREQUEST']._serialized_end=743
-  _globals['_WATCHCHANGESRESPONSE']._serialized_start=746
-  _globals['_WATCHCHANGESRESPONSE']._serialized_end=900
-  _globals['_CHANGE']._serialized_start=902
-  _globals['_CHANGE']._serialized_end=962
-  _globals['_AUTHENTICATIONSERVICE']._serialized_start=965
-  _globals['_AUTHENTICATIONSERVICE']._serialized_end=1425
+  _globals['_AUTHENTICATEREQUEST']._serialized_start=224
+  _globals['_AUTHENTICATEREQUEST']._serialized_end=532
+  _globals['_AUTHENTICATERESPONSE']._serialized_start=534
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=628
+  _globals['_RESOLVETENANTREQUEST']._serialized_start=630
+  _globals['_RESOLVETENANTREQUEST']._serialized_end=708
+  _globals['_RESOLVETENANTRESPONSE']._serialized_start=711
+  _globals['_RESOLVETENANTRESPONSE']._serialized_end=849
+  _globals['_GETCONTEXTKEYSREQUEST']._serialized_start=851
+  _globals['_GETCONTEXTKEYSREQUEST']._serialized_end=874
+  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_start=876
+  _globals['_GETCONTEXTKEYSRESPONSE']._serialized_end=942
+  _globals['_CONTEXTKEY']._serialized_start=944
+  _globals['_CONTEXTKEY']._serialized_end=992
+  _globals['_WATCHCHANGESREQUEST']._serialized_start=994
+  _globals['_WATCHCHANGESREQUEST']._serialized_end=1049
+  _globals['_WATCHCHANGESRESPONSE']._serialized_start=1052
+  _globals['_WATCHCHANGESRESPONSE']._serialized_end=1206
+  _globals['_CHANGE']._serialized_start=1208
+  _globals['_CHANGE']._serialized_end=1268
+  _globals['_AUTHENTICATIONSERVICE']._serialized_start=1271
+  _globals['_AUTHENTICATIONSERVICE']._serialized_end=1905
 # @@protoc_insertion_point(module_scope)

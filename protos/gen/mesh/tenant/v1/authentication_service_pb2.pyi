@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from mesh.tenant.v1 import tenant_service_pb2 as _tenant_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -30,6 +31,8 @@ class AuthenticateRequest(_message.Message):
     CLAIMED_TENANT_ID_FIELD_NUMBER: _builtins.int
     OPERATOR_REASON_FIELD_NUMBER: _builtins.int
     PEER_ADDRESS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     credential: _builtins.str
     """The whole credential, without "Bearer ". Never logged."""
     claimed_tenant_id: _builtins.bytes
@@ -38,6 +41,12 @@ class AuthenticateRequest(_message.Message):
     """Why an operator acts (`x-operator-reason`); empty for others."""
     peer_address: _builtins.str
     """The caller's network address, for allow-lists and the audit log; empty when unknown."""
+    host: _builtins.str
+    """The host the caller asked a front end for (`x-tenant-host`); empty when none was told. A host under a base domain, or a custom domain,
+    claims its tenant; another claims nothing.
+    """
+    path: _builtins.str
+    """The path the caller asked for (`x-tenant-path`), at least its first two segments: `/t/<slug>` claims a tenant, another path nothing."""
     def __init__(
         self,
         *,
@@ -45,10 +54,12 @@ class AuthenticateRequest(_message.Message):
         claimed_tenant_id: _builtins.bytes = ...,
         operator_reason: _builtins.str = ...,
         peer_address: _builtins.str = ...,
+        host: _builtins.str = ...,
+        path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claimed_tenant_id", b"claimed_tenant_id", "credential", b"credential", "operator_reason", b"operator_reason", "peer_address", b"peer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claimed_tenant_id", b"claimed_tenant_id", "credential", b"credential", "host", b"host", "operator_reason", b"operator_reason", "path", b"path", "peer_address", b"peer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -81,6 +92,70 @@ class AuthenticateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuthenticateResponse: _TypeAlias = AuthenticateResponse  # noqa: Y015
+
+@_typing.final
+class ResolveTenantRequest(_message.Message):
+    """The names a front end was called by. At least one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """The host as the caller sent it, in ASCII, with or without a port: `<slug>.<base domain>` or a custom domain."""
+    path: _builtins.str
+    """The path as the caller sent it: `/t/<slug>/…`."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveTenantRequest: _TypeAlias = ResolveTenantRequest  # noqa: Y015
+
+@_typing.final
+class ResolveTenantResponse(_message.Message):
+    """Whose it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    SLUG_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """The id: a UUIDv7 in its 36-character form."""
+    slug: _builtins.str
+    """The name for URLs."""
+    display_name: _builtins.str
+    """The name for people."""
+    region: _builtins.str
+    """Where its data lives."""
+    state: _tenant_service_pb2.TenantState.ValueType
+    """Where it is in its life."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        slug: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        region: _builtins.str = ...,
+        state: _tenant_service_pb2.TenantState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "region", b"region", "slug", b"slug", "state", b"state", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveTenantResponse: _TypeAlias = ResolveTenantResponse  # noqa: Y015
 
 @_typing.final
 class GetContextKeysRequest(_message.Message):

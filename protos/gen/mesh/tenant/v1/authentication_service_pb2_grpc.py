@@ -40,6 +40,11 @@ class AuthenticationServiceStub:
                 request_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.AuthenticateRequest.SerializeToString,
                 response_deserializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.AuthenticateResponse.FromString,
                 _registered_method=True)
+        self.ResolveTenant = channel.unary_unary(
+                '/mesh.tenant.v1.AuthenticationService/ResolveTenant',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.ResolveTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.ResolveTenantResponse.FromString,
+                _registered_method=True)
         self.GetContextKeys = channel.unary_unary(
                 '/mesh.tenant.v1.AuthenticationService/GetContextKeys',
                 request_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.GetContextKeysRequest.SerializeToString,
@@ -57,8 +62,19 @@ class AuthenticationServiceServicer:
     """
 
     def Authenticate(self, request, context):
-        """Resolves a credential (API key or operator key) and mints a context token for it. Safe to repeat.
-        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING.
+        """Resolves a credential (API key, JWT of a registered issuer, or operator key) and mints a context token for it. Safe to repeat.
+        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED |
+        OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks").
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResolveTenant(self, request, context):
+        """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
+        says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
+        all others. Reads only.
+        Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +104,11 @@ def add_AuthenticationServiceServicer_to_server(servicer, server):
                     servicer.Authenticate,
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.AuthenticateRequest.FromString,
                     response_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.AuthenticateResponse.SerializeToString,
+            ),
+            'ResolveTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveTenant,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.ResolveTenantRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.ResolveTenantResponse.SerializeToString,
             ),
             'GetContextKeys': grpc.unary_unary_rpc_method_handler(
                     servicer.GetContextKeys,
@@ -128,6 +149,33 @@ class AuthenticationService:
             '/mesh.tenant.v1.AuthenticationService/Authenticate',
             mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.AuthenticateRequest.SerializeToString,
             mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.AuthenticateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.AuthenticationService/ResolveTenant',
+            mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.ResolveTenantRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_authentication__service__pb2.ResolveTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

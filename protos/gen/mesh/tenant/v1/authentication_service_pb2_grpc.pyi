@@ -17,8 +17,15 @@ class AuthenticationServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Authenticate: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.AuthenticateRequest, _authentication_service_pb2.AuthenticateResponse]
-    """Resolves a credential (API key or operator key) and mints a context token for it. Safe to repeat.
-    Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING.
+    """Resolves a credential (API key, JWT of a registered issuer, or operator key) and mints a context token for it. Safe to repeat.
+    Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED |
+    OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks").
+    """
+    ResolveTenant: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.ResolveTenantRequest, _authentication_service_pb2.ResolveTenantResponse]
+    """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
+    says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
+    all others. Reads only.
+    Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
     """
     GetContextKeys: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.GetContextKeysRequest, _authentication_service_pb2.GetContextKeysResponse]
     """Returns the public keys that verify context tokens. Reads only."""
@@ -38,8 +45,21 @@ class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _authentication_service_pb2.AuthenticateRequest,
         context: _aio.ServicerContext[_authentication_service_pb2.AuthenticateRequest, _abc.Awaitable[_authentication_service_pb2.AuthenticateResponse]],
     ) -> _abc.Awaitable[_authentication_service_pb2.AuthenticateResponse]:
-        """Resolves a credential (API key or operator key) and mints a context token for it. Safe to repeat.
-        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING.
+        """Resolves a credential (API key, JWT of a registered issuer, or operator key) and mints a context token for it. Safe to repeat.
+        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED |
+        OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks").
+        """
+
+    @_abc_1.abstractmethod
+    def ResolveTenant(
+        self,
+        request: _authentication_service_pb2.ResolveTenantRequest,
+        context: _aio.ServicerContext[_authentication_service_pb2.ResolveTenantRequest, _abc.Awaitable[_authentication_service_pb2.ResolveTenantResponse]],
+    ) -> _abc.Awaitable[_authentication_service_pb2.ResolveTenantResponse]:
+        """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
+        says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
+        all others. Reads only.
+        Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
         """
 
     @_abc_1.abstractmethod

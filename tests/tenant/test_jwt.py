@@ -1,0 +1,422 @@
+"""JWTs of registered issuers, with real keys fetched over HTTP: taken when everything fits, refused in the same words otherwise."""
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import grpc
+import pytest
+import structlog
+from cryptography.hazmat.primitives import serialization
+
+from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
+from mesh.tenant.v1 import api_key_service_pb2, tenant_service_pb2
+from mesh.tenant.v1 import issuer_service_pb2 as pb
+from services.kernel.context_token import ContextTokenVerifier
+from services.kernel.errors import MeshError
+from services.kernel.telemetry.logging import configure_logging
+from services.kernel.tenant_context import TenantContext
+from services.tenant.context_minting import ContextMinter, read_signing_key
+from tests.support.jwks import JwksServer, SigningKey, claims_of, running_jwks, unsigned
+from tests.tenant.harness import Harness, as_service, call, refusal, with_key
+
+ALGORITHMS = {
+    "RS256": pb.JWT_ALGORITHM_RS256,
+    "PS256": pb.JWT_ALGORITHM_PS256,
+    "ES256": pb.JWT_ALGORITHM_ES256,
+    "EdDSA": pb.JWT_ALGORITHM_EDDSA,
+}
+AUDIENCE = "tenantry-api"
+INVALID = error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
+
+
+@dataclass
+class Bench:
+    """A tenant with a registered issuer whose key and address are in the test's hand."""
+
+    harness: Harness
+    tenant_id: str
+    api_key: str
+    key: SigningKey
+    server: JwksServer
+    issuer: pb.Issuer
+
+    def claims(self, **changes: Any) -> dict[str, Any]:
+        """Claims that fit the registration, changed."""
+        return claims_of(self.issuer.issuer, AUDIENCE, **changes)
+
+    def token(self, **changes: Any) -> str:
+        """A token that fits but for the changes."""
+        return self.key.sign(self.claims(**changes))
+
+    async def refused(self, token: str) -> MeshError:
+        """How the token is refused."""
+        return await refusal(self.harness.authenticate(token))
+
+
+def wish(server: JwksServer, key: SigningKey, **changes: Any) -> pb.AddIssuerRequest:
+    """A registration nobody else has."""
+    fields = {
+        "issuer": f"https://login.example/{secrets.token_hex(6)}",
+        "audience": AUDIENCE,
+        "jwks_uri": server.uri,
+        "algorithms": [ALGORITHMS[key.algorithm]],
+        "scopes": ["tenant:read", "documents:read"],
+    }
+    return pb.AddIssuerRequest(**{**fields, **changes})
+
+
+async def register(harness: Harness, tenant_id: str, request: pb.AddIssuerRequest) -> pb.Issuer:
+    """Registers an issuer as the operator."""
+    return (await call(harness.issuers.AddIssuer, request, harness.as_operator(tenant_id))).issuer
+
+
+@asynccontextmanager
+async def bench(harness: Harness, algorithm: str = "ES256", **changes: Any) -> AsyncIterator[Bench]:
+    """A bench of its own."""
+    created, key = await harness.create(), SigningKey(algorithm)
+    async with running_jwks(key) as server:
+        issuer = await register(harness, created.tenant.tenant_id, wish(server, key, **changes))
+        yield Bench(harness, created.tenant.tenant_id, created.api_key, key, server, issuer)
+
+
+async def proven(harness: Harness, token: str) -> TenantContext:
+    """What a context token says."""
+    minter = ContextMinter(read_signing_key(harness.settings.context_signing_key.get_secret_value()), [], region="", clock=_never)
+    return await ContextTokenVerifier(minter).verify((await harness.authenticate(token)).context_token)
+
+
+def _never() -> Any:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+async def test_a_token_of_a_registered_issuer_speaks_for_its_tenant(harness: Harness, algorithm: str) -> None:
+    """With each algorithm: the tenant, the subject by issuer, and only scopes that were asked for, granted and a tenant's."""
+    async with bench(harness, algorithm) as b:
+        context = await proven(harness, b.token(scope="tenant:read usage:read operator:tenants made:up"))
+        assert str(context.tenant_id) == b.tenant_id
+        assert context.subject == f"jwt:{b.issuer.issuer_id}:user-1"
+        assert (context.scopes, context.operator) == (frozenset({"tenant:read"}), False)
+        answer = await call(harness.tenants.GetTenant, tenant_service_pb2.GetTenantRequest(), with_key(b.token()))
+        assert answer.tenant.tenant_id == b.tenant_id
+        assert len(b.server.requests) == 2
+
+
+async def test_the_context_ends_with_the_token_and_after_300_seconds_at_the_latest(harness: Harness) -> None:
+    """A short token gives a short context; one that has ended, inside the skew that was granted, lives by the issuer's clock."""
+    async with bench(harness, clock_skew_seconds=60) as b:
+        for seconds, least, most in ((60, 50, 61), (3600, 290, 301), (-30, 20, 31)):
+            left = (await harness.authenticate(b.token(seconds=seconds))).expire_time.ToDatetime().timestamp()
+            left -= time.time() + time.timezone
+            assert least <= left <= most, seconds
+
+
+Forgery = Callable[[Bench], str]
+OTHER = SigningKey("ES256")
+
+
+def _hs256(b: Bench) -> str:
+    # The classic: the public key, which everybody has, taken for a shared secret.
+    public = b.key.private.public_key()
+    secret = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    signed = unsigned({"alg": "HS256", "kid": b.key.kid}, b.claims()).rpartition(".")[0]
+    return unsigned({"alg": "HS256", "kid": b.key.kid}, b.claims(), hmac.new(secret, signed.encode(), hashlib.sha256).digest())
+
+
+FORGERIES: dict[str, Forgery] = {
+    "alg none": lambda b: unsigned({"alg": "none", "kid": b.key.kid}, b.claims()),
+    "alg none with a signature": lambda b: unsigned({"alg": "none", "kid": b.key.kid}, b.claims(), b"x"),
+    "alg None": lambda b: unsigned({"alg": "NoNe", "kid": b.key.kid}, b.claims(), b"x"),
+    "no alg": lambda b: unsigned({"kid": b.key.kid}, b.claims(), b"x"),
+    "HS256 with the public key as secret": _hs256,
+    "another algorithm than registered": lambda b: SigningKey("EdDSA", b.key.kid).sign(b.claims()),
+    "signed by another key under this kid": lambda b: SigningKey("ES256", b.key.kid).sign(b.claims()),
+    "claims changed after signing": lambda b: _swapped(b.token(), b.token(sub="admin")),
+    "signature cut off": lambda b: b.token().rpartition(".")[0] + ".",
+    "signature of zeros": lambda b: unsigned({"alg": "ES256", "kid": b.key.kid}, b.claims(), bytes(64)),
+    "kid unknown": lambda b: OTHER.sign(b.claims()),
+    "kid missing": lambda b: unsigned({"alg": "ES256"}, b.claims(), b"x"),
+    "its own key in the header": lambda b: SigningKey("ES256", b.key.kid).sign(b.claims(), jwk=OTHER.public_jwk()),
+    "crit": lambda b: b.key.sign(b.claims(), crit=["exp"]),
+    "wrong issuer": lambda b: b.token(iss="https://login.example/nobody"),
+    "no issuer": lambda b: b.token(iss=None),
+    "wrong audience": lambda b: b.token(aud="another-api"),
+    "no audience": lambda b: b.token(aud=None),
+    "audience as part of a text": lambda b: b.token(aud=f"x {AUDIENCE}"),
+    "no exp": lambda b: b.token(exp=None),
+    "exp as text": lambda b: b.token(exp="9999999999"),
+    "exp as true": lambda b: b.token(exp=True),
+    "exp beyond all calendars": lambda b: b.token(exp=10**30),
+    "nbf in the future": lambda b: b.token(nbf=int(time.time()) + 120),
+    "iat in the future": lambda b: b.token(iat=int(time.time()) + 120),
+    "no sub": lambda b: b.token(sub=None),
+    "empty sub": lambda b: b.token(sub=""),
+    "sub too long": lambda b: b.token(sub="s" * 201),
+    "sub with a line break": lambda b: b.token(sub="a\nb"),
+    "scope as a list": lambda b: b.token(scope=["tenant:read"]),
+    "claims are no object": lambda b: unsigned({"alg": "ES256", "kid": b.key.kid}, ["x"], b"x"),
+    "claims nested too deep": lambda b: unsigned({"alg": "ES256", "kid": b.key.kid}, b"[" * 2500, b"x"),
+    "a name twice": lambda b: unsigned({"alg": "ES256", "kid": b.key.kid}, b'{"iss":"a","iss":"b"}', b"x"),
+    "too long": lambda b: b.token(padding="p" * 4096),
+    "four parts": lambda b: f"{b.token()}.x",
+}
+
+
+def _swapped(real: str, other: str) -> str:
+    return ".".join((*other.split(".")[:2], real.split(".")[2]))
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+async def test_a_forged_token_is_refused_as_any_bad_credential(harness: Harness, forgery: str) -> None:
+    """Whatever is wrong with it, the answer is the one of a malformed key: nothing tells which check failed."""
+    async with bench(harness) as b:
+        token = FORGERIES[forgery](b)
+        error, plain = await b.refused(token if len(token) <= 4096 else token[:4096]), await b.refused("no-credential")
+        assert (error.code, error.reason, error.message, error.metadata) == (plain.code, INVALID, plain.message, plain.metadata)
+        assert (await harness.authenticate(b.token())).context_token
+
+
+async def test_an_ended_token_says_when_it_ended(harness: Harness) -> None:
+    """Only a rightly signed token learns that it is CREDENTIAL_EXPIRED; skew is what was granted and no more."""
+    async with bench(harness, clock_skew_seconds=10) as b:
+        error = await b.refused(b.token(seconds=-20))
+        assert error.reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_EXPIRED
+        assert error.metadata["expire_time"].endswith("Z")
+        assert (await b.refused(SigningKey("ES256", b.key.kid).sign(b.claims(seconds=-20)))).reason == INVALID
+        assert (await harness.authenticate(b.token(nbf=int(time.time()) + 5))).context_token
+
+
+async def test_a_refused_token_is_audited_without_a_word_of_its_own(harness: Harness) -> None:
+    """The tenant's log names the issuer and the address; the subject was never proven and is not in it."""
+    async with bench(harness) as b:
+        await b.refused(SigningKey("ES256", b.key.kid).sign(b.claims(sub="forged-name")))
+        [record] = await harness.audit(b.tenant_id, "CREDENTIAL_REFUSED")
+        assert (record["subject"], record["peer_address"]) == (f"jwt:{b.issuer.issuer_id}", "192.0.2.7")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("RS256", {"alg": "PS256"}),
+        ("ES256", {"use": "enc"}),
+        ("ES256", {"key_ops": ["sign"]}),
+        ("ES256", {"kty": "oct", "k": "c2VjcmV0"}),
+        ("EdDSA", {"crv": "Ed448"}),
+        ("RS256", {"d": "AQAB"}),
+        ("ES256", {"x": 5}),
+        ("ES256", {"kid": 7}),
+    ],
+)
+async def test_a_key_is_used_for_nothing_but_what_it_is_for(harness: Harness, algorithm: str, changes: dict[str, Any]) -> None:
+    """A key of another use, type or algorithm, and one that shows its private half, is none: registration is refused."""
+    created, key = await harness.create(), SigningKey(algorithm)
+    async with running_jwks(key) as server:
+        server.keys = [key.public_jwk(**changes)]
+        error = await refusal(register(harness, created.tenant.tenant_id, wish(server, key)))
+        assert (error.code, error.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "jwks_uri")
+
+
+async def test_a_new_key_is_found_and_an_old_one_dies_with_its_place_in_the_set(harness: Harness) -> None:
+    """After the issuer rotates, a token of the new key makes the set be fetched again, and tokens of the removed key are refused."""
+    async with bench(harness) as b:
+        old, b.key = b.key, SigningKey("ES256")
+        b.server.keys = [b.key.public_jwk()]
+        assert (await harness.authenticate(b.token())).context_token
+        assert (await b.refused(old.sign(b.claims()))).reason == INVALID
+
+
+async def test_made_up_kids_cause_no_flood_of_fetches(harness: Harness) -> None:
+    """Fifty unknown names at once cost the issuer one request in five seconds."""
+    async with bench(harness) as b:
+        await harness.authenticate(b.token())
+        fetched = len(b.server.requests)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(50):
+                group.create_task(b.refused(unsigned({"alg": "ES256", "kid": secrets.token_hex(8)}, b.claims(), b"x")))
+        assert len(b.server.requests) - fetched <= 1
+
+
+DAMAGE: dict[str, dict[str, Any]] = {
+    "down": {"status": 503},
+    "gone": {"status": 404},
+    "redirect": {"status": 302, "headers": {"location": "/elsewhere"}},
+    "huge": {"body": b'{"keys": [' + b" " * 70_000 + b"]}"},
+    "no json": {"body": b"<html>"},
+    "no set": {"body": b'{"keys": 5}'},
+    "compressed": {"headers": {"content-encoding": "gzip"}},
+    "two of one name": {"keys": [OTHER.public_jwk(), OTHER.public_jwk()]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_an_issuer_whose_keys_cannot_be_had_is_not_registered(harness: Harness, damage: str) -> None:
+    """Down is UNAVAILABLE, anything that is no key set INVALID_ARGUMENT; a redirect is not followed; nothing is written."""
+    created, key = await harness.create(), SigningKey()
+    async with running_jwks(key) as server:
+        for name, value in DAMAGE[damage].items():
+            setattr(server, name, value)
+        request = wish(server, key)
+        error = await refusal(register(harness, created.tenant.tenant_id, request))
+        if damage == "down":
+            assert (error.code, error.metadata["dependency"]) == (grpc.StatusCode.UNAVAILABLE, "jwks")
+        else:
+            assert (error.code, error.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "jwks_uri")
+        assert server.requests == ["/keys"]
+        for table in ("issuers", "issuer_directory"):
+            assert await harness.value(f"SELECT count(*) FROM tenant.{table} WHERE issuer = $1", request.issuer) == 0
+
+
+@pytest.mark.parametrize("damage", ["down", "redirect", "huge", "no json"])
+async def test_keys_that_cannot_be_had_make_a_first_token_unavailable(harness: Harness, damage: str) -> None:
+    """Where nobody can tell who signed, the caller is told to come back and not that the token is bad; known keys are used meanwhile."""
+    async with bench(harness) as b:
+        for name, value in DAMAGE[damage].items():
+            setattr(b.server, name, value)
+        error = await b.refused(b.token())
+        assert (error.code, error.metadata["dependency"]) == (grpc.StatusCode.UNAVAILABLE, "jwks")
+        assert error.retry_after_seconds
+        assert len(b.server.requests) == 2
+    async with bench(harness) as b:
+        await harness.authenticate(b.token())
+        for name, value in DAMAGE[damage].items():
+            setattr(b.server, name, value)
+        assert (await harness.authenticate(b.token())).context_token
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("jwks_uri", {"jwks_uri": "http://login.example/keys"}),
+        ("jwks_uri", {"jwks_uri": "http://localhost.example/keys"}),
+        ("jwks_uri", {"jwks_uri": "file:///etc/passwd"}),
+        ("jwks_uri", {"jwks_uri": "https://user:pw@login.example/keys"}),
+        ("jwks_uri", {"jwks_uri": "https://login.example/keys#x"}),
+        ("jwks_uri", {"jwks_uri": "https://login.example:99999/"}),
+        ("jwks_uri", {"jwks_uri": "https://l\u00f6gin.example/"}),
+        ("scopes", {"scopes": ["operator:tenants"]}),
+        ("algorithms[0]", {"algorithms": [0]}),
+        ("algorithms[0]", {"algorithms": [99]}),
+        ("algorithms", {"algorithms": []}),
+        ("clock_skew_seconds", {"clock_skew_seconds": 61}),
+        ("issuer", {"issuer": ""}),
+        ("audience", {"audience": "a\nb"}),
+    ],
+)
+async def test_a_bad_registration_is_refused_by_its_field(harness: Harness, field: str, changes: dict[str, Any]) -> None:
+    """Plain http beyond loopback, other schemes, users, an operator's scope, none as algorithm: INVALID_ARGUMENT names the field."""
+    created, key = await harness.create(), SigningKey()
+    async with running_jwks(key) as server:
+        error = await refusal(register(harness, created.tenant.tenant_id, wish(server, key, **changes)))
+        assert (error.code, error.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+        assert server.requests == []
+
+
+async def test_an_issuer_and_audience_speak_for_one_tenant_only(harness: Harness) -> None:
+    """The same pair is ALREADY_EXISTS for whichever tenant; another audience of the issuer is another tenant's to have."""
+    other = await harness.create()
+    async with bench(harness) as b:
+        request = wish(b.server, b.key, issuer=b.issuer.issuer)
+        for tenant_id in (other.tenant.tenant_id, b.tenant_id):
+            error = await refusal(register(harness, tenant_id, request))
+            assert (error.code, error.metadata["field"]) == (grpc.StatusCode.ALREADY_EXISTS, "issuer")
+        second = wish(b.server, b.key, issuer=b.issuer.issuer, audience="second")
+        await register(harness, other.tenant.tenant_id, second)
+        assert str((await proven(harness, b.token())).tenant_id) == b.tenant_id
+        assert str((await proven(harness, b.token(aud="second"))).tenant_id) == other.tenant.tenant_id
+        assert (await b.refused(b.token(aud=[AUDIENCE, "second"]))).reason == INVALID
+        error = await refusal(harness.authenticate(b.token(), claimed=UUID(other.tenant.tenant_id).bytes))
+        assert error.reason == error_reason_pb2.ERROR_REASON_TENANT_MISMATCH
+        [record] = await harness.audit(b.tenant_id, "TENANT_MISMATCH")
+        assert record["subject"] == f"jwt:{b.issuer.issuer_id}:user-1"
+
+
+async def test_issuers_are_listed_and_a_removed_one_is_dead_at_the_next_question(harness: Harness) -> None:
+    """Removal frees the pair, is recorded and announced; another tenant's issuer is as absent as one that never was."""
+    other = await harness.create()
+    async with bench(harness) as b:
+        await harness.authenticate(b.token())
+        listing = await call(harness.issuers.ListIssuers, pb.ListIssuersRequest(), harness.as_operator(b.tenant_id))
+        assert list(listing.issuers) == [b.issuer]
+        request = pb.RemoveIssuerRequest(issuer_id=b.issuer.issuer_id)
+        error = await refusal(call(harness.issuers.RemoveIssuer, request, harness.as_operator(other.tenant.tenant_id)))
+        assert error.code is grpc.StatusCode.NOT_FOUND
+        await call(harness.issuers.RemoveIssuer, request, harness.as_operator(b.tenant_id))
+        assert (await b.refused(b.token())).reason == INVALID
+        for action in ("ISSUER_ADDED", "ISSUER_REMOVED"):
+            [record] = await harness.audit(b.tenant_id, action)
+            assert record["subject"].startswith("operator:")
+            assert record["target"] == f"issuer:{b.issuer.issuer_id}"
+        kinds = await harness.value("SELECT array_agg(kind ORDER BY change_id) FROM tenant.changes WHERE tenant_id = $1", UUID(b.tenant_id))
+        assert kinds == ["ISSUER", "ISSUER"]
+        await register(harness, other.tenant.tenant_id, wish(b.server, b.key, issuer=b.issuer.issuer))
+
+
+async def test_a_tenant_has_at_most_twenty_issuers(harness: Harness) -> None:
+    """The twenty-first is PLAN_LIMIT."""
+    async with bench(harness) as b:
+        await harness.execute(
+            "INSERT INTO tenant.issuers (tenant_id, issuer, audience, jwks_uri, algorithms, scopes, clock_skew_seconds) "
+            "SELECT $1, n::text, 'a', 'https://login.example', '{ES256}', '{tenant:read}', 0 FROM generate_series(1, 19) n",
+            UUID(b.tenant_id),
+        )
+        error = await refusal(register(harness, b.tenant_id, wish(b.server, b.key)))
+        assert (error.reason, error.metadata["rule"]) == (error_reason_pb2.ERROR_REASON_PLAN_LIMIT, "issuers")
+
+
+async def test_only_operators_register_issuers(harness: Harness) -> None:
+    """A tenant's key lacks the scope, and an operator names the tenant."""
+    created, key = await harness.create(), SigningKey()
+    async with running_jwks(key) as server:
+        error = await refusal(call(harness.issuers.AddIssuer, wish(server, key), with_key(created.api_key)))
+        assert error.reason == error_reason_pb2.ERROR_REASON_SCOPE_MISSING
+        error = await refusal(call(harness.issuers.AddIssuer, wish(server, key), harness.as_operator()))
+        assert error.metadata == {"key": "x-tenant-id"}
+
+
+async def test_a_suspended_tenants_tokens_are_refused(harness: Harness) -> None:
+    """A right token of a suspended tenant is told so; a forged one is not."""
+    async with bench(harness) as b:
+        await harness.execute("UPDATE tenant.tenants SET state = 'SUSPENDED' WHERE tenant_id = $1", UUID(b.tenant_id))
+        assert (await b.refused(b.token())).reason == error_reason_pb2.ERROR_REASON_TENANT_SUSPENDED
+        assert (await b.refused(SigningKey("ES256", b.key.kid).sign(b.claims()))).reason == INVALID
+
+
+async def test_an_erased_tenants_issuers_and_domains_go_with_it(harness: Harness) -> None:
+    """Nothing of them stays, and the pair is free."""
+    async with bench(harness) as b:
+        metadata = as_service("tenant", (await harness.authenticate(b.api_key)).context_token)
+        erased = await call(harness.lifecycle.EraseTenant, lifecycle_service_pb2.EraseTenantRequest(), metadata)
+        counts = {item.kind: item.count for item in erased.erased}
+        assert (counts["postgres:tenant.issuers"], counts["postgres:tenant.issuer_directory"]) == (1, 1)
+        assert (await b.refused(b.token())).reason == INVALID
+        assert len(await harness.audit(b.tenant_id, "ISSUER_REVOKED")) == 1
+
+
+async def test_no_token_is_in_the_logs(harness: Harness, capfd: pytest.CaptureFixture[str]) -> None:
+    """At the most talkative level no part of a token, taken or refused, stands in any line."""
+    configure_logging("tenant", "DEBUG")
+    try:
+        async with bench(harness) as b:
+            tokens = [b.token(), *(FORGERIES[name](b) for name in ("alg none with a signature", "kid unknown", "wrong audience"))]
+            await harness.authenticate(tokens[0])
+            for token in tokens[1:]:
+                await b.refused(token)
+            b.server.status = 500
+            for token in tokens:
+                await refusal(call(harness.keys.ListApiKeys, api_key_service_pb2.ListApiKeysRequest(), with_key(token)))
+        structlog.get_logger("probe").info("probe_line")
+    finally:
+        lines = "".join(capfd.readouterr())
+        structlog.reset_defaults()
+    assert "probe_line" in lines
+    parts = [part for token in tokens for part in token.split(".") if len(part) > 8]
+    assert [part for part in parts if part in lines] == []
+    assert "eyJ" not in lines
