@@ -22,6 +22,7 @@ from services.tenant.configuration import PATHS, changed_paths, is_endpoint
 from services.tenant.effective_config import OVERRIDE_NAMES, Overrides, StoredConfiguration, effective
 from services.tenant.plan import Plan, PlanCatalog, sense_problem
 from tests.support.stores import PostgresStore
+from tests.support.waiting import eventually
 from tests.tenant.harness import Harness, Metadata, as_service, call, refusal, running_service, update, with_key
 from tests.tenant.test_api_keys import make_key
 
@@ -418,7 +419,7 @@ async def test_a_key_needs_the_scope_of_each_method(harness: Harness) -> None:
 
 
 async def test_changes_at_once_take_turns(harness: Harness) -> None:
-    """Of several changes for the same version exactly one is made."""
+    """Of several changes for the same version that are all under way at once, exactly one is made."""
     created = await harness.create()
     key = with_key(created.api_key)
     version = (await configuration(harness, key)).effective.version
@@ -431,8 +432,20 @@ async def test_changes_at_once_take_turns(harness: Harness) -> None:
             assert error.reason == error_reason_pb2.ERROR_REASON_WRONG_STATE
             return False
 
-    async with asyncio.TaskGroup() as group:
-        tries = [group.create_task(attempt(days)) for days in range(1, 7)]
+    blocked = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+    async def all_wait() -> bool:
+        return int(await harness.value(blocked)) == 4
+
+    # Nobody can write while this is held: whoever read the version by then has read the same one.
+    async with harness.superuser() as connection:
+        held = connection.transaction()
+        await held.start()
+        await connection.execute("SELECT FROM tenant.tenant_settings WHERE tenant_id = $1 FOR UPDATE", UUID(created.tenant.tenant_id))
+        async with asyncio.TaskGroup() as group:
+            tries = [group.create_task(attempt(days)) for days in range(1, 5)]
+            await eventually(all_wait, within_seconds=4)
+            await held.rollback()
     assert sum(done.result() for done in tries) == 1
     assert len((await changes(harness, key)).changes) == 1
 
