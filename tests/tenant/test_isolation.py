@@ -5,7 +5,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from tests.tenant.harness import Harness, put_flag, taken_apart
+from tests.tenant.harness import Harness, put_flag, taken_apart, update, with_key
 
 TENANT_TABLES = (
     "tenants",
