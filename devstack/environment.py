@@ -8,6 +8,11 @@ from devstack.ports import LOOPBACK
 from devstack.state import SERVICES, StackState
 
 DATABASE = "tenantry"
+# Apart from the data, as in a deployment, so that a backup of the data holds no key.
+KEY_DATABASE = "tenantry_keys"
+KEY_ROLE = "tenant_keys"
+# The stub takes these beside the house's key: what a tenant that brings its own key would bring.
+TENANTS_OWN_KEYS = ("sk-stub-a-tenants-own-key", "sk-stub-another-tenants-own-key")
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
 WITH_JOBS_ROLE = frozenset({"metering", "retrieval"})
 
@@ -29,8 +34,12 @@ class Provider:
         return cls(f"http://{ports.address('provider')}", state.secrets.provider_api_key, is_stub=True)
 
 
-def _role_dsn(state: StackState, ports: Ports, service: str, role: str) -> str:
-    return f"postgresql://{service}_{role}:{state.secrets.role_passwords[service]}@{LOOPBACK}:{ports.postgres}/{DATABASE}"
+def _role_dsn(state: StackState, ports: Ports, service: str, role: str, database: str = DATABASE) -> str:
+    return f"postgresql://{service}_{role}:{state.secrets.role_passwords[service]}@{LOOPBACK}:{ports.postgres}/{database}"
+
+
+def _admin_dsn(state: StackState, ports: Ports, database: str = DATABASE) -> str:
+    return f"postgresql://tenantry_admin:{state.secrets.postgres_password}@{LOOPBACK}:{ports.postgres}/{database}"
 
 
 def service_environment(
@@ -50,9 +59,7 @@ def service_environment(
     own |= {f"TENANTRY_{peer.upper()}_ADDRESS": ports.address(peer) for peer in SERVICES}
     if service in WITH_POSTGRES:
         own["TENANTRY_POSTGRES_DSN"] = _role_dsn(state, ports, service, "service")
-        own["TENANTRY_POSTGRES_ADMIN_DSN"] = (
-            f"postgresql://tenantry_admin:{state.secrets.postgres_password}@{LOOPBACK}:{ports.postgres}/{DATABASE}"
-        )
+        own["TENANTRY_POSTGRES_ADMIN_DSN"] = _admin_dsn(state, ports)
     if service in WITH_JOBS_ROLE:
         own["TENANTRY_POSTGRES_JOBS_DSN"] = _role_dsn(state, ports, service, "jobs")
     own |= _particular(service, state, ports, provider)
@@ -64,6 +71,9 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
         return {
             "TENANTRY_CONTEXT_SIGNING_KEY": state.secrets.context_signing_key,
             "TENANTRY_OPERATOR_KEY_SHA256": state.secrets.operator_key_sha256,
+            "TENANTRY_KEY_STORE_DSN": _role_dsn(state, ports, KEY_ROLE, "service", KEY_DATABASE),
+            "TENANTRY_KEY_STORE_ADMIN_DSN": _admin_dsn(state, ports, KEY_DATABASE),
+            "TENANTRY_MASTER_KEYS": state.secrets.master_keys,
         }
     if service == "ratelimit":
         return {"TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0"}

@@ -10,7 +10,9 @@ from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
     authentication_service_pb2_grpc,
+    data_key_service_pb2_grpc,
     plan_service_pb2_grpc,
+    secret_service_pb2_grpc,
     tenant_service_pb2_grpc,
 )
 from services.kernel.background import BackgroundTasks
@@ -18,24 +20,34 @@ from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import Unavailable
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
-from services.kernel.rpc.server import MeshServer
+from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_database import TenantDatabase
+from services.tenant.adapters.environment_master_keys import EnvironmentMasterKeys
 from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
+from services.tenant.adapters.postgres_data_keys import PostgresDataKeys
 from services.tenant.adapters.postgres_keys import PostgresKeys
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
+from services.tenant.adapters.postgres_secrets import PostgresSecrets
 from services.tenant.adapters.postgres_tenants import PostgresTenants
 from services.tenant.authentication import Authenticator
 from services.tenant.context_minting import ContextMinter, read_public_keys, read_signing_key
+from services.tenant.data_keys import DataKeyVault
+from services.tenant.key_management import parse_master_keys
 from services.tenant.key_ring import KeyRing
+from services.tenant.key_rotation import KeyRotation
 from services.tenant.local_credential_resolver import LocalCredentialResolver
-from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
+from services.tenant.provider_keys import ProviderKeys
+from services.tenant.provisioning import Step, TenantProvisioning
+from services.tenant.secret_box import SecretBox
 from services.tenant.servicers.api_key import ApiKeyServicer
 from services.tenant.servicers.authentication import AuthenticationServicer
+from services.tenant.servicers.data_key import DataKeyServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
 from services.tenant.servicers.plan import PlanServicer
+from services.tenant.servicers.secret import SecretServicer
 from services.tenant.servicers.tenant import TenantServicer
 from services.tenant.settings import TenantSettings
 from services.tenant.tenant_remains import TenantRemains
@@ -45,6 +57,8 @@ log = structlog.get_logger(__name__)
 
 SCHEMA = "tenant"
 MIGRATIONS = Path(__file__).parent / "migrations"
+KEY_STORE_SCHEMA = "tenant_keys"
+KEY_STORE_MIGRATIONS = Path(__file__).parent / "key_store_migrations"
 PLAN_FILE = Path(__file__).parent / "plans.yaml"
 
 
@@ -79,7 +93,8 @@ async def build(settings: TenantSettings) -> TenantApp:
             clock=_now,
         )
         authenticator = Authenticator(credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now)
-        server = _server(settings, database, authenticator, minter, _peers(settings, stack))
+        vault = DataKeyVault(await _key_store(settings, stack), _master_keys(settings), trail)
+        server = _server(settings, database, authenticator, minter, _peers(settings, stack), vault, SecretBox(vault, trail))
         return TenantApp(server, trail, stack.pop_all())
 
 
@@ -88,6 +103,8 @@ async def migrate_schema(settings: TenantSettings) -> None:
     admin_dsn = settings.postgres_admin_dsn.get_secret_value()
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, {"service": settings.postgres_dsn.get_secret_value()})
     await load_plans(admin_dsn, read_plan_file(PLAN_FILE))
+    key_store = {"service": settings.key_store_dsn.get_secret_value()}
+    await migrate(settings.key_store_admin_dsn.get_secret_value(), KEY_STORE_SCHEMA, KEY_STORE_MIGRATIONS, key_store)
 
 
 def _server(
@@ -95,10 +112,13 @@ def _server(
     database: TenantDatabase,
     authenticator: Authenticator,
     minter: ContextMinter,
-    peers: dict[Step, tuple[str, LifecyclePeer]],
+    peers: dict[Step, tuple[str, GrpcLifecyclePeer]],
+    vault: DataKeyVault,
+    box: SecretBox,
 ) -> MeshServer:
-    tenants = PostgresTenants(database)
-    provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, peers, minter, region=settings.region)
+    tenants, secrets = PostgresTenants(database), PostgresSecrets(database)
+    rotation = KeyRotation(vault, box, secrets, [peer for _, peer in peers.values()], tenants, minter)
+    provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, dict(peers), minter, region=settings.region)
     return MeshServer(
         settings,
         servicers=[
@@ -120,23 +140,45 @@ def _server(
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
             (
                 lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
-                LifecycleServicer(TenantRemains(PostgresRemains(database))),
+                LifecycleServicer(TenantRemains(PostgresRemains(database), vault, secrets), rotation),
                 "mesh.common.v1.TenantLifecycleService",
             ),
+            *_key_registrations(vault, rotation, ProviderKeys(secrets, box)),
         ],
         resolver=LocalCredentialResolver(authenticator),
         verifier=ContextTokenVerifier(minter),
     )
 
 
-def _peers(settings: TenantSettings, stack: AsyncExitStack) -> dict[Step, tuple[str, LifecyclePeer]]:
+def _key_registrations(vault: DataKeyVault, rotation: KeyRotation, provider_keys: ProviderKeys) -> list[Registration]:
+    return [
+        (
+            data_key_service_pb2_grpc.add_DataKeyServiceServicer_to_server,
+            DataKeyServicer(vault, rotation),
+            "mesh.tenant.v1.DataKeyService",
+        ),
+        (secret_service_pb2_grpc.add_SecretServiceServicer_to_server, SecretServicer(provider_keys), "mesh.tenant.v1.SecretService"),
+    ]
+
+
+async def _key_store(settings: TenantSettings, stack: AsyncExitStack) -> PostgresDataKeys:
+    database = await TenantDatabase.open(settings.key_store_dsn.get_secret_value(), max_size=4, application_name="tenantry-tenant-keys")
+    stack.push_async_callback(database.close)
+    return PostgresDataKeys(database)
+
+
+def _master_keys(settings: TenantSettings) -> EnvironmentMasterKeys:
+    return EnvironmentMasterKeys(parse_master_keys(settings.master_keys.get_secret_value()))
+
+
+def _peers(settings: TenantSettings, stack: AsyncExitStack) -> dict[Step, tuple[str, GrpcLifecyclePeer]]:
     addresses = {
         Step.RETRIEVAL: settings.retrieval_address,
         Step.INFERENCE: settings.inference_address,
         Step.RATELIMIT: settings.ratelimit_address,
         Step.METERING: settings.metering_address,
     }
-    peers: dict[Step, tuple[str, LifecyclePeer]] = {}
+    peers: dict[Step, tuple[str, GrpcLifecyclePeer]] = {}
     for step, address in addresses.items():
         name = step.name.lower()
         channel = MeshChannel(address, settings=settings, target_service=name)

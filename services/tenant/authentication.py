@@ -25,10 +25,11 @@ _NO_HASH = bytes(32)
 
 
 class AuditAction(StrEnum):
-    """What authentication writes into a tenant's audit log."""
+    """What is written into a tenant's audit log although nothing was changed."""
 
     CREDENTIAL_REFUSED = "CREDENTIAL_REFUSED"
     TENANT_MISMATCH = "TENANT_MISMATCH"
+    KEY_USE_FAILED = "KEY_USE_FAILED"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

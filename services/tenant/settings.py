@@ -15,6 +15,7 @@ from services.kernel.settings import (
     RetrievalAddress,
     ServiceSettings,
 )
+from services.tenant.key_management import parse_master_keys
 
 _SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -34,6 +35,17 @@ class TenantSettings(ServiceSettings):
         default="", description="base64 public keys still or soon in use, comma separated: for 300 s around a change of the signing key"
     )
     operator_key_sha256: str = Field(default="", description="SHA-256 (hex) of each operator key's whole text, comma separated")
+    key_store_dsn: SecretStr = Field(
+        default=SecretStr(""),
+        description="the key store, apart from the data and its backups, logging in as tenant_keys_service",
+    )
+    key_store_admin_dsn: SecretStr = Field(
+        default=SecretStr(""), description="the key store, as a role that may create roles and schemas; for `migrate` alone"
+    )
+    master_keys: SecretStr = Field(
+        default=SecretStr(""),
+        description="master keys as id:base64 of 32 bytes, comma separated: the first wraps new data keys, the others only unwrap",
+    )
     region: str = Field(default="local", description="where this cell keeps its tenants' data")
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
     inference_address: InferenceAddress = "127.0.0.1:7403"
@@ -46,6 +58,16 @@ class TenantSettings(ServiceSettings):
         if not all(_SHA256_HEX.fullmatch(item) for item in _items(value)):
             msg = "TENANTRY_OPERATOR_KEY_SHA256 must list SHA-256 digests of 64 hex digits"
             raise ValueError(msg)
+        return value
+
+    @field_validator("master_keys")
+    @classmethod
+    def _refuse_other_master_keys(cls: type[Self], value: SecretStr) -> SecretStr:
+        try:
+            parse_master_keys(value.get_secret_value())
+        except ValueError as error:
+            msg = f"TENANTRY_MASTER_KEYS {error}"
+            raise ValueError(msg) from None
         return value
 
     def operator_key_hashes(self) -> tuple[bytes, ...]:

@@ -14,6 +14,7 @@ LOCK_TENANT = "SELECT tenant_id FROM tenant.tenants WHERE tenant_id = $1 FOR UPD
 DELETES = {
     "postgres:tenant.api_key_directory": "DELETE FROM tenant.api_key_directory WHERE tenant_id = $1",
     "postgres:tenant.api_keys": "DELETE FROM tenant.api_keys WHERE tenant_id = $1",
+    "postgres:tenant.provider_keys": "DELETE FROM tenant.provider_keys WHERE tenant_id = $1",
     "postgres:tenant.users": "DELETE FROM tenant.users WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
     "postgres:tenant.provisioning": "DELETE FROM tenant.provisioning WHERE tenant_id = $1",
@@ -37,6 +38,9 @@ EXPORTS = {
     "postgres:tenant.api_keys": """
         SELECT key_id AS position, (to_jsonb(k) - 'secret_sha256')::text AS record FROM tenant.api_keys k
         WHERE tenant_id = $1 AND key_id > $2 ORDER BY key_id LIMIT $3""",
+    "postgres:tenant.provider_keys": """
+        SELECT tenant_id::text AS position, (to_jsonb(p) - 'sealed_key')::text AS record FROM tenant.provider_keys p
+        WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
     "postgres:tenant.audit": """
         SELECT audit_id::text AS position, to_jsonb(a)::text AS record FROM tenant.audit a
         WHERE tenant_id = $1 AND ($2 = '' OR audit_id > nullif($2, '')::uuid) ORDER BY audit_id LIMIT $3""",

@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mesh/tenant/v1/data_key_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bmesh/common/v1/policy.proto\"\x14\n\x12GetDataKeysRequest\"<\n\x13GetDataKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.mesh.tenant.v1.DataKey\"7\n\x07\x44\x61taKey\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x08\"3\n\x14RotateDataKeyRequest\x12\x1b\n\ttenant_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"G\n\x15RotateDataKeyResponse\x12\x16\n\x0e\x61\x63tive_version\x18\x01 \x01(\x05\x12\x16\n\x0eresealed_count\x18\x02 \x01(\x03\"5\n\x15RewrapDataKeysRequest\x12\x1c\n\npage_token\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"J\n\x16RewrapDataKeysResponse\x12\x17\n\x0frewrapped_count\x18\x01 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x8f\x03\n\x0e\x44\x61taKeyService\x12t\n\x0bGetDataKeys\x12\".mesh.tenant.v1.GetDataKeysRequest\x1a#.mesh.tenant.v1.GetDataKeysResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\tinference\x12\tretrieval\x12\x80\x01\n\rRotateDataKey\x12$.mesh.tenant.v1.RotateDataKeyRequest\x1a%.mesh.tenant.v1.RotateDataKeyResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x83\x01\n\x0eRewrapDataKeys\x12%.mesh.tenant.v1.RewrapDataKeysRequest\x1a&.mesh.tenant.v1.RewrapDataKeysResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mesh/tenant/v1/data_key_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bmesh/common/v1/policy.proto\"\x14\n\x12GetDataKeysRequest\"<\n\x13GetDataKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.mesh.tenant.v1.DataKey\"7\n\x07\x44\x61taKey\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x08\"3\n\x14RotateDataKeyRequest\x12\x1b\n\ttenant_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"G\n\x15RotateDataKeyResponse\x12\x16\n\x0e\x61\x63tive_version\x18\x01 \x01(\x05\x12\x16\n\x0eresealed_count\x18\x02 \x01(\x03\"5\n\x15RewrapDataKeysRequest\x12\x1c\n\npage_token\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"d\n\x16RewrapDataKeysResponse\x12\x17\n\x0frewrapped_count\x18\x01 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10unreadable_count\x18\x03 \x01(\x05\x32\x8f\x03\n\x0e\x44\x61taKeyService\x12t\n\x0bGetDataKeys\x12\".mesh.tenant.v1.GetDataKeysRequest\x1a#.mesh.tenant.v1.GetDataKeysResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\tinference\x12\tretrieval\x12\x80\x01\n\rRotateDataKey\x12$.mesh.tenant.v1.RotateDataKeyRequest\x1a%.mesh.tenant.v1.RotateDataKeyResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x83\x01\n\x0eRewrapDataKeys\x12%.mesh.tenant.v1.RewrapDataKeysRequest\x1a&.mesh.tenant.v1.RewrapDataKeysResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,7 +56,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REWRAPDATAKEYSREQUEST']._serialized_start=382
   _globals['_REWRAPDATAKEYSREQUEST']._serialized_end=435
   _globals['_REWRAPDATAKEYSRESPONSE']._serialized_start=437
-  _globals['_REWRAPDATAKEYSRESPONSE']._serialized_end=511
-  _globals['_DATAKEYSERVICE']._serialized_start=514
-  _globals['_DATAKEYSERVICE']._serialized_end=913
+  _globals['_REWRAPDATAKEYSRESPONSE']._serialized_end=537
+  _globals['_DATAKEYSERVICE']._serialized_start=540
+  _globals['_DATAKEYSERVICE']._serialized_end=939
 # @@protoc_insertion_point(module_scope)

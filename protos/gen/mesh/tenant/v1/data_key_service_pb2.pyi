@@ -167,19 +167,23 @@ class RewrapDataKeysResponse(_message.Message):
 
     REWRAPPED_COUNT_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UNREADABLE_COUNT_FIELD_NUMBER: _builtins.int
     rewrapped_count: _builtins.int
     """How many keys of the page were wrapped anew: 0 or more."""
     next_page_token: _builtins.str
     """For the next page; empty at the end."""
+    unreadable_count: _builtins.int
+    """How many keys of the page did not unwrap: altered in the store. Each is on record as KEY_USE_FAILED. 0 or more."""
     def __init__(
         self,
         *,
         rewrapped_count: _builtins.int = ...,
         next_page_token: _builtins.str = ...,
+        unreadable_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "rewrapped_count", b"rewrapped_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "rewrapped_count", b"rewrapped_count", "unreadable_count", b"unreadable_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
