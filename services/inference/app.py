@@ -12,6 +12,8 @@ from services.inference.adapters.anthropic import AnthropicProvider
 from services.inference.adapters.metering_client import MeteringLedger
 from services.inference.adapters.metering_prices_client import MeteringPrices
 from services.inference.adapters.postgres import PostgresMemory
+from services.inference.adapters.postgres_sealing import PostgresSealedRows
+from services.inference.adapters.provider_keys_client import TenantProviderKeys
 from services.inference.adapters.ratelimit_client import RatelimitLimits
 from services.inference.adapters.retrieval_client import RetrievalDocuments
 from services.inference.adapters.traced_provider import TracedProvider
@@ -30,6 +32,7 @@ from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.tenant_cipher import RemoteDataKeys, TenantCipher
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import TenantDatabase
 
@@ -62,13 +65,16 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         documents = RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval"))
-        memory, ledger, prices = PostgresMemory(database), MeteringLedger(to_metering), MeteringPrices(to_metering)
+        cipher = TenantCipher(RemoteDataKeys(to_tenant))
+        memory, ledger, prices = PostgresMemory(database, cipher), MeteringLedger(to_metering), MeteringPrices(to_metering)
         stack.push_async_callback(ledger.close)
+        provider_keys = TenantProviderKeys(to_tenant)
         provider = AnthropicProvider(
             base_url=settings.provider_base_url,
             api_key=settings.anthropic_api_key.get_secret_value(),
             call_id_header=settings.provider_call_id_header,
             max_connections=settings.max_concurrent_provider_calls,
+            own_key_refused=provider_keys.forget,
         )
         stack.push_async_callback(provider.close)
         leases = LeaseKeeper(limits, ledger)
@@ -90,18 +96,19 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             settlement=Settlement(ledger, limits, memory, leases, finishing),
         )
         configs = TenantConfigCache(to_tenant)
-        inference = InferenceService(pipeline, configs, prices, settings.default_call_deadline_seconds)
+        lifecycle = LifecycleServicer(memory, configs, PostgresSealedRows(database, cipher))
+        inference = InferenceService(pipeline, configs, provider_keys, prices, settings.default_call_deadline_seconds)
         resolver, verifier = remote_trust(to_tenant)
-        server = MeshServer(settings, servicers=_registrations(inference, memory, configs), resolver=resolver, verifier=verifier)
+        server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
 
 
-def _registrations(inference: InferenceService, memory: PostgresMemory, configs: TenantConfigCache) -> list[Registration]:
+def _registrations(inference: InferenceService, memory: PostgresMemory, lifecycle: LifecycleServicer) -> list[Registration]:
     return [
         (add_InferenceServiceServicer_to_server, inference, "mesh.inference.v1.InferenceService"),
         (add_PromptServiceServicer_to_server, PromptService(memory), "mesh.inference.v1.PromptService"),
         (add_ConversationServiceServicer_to_server, ConversationService(memory), "mesh.inference.v1.ConversationService"),
-        (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(memory, configs), "mesh.common.v1.TenantLifecycleService"),
+        (add_TenantLifecycleServiceServicer_to_server, lifecycle, "mesh.common.v1.TenantLifecycleService"),
     ]
 
 

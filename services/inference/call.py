@@ -31,7 +31,10 @@ class RetrievalMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A validated request. `deadline` is on time.monotonic(), `context_tokens` the most input the plan and the model allow."""
+    """A validated request. `deadline` is on time.monotonic(), `context_tokens` the most input the plan and the model allow.
+
+    `provider_key` is the tenant's own; empty for the house's.
+    """
 
     call_id: CallId
     tenant: TenantContext
@@ -49,6 +52,7 @@ class Question:
     top_k: int
     stop_sequences: tuple[str, ...]
     deadline: float
+    provider_key: str = field(default="", repr=False)
 
     @property
     def with_documents(self) -> bool:
