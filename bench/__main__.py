@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable
 
-from bench import call_overhead, kernel_overhead
+from bench import call_overhead, kernel_overhead, sealing
 
 BENCHES: dict[str, Callable[[list[str]], None]] = {
     "call_overhead": call_overhead.main,
     "kernel_overhead": kernel_overhead.main,
+    "sealing": sealing.main,
 }
 
 

@@ -69,13 +69,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         memory, ledger, prices = PostgresMemory(database, cipher), MeteringLedger(to_metering), MeteringPrices(to_metering)
         stack.push_async_callback(ledger.close)
         provider_keys = TenantProviderKeys(to_tenant)
-        provider = AnthropicProvider(
-            base_url=settings.provider_base_url,
-            api_key=settings.anthropic_api_key.get_secret_value(),
-            call_id_header=settings.provider_call_id_header,
-            max_connections=settings.max_concurrent_provider_calls,
-            own_key_refused=provider_keys.forget,
-        )
+        provider = _provider(settings, provider_keys)
         stack.push_async_callback(provider.close)
         leases = LeaseKeeper(limits, ledger)
         background = BackgroundTasks()
@@ -101,6 +95,16 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         resolver, verifier = remote_trust(to_tenant)
         server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
+
+
+def _provider(settings: InferenceSettings, provider_keys: TenantProviderKeys) -> AnthropicProvider:
+    return AnthropicProvider(
+        base_url=settings.provider_base_url,
+        api_key=settings.anthropic_api_key.get_secret_value(),
+        call_id_header=settings.provider_call_id_header,
+        max_connections=settings.max_concurrent_provider_calls,
+        own_key_refused=provider_keys.forget,
+    )
 
 
 def _registrations(inference: InferenceService, memory: PostgresMemory, lifecycle: LifecycleServicer) -> list[Registration]:
