@@ -20,6 +20,7 @@ from services.kernel.rpc.wire_status import decode_rpc_error
 from tests.inference.conftest import OWN_KEYS, PROVIDER_KEY, World, credentials, running_service, service_settings
 from tests.inference.peers import Tenant
 from tests.support.stores import PostgresStore
+from tests.support.waiting import eventually
 
 SECRET = "the vault opens with 4711"
 USER = "grace@example.com"
@@ -52,6 +53,11 @@ async def reencrypt(world: World, tenant: Tenant, version: int) -> pb.ReencryptT
     """One call of the tenant service."""
     request = pb.ReencryptTenantRequest(active_version=version)
     return await world.lifecycle.ReencryptTenant(request, metadata=world.from_tenant_service(tenant), timeout=30)
+
+
+async def is_resealed(world: World, tenant: Tenant, version: int) -> bool:
+    """Makes the tenant service's call once more and tells whether it is done."""
+    return (await reencrypt(world, tenant, version)).done
 
 
 @asynccontextmanager
@@ -166,8 +172,7 @@ async def test_a_rotation_under_writers_leaves_nothing_behind(world: World, seal
         writers = [group.create_task(write(number)) for number in range(3)]
         await asyncio.sleep(0)
         sealing.data_keys[2] = secrets.token_bytes(32)
-        while not (await reencrypt(world, sealing, 2)).done:
-            await asyncio.sleep(0.05)
+        await eventually(lambda: is_resealed(world, sealing, 2), within_seconds=30)
         # Retired at once: whatever was sealed with it from here on would be lost.
         del sealing.data_keys[1]
         stop.set()
@@ -190,7 +195,7 @@ async def fresh_replica(world: World) -> AsyncIterator[World]:
 
 
 async def test_a_replica_with_an_old_key_in_memory_cannot_write_with_it(world: World, sealing: Tenant, admin_dsn: str) -> None:
-    """After a rotation went through another replica, this one's cached key is refused by the store; it fetches the new and loses no turn."""
+    """After a rotation went through another replica, this one's key is refused by the store; it fetches the new and loses no turn."""
     conversation_id = await begin(world, sealing)
     await world.answer(sealing, "Sealed with the first key", conversation_id=conversation_id)
     sealing.data_keys[2] = secrets.token_bytes(32)

@@ -5,12 +5,13 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from devstack.environment import TENANTS_OWN_KEYS
 from devstack.mesh_client import Metadata, credentials
 from devstack.state import DemoTenant
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
 from mesh.metering.v1 import usage_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
-from mesh.tenant.v1 import api_key_service_pb2
+from mesh.tenant.v1 import api_key_service_pb2, secret_service_pb2
 from services.kernel.ids import new_uuid7
 from tests.isolation.surface import Answer, Surface
 from tests.support.mesh import Mesh
@@ -86,7 +87,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Target:
-    """Makes a tenant that has a key, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
+    """Makes a tenant that has keys, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
     tenant = await mesh.tenant(plan)
     metadata, canary = credentials(tenant.api_key), f"canary{secrets.token_hex(8)}"
     listed_documents = await _plant_documents(mesh, metadata, canary)
@@ -101,6 +102,8 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
         api_key_service_pb2.CreateApiKeyRequest(display_name=canary, scopes=["usage:read"]),
         metadata,
     )
+    own_key = secret_service_pb2.PutProviderKeyRequest(api_key=TENANTS_OWN_KEYS[0])
+    await _must(surface, "tenant", "SecretService/PutProviderKey", own_key, metadata)
     document = listed_documents[0]
     ids = Ids(
         tenant_id=uuid.UUID(tenant.tenant_id),
