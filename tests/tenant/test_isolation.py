@@ -5,9 +5,12 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from tests.tenant.harness import Harness, taken_apart
+from mesh.tenant.v1 import secret_service_pb2
+from tests.tenant.harness import Harness, call, taken_apart, with_key
 
 TENANT_TABLES = ("tenants", "users", "api_keys", "tenant_settings", "provisioning", "audit")
+# Sealed secrets: a row for tenants that brought one.
+SECRET_TABLES = ("provider_keys",)
 # Ids and kinds of changes, read whole by every replica.
 FEEDS = ("changes",)
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory")
@@ -15,10 +18,13 @@ PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions")
 ENTER = "SELECT set_config('app.tenant_id', $1, true)"
 
 
-@pytest.mark.parametrize("table", TENANT_TABLES)
+@pytest.mark.parametrize("table", [*TENANT_TABLES, *SECRET_TABLES])
 async def test_the_service_role_sees_one_tenants_rows_and_without_a_tenant_none(harness: Harness, table: str) -> None:
     """A forgotten filter finds the set tenant's rows only; with no tenant set the statement fails."""
     one, other = await harness.create(), await harness.create()
+    for owner in (one, other):
+        put = secret_service_pb2.PutProviderKeyRequest(api_key="sk-ant-of-its-own")
+        await call(harness.secrets.PutProviderKey, put, with_key(owner.api_key))
     async with harness.service_role() as connection:
         async with connection.transaction():
             await connection.execute(ENTER, one.tenant.tenant_id)
@@ -53,7 +59,7 @@ async def test_the_service_role_cannot_write_into_another_tenant(harness: Harnes
                 await connection.execute(sql, UUID(other.tenant.tenant_id))
 
 
-@pytest.mark.parametrize("table", [*TENANT_TABLES[:5], "api_key_directory", "slug_directory", "request_directory"])
+@pytest.mark.parametrize("table", [*TENANT_TABLES[:5], *SECRET_TABLES, "api_key_directory", "slug_directory", "request_directory"])
 async def test_the_service_role_cannot_remove_another_tenants_rows(harness: Harness, table: str) -> None:
     """Deleting everything removes nothing of anybody else's."""
     one, other = await harness.create(), await harness.create()
@@ -119,13 +125,14 @@ async def test_every_table_forces_row_level_security_and_belongs_to_the_owner(ha
             "SELECT relname, relrowsecurity, relforcerowsecurity, pg_get_userbyid(relowner) AS owner FROM pg_class "
             "WHERE relnamespace = 'tenant'::regnamespace AND relkind IN ('r', 'p') AND relname <> 'schema_migrations'"
         )
-        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES}
+        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *SECRET_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES}
         for row in tables:
             assert (row["relrowsecurity"], row["relforcerowsecurity"], row["owner"]) == (True, True, "tenant_owner"), row["relname"]
         policies = await connection.fetch("SELECT tablename, cmd, qual, with_check FROM pg_policies WHERE schemaname = 'tenant'")
         rule = "(tenant_id = ( SELECT (current_setting('app.tenant_id'::text))::uuid AS current_setting))"
-        found = {row["tablename"]: (row["cmd"], row["qual"], row["with_check"]) for row in policies if row["tablename"] in TENANT_TABLES}
-        assert found == dict.fromkeys(TENANT_TABLES, ("ALL", rule, rule))
+        isolated = (*TENANT_TABLES, *SECRET_TABLES)
+        found = {row["tablename"]: (row["cmd"], row["qual"], row["with_check"]) for row in policies if row["tablename"] in isolated}
+        assert found == dict.fromkeys(isolated, ("ALL", rule, rule))
         roles = await connection.fetch(
             "SELECT rolname, rolcanlogin, rolsuper, rolbypassrls FROM pg_roles WHERE rolname IN ('tenant_owner', 'tenant_service')"
         )
@@ -139,7 +146,7 @@ async def test_every_index_of_tenant_data_leads_with_the_tenant(harness: Harness
             "SELECT c.relname AS index, a.attname AS leading FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
             "JOIN pg_class t ON t.oid = i.indrelid JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = i.indkey[0] "
             "WHERE t.relnamespace = 'tenant'::regnamespace AND t.relname = ANY ($1)",
-            list(TENANT_TABLES),
+            [*TENANT_TABLES, *SECRET_TABLES],
         )
     assert len(rows) >= len(TENANT_TABLES)
     assert {row["leading"] for row in rows} == {"tenant_id"}
