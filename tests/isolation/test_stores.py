@@ -126,7 +126,6 @@ async def test_the_jobs_role_does_its_jobs_and_nothing_else(mesh: Mesh, attacked
 
 def _commands(item: Attacked, victim: UUID) -> list[tuple[str, str, tuple[object, ...]]]:
     table, columns = item.table, item.columns
-    as_row = f"FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)"
     return [
         ("SELECT", f"SELECT tenant_id FROM {table} LIMIT 1", ()),
         (
