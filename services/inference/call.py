@@ -34,6 +34,7 @@ class Question:
     """A validated request. `deadline` is on time.monotonic(), `context_tokens` the most input the plan and the model allow.
 
     `prompt_prefix` stands before the tenant's prompt; `endpoint` is the tenant's own place at the provider, empty for everybody's.
+    `provider_key` is the tenant's own; empty for the house's.
     """
 
     call_id: CallId
@@ -54,6 +55,7 @@ class Question:
     deadline: float
     prompt_prefix: str = ""
     endpoint: str = ""
+    provider_key: str = field(default="", repr=False)
 
     @property
     def with_documents(self) -> bool:

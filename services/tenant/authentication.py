@@ -33,11 +33,12 @@ _NOBODY = TenantId(UUID(int=0))
 
 
 class AuditAction(StrEnum):
-    """What authentication writes into a tenant's audit log."""
+    """What is written into a tenant's audit log although nothing was changed."""
 
     CREDENTIAL_REFUSED = "CREDENTIAL_REFUSED"
     KEY_USE_REFUSED = "KEY_USE_REFUSED"
     TENANT_MISMATCH = "TENANT_MISMATCH"
+    KEY_USE_FAILED = "KEY_USE_FAILED"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

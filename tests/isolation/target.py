@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from devstack.environment import TENANTS_OWN_KEYS
 from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
@@ -18,6 +19,7 @@ from mesh.tenant.v1 import (
     configuration_service_pb2,
     domain_service_pb2,
     issuer_service_pb2,
+    secret_service_pb2,
     user_service_pb2,
 )
 from services.kernel.ids import new_uuid7
@@ -116,7 +118,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Target:
-    """Makes a tenant that has a key, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
+    """Makes a tenant that has keys, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
     tenant = await mesh.tenant(plan)
     metadata, canary = credentials(tenant.api_key), f"canary{secrets.token_hex(8)}"
     listed_documents = await _plant_documents(mesh, metadata, canary)
@@ -137,6 +139,8 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
     put = await _must(surface, "tenant", "UserService/PutUser", user, metadata)
     issuer_id, domain = await _plant_names(mesh, surface, tenant.tenant_id, canary)
     await _plant_settings(surface, metadata, canary)
+    own_key = secret_service_pb2.PutProviderKeyRequest(api_key=TENANTS_OWN_KEYS[0])
+    await _must(surface, "tenant", "SecretService/PutProviderKey", own_key, metadata)
     document = listed_documents[0]
     ids = Ids(
         tenant_id=uuid.UUID(tenant.tenant_id),

@@ -27,11 +27,13 @@ from mesh.tenant.v1 import (
     authentication_service_pb2_grpc,
     configuration_service_pb2,
     configuration_service_pb2_grpc,
+    data_key_service_pb2_grpc,
     domain_service_pb2_grpc,
     flag_service_pb2,
     flag_service_pb2_grpc,
     issuer_service_pb2_grpc,
     plan_service_pb2_grpc,
+    secret_service_pb2_grpc,
     tenant_service_pb2,
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
@@ -62,11 +64,15 @@ class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
         self.gate: asyncio.Event | None = None
         self.before_answer: Callable[[str], Any] | None = None
         self.address = ""
+        self.reencrypted: list[int] = []
+        self.pages_left = 0
 
     def reset(self) -> None:
         """Forgets every script and call."""
         self.tenants.clear()
         self.failures.clear()
+        self.reencrypted.clear()
+        self.pages_left = 0
         self.entered = asyncio.Event()
         self.gate = None
         self.before_answer = None
@@ -82,6 +88,14 @@ class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
             await self.before_answer(metadata["x-tenant-context"])
         self.tenants.append(UUID(metadata["x-tenant-id"]))
         return lifecycle_service_pb2.ProvisionTenantResponse()
+
+    async def ReencryptTenant(self, request: Any, context: Any) -> Any:
+        """Has `pages_left` pages of one record each to seal again."""
+        if self.failures:
+            await context.abort(self.failures.pop(0), "scripted")
+        self.reencrypted.append(request.active_version)
+        sealed_now, self.pages_left = min(self.pages_left, 1), max(self.pages_left - 1, 0)
+        return lifecycle_service_pb2.ReencryptTenantResponse(resealed_count=sealed_now, done=not self.pages_left)
 
     async def EraseTenant(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "creating a tenant erases nothing")
@@ -128,6 +142,8 @@ class Harness:
         self.plans = plan_service_pb2_grpc.PlanServiceStub(self.channel)
         self.configuration = configuration_service_pb2_grpc.ConfigurationServiceStub(self.channel)
         self.flags = flag_service_pb2_grpc.FlagServiceStub(self.channel)
+        self.data_keys = data_key_service_pb2_grpc.DataKeyServiceStub(self.channel)
+        self.secrets = secret_service_pb2_grpc.SecretServiceStub(self.channel)
         self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
 
     def as_operator(self, tenant_id: str | None = None, reason: str | None = "customer call 4711") -> Metadata:
@@ -282,10 +298,23 @@ def taken_apart(api_key: str) -> ApiKeyText:
     return key
 
 
+def new_master_key(name: str) -> str:
+    """A master key as the environment names it."""
+    return f"{name}:{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
 def settings_for(
-    admin_dsn: str, service_dsn: str, operator: OperatorKeyText, peers: dict[str, str], front: OperatorKeyText | None = None
+    admin_dsn: str,
+    service_dsn: str,
+    operator: OperatorKeyText,
+    peers: dict[str, str],
+    front: OperatorKeyText | None = None,
+    *,
+    key_store_dsn: str = "",
 ) -> TenantSettings:
-    """Settings of a service on free ports."""
+    """Settings of a service on free ports. Without a key store of its own, as administrator, it is put beside the data."""
+    key_admin = urlsplit(key_store_dsn or admin_dsn)
+    as_service = key_admin._replace(netloc=f"tenant_keys_service:key-store-password@{key_admin.hostname}:{key_admin.port}")
     hashes = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in SERVICE_TOKENS.items())
     addresses: dict[str, Any] = {f"{name}_address": address for name, address in peers.items()}
     return TenantSettings(
@@ -298,6 +327,9 @@ def settings_for(
         base_domains=BASE_DOMAIN,
         front_key_sha256="" if front is None else front.text_sha256().hex(),
         operator_key_sha256=operator.text_sha256().hex(),
+        key_store_admin_dsn=SecretStr(key_admin.geturl()),
+        key_store_dsn=SecretStr(as_service.geturl()),
+        master_keys=SecretStr(new_master_key("first")),
         drain_seconds=0.0,
         **addresses,
     )
@@ -310,8 +342,9 @@ async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
         peers = dict(zip(PEERS, (retrieval, inference, ratelimit, metering), strict=True))
         admin_dsn = await postgres.fresh_database()
         service_dsn = postgres.dsn(urlsplit(admin_dsn).path.lstrip("/"), "tenant_service", "service-password")
-        operator, front = new_operator_key(), new_operator_key()
-        settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()}, front)
+        operator, front, key_store_dsn = new_operator_key(), new_operator_key(), await postgres.fresh_database()
+        addresses = {name: peer.address for name, peer in peers.items()}
+        settings = settings_for(admin_dsn, service_dsn, operator, addresses, front, key_store_dsn=key_store_dsn)
         await migrate_schema(settings)
         app = await build(settings)
         await app.server.start()

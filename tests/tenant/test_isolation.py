@@ -5,7 +5,8 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from tests.tenant.harness import Harness, put_flag, taken_apart, update, with_key
+from mesh.tenant.v1 import secret_service_pb2
+from tests.tenant.harness import Harness, call, put_flag, taken_apart, update, with_key
 
 TENANT_TABLES = (
     "tenants",
@@ -18,6 +19,7 @@ TENANT_TABLES = (
     "issuers",
     "domains",
     "configuration_changes",
+    "provider_keys",
 )
 # Ids and kinds of changes, read whole by every replica.
 FEEDS = ("changes",)
@@ -33,6 +35,8 @@ async def furnished(harness: Harness) -> str:
     created = await harness.create()
     tenant_id = created.tenant.tenant_id
     await update(harness, with_key(created.api_key), ["ai.assistant_name"], ai={"assistant_name": "Bo"})
+    put = secret_service_pb2.PutProviderKeyRequest(api_key="sk-ant-of-its-own")
+    await call(harness.secrets.PutProviderKey, put, with_key(created.api_key))
     unique = uuid4().hex
     for sql in (
         "INSERT INTO tenant.domains (tenant_id, domain) VALUES ($1, $2)",
@@ -191,8 +195,9 @@ async def test_every_table_forces_row_level_security_and_belongs_to_the_owner(ha
             assert (row["relrowsecurity"], row["relforcerowsecurity"], row["owner"]) == (True, True, "tenant_owner"), row["relname"]
         policies = await connection.fetch("SELECT tablename, cmd, qual, with_check FROM pg_policies WHERE schemaname = 'tenant'")
         rule = "(tenant_id = ( SELECT (current_setting('app.tenant_id'::text))::uuid AS current_setting))"
-        found = {row["tablename"]: (row["cmd"], row["qual"], row["with_check"]) for row in policies if row["tablename"] in TENANT_TABLES}
-        assert found == dict.fromkeys(TENANT_TABLES, ("ALL", rule, rule))
+        isolated = TENANT_TABLES
+        found = {row["tablename"]: (row["cmd"], row["qual"], row["with_check"]) for row in policies if row["tablename"] in isolated}
+        assert found == dict.fromkeys(isolated, ("ALL", rule, rule))
         roles = await connection.fetch(
             "SELECT rolname, rolcanlogin, rolsuper, rolbypassrls FROM pg_roles WHERE rolname IN ('tenant_owner', 'tenant_service')"
         )

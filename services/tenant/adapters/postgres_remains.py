@@ -24,6 +24,7 @@ DELETES = {
     "postgres:tenant.issuers": "DELETE FROM tenant.issuers WHERE tenant_id = $1",
     "postgres:tenant.domain_directory": "DELETE FROM tenant.domain_directory WHERE tenant_id = $1",
     "postgres:tenant.domains": "DELETE FROM tenant.domains WHERE tenant_id = $1",
+    "postgres:tenant.provider_keys": "DELETE FROM tenant.provider_keys WHERE tenant_id = $1",
     "postgres:tenant.users": "DELETE FROM tenant.users WHERE tenant_id = $1",
     "postgres:tenant.configuration_changes": "DELETE FROM tenant.configuration_changes WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
@@ -59,6 +60,9 @@ EXPORTS = {
     "postgres:tenant.configuration_changes": """
         SELECT lpad(version::text, 20, '0') AS position, to_jsonb(c)::text AS record FROM tenant.configuration_changes c
         WHERE tenant_id = $1 AND version > coalesce(nullif($2, ''), '0')::bigint ORDER BY version LIMIT $3""",
+    "postgres:tenant.provider_keys": """
+        SELECT tenant_id::text AS position, (to_jsonb(p) - 'sealed_key')::text AS record FROM tenant.provider_keys p
+        WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
     "postgres:tenant.audit": """
         SELECT audit_id::text AS position, to_jsonb(a)::text AS record FROM tenant.audit a
         WHERE tenant_id = $1 AND ($2 = '' OR audit_id > nullif($2, '')::uuid) ORDER BY audit_id LIMIT $3""",
