@@ -12,56 +12,56 @@ from services.retrieval.document import DocumentDraft, IndexedChunk, StoredDocum
 
 SELECT_BY_KEY_FOR_UPDATE = """
 SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time
-FROM retrieval.documents WHERE tenant_id = $1 AND document_key = $2 FOR UPDATE
+FROM documents WHERE tenant_id = $1 AND document_key = $2 FOR UPDATE
 """
 UPSERT_DOCUMENT = """
-INSERT INTO retrieval.documents (tenant_id, document_id, document_key, title, content, content_sha256, chunk_count)
+INSERT INTO documents (tenant_id, document_id, document_key, title, content, content_sha256, chunk_count)
 VALUES ($1, $2, $3, $4, $5, $6, $7)
 ON CONFLICT (tenant_id, document_key) DO UPDATE
 SET title = excluded.title, content = excluded.content, content_sha256 = excluded.content_sha256, chunk_count = excluded.chunk_count,
     indexed = false, update_time = now()
 RETURNING document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time
 """
-DELETE_CHUNKS = "DELETE FROM retrieval.chunks WHERE tenant_id = $1 AND document_id = $2"
+DELETE_CHUNKS = "DELETE FROM chunks WHERE tenant_id = $1 AND document_id = $2"
 INSERT_CHUNKS = """
-INSERT INTO retrieval.chunks (tenant_id, chunk_id, document_id, position, start_offset, end_offset, content)
+INSERT INTO chunks (tenant_id, chunk_id, document_id, position, start_offset, end_offset, content)
 SELECT $1, chunk_id, $2, position, start_offset, end_offset, content
 FROM unnest($3::uuid[], $4::integer[], $5::integer[], $6::integer[], $7::text[])
     AS c (chunk_id, position, start_offset, end_offset, content)
 """
 MARK_INDEXED = """
-UPDATE retrieval.documents SET indexed = true WHERE tenant_id = $1 AND document_id = $2 AND content_sha256 = $3
+UPDATE documents SET indexed = true WHERE tenant_id = $1 AND document_id = $2 AND content_sha256 = $3
 """
 SELECT_DOCUMENT = """
 SELECT document_id, document_key, title, content, content_sha256, chunk_count, indexed, create_time, update_time
-FROM retrieval.documents WHERE tenant_id = $1 AND document_id = $2
+FROM documents WHERE tenant_id = $1 AND document_id = $2
 """
 SELECT_PAGE = """
 SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time
-FROM retrieval.documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT $3
+FROM documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT $3
 """
-DELETE_DOCUMENT = "DELETE FROM retrieval.documents WHERE tenant_id = $1 AND document_id = $2 RETURNING document_id"
-INSERT_REMOVED = "INSERT INTO retrieval.removed_documents (tenant_id, document_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"
-DELETE_REMOVED = "DELETE FROM retrieval.removed_documents WHERE tenant_id = $1 AND document_id = $2"
+DELETE_DOCUMENT = "DELETE FROM documents WHERE tenant_id = $1 AND document_id = $2 RETURNING document_id"
+INSERT_REMOVED = "INSERT INTO removed_documents (tenant_id, document_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"
+DELETE_REMOVED = "DELETE FROM removed_documents WHERE tenant_id = $1 AND document_id = $2"
 SELECT_CHUNKS = """
 SELECT c.chunk_id, c.document_id, d.document_key, d.title, c.position, c.start_offset, c.end_offset, c.content
-FROM retrieval.chunks c JOIN retrieval.documents d ON d.tenant_id = c.tenant_id AND d.document_id = c.document_id
+FROM chunks c JOIN documents d ON d.tenant_id = c.tenant_id AND d.document_id = c.document_id
 WHERE c.tenant_id = $1 AND c.document_id = $2 ORDER BY c.position
 """
 FIND_CHUNKS = """
-SELECT chunk_id, document_id, document_key, title, "position", start_offset, end_offset, content FROM retrieval.find_chunks($1, $2)
+SELECT chunk_id, document_id, document_key, title, "position", start_offset, end_offset, content FROM find_chunks($1, $2)
 """
 COUNT_AND_DELETE = (
-    ("chunks", "WITH gone AS (DELETE FROM retrieval.chunks WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
-    ("documents", "WITH gone AS (DELETE FROM retrieval.documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
+    ("chunks", "WITH gone AS (DELETE FROM chunks WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
+    ("documents", "WITH gone AS (DELETE FROM documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
     (
         "removed_documents",
-        "WITH gone AS (DELETE FROM retrieval.removed_documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone",
+        "WITH gone AS (DELETE FROM removed_documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone",
     ),
 )
 EXPORT_DOCUMENTS = """
 SELECT document_id, document_key, title, content, create_time, update_time
-FROM retrieval.documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT 100
+FROM documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT 100
 """
 SELECT_UNINDEXED = """
 SELECT tenant_id, document_id, content_sha256 FROM retrieval.documents
