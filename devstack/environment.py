@@ -9,6 +9,8 @@ from devstack.state import SERVICES, StackState
 
 DATABASE = "tenantry"
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
+# They make schemas and tables of tenants that live outside the pool.
+WITH_PLACEMENT_ROLE = frozenset({"tenant", "inference", "retrieval"})
 WITH_JOBS_ROLE = frozenset({"metering", "retrieval"})
 
 
@@ -55,6 +57,10 @@ def service_environment(
         )
     if service in WITH_JOBS_ROLE:
         own["TENANTRY_POSTGRES_JOBS_DSN"] = _role_dsn(state, ports, service, "jobs")
+    if service in WITH_PLACEMENT_ROLE:
+        own["TENANTRY_POSTGRES_PLACEMENT_DSN"] = _role_dsn(state, ports, service, "placement")
+        # One server here; a deployment names the one it keeps for tenants with a database of their own.
+        own["TENANTRY_SILO_ADMIN_DSN"] = own["TENANTRY_POSTGRES_ADMIN_DSN"].rpartition("/")[0] + "/postgres"
     own |= _particular(service, state, ports, provider)
     return {key: value for key, value in os.environ.items() if not key.startswith(("TENANTRY_", "ANTHROPIC_"))} | own
 
@@ -64,6 +70,7 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
         return {
             "TENANTRY_CONTEXT_SIGNING_KEY": state.secrets.context_signing_key,
             "TENANTRY_OPERATOR_KEY_SHA256": state.secrets.operator_key_sha256,
+            "TENANTRY_MASTER_KEY": state.secrets.master_key,
         }
     if service == "ratelimit":
         return {"TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0"}

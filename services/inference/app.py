@@ -27,9 +27,12 @@ from services.inference.settings import InferenceSettings
 from services.inference.settlement import Settlement
 from services.kernel.background import BackgroundTasks
 from services.kernel.credential_resolver import remote_trust
-from services.kernel.migrate import migrate
+from services.kernel.migrate import migrate, migrate_all_places
+from services.kernel.place_making import PlaceMaker
+from services.kernel.placement import PlaceDirectory, RemotePlaces
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.silo_pools import SiloPools
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import TenantDatabase
 
@@ -59,6 +62,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         )
         stack.push_async_callback(database.close)
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
+        places = _follow_placements(stack, settings, database, to_tenant)
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         documents = RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval"))
@@ -92,23 +96,35 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         configs = TenantConfigCache(to_tenant)
         inference = InferenceService(pipeline, configs, prices, settings.default_call_deadline_seconds)
         resolver, verifier = remote_trust(to_tenant)
-        server = MeshServer(settings, servicers=_registrations(inference, memory, configs), resolver=resolver, verifier=verifier)
+        server = MeshServer(settings, servicers=_registrations(inference, memory, configs, places), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
 
 
-def _registrations(inference: InferenceService, memory: PostgresMemory, configs: TenantConfigCache) -> list[Registration]:
+def _follow_placements(stack: AsyncExitStack, settings: InferenceSettings, database: TenantDatabase, to_tenant: MeshChannel) -> PlaceMaker:
+    remote = RemotePlaces(to_tenant)
+    silos = SiloPools(settings.max_silo_pools, application_name="inference")
+    stack.push_async_callback(silos.close)
+    database.follow(SCHEMA, PlaceDirectory(remote), silos)
+    return PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
+
+
+def _registrations(
+    inference: InferenceService, memory: PostgresMemory, configs: TenantConfigCache, places: PlaceMaker
+) -> list[Registration]:
     return [
         (add_InferenceServiceServicer_to_server, inference, "mesh.inference.v1.InferenceService"),
         (add_PromptServiceServicer_to_server, PromptService(memory), "mesh.inference.v1.PromptService"),
         (add_ConversationServiceServicer_to_server, ConversationService(memory), "mesh.inference.v1.ConversationService"),
-        (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(memory, configs), "mesh.common.v1.TenantLifecycleService"),
+        (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(memory, configs, places), "mesh.common.v1.TenantLifecycleService"),
     ]
 
 
 async def migrate_schema(settings: InferenceSettings) -> None:
     """Brings the schema forward."""
-    roles = {"service": settings.postgres_dsn.get_secret_value()}
-    await migrate(settings.postgres_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS, roles)
+    admin_dsn = settings.postgres_admin_dsn.get_secret_value()
+    roles = {"service": settings.postgres_dsn.get_secret_value(), "placement": settings.postgres_placement_dsn.get_secret_value()}
+    await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
+    await migrate_all_places(admin_dsn, settings.silo_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS)
 
 
 def _channel(stack: AsyncExitStack, settings: InferenceSettings, address: str, service: str) -> MeshChannel:

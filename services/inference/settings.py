@@ -5,13 +5,17 @@ from typing import ClassVar
 from pydantic import Field, SecretStr
 
 from services.kernel.settings import (
+    DEFAULT_SILO_POOLS,
     ListenAddress,
+    MaxSiloPools,
     MeteringAddress,
     PostgresAdminDsn,
     PostgresDsn,
+    PostgresPlacementDsn,
     RatelimitAddress,
     RetrievalAddress,
     ServiceSettings,
+    SiloAdminDsn,
 )
 
 
@@ -23,6 +27,9 @@ class InferenceSettings(ServiceSettings):
     listen_address: ListenAddress = "127.0.0.1:7403"
     postgres_dsn: PostgresDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
+    silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    max_silo_pools: MaxSiloPools = DEFAULT_SILO_POOLS
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
     metering_address: MeteringAddress = "127.0.0.1:7405"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import asyncpg
 import structlog
@@ -39,6 +39,11 @@ CREATE TABLE IF NOT EXISTS {history} (
 """
 SELECT_HISTORY = "SELECT version, checksum FROM {history}"
 INSERT_HISTORY = "INSERT INTO {history} (version, name, checksum) VALUES ($1, $2, $3)"
+BRIDGES = """
+SELECT n.nspname AS name FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid
+WHERE n.nspname ~ '^t_[0-9a-f]{{32}}$' AND c.relname = '{history}' ORDER BY 1
+"""
+SILOS = "SELECT datname AS name FROM pg_database WHERE datname ~ '^t_[0-9a-f]{32}$' ORDER BY 1"
 SCHEMA_EXISTS = "SELECT true FROM pg_namespace WHERE nspname = $1"
 
 
@@ -113,6 +118,31 @@ async def migrate_place(dsn_placement: str, destination: Destination, migrations
         await connection.execute(f"SET ROLE {quoted(destination.owner)}")
         await _prepare_place(connection, destination)
         return await _apply(connection, destination, migrations)
+    finally:
+        await connection.close()
+
+
+async def migrate_all_places(dsn_admin: str, silo_admin_dsn: str, home: str, migrations_dir: Path) -> int:
+    """Brings the tables of every tenant forward that lives in a schema or database of its own here; returns how many there are.
+
+    A database that somebody else made is brought forward by `ProvisionTenant`, which alone knows its owner's DSN.
+    """
+    names, places = role_names(home), 0
+    for schema in await _names(dsn_admin, BRIDGES.format(history=f"{home}_migrations")):
+        await migrate_place(dsn_admin, Destination(home, schema, names["owner"], names["service"]), migrations_dir)
+        places += 1
+    if silo_admin_dsn:
+        for name in await _names(silo_admin_dsn, SILOS):
+            dsn = urlunsplit(urlsplit(silo_admin_dsn)._replace(path=f"/{name}"))
+            await migrate_place(dsn, Destination(home, home, f"{name}_owner", f"{name}_service"), migrations_dir)
+            places += 1
+    return places
+
+
+async def _names(dsn: str, sql: str) -> list[str]:
+    connection = await asyncpg.connect(dsn)  # noqa: TID251 - as migrate does
+    try:
+        return [row["name"] for row in await connection.fetch(sql)]
     finally:
         await connection.close()
 

@@ -9,10 +9,14 @@ from mesh.retrieval.v1.document_service_pb2_grpc import add_DocumentServiceServi
 from mesh.retrieval.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
 from services.kernel.credential_resolver import remote_trust
-from services.kernel.migrate import migrate
+from services.kernel.migrate import migrate, migrate_all_places
+from services.kernel.place_making import PlaceMaker
+from services.kernel.placement import PlaceDirectory, RemotePlaces
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.silo_pools import SiloPools
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.retrieval.adapters.placed_index import PlacedIndex
 from services.retrieval.adapters.postgres import PostgresDocumentStore, PostgresOwedWork
 from services.retrieval.adapters.qdrant import QdrantIndex
 from services.retrieval.embedding import HashingEmbedder
@@ -48,8 +52,11 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         stack.push_async_callback(database.close)
         jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), application_name="retrieval-jobs", max_size=2)
         stack.push_async_callback(jobs.close)
+        places = _follow_placements(stack, settings, database, to_tenant)
         embedder = HashingEmbedder()
-        index = QdrantIndex(settings.qdrant_url, settings.qdrant_api_key, embedder.dimensions)
+        shared = QdrantIndex(settings.qdrant_url, settings.qdrant_api_key, embedder.dimensions)
+        stack.push_async_callback(shared.close)
+        index = PlacedIndex(shared, database, embedder.dimensions, limit=settings.max_silo_pools)
         stack.push_async_callback(index.close)
         store = PostgresDocumentStore(database)
         library = Library(store, index, embedder)
@@ -58,9 +65,17 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         owed = PostgresOwedWork(jobs)
         background.start("repair", lambda: repair_forever(owed, library))
         resolver, verifier = remote_trust(to_tenant)
-        lifecycle = LifecycleServicer(store, index)
+        lifecycle = LifecycleServicer(store, index, places)
         server = MeshServer(settings, servicers=_registrations(library, lifecycle), resolver=resolver, verifier=verifier)
         return RetrievalApp(server, stack.pop_all())
+
+
+def _follow_placements(stack: AsyncExitStack, settings: RetrievalSettings, database: TenantDatabase, to_tenant: MeshChannel) -> PlaceMaker:
+    remote = RemotePlaces(to_tenant)
+    silos = SiloPools(settings.max_silo_pools, application_name="retrieval")
+    stack.push_async_callback(silos.close)
+    database.follow(SCHEMA, PlaceDirectory(remote), silos)
+    return PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
 
 
 def _registrations(library: Library, lifecycle: LifecycleServicer) -> list[Registration]:
@@ -73,5 +88,11 @@ def _registrations(library: Library, lifecycle: LifecycleServicer) -> list[Regis
 
 async def migrate_schema(settings: RetrievalSettings) -> None:
     """Brings the schema forward."""
-    roles = {"service": settings.postgres_dsn.get_secret_value(), "jobs": settings.postgres_jobs_dsn.get_secret_value()}
-    await migrate(settings.postgres_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS, roles)
+    admin_dsn = settings.postgres_admin_dsn.get_secret_value()
+    roles = {
+        "service": settings.postgres_dsn.get_secret_value(),
+        "jobs": settings.postgres_jobs_dsn.get_secret_value(),
+        "placement": settings.postgres_placement_dsn.get_secret_value(),
+    }
+    await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
+    await migrate_all_places(admin_dsn, settings.silo_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS)

@@ -4,7 +4,17 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr
 
-from services.kernel.settings import ListenAddress, PostgresAdminDsn, PostgresDsn, PostgresJobsDsn, ServiceSettings
+from services.kernel.settings import (
+    DEFAULT_SILO_POOLS,
+    ListenAddress,
+    MaxSiloPools,
+    PostgresAdminDsn,
+    PostgresDsn,
+    PostgresJobsDsn,
+    PostgresPlacementDsn,
+    ServiceSettings,
+    SiloAdminDsn,
+)
 
 
 class RetrievalSettings(ServiceSettings):
@@ -16,5 +26,8 @@ class RetrievalSettings(ServiceSettings):
     postgres_dsn: PostgresDsn = SecretStr("")
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
+    silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    max_silo_pools: MaxSiloPools = DEFAULT_SILO_POOLS
     qdrant_url: str = Field(default="http://127.0.0.1:7416", description="Qdrant's gRPC port; https for TLS")
     qdrant_api_key: SecretStr = Field(default=SecretStr(""), description="the key with full rights; signs each tenant's own token")

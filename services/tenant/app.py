@@ -10,10 +10,12 @@ from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.tenant.v1 import (
     api_key_service_pb2_grpc,
     authentication_service_pb2_grpc,
+    placement_service_pb2_grpc,
     plan_service_pb2_grpc,
     tenant_service_pb2_grpc,
 )
 from services.kernel.background import BackgroundTasks
+from services.kernel.cell import cell_of
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import Unavailable
 from services.kernel.migrate import migrate
@@ -24,17 +26,23 @@ from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
 from services.tenant.adapters.postgres_keys import PostgresKeys
+from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
 from services.tenant.adapters.postgres_tenants import PostgresTenants
+from services.tenant.adapters.schema_maker import PostgresSchemaMaker, prepare_schema_maker
+from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.authentication import Authenticator
 from services.tenant.context_minting import ContextMinter, read_public_keys, read_signing_key
 from services.tenant.key_ring import KeyRing
 from services.tenant.local_credential_resolver import LocalCredentialResolver
+from services.tenant.placement import Placements
 from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
+from services.tenant.secret_box import SecretBox
 from services.tenant.servicers.api_key import ApiKeyServicer
 from services.tenant.servicers.authentication import AuthenticationServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
+from services.tenant.servicers.placement import PlacementServicer
 from services.tenant.servicers.plan import PlanServicer
 from services.tenant.servicers.tenant import TenantServicer
 from services.tenant.settings import TenantSettings
@@ -87,6 +95,7 @@ async def migrate_schema(settings: TenantSettings) -> None:
     """Brings the schema and the plans forward."""
     admin_dsn = settings.postgres_admin_dsn.get_secret_value()
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, {"service": settings.postgres_dsn.get_secret_value()})
+    await prepare_schema_maker(admin_dsn, settings.postgres_placement_dsn.get_secret_value())
     await load_plans(admin_dsn, read_plan_file(PLAN_FILE))
 
 
@@ -98,7 +107,8 @@ def _server(
     peers: dict[Step, tuple[str, LifecyclePeer]],
 ) -> MeshServer:
     tenants = PostgresTenants(database)
-    provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, peers, minter, region=settings.region)
+    placements = _placements(settings, database)
+    provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, peers, minter, placements, region=settings.region)
     return MeshServer(
         settings,
         servicers=[
@@ -109,7 +119,7 @@ def _server(
             ),
             (
                 tenant_service_pb2_grpc.add_TenantServiceServicer_to_server,
-                TenantServicer(provisioning, tenants),
+                TenantServicer(provisioning, tenants, cell_of(settings)),
                 "mesh.tenant.v1.TenantService",
             ),
             (
@@ -117,15 +127,28 @@ def _server(
                 ApiKeyServicer(KeyRing(PostgresKeys(database), clock=_now)),
                 "mesh.tenant.v1.ApiKeyService",
             ),
+            (
+                placement_service_pb2_grpc.add_PlacementServiceServicer_to_server,
+                PlacementServicer(placements),
+                "mesh.tenant.v1.PlacementService",
+            ),
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
             (
                 lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
-                LifecycleServicer(TenantRemains(PostgresRemains(database))),
+                LifecycleServicer(TenantRemains(PostgresRemains(database), placements)),
                 "mesh.common.v1.TenantLifecycleService",
             ),
         ],
         resolver=LocalCredentialResolver(authenticator),
         verifier=ContextTokenVerifier(minter),
+    )
+
+
+def _placements(settings: TenantSettings, database: TenantDatabase) -> Placements:
+    return Placements(
+        PostgresPlacements(database, SecretBox(settings.master_key.get_secret_value())),
+        PostgresSchemaMaker(settings.postgres_placement_dsn.get_secret_value(), settings.max_bridge_schemas),
+        PostgresSiloMaker(settings.silo_admin_dsn.get_secret_value()),
     )
 
 

@@ -11,9 +11,11 @@ from services.kernel.settings import (
     MeteringAddress,
     PostgresAdminDsn,
     PostgresDsn,
+    PostgresPlacementDsn,
     RatelimitAddress,
     RetrievalAddress,
     ServiceSettings,
+    SiloAdminDsn,
 )
 
 _SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
@@ -34,7 +36,12 @@ class TenantSettings(ServiceSettings):
         default="", description="base64 public keys still or soon in use, comma separated: for 300 s around a change of the signing key"
     )
     operator_key_sha256: str = Field(default="", description="SHA-256 (hex) of each operator key's whole text, comma separated")
-    region: str = Field(default="local", description="where this cell keeps its tenants' data")
+    master_key: SecretStr = Field(
+        default=SecretStr(""), description="base64 of the 32 bytes that tenants' secrets are sealed under; the same on every replica"
+    )
+    postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
+    silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    max_bridge_schemas: int = Field(default=500, ge=0, description="tenants with a schema of their own in the shared database, at most")
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
     inference_address: InferenceAddress = "127.0.0.1:7403"
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"

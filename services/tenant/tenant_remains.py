@@ -40,17 +40,27 @@ class RemainsStore(Protocol):
         ...
 
 
-class TenantRemains:
-    """The end of a tenant in this service."""
+class PlaceTaker(Protocol):
+    """Who takes back the place of a tenant's content."""
 
-    def __init__(self, store: RemainsStore) -> None:
+    async def drop(self, tenant_id: TenantId) -> Sequence[str]:
+        """Drops the tenant's own schema or database, if it has one. Idempotent."""
+        ...
+
+
+class TenantRemains:
+    """The end of a tenant in this service, which is also the end of its place: the other services were asked before."""
+
+    def __init__(self, store: RemainsStore, places: PlaceTaker) -> None:
         self._store = store
+        self._places = places
 
     async def erase(self, tenant_id: TenantId, actor: Actor) -> Sequence[RemovedRecords]:
         """Revokes the keys, then removes the records, and says how many of each kind there were."""
         # Two transactions on purpose: whatever becomes of the removal, nobody gets in with an old key while it is under way.
         await self._store.revoke_all_keys(tenant_id, actor)
-        return await self._store.remove(tenant_id, actor)
+        dropped = await self._places.drop(tenant_id)
+        return [*(RemovedRecords(kind, 1) for kind in dropped), *await self._store.remove(tenant_id, actor)]
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[ExportedRecord]:
         """Streams every record of the tenant."""

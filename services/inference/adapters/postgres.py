@@ -16,9 +16,7 @@ RECALL = "SELECT prompt_version, prompt_text, conversation_known, roles, texts F
 REMEMBER = "SELECT remember($1, $2, $3, $4, $5)"
 PUT_PROMPT = "SELECT version, text, create_time FROM put_prompt($1, $2, $3)"
 NEWEST_PROMPT = "SELECT version, text, create_time FROM prompts WHERE tenant_id = $1 ORDER BY version DESC LIMIT 1"
-INSERT_CONVERSATION = (
-    "INSERT INTO conversations (tenant_id, conversation_id, user_name) VALUES ($1, $2, $3) RETURNING create_time"
-)
+INSERT_CONVERSATION = "INSERT INTO conversations (tenant_id, conversation_id, user_name) VALUES ($1, $2, $3) RETURNING create_time"
 CONVERSATION_EXISTS = "SELECT true FROM conversations WHERE tenant_id = $1 AND conversation_id = $2"
 LIST_TURNS = (
     "SELECT sequence, role, text, call_id, create_time FROM turns "

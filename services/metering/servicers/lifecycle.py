@@ -29,3 +29,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         """Streams the tenant's calls and entries."""
         async for kind, record in self._records.export(current_tenant_id()):
             yield pb.ExportTenantResponse(kind=kind, record_json=record.encode())
+
+    async def MoveTenant(self, request: pb.MoveTenantRequest, context: object) -> pb.MoveTenantResponse:
+        """Moves nothing: the ledger stays in the shared store wherever the content lives."""
+        return pb.MoveTenantResponse()

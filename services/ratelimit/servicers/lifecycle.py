@@ -60,3 +60,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         """Streams every record of the tenant."""
         async for kind, fields in self._records.export(current_tenant_id()):
             yield messages.ExportTenantResponse(kind=kind, record_json=json.dumps(fields, sort_keys=True).encode())
+
+    async def MoveTenant(self, request: messages.MoveTenantRequest, context: object) -> messages.MoveTenantResponse:
+        """Moves nothing: counters stay in the shared store wherever the content lives."""
+        return messages.MoveTenantResponse()

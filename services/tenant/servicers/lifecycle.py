@@ -28,3 +28,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         """Streams every record."""
         async for record in self._remains.export(current_tenant_id()):
             yield messages.ExportTenantResponse(kind=record.kind, record_json=record.record_json.encode())
+
+    async def MoveTenant(self, request: messages.MoveTenantRequest, context: object) -> messages.MoveTenantResponse:
+        """Moves nothing: what this service keeps stays in the shared store wherever the content lives."""
+        return messages.MoveTenantResponse()

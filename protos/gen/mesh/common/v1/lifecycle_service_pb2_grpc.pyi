@@ -28,6 +28,11 @@ class TenantLifecycleServiceStub:
     """Streams everything this service keeps of the tenant. Reads only; safe to repeat.
     Errors: UNAVAILABLE when the service's store cannot be reached.
     """
+    MoveTenant: _aio.UnaryUnaryMultiCallable[_lifecycle_service_pb2.MoveTenantRequest, _lifecycle_service_pb2.MoveTenantResponse]
+    """Moves what this service keeps of the tenant to another place while it is used, or removes what a finished move left behind.
+    Reads and writes go on during the copy; no acknowledged write is lost. Idempotent: a repeated call goes on or finds nothing to do.
+    Errors: UNAVAILABLE when a store cannot be reached, or the tenant writes faster than can be copied: repeat the call.
+    """
 
 class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
     """Implemented by each service; driven by the tenant service alone. The tenant is the one of the call's context."""
@@ -60,6 +65,17 @@ class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_lifecycle_service_pb2.ExportTenantResponse]:
         """Streams everything this service keeps of the tenant. Reads only; safe to repeat.
         Errors: UNAVAILABLE when the service's store cannot be reached.
+        """
+
+    @_abc_1.abstractmethod
+    def MoveTenant(
+        self,
+        request: _lifecycle_service_pb2.MoveTenantRequest,
+        context: _aio.ServicerContext[_lifecycle_service_pb2.MoveTenantRequest, _abc.Awaitable[_lifecycle_service_pb2.MoveTenantResponse]],
+    ) -> _abc.Awaitable[_lifecycle_service_pb2.MoveTenantResponse]:
+        """Moves what this service keeps of the tenant to another place while it is used, or removes what a finished move left behind.
+        Reads and writes go on during the copy; no acknowledged write is lost. Idempotent: a repeated call goes on or finds nothing to do.
+        Errors: UNAVAILABLE when a store cannot be reached, or the tenant writes faster than can be copied: repeat the call.
         """
 
 def add_TenantLifecycleServiceServicer_to_server(servicer: TenantLifecycleServiceServicer, server: _aio.Server) -> None: ...
