@@ -33,11 +33,19 @@ from services.kernel.placement import PlaceDirectory, RemotePlaces
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.silo_pools import SiloPools
+from services.kernel.table_copying import TenantTable
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_moving import TenantMover
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 SCHEMA = "inference"
+# Parents first.
+TENANT_TABLES = (
+    TenantTable("prompts", ("version",)),
+    TenantTable("conversations", ("conversation_id",)),
+    TenantTable("turns", ("conversation_id", "sequence")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         stack.push_async_callback(database.close)
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         places = _follow_placements(stack, settings, database, to_tenant)
+        mover = TenantMover(database, RemotePlaces(to_tenant), places, SCHEMA, TENANT_TABLES)
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         documents = RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval"))
@@ -95,8 +104,9 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         )
         configs = TenantConfigCache(to_tenant)
         inference = InferenceService(pipeline, configs, prices, settings.default_call_deadline_seconds)
+        lifecycle = LifecycleServicer(memory, configs, places, mover)
         resolver, verifier = remote_trust(to_tenant)
-        server = MeshServer(settings, servicers=_registrations(inference, memory, configs, places), resolver=resolver, verifier=verifier)
+        server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
 
 
@@ -108,14 +118,12 @@ def _follow_placements(stack: AsyncExitStack, settings: InferenceSettings, datab
     return PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
 
 
-def _registrations(
-    inference: InferenceService, memory: PostgresMemory, configs: TenantConfigCache, places: PlaceMaker
-) -> list[Registration]:
+def _registrations(inference: InferenceService, memory: PostgresMemory, lifecycle: LifecycleServicer) -> list[Registration]:
     return [
         (add_InferenceServiceServicer_to_server, inference, "mesh.inference.v1.InferenceService"),
         (add_PromptServiceServicer_to_server, PromptService(memory), "mesh.inference.v1.PromptService"),
         (add_ConversationServiceServicer_to_server, ConversationService(memory), "mesh.inference.v1.ConversationService"),
-        (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(memory, configs, places), "mesh.common.v1.TenantLifecycleService"),
+        (add_TenantLifecycleServiceServicer_to_server, lifecycle, "mesh.common.v1.TenantLifecycleService"),
     ]
 
 

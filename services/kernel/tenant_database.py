@@ -158,6 +158,13 @@ class TenantDatabase(Database):
         """Returns where the tenant lives, as far as is known here."""
         return HOME if self._places is None else await self._places.find(tenant_id)
 
+    def known_place(self, tenant_id: TenantId, kind: PlacementKind) -> Place | None:
+        """Returns the place of a tenant of that kind without asking anybody; None for a silo that no call of its tenant made known."""
+        known = None if self._places is None else self._places.peek(tenant_id)
+        if known is not None:
+            return known
+        return Place(kind, schema=f"t_{tenant_id.hex}") if kind is PlacementKind.BRIDGE else None
+
     @asynccontextmanager
     async def transaction(self, tenant_id: TenantId) -> AsyncIterator[Connection]:
         """Yields a connection inside a transaction that sees only this tenant; commits at the end, rolls back on any exception.
@@ -168,12 +175,18 @@ class TenantDatabase(Database):
             yield await self._begin(stack, tenant_id)
 
     @asynccontextmanager
-    async def transaction_at(self, place: Place, tenant_id: TenantId, *, walled: bool = True) -> AsyncIterator[Connection]:
+    async def transaction_at(
+        self, place: Place, tenant_id: TenantId, *, walled: bool = True, snapshot: bool = False
+    ) -> AsyncIterator[Connection]:
         """As `transaction`, at this place whatever is known of the tenant; without its wall only for the wall's own books and for moves.
+
+        With `snapshot` every statement sees the same moment, and none writes.
 
         Raises: asyncpg.PostgresError with SQLSTATE TM001 when the tenant lives elsewhere; PlaceMissing.
         """
         begin = self._begin_at(place, tenant_id, walled=walled)
+        if snapshot:
+            begin = begin.replace("BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", 1)
         async with AsyncExitStack() as stack:
             try:
                 pool: Database = self

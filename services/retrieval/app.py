@@ -15,7 +15,10 @@ from services.kernel.placement import PlaceDirectory, RemotePlaces
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.silo_pools import SiloPools
+from services.kernel.table_copying import TenantTable
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.tenant_moving import TenantMover
+from services.retrieval.adapters.moving_points import MovingPoints
 from services.retrieval.adapters.placed_index import PlacedIndex
 from services.retrieval.adapters.postgres import PostgresDocumentStore, PostgresOwedWork
 from services.retrieval.adapters.qdrant import QdrantIndex
@@ -29,6 +32,12 @@ from services.retrieval.settings import RetrievalSettings
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 SCHEMA = "retrieval"
+# Parents first.
+TENANT_TABLES = (
+    TenantTable("documents", ("document_id",)),
+    TenantTable("chunks", ("chunk_id",)),
+    TenantTable("removed_documents", ("document_id",)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +71,11 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         library = Library(store, index, embedder)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
-        owed = PostgresOwedWork(jobs)
+        owed = PostgresOwedWork(jobs, database)
         background.start("repair", lambda: repair_forever(owed, library))
         resolver, verifier = remote_trust(to_tenant)
-        lifecycle = LifecycleServicer(store, index, places)
+        mover = TenantMover(database, RemotePlaces(to_tenant), places, SCHEMA, TENANT_TABLES, MovingPoints(index))
+        lifecycle = LifecycleServicer(store, index, places, mover)
         server = MeshServer(settings, servicers=_registrations(library, lifecycle), resolver=resolver, verifier=verifier)
         return RetrievalApp(server, stack.pop_all())
 

@@ -26,6 +26,7 @@ from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_credentials import PostgresCredentials
 from services.tenant.adapters.postgres_keys import PostgresKeys
+from services.tenant.adapters.postgres_moves import PostgresMoves
 from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
@@ -36,8 +37,9 @@ from services.tenant.authentication import Authenticator
 from services.tenant.context_minting import ContextMinter, read_public_keys, read_signing_key
 from services.tenant.key_ring import KeyRing
 from services.tenant.local_credential_resolver import LocalCredentialResolver
+from services.tenant.moving import TenantMoves
 from services.tenant.placement import Placements
-from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning
+from services.tenant.provisioning import Step, TenantProvisioning
 from services.tenant.secret_box import SecretBox
 from services.tenant.servicers.api_key import ApiKeyServicer
 from services.tenant.servicers.authentication import AuthenticationServicer
@@ -87,7 +89,10 @@ async def build(settings: TenantSettings) -> TenantApp:
             clock=_now,
         )
         authenticator = Authenticator(credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now)
-        server = _server(settings, database, authenticator, minter, _peers(settings, stack))
+        peers = _peers(settings, stack)
+        placements, moves = _placements(settings, database, peers, minter)
+        background.start("moves", moves.sweep_forever)
+        server = _server(settings, database, authenticator, minter, peers, placements, moves)
         return TenantApp(server, trail, stack.pop_all())
 
 
@@ -104,10 +109,11 @@ def _server(
     database: TenantDatabase,
     authenticator: Authenticator,
     minter: ContextMinter,
-    peers: dict[Step, tuple[str, LifecyclePeer]],
+    peers: dict[Step, tuple[str, GrpcLifecyclePeer]],
+    placements: Placements,
+    moves: TenantMoves,
 ) -> MeshServer:
     tenants = PostgresTenants(database)
-    placements = _placements(settings, database)
     provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, peers, minter, placements, region=settings.region)
     return MeshServer(
         settings,
@@ -129,7 +135,7 @@ def _server(
             ),
             (
                 placement_service_pb2_grpc.add_PlacementServiceServicer_to_server,
-                PlacementServicer(placements),
+                PlacementServicer(placements, moves),
                 "mesh.tenant.v1.PlacementService",
             ),
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
@@ -144,22 +150,34 @@ def _server(
     )
 
 
-def _placements(settings: TenantSettings, database: TenantDatabase) -> Placements:
-    return Placements(
-        PostgresPlacements(database, SecretBox(settings.master_key.get_secret_value())),
+def _placements(
+    settings: TenantSettings, database: TenantDatabase, peers: dict[Step, tuple[str, GrpcLifecyclePeer]], minter: ContextMinter
+) -> tuple[Placements, TenantMoves]:
+    store = PostgresPlacements(database, SecretBox(settings.master_key.get_secret_value()))
+    placements = Placements(
+        store,
         PostgresSchemaMaker(settings.postgres_placement_dsn.get_secret_value(), settings.max_bridge_schemas),
         PostgresSiloMaker(settings.silo_admin_dsn.get_secret_value()),
     )
+    moves = TenantMoves(
+        placements,
+        PostgresMoves(database, store),
+        PostgresTenants(database),
+        dict(peers.values()),
+        minter,
+        grace_seconds=settings.move_grace_seconds,
+    )
+    return placements, moves
 
 
-def _peers(settings: TenantSettings, stack: AsyncExitStack) -> dict[Step, tuple[str, LifecyclePeer]]:
+def _peers(settings: TenantSettings, stack: AsyncExitStack) -> dict[Step, tuple[str, GrpcLifecyclePeer]]:
     addresses = {
         Step.RETRIEVAL: settings.retrieval_address,
         Step.INFERENCE: settings.inference_address,
         Step.RATELIMIT: settings.ratelimit_address,
         Step.METERING: settings.metering_address,
     }
-    peers: dict[Step, tuple[str, LifecyclePeer]] = {}
+    peers: dict[Step, tuple[str, GrpcLifecyclePeer]] = {}
     for step, address in addresses.items():
         name = step.name.lower()
         channel = MeshChannel(address, settings=settings, target_service=name)

@@ -4,6 +4,7 @@ Refuses a place there is no room or server for before anything of the tenant is 
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
@@ -44,11 +45,16 @@ class StoredPlace:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a tenant lives, where it is moving to if it is, and which services' parts live there already."""
+    """Where a tenant lives, where it is moving to if it is, and which services' parts live there already.
+
+    `left_kind` is a place it has left and that is not removed yet.
+    """
 
     place: StoredPlace
     following: StoredPlace | None = None
     moved_services: frozenset[str] = frozenset()
+    left_kind: PlacementKind | None = None
+    update_time: datetime | None = None
 
     def place_for(self, service: str) -> StoredPlace:
         """Returns where the service's part lives now."""
@@ -161,11 +167,16 @@ class Placements:
         """Returns where the tenant lives; None when it is gone."""
         return await self._store.get(tenant_id)
 
+    async def drop_schema(self, tenant_id: TenantId) -> None:
+        """Drops the schema of a tenant that has moved on from it. Idempotent."""
+        await self._schemas.drop(tenant_id)
+
     async def drop(self, tenant_id: TenantId) -> list[str]:
         """Drops the places of a tenant that ends, once the services have removed what they keep; returns what was dropped. Idempotent."""
         placement = await self._store.get(tenant_id) or POOLED
         dropped: list[str] = []
-        for place in (placement.place, placement.following):
+        left = None if placement.left_kind is None else StoredPlace(placement.left_kind)
+        for place in (placement.place, placement.following, left):
             if place is not None and place.kind is PlacementKind.BRIDGE:
                 await self._schemas.drop(tenant_id)
                 dropped.append(f"postgres schema t_{tenant_id.hex}")

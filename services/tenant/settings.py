@@ -41,6 +41,9 @@ class TenantSettings(ServiceSettings):
     )
     postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
     silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    move_grace_seconds: float = Field(
+        default=60.0, ge=0.0, description="how long what a moved tenant left behind is kept, for calls that still look there"
+    )
     max_bridge_schemas: int = Field(default=500, ge=0, description="tenants with a schema of their own in the shared database, at most")
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
     inference_address: InferenceAddress = "127.0.0.1:7403"

@@ -10,15 +10,17 @@ from services.kernel.place_making import PlaceMaker
 from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import PlaceMissing
+from services.kernel.tenant_moving import TenantMover
 
 
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     """Provisions, erases and exports."""
 
-    def __init__(self, store: Store, configs: TenantConfigCache, places: PlaceMaker) -> None:
+    def __init__(self, store: Store, configs: TenantConfigCache, places: PlaceMaker, mover: TenantMover) -> None:
         self._store = store
         self._configs = configs
         self._places = places
+        self._mover = mover
 
     async def ProvisionTenant(
         self,
@@ -39,6 +41,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         except PlaceMissing:
             # A repeated call after the tenant's own place was dropped: nothing is left to count.
             erased = {}
+        await self._mover.erase_copies(current_tenant())
         await self._places.forget(current_tenant_id())
         return pb.EraseTenantResponse(erased=[pb.ErasedRecords(kind=kind, count=count) for kind, count in erased.items()])
 
@@ -49,5 +52,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
                 yield pb.ExportTenantResponse(kind=kind, record_json=record_json)
 
     async def MoveTenant(self, request: pb.MoveTenantRequest, context: object) -> pb.MoveTenantResponse:
-        """X"""
-        return pb.MoveTenantResponse()
+        """Moves the tenant's content, or removes what a finished move left behind."""
+        half = self._mover.move if request.phase == pb.MOVE_PHASE_COPY else self._mover.drop_left
+        moved = await half(current_tenant())
+        return pb.MoveTenantResponse(moved=[pb.MovedRecords(kind=kind, count=count) for kind, count in sorted(moved.items())])

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from pydantic import SecretStr
 
+from services.kernel.errors import Unavailable
 from services.kernel.ids import DocumentId, TenantId
 from services.kernel.lending import Lending
 from services.kernel.placement import Place
@@ -60,7 +61,17 @@ class PlacedIndex:
 
     async def search(self, tenant_id: TenantId, query: str, vector: list[float], limit: int) -> list[Hit]:
         """Returns the best points."""
-        async with self._of(tenant_id) as index:
+        place = await self._database.place_of(tenant_id)
+        try:
+            async with self.at(place) as index:
+                return await index.search(tenant_id, query, vector, limit)
+        except Unavailable:
+            # A collection that is gone may have moved with its tenant: the tenant's tables know.
+            async with self._database.transaction(tenant_id):
+                now_at = await self._database.place_of(tenant_id)
+            if now_at == place:
+                raise
+        async with self.at(now_at) as index:
             return await index.search(tenant_id, query, vector, limit)
 
     async def erase(self, tenant_id: TenantId) -> int:

@@ -4,11 +4,16 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 
 import asyncpg
+import structlog
 
+from services.kernel.errors import MeshError
 from services.kernel.ids import DocumentId, TenantId, new_uuid7
+from services.kernel.placement import Place, PlacementKind
 from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
 from services.retrieval.chunking import Chunk
 from services.retrieval.document import DocumentDraft, IndexedChunk, StoredDocument, chunk_id
+
+log = structlog.get_logger(__name__)
 
 SELECT_BY_KEY_FOR_UPDATE = """
 SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time
@@ -67,6 +72,16 @@ SELECT_UNINDEXED = """
 SELECT tenant_id, document_id, content_sha256 FROM retrieval.documents
 WHERE NOT indexed AND update_time < now() - interval '10 seconds' ORDER BY update_time LIMIT $1
 """
+# Of one tenant outside the pool, read as that tenant: nobody works there over all tenants.
+SELECT_ITS_UNINDEXED = """
+SELECT tenant_id, document_id, content_sha256 FROM documents
+WHERE tenant_id = $1 AND NOT indexed AND update_time < now() - interval '10 seconds' ORDER BY update_time LIMIT $2
+"""
+SELECT_ITS_UNDELETED = """
+SELECT tenant_id, document_id FROM removed_documents
+WHERE tenant_id = $1 AND remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $2
+"""
+SELECT_PLACED = "SELECT tenant_id, kind FROM retrieval.retrieval_placed_tenants WHERE state = 'AWAY' ORDER BY tenant_id"
 SELECT_UNDELETED = """
 SELECT tenant_id, document_id FROM retrieval.removed_documents
 WHERE remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $1
@@ -105,9 +120,16 @@ class PostgresDocumentStore:
             [chunk.text for chunk in chunks],
         )
 
-    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, content_sha256: bytes) -> bool:
-        """Records that the points of this content are in the collection."""
+    async def place_of(self, tenant_id: TenantId) -> Place:
+        """Returns where the tenant lives, as far as is known here: what is written there counts once `mark_indexed` agrees."""
+        return await self._database.place_of(tenant_id)
+
+    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, content_sha256: bytes, written_at: Place) -> bool:
+        """Records that the points of this content are in the collection of the place they were written at."""
         async with self._database.transaction(tenant_id) as connection:
+            # Inside the transaction the place cannot change; before it the tenant may have moved away from the points.
+            if await self._database.place_of(tenant_id) != written_at:
+                return False
             done: str = await connection.execute(MARK_INDEXED, tenant_id, document_id, content_sha256)
             return done == "UPDATE 1"
 
@@ -164,20 +186,35 @@ class PostgresDocumentStore:
 
 
 class PostgresOwedWork:
-    """What is owed to the collections, seen through the jobs role."""
+    """What is owed to the collections: in the pool seen through the jobs role, elsewhere tenant by tenant."""
 
-    def __init__(self, database: JobsDatabase) -> None:
+    def __init__(self, jobs: JobsDatabase, database: TenantDatabase) -> None:
+        self._jobs = jobs
         self._database = database
 
     async def unindexed(self, limit: int) -> list[tuple[TenantId, DocumentId, bytes]]:
         """Returns documents that wait for their points."""
-        rows = await self._database.call(SELECT_UNINDEXED, limit)
+        rows = [*await self._jobs.call(SELECT_UNINDEXED, limit), *await self._of_placed(SELECT_ITS_UNINDEXED, limit)]
         return [(TenantId(row["tenant_id"]), DocumentId(row["document_id"]), row["content_sha256"]) for row in rows]
 
     async def undeleted(self, limit: int) -> list[tuple[TenantId, DocumentId]]:
         """Returns removed documents whose points may be left."""
-        rows = await self._database.call(SELECT_UNDELETED, limit)
+        rows = [*await self._jobs.call(SELECT_UNDELETED, limit), *await self._of_placed(SELECT_ITS_UNDELETED, limit)]
         return [(TenantId(row["tenant_id"]), DocumentId(row["document_id"])) for row in rows]
+
+    async def _of_placed(self, sql: str, limit: int) -> list[asyncpg.Record]:
+        found: list[asyncpg.Record] = []
+        for row in await self._jobs.call(SELECT_PLACED):
+            tenant_id = TenantId(row["tenant_id"])
+            try:
+                # A silo's address is a secret told to the tenant's own calls alone: until one came by, its repairs wait.
+                place = self._database.known_place(tenant_id, PlacementKind(row["kind"]))
+                if place is not None:
+                    async with self._database.transaction_at(place, tenant_id) as connection:
+                        found += await connection.fetch(sql, tenant_id, limit)
+            except MeshError as error:
+                log.warning("repair_skips_place", tenant_id=str(tenant_id), reason=error.reason_name)
+        return found
 
 
 def _document(row: asyncpg.Record) -> StoredDocument:

@@ -9,16 +9,18 @@ from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.kernel.place_making import PlaceMaker
 from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.tenant_database import PlaceMissing
+from services.kernel.tenant_moving import TenantMover
 from services.retrieval.document import DocumentStore, VectorIndex
 
 
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     """Beginning, end and export of the call's tenant in this service."""
 
-    def __init__(self, store: DocumentStore, index: VectorIndex, places: PlaceMaker) -> None:
+    def __init__(self, store: DocumentStore, index: VectorIndex, places: PlaceMaker, mover: TenantMover) -> None:
         self._store = store
         self._index = index
         self._places = places
+        self._mover = mover
 
     async def ProvisionTenant(self, request: pb.ProvisionTenantRequest, context: object) -> pb.ProvisionTenantResponse:
         """Makes the tables of a tenant that has its own, and the collection."""
@@ -35,6 +37,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
             # A repeated call after the tenant's own place was dropped: nothing is left to count.
             rows = {}
         erased += [pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count) for table, count in rows.items()]
+        await self._mover.erase_copies(current_tenant())
         await self._places.forget(current_tenant_id())
         return pb.EraseTenantResponse(erased=erased)
 
@@ -44,5 +47,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
             yield pb.ExportTenantResponse(kind=f"postgres:retrieval.{table}", record_json=orjson.dumps(row, default=str))
 
     async def MoveTenant(self, request: pb.MoveTenantRequest, context: object) -> pb.MoveTenantResponse:
-        """X"""
-        return pb.MoveTenantResponse()
+        """Moves the tenant's content, or removes what a finished move left behind."""
+        half = self._mover.move if request.phase == pb.MOVE_PHASE_COPY else self._mover.drop_left
+        moved = await half(current_tenant())
+        return pb.MoveTenantResponse(moved=[pb.MovedRecords(kind=kind, count=count) for kind, count in sorted(moved.items())])

@@ -10,7 +10,8 @@ from services.tenant.placement import POOLED, Placement, SiloStores, StoredPlace
 from services.tenant.secret_box import SecretBox
 
 SELECT_PLACEMENT = """
-SELECT kind, stores, made, following_kind, following_stores, following_made, moved_services FROM tenant.placements WHERE tenant_id = $1
+SELECT kind, stores, made, following_kind, following_stores, following_made, moved_services, left_kind, update_time
+FROM tenant.placements WHERE tenant_id = $1
 """
 TENANT_EXISTS = "SELECT true FROM tenant.tenants WHERE tenant_id = $1"
 LOCK_TENANT = "SELECT true FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE"
@@ -19,6 +20,7 @@ INSERT INTO tenant.placements (tenant_id, kind, stores, made) VALUES ($1, $2, $3
 """
 SAY_IN_TOKENS = "UPDATE tenant.tenants SET placement = $2 WHERE tenant_id = $1 AND placement <> $2"
 ANNOUNCE = "SELECT tenant.announce($1, 'PLACEMENT')"
+DELETE_FROM_DIRECTORY = "DELETE FROM tenant.move_directory WHERE tenant_id = $1"
 DELETE_PLACEMENT = "DELETE FROM tenant.placements WHERE tenant_id = $1"
 
 
@@ -38,7 +40,13 @@ class PostgresPlacements:
         following = None
         if row["following_kind"] is not None:
             following = self._place(tenant_id, row["following_kind"], row["following_stores"], row["following_made"])
-        return Placement(self._place(tenant_id, row["kind"], row["stores"], row["made"]), following, frozenset(row["moved_services"]))
+        return Placement(
+            place=self._place(tenant_id, row["kind"], row["stores"], row["made"]),
+            following=following,
+            moved_services=frozenset(row["moved_services"]),
+            left_kind=None if row["left_kind"] is None else PlacementKind(row["left_kind"]),
+            update_time=row["update_time"],
+        )
 
     async def settle(self, tenant_id: TenantId, place: StoredPlace) -> StoredPlace:
         """Writes the place unless there is one, and what tokens say."""
@@ -54,6 +62,7 @@ class PostgresPlacements:
     async def remove(self, tenant_id: TenantId) -> None:
         """Removes the row."""
         async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(DELETE_FROM_DIRECTORY, tenant_id)
             await connection.execute(DELETE_PLACEMENT, tenant_id)
 
     def seal(self, tenant_id: TenantId, place: StoredPlace) -> bytes | None:

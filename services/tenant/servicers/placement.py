@@ -5,7 +5,10 @@ from mesh.tenant.v1 import placement_service_pb2_grpc
 from services.kernel.errors import NotFound
 from services.kernel.placement import PlacementKind
 from services.kernel.request_context import current_caller, current_tenant_id
+from services.kernel.timestamps import to_timestamp
+from services.tenant.moving import TenantMoves
 from services.tenant.placement import Placement, Placements, PlacementWish, SiloStores, StoredPlace
+from services.tenant.servicers.caller import acting_subject
 
 _TO_PROTO = {
     PlacementKind.POOL: messages.ISOLATION_POOL,
@@ -18,8 +21,9 @@ _FROM_PROTO = {value: kind for kind, value in _TO_PROTO.items()}
 class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
     """Tells where the call's tenant is."""
 
-    def __init__(self, placements: Placements) -> None:
+    def __init__(self, placements: Placements, moves: TenantMoves) -> None:
         self._placements = placements
+        self._moves = moves
 
     async def GetPlacement(self, request: messages.GetPlacementRequest, context: object) -> messages.GetPlacementResponse:
         """Answers for the calling service."""
@@ -39,8 +43,10 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
         return messages.DescribePlacementResponse(placement=_state(await self._found()))
 
     async def MoveTenant(self, request: messages.MoveTenantRequest, context: object) -> messages.MoveTenantResponse:
-        """X."""
-        return messages.MoveTenantResponse()
+        """Moves the tenant the operator named."""
+        wish = placement_wish(request.to, request.silo)
+        placement = await self._moves.move(current_tenant_id(), wish, acting_subject())
+        return messages.MoveTenantResponse(placement=_state(placement))
 
     async def _found(self) -> Placement:
         placement = await self._placements.get(current_tenant_id())
@@ -68,5 +74,8 @@ def _place(place: StoredPlace, schema_name: str) -> messages.Place:
 def _state(placement: Placement) -> messages.PlacementState:
     moving_to = messages.ISOLATION_UNSPECIFIED if placement.following is None else _TO_PROTO[placement.following.kind]
     return messages.PlacementState(
-        isolation=_TO_PROTO[placement.place.kind], moving_to=moving_to, moved_services=sorted(placement.moved_services)
+        isolation=_TO_PROTO[placement.place.kind],
+        moving_to=moving_to,
+        moved_services=sorted(placement.moved_services),
+        update_time=None if placement.update_time is None else to_timestamp(placement.update_time),
     )
