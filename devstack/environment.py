@@ -71,7 +71,7 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
             "TENANTRY_CONTEXT_SIGNING_KEY": state.secrets.context_signing_key,
             "TENANTRY_OPERATOR_KEY_SHA256": state.secrets.operator_key_sha256,
             "TENANTRY_MASTER_KEY": state.secrets.master_key,
-            "TENANTRY_MOVE_GRACE_SECONDS": "10",
+            "TENANTRY_MOVE_GRACE_SECONDS": "3",
         }
     if service == "ratelimit":
         return {"TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0"}

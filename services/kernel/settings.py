@@ -94,6 +94,9 @@ class ServiceSettings(BaseSettings):
                 "and TENANTRY_TLS_CA_FILE, or listen on 127.0.0.1"
             )
             raise ValueError(msg)
+        if not all(region and address for region, address in self.cell_addresses().items()):
+            msg = "TENANTRY_CELLS must read like eu-west=eu.example:443,us-east=us.example:443"
+            raise ValueError(msg)
         for name, digest in self.peer_hashes().items():
             if not name or len(digest) != 32:
                 msg = "TENANTRY_PEER_TOKEN_HASHES must read like tenant=<sha256 hex>,inference=<sha256 hex>"

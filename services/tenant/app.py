@@ -88,7 +88,9 @@ async def build(settings: TenantSettings) -> TenantApp:
             region=settings.region,
             clock=_now,
         )
-        authenticator = Authenticator(credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now)
+        authenticator = Authenticator(
+            credentials, trail, minter, operator_key_hashes=settings.operator_key_hashes(), clock=_now, cell=cell_of(settings)
+        )
         peers = _peers(settings, stack)
         placements, moves = _placements(settings, database, peers, minter)
         background.start("moves", moves.sweep_forever)

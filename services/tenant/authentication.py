@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from mesh.common.v1 import error_reason_pb2
+from services.kernel.cell import Cell
 from services.kernel.errors import Forbidden, MeshError, NotFound, Unauthenticated
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
@@ -93,7 +94,9 @@ class Authenticator:
         *,
         operator_key_hashes: Sequence[bytes],
         clock: Callable[[], datetime],
+        cell: Cell,
     ) -> None:
+        self._cell = cell
         self._store = store
         self._trail = trail
         self._minter = minter
@@ -104,7 +107,7 @@ class Authenticator:
         """Returns who the credential proves.
 
         Raises: Unauthenticated(CREDENTIAL_INVALID | CREDENTIAL_EXPIRED), Forbidden(TENANT_MISMATCH | TENANT_SUSPENDED |
-        OPERATOR_REASON_MISSING), NotFound for a tenant an operator named that is not there.
+        OPERATOR_REASON_MISSING), NotFound for a tenant an operator named that is not there, WrongCell for a tenant of another region.
         """
         key = parse(attempt.credential)
         match key:
@@ -141,6 +144,7 @@ class Authenticator:
             raise _suspended()
         if stored.facts.state is not TenantState.ACTIVE:
             raise _invalid()
+        self._cell.refuse_elsewhere(stored.facts.region)
 
     async def _note_use(self, stored: StoredKey, key_id: str, now: datetime) -> None:
         if stored.used:
@@ -164,6 +168,7 @@ class Authenticator:
             return self._minter.mint(Grant(None, None, subject, OPERATOR_SCOPES, operator=True))
         if facts is None:
             raise NotFound("tenant")
+        self._cell.refuse_elsewhere(facts.region)
         return self._minter.mint(Grant(claimed, facts, subject, OPERATOR_TENANT_SCOPES, operator=True))
 
 

@@ -25,9 +25,15 @@ def inside(mesh: Mesh, surface: Surface) -> Inside:
     return Inside(mesh.stack.state, surface)
 
 
+@pytest.fixture(scope="session", params=["pool", "bridge", "silo"])
+async def victim(request: pytest.FixtureRequest, mesh: Mesh, surface: Surface) -> Target:
+    """The attacked tenant, in each kind of place."""
+    return await plant(mesh, surface, isolation=request.param)
+
+
 @pytest.fixture(scope="session")
-async def victim(mesh: Mesh, surface: Surface) -> Target:
-    """The attacked tenant."""
+async def resident(mesh: Mesh, surface: Surface) -> Target:
+    """An attacked tenant of the pool, for attacks that have nothing to do with where content lives."""
     return await plant(mesh, surface)
 
 

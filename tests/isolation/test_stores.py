@@ -30,6 +30,11 @@ TRANSIENT = {
         "INSERT INTO metering.outbox (tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd, due_time) "
         "VALUES ($1, uuidv7(), 2, 0, 0, 0, now() + interval '1 day')"
     ),
+    # On their way elsewhere and still here: who was away would be refused.
+    "inference.inference_placed_tenants": "INSERT INTO inference.inference_placed_tenants VALUES ($1, 'silo', 'MOVING')",
+    "retrieval.retrieval_placed_tenants": "INSERT INTO retrieval.retrieval_placed_tenants VALUES ($1, 'silo', 'MOVING')",
+    "tenant.placements": "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
+    "tenant.move_directory": "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
     "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
 }
 APPEND_ONLY = ("metering.entries", "tenant.audit", "metering.prices", "metering.price_versions")
@@ -45,8 +50,15 @@ JOBS_MAY = {
     "metering.entries": {"SELECT", "INSERT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "retrieval.documents": {"SELECT"},
+    "retrieval.retrieval_placed_tenants": {"SELECT"},
     "retrieval.removed_documents": {"SELECT"},
 }
+
+
+@pytest.fixture(scope="session")
+def victim(resident: Target) -> Target:
+    """The attacked tenant: these attacks are the same wherever its content lives."""
+    return resident
 
 
 @pytest.fixture
