@@ -17,6 +17,8 @@ KEY_ROLE = "tenant_keys"
 # The stub takes these beside the house's key: what a tenant that brings its own key would bring.
 TENANTS_OWN_KEYS = ("sk-stub-a-tenants-own-key", "sk-stub-another-tenants-own-key")
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
+# They make schemas and tables of tenants that live outside the pool.
+WITH_PLACEMENT_ROLE = frozenset({"tenant", "inference", "retrieval"})
 WITH_JOBS_ROLE = frozenset({"inference", "metering", "retrieval"})
 
 
@@ -81,6 +83,10 @@ def service_environment(
         own["TENANTRY_POSTGRES_ADMIN_DSN"] = _admin_dsn(state, ports)
     if service in WITH_JOBS_ROLE:
         own["TENANTRY_POSTGRES_JOBS_DSN"] = role_dsn(state, ports, service, "jobs", wiring=wiring)
+    if service in WITH_PLACEMENT_ROLE:
+        own["TENANTRY_POSTGRES_PLACEMENT_DSN"] = role_dsn(state, ports, service, "placement")
+        # One server here; a deployment names the one it keeps for tenants with a database of their own.
+        own["TENANTRY_SILO_ADMIN_DSN"] = own["TENANTRY_POSTGRES_ADMIN_DSN"].rpartition("/")[0] + "/postgres"
     own |= _particular(service, state, ports, provider)
     return {key: value for key, value in os.environ.items() if not key.startswith(("TENANTRY_", "ANTHROPIC_"))} | own
 
@@ -106,6 +112,7 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
             "TENANTRY_KEY_STORE_DSN": role_dsn(state, ports, KEY_ROLE, "service", KEY_DATABASE),
             "TENANTRY_KEY_STORE_ADMIN_DSN": _admin_dsn(state, ports, KEY_DATABASE),
             "TENANTRY_MASTER_KEYS": state.secrets.master_keys,
+            "TENANTRY_MOVE_GRACE_SECONDS": "3",
         }
     if service == "ratelimit":
         return {"TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0"}

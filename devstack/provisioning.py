@@ -10,7 +10,7 @@ from devstack.mesh_client import MeshClient, credentials, operator_credentials, 
 from devstack.stack import Progress, Stack
 from devstack.state import DemoTenant
 from mesh.retrieval.v1 import document_service_pb2
-from mesh.tenant.v1 import tenant_service_pb2
+from mesh.tenant.v1 import placement_service_pb2, tenant_service_pb2
 
 PROVISION_TIMEOUT_SECONDS = 30.0
 UPSERT_TIMEOUT_SECONDS = 30.0
@@ -34,7 +34,7 @@ async def provision_demo_tenants(stack: Stack, client: MeshClient, progress: Pro
         progress(f"tenant {company.display_name} ({company.plan}): {len(documents(company))} documents, {changed} new or changed")
 
 
-async def create_tenant(stack: Stack, client: MeshClient, company: Company) -> DemoTenant:
+async def create_tenant(stack: Stack, client: MeshClient, company: Company, *, isolation: str = "pool") -> DemoTenant:
     """Creates a company's tenant and returns it with its first API key."""
     # The id follows from the stack's own secret, so a run that was killed half-way is resumed and not repeated.
     request_id = uuid.uuid5(uuid.NAMESPACE_URL, f"{stack.state.secrets.operator_key_sha256}/{company.slug}")
@@ -46,6 +46,7 @@ async def create_tenant(stack: Stack, client: MeshClient, company: Company) -> D
             plan=company.plan,
             owner_email=company.owner_email,
             assistant_name=company.assistant_name,
+            isolation=placement_service_pb2.Isolation.Value(f"ISOLATION_{isolation.upper()}"),
         ),
         metadata=operator_credentials(stack.state.secrets.operator_key, OPERATOR_REASON),
         timeout=PROVISION_TIMEOUT_SECONDS,

@@ -34,17 +34,29 @@ from services.kernel.audit_client import AuditClient
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
-from services.kernel.migrate import migrate
+from services.kernel.migrate import migrate, migrate_all_places
+from services.kernel.place_making import PlaceMaker
+from services.kernel.placement import PlaceDirectory, RemotePlaces
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.silo_pools import SiloPools
+from services.kernel.table_copying import TenantTable
 from services.kernel.tenant_cipher import RemoteDataKeys, TenantCipher
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.tenant_moving import TenantMover
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Of what the tenant service tells, what ends a remembered key.
 KEY_CHANGES = frozenset({"DATA_KEY", "STATE"})
 SCHEMA = "inference"
+# Parents first.
+TENANT_TABLES = (
+    TenantTable("prompts", ("version",)),
+    TenantTable("conversations", ("conversation_id",)),
+    TenantTable("turns", ("conversation_id", "sequence")),
+    TenantTable("inference_sealing", ("tenant_id",)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +78,9 @@ async def build(settings: InferenceSettings) -> InferenceApp:
     async with AsyncExitStack() as stack:
         database, jobs = await _databases(stack, settings)
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
+        feed = ChangeFeed(to_tenant)
+        places = _follow_placements(stack, settings, database, to_tenant, feed)
+        mover = TenantMover(database, RemotePlaces(to_tenant), places, SCHEMA, TENANT_TABLES)
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         documents = RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval"))
@@ -98,9 +113,8 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             audit=audit,
         )
         configs = TenantConfigCache(to_tenant)
-        lifecycle = LifecycleServicer(memory, configs, PostgresSealedRows(database, cipher))
+        lifecycle = LifecycleServicer(memory, configs, places, mover, PostgresSealedRows(database, cipher))
         inference = InferenceService(pipeline, configs, provider_keys, prices, settings.default_call_deadline_seconds)
-        feed = ChangeFeed(to_tenant)
         feed.forget_on(KEY_CHANGES, cipher.forget)
         feed.forget_on(KEY_CHANGES, provider_keys.forget)
         background.start("change_feed", feed.run)
@@ -133,6 +147,18 @@ def _provider(stack: AsyncExitStack, settings: InferenceSettings, provider_keys:
     return provider
 
 
+def _follow_placements(
+    stack: AsyncExitStack, settings: InferenceSettings, database: TenantDatabase, to_tenant: MeshChannel, feed: ChangeFeed
+) -> PlaceMaker:
+    remote = RemotePlaces(to_tenant)
+    silos = SiloPools(settings.max_silo_pools, application_name="inference")
+    stack.push_async_callback(silos.close)
+    directory = PlaceDirectory(remote)
+    feed.forget_on({"PLACEMENT", "STATE"}, directory.forget)
+    database.follow(SCHEMA, directory, silos)
+    return PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
+
+
 def _registrations(inference: InferenceService, memory: PostgresMemory, lifecycle: LifecycleServicer) -> list[Registration]:
     return [
         (add_InferenceServiceServicer_to_server, inference, "mesh.inference.v1.InferenceService"),
@@ -144,8 +170,14 @@ def _registrations(inference: InferenceService, memory: PostgresMemory, lifecycl
 
 async def migrate_schema(settings: InferenceSettings) -> None:
     """Brings the schema forward."""
-    roles = {"service": settings.postgres_dsn.get_secret_value(), "jobs": settings.postgres_jobs_dsn.get_secret_value()}
-    await migrate(settings.postgres_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS, roles)
+    admin_dsn = settings.postgres_admin_dsn.get_secret_value()
+    roles = {
+        "service": settings.postgres_dsn.get_secret_value(),
+        "placement": settings.postgres_placement_dsn.get_secret_value(),
+        "jobs": settings.postgres_jobs_dsn.get_secret_value(),
+    }
+    await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
+    await migrate_all_places(admin_dsn, settings.silo_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS)
 
 
 def _channel(stack: AsyncExitStack, settings: InferenceSettings, address: str, service: str) -> MeshChannel:

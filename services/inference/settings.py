@@ -6,16 +6,20 @@ from pydantic import Field, SecretStr
 
 from services.kernel.settings import (
     DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
+    DEFAULT_SILO_POOLS,
     CredentialOutageSeconds,
     ListenAddress,
+    MaxSiloPools,
     MeteringAddress,
     PostgresAdminDsn,
     PostgresDsn,
     PostgresJobsDsn,
+    PostgresPlacementDsn,
     PostgresTransactionPooling,
     RatelimitAddress,
     RetrievalAddress,
     ServiceSettings,
+    SiloAdminDsn,
 )
 
 
@@ -30,6 +34,9 @@ class InferenceSettings(ServiceSettings):
     postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
+    silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    max_silo_pools: MaxSiloPools = DEFAULT_SILO_POOLS
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
     metering_address: MeteringAddress = "127.0.0.1:7405"

@@ -5,14 +5,13 @@ bypass nothing, indexes that lead with `tenant_id`, partitions without grants, v
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import asyncpg
 
-from services.kernel.migrate import role_names
+from services.kernel.migrate import Destination, home_of
 
-HISTORY_TABLE = "schema_migrations"
 POLICY_EXPRESSION = "(tenant_id = ( SELECT (current_setting('app.tenant_id'::text))::uuid AS current_setting))"
 
 SELECT_RELATIONS = """
@@ -60,38 +59,46 @@ async def violations(
     *,
     shared_tables: Iterable[str] = (),
     exempt_indexes: Iterable[str] = (),
+    destinations: Sequence[Destination] = (),
 ) -> list[Violation]:
     """Returns every violation in the schema; an empty list is a pass.
 
-    `shared_tables` hold reference data of no tenant; `exempt_indexes` serve the jobs role's sweeps over all tenants.
+    `shared_tables` hold reference data of no tenant; `exempt_indexes` serve the jobs role's sweeps over all tenants. `destinations` say
+    whose the tables of a placed tenant are: two services' in a bridge; by default the schema is a service's own.
     """
-    shared = frozenset(shared_tables) | {HISTORY_TABLE}
+    places = destinations or (home_of(schema),)
+    shared = frozenset(shared_tables) | {place.history.partition(".")[2] for place in places}
     relations = await connection.fetch(SELECT_RELATIONS, schema)
     policies = await connection.fetch(SELECT_POLICIES, schema)
     indexes = await connection.fetch(SELECT_INDEXES, schema)
     functions = await connection.fetch(SELECT_FUNCTIONS, schema)
-    roles = await connection.fetch(SELECT_ROLES, list(role_names(schema).values()))
+    roles = await connection.fetch(SELECT_ROLES, [role for place in places for role in _role_names(place).values()])
     return [
-        *_of_relations(relations, policies, schema, shared),
-        *_of_policies(policies, schema, shared),
+        *_of_relations(relations, policies, places, shared),
+        *_of_policies(policies, places, shared),
         *_of_indexes(indexes, shared, frozenset(exempt_indexes)),
-        *_of_functions(functions, schema),
-        *_of_roles(roles, schema),
+        *_of_functions(functions, places),
+        *(violation for place in places for violation in _of_roles(roles, place)),
     ]
+
+
+def _role_names(place: Destination) -> dict[str, str]:
+    names = {"owner": place.owner, "service": place.service, "jobs": place.jobs}
+    return {kind: name for kind, name in names.items() if name}
 
 
 def _of_relations(
     relations: list[asyncpg.Record],
     policies: list[asyncpg.Record],
-    schema: str,
+    places: Sequence[Destination],
     shared: frozenset[str],
 ) -> Iterable[Violation]:
     with_policy = {policy["tablename"] for policy in policies}
-    owner = role_names(schema)["owner"]
+    owners = {place.owner for place in places}
     for relation in relations:
         name, kind = relation["name"], relation["kind"]
-        if relation["owner"] != owner:
-            yield Violation(f"relation {name}", f"is owned by {relation['owner']}, not by {owner}")
+        if relation["owner"] not in owners:
+            yield Violation(f"relation {name}", f"is owned by {relation['owner']}, not by {' or '.join(sorted(owners))}")
         if "public" in relation["grantees"]:
             yield Violation(f"relation {name}", "is granted to PUBLIC")
         if kind == "v" and not {"security_invoker=true", "security_invoker=on", "security_invoker=1"} & set(relation["options"]):
@@ -116,11 +123,11 @@ def _of_tenant_table(relation: asyncpg.Record, with_policy: set[str]) -> Iterabl
         yield Violation(subject, f"is a partition with grants to {', '.join(relation['grantees'])}")
 
 
-def _of_policies(policies: list[asyncpg.Record], schema: str, shared: frozenset[str]) -> Iterable[Violation]:
-    jobs = role_names(schema)["jobs"]
+def _of_policies(policies: list[asyncpg.Record], places: Sequence[Destination], shared: frozenset[str]) -> Iterable[Violation]:
+    jobs = [[place.jobs] for place in places if place.jobs]
     for policy in policies:
         # A restrictive policy can only take away; the jobs role has policies of its own by rule 9.
-        if policy["tablename"] in shared or policy["permissive"] != "PERMISSIVE" or policy["roles"] == [jobs]:
+        if policy["tablename"] in shared or policy["permissive"] != "PERMISSIVE" or policy["roles"] in jobs:
             continue
         subject = f"policy {policy['policyname']} on {policy['tablename']}"
         for clause in ("qual", "with_check"):
@@ -145,17 +152,17 @@ def _of_indexes(indexes: list[asyncpg.Record], shared: frozenset[str], exempt: f
             yield Violation(f"index {index['name']} of {index['table_name']}", "does not lead with tenant_id")
 
 
-def _of_functions(functions: list[asyncpg.Record], schema: str) -> Iterable[Violation]:
-    names = role_names(schema)
+def _of_functions(functions: list[asyncpg.Record], places: Sequence[Destination]) -> Iterable[Violation]:
+    workers = {role for place in places for role in (place.service, place.jobs)}
     for function in functions:
         if function["definer"]:
             yield Violation(f"function {function['name']}", "is SECURITY DEFINER: it would run past row-level security")
-        if function["owner"] in (names["service"], names["jobs"]):
+        if function["owner"] in workers:
             yield Violation(f"function {function['name']}", f"is owned by {function['owner']}")
 
 
-def _of_roles(roles: list[asyncpg.Record], schema: str) -> Iterable[Violation]:
-    names = role_names(schema)
+def _of_roles(roles: list[asyncpg.Record], place: Destination) -> Iterable[Violation]:
+    names = _role_names(place)
     found = {role["name"]: role for role in roles}
     for kind, name in names.items():
         role = found.get(name)

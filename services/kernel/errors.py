@@ -154,6 +154,19 @@ class WrongState(MeshError):
         )
 
 
+class WrongCell(MeshError):
+    """The tenant's data lives in another region; `cell` is where to call, empty when this cell does not know."""
+
+    def __init__(self, region: str, cell: str) -> None:
+        where = f"call {cell}" if cell else "ask the operator for that region's address"
+        super().__init__(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            error_reason_pb2.ERROR_REASON_WRONG_CELL,
+            f"the tenant's data lives in the region {region}, which another cell serves: {where}",
+            metadata={"region": region, "cell": cell},
+        )
+
+
 class LimitExceeded(MeshError):
     """A limit refuses the call for now; `retry_after_seconds` says when it may pass."""
 

@@ -14,6 +14,16 @@ PostgresTransactionPooling = Annotated[
     bool, Field(description="true when the DSNs lead to a pooler in transaction mode, such as PgBouncer; `migrate` always goes past it")
 ]
 PostgresAdminDsn = Annotated[SecretStr, Field(description="Postgres, as a role that may create roles and schemas; for `migrate` alone")]
+PostgresPlacementDsn = Annotated[
+    SecretStr, Field(description="Postgres, logging in as <service>_placement, for making what tenants outside the pool have of their own")
+]
+SiloAdminDsn = Annotated[
+    SecretStr, Field(description="Postgres server of tenants with a database of their own, as a role that may create databases and roles")
+]
+MaxSiloPools = Annotated[
+    int, Field(ge=1, description="connection pools to databases of single tenants in this process; the one unused for longest makes room")
+]
+DEFAULT_SILO_POOLS = 50
 RatelimitAddress = Annotated[str, Field(description="the ratelimit service")]
 InferenceAddress = Annotated[str, Field(description="the inference service")]
 RetrievalAddress = Annotated[str, Field(description="the retrieval service")]
@@ -67,6 +77,8 @@ class ServiceSettings(BaseSettings):
     max_connection_age_seconds: float = Field(default=300.0, gt=0.0, description="after this a client connects anew and sees new replicas")
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, description="largest message taken or sent")
     tenant_address: Annotated[str, Field(description="the tenant service")] = "127.0.0.1:7401"
+    region: str = Field(default="local", description="where this cell keeps its tenants' data; tenants of another region are refused")
+    cells: str = Field(default="", description="where other regions' tenants are served: eu-west=eu.example:443,…")
 
     @property
     def tls_enabled(self) -> bool:
@@ -77,6 +89,11 @@ class ServiceSettings(BaseSettings):
         """Returns service name → SHA-256 of the bearer that service presents on loopback."""
         pairs = (item.strip().partition("=") for item in self.peer_token_hashes.split(",") if item.strip())
         return {name.strip(): bytes.fromhex(digest.strip()) for name, _, digest in pairs}
+
+    def cell_addresses(self) -> dict[str, str]:
+        """Returns region → address of the cell that serves it."""
+        pairs = (item.strip().partition("=") for item in self.cells.split(",") if item.strip())
+        return {region.strip(): address.strip() for region, _, address in pairs}
 
     @model_validator(mode="after")
     def _refuse_half_configured_trust(self) -> Self:
@@ -89,6 +106,9 @@ class ServiceSettings(BaseSettings):
                 f"TENANTRY_LISTEN_ADDRESS={self.listen_address} is not loopback: set TENANTRY_TLS_CERT_FILE, TENANTRY_TLS_KEY_FILE "
                 "and TENANTRY_TLS_CA_FILE, or listen on 127.0.0.1"
             )
+            raise ValueError(msg)
+        if not all(region and address for region, address in self.cell_addresses().items()):
+            msg = "TENANTRY_CELLS must read like eu-west=eu.example:443,us-east=us.example:443"
             raise ValueError(msg)
         for name, digest in self.peer_hashes().items():
             if not name or len(digest) != 32:

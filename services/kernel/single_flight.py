@@ -44,11 +44,25 @@ class SingleFlightCache(Generic[Key, Value]):
             self._fetching[key] = under_way
         return await asyncio.shield(under_way)
 
+    def forget(self, key: Key | None) -> None:
+        """Forgets one value, or all for None. A fetch under way is not remembered when it ends."""
+        if key is None:
+            self._known.clear()
+            self._fetching.clear()
+        else:
+            self._known.pop(key, None)
+            self._fetching.pop(key, None)
+
     async def _fetch(self, key: Key, fetch: Callable[[], Awaitable[Value]]) -> Value:
+        own = asyncio.current_task()
         try:
             value = await fetch()
         finally:
-            self._fetching.pop(key, None)
+            wanted = self._fetching.get(key) is own
+            if wanted:
+                del self._fetching[key]
+        if not wanted:
+            return value
         self._known[key] = value
         if len(self._known) > self._capacity:
             self._known.popitem(last=False)

@@ -1,6 +1,7 @@
 """The only place that acquires Postgres connections for tenant data. Refuses to run anything without saying whose data it is.
 
-Connections go back to the pool without a reset: safe because the tenant is only ever set inside a transaction, which takes it along.
+Connections go back to the pool without a reset: safe because the tenant, and the schema of a tenant that has its own, are only ever set
+inside a transaction, which takes them along.
 
 Behind a pooler in transaction mode a session is nobody's: everything runs in a transaction, and each begins by putting right whatever
 another client may have left on the server's connection.
@@ -8,8 +9,8 @@ another client may have left on the server's connection.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self, TypeAlias
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -17,7 +18,11 @@ import structlog
 
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
+from services.kernel.placement import HOME, Place, PlaceDirectory, PlacementKind
 from services.kernel.request_context import remaining_seconds
+
+if TYPE_CHECKING:
+    from services.kernel.silo_pools import SiloPools
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +32,15 @@ _ACQUIRE_SECONDS = 2.0
 _ROLLBACK_SECONDS = 2.0
 _WARM_SECONDS = 3.0
 _IDLE_MS = "15000"
+# What a place answers that a tenant has left; raised by each service's own `…_assert_here`.
+_MOVED_AWAY = "TM001"
+# A schema, database or role of its own that is not there: not made yet, or dropped with its tenant.
+_PLACE_MISSING = (
+    asyncpg.UndefinedFunctionError,
+    asyncpg.InvalidSchemaNameError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+)
 _UNREACHABLE = (
     OSError,
     TimeoutError,
@@ -130,8 +144,40 @@ class Database:
                 await self._pool.release(connection)
 
 
+class PlaceMissing(Unavailable):
+    """The tenant's own schema or database is not there."""
+
+    def __init__(self) -> None:
+        super().__init__("placement", "the tenant's own place is not there: repeat the call once the tenant is provisioned")
+
+
 class TenantDatabase(Database):
-    """Connections of the service's own role, under row-level security."""
+    """Connections of the service's own role, under row-level security, wherever the tenant lives."""
+
+    _home_schema = ""
+    _places: PlaceDirectory | None = None
+    _silos: "SiloPools | None" = None
+
+    def follow(self, home_schema: str, places: PlaceDirectory, silos: "SiloPools") -> None:
+        """Makes every statement go where its tenant lives; a database that follows nobody has every tenant in its own pool.
+
+        SQL names its tables without a schema: at home the role's own search path finds them, elsewhere the transaction's.
+        """
+        self._home_schema, self._places, self._silos = home_schema, places, silos
+        if self._pooled_begin:
+            # Where names are found is a setting of the session too, and another client may have left its own.
+            self._pooled_begin += f"; SET LOCAL search_path = {home_schema}, pg_temp"
+
+    async def place_of(self, tenant_id: TenantId) -> Place:
+        """Returns where the tenant lives, as far as is known here."""
+        return HOME if self._places is None else await self._places.find(tenant_id)
+
+    def known_place(self, tenant_id: TenantId, kind: PlacementKind) -> Place | None:
+        """Returns the place of a tenant of that kind without asking anybody; None for a silo that no call of its tenant made known."""
+        known = None if self._places is None else self._places.peek(tenant_id)
+        if known is not None:
+            return known
+        return Place(kind, schema=f"t_{tenant_id.hex}") if kind is PlacementKind.BRIDGE else None
 
     @asynccontextmanager
     async def transaction(self, tenant_id: TenantId) -> AsyncIterator[Connection]:
@@ -139,29 +185,89 @@ class TenantDatabase(Database):
 
         Savepoints inside are plain `SAVEPOINT` statements: the driver's own nesting does not know this transaction.
         """
-        async with self._transaction(_begin_for(tenant_id, self._pooled_begin or "BEGIN")) as connection:
+        async with AsyncExitStack() as stack:
+            yield await self._begin(stack, tenant_id)
+
+    @asynccontextmanager
+    async def transaction_at(
+        self, place: Place, tenant_id: TenantId, *, walled: bool = True, snapshot: bool = False
+    ) -> AsyncIterator[Connection]:
+        """As `transaction`, at this place whatever is known of the tenant; without its wall only for the wall's own books and for moves.
+
+        With `snapshot` every statement sees the same moment, and none writes.
+
+        Raises: asyncpg.PostgresError with SQLSTATE TM001 when the tenant lives elsewhere; PlaceMissing.
+        """
+        begin = self._begin_at(place, tenant_id, walled=walled)
+        if snapshot:
+            begin = begin.replace("BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", 1)
+        async with AsyncExitStack() as stack:
+            try:
+                pool: Database = self
+                if place.kind is PlacementKind.SILO and self._silos is not None:
+                    pool = await stack.enter_async_context(self._silos.lend(place.dsn))
+                connection = await stack.enter_async_context(pool._transaction(begin))
+            except _PLACE_MISSING as error:
+                if place.kind is PlacementKind.POOL:
+                    raise
+                self._forget(tenant_id)
+                raise PlaceMissing from error
             yield connection
 
     async def call(self, tenant_id: TenantId | None, sql: str, *args: object) -> list[asyncpg.Record]:
-        """Runs one statement in one round trip and returns its rows.
+        """Runs one statement and returns its rows: in one round trip where the service is at home.
 
         The statement calls an SQL function that sets the tenant itself. With `tenant_id` the id must be among the arguments: a statement
         that does not name its tenant is refused with ValueError. None is for statements on shared reference data and for batches that
         name their tenants item by item.
         """
         _require_named(tenant_id, args)
-        return await self._fetch(sql, args)
+        if tenant_id is None or self._places is None:
+            return await self._fetch(sql, args)
+        place = await self._places.find(tenant_id)
+        if place.kind is PlacementKind.POOL:
+            try:
+                return await self._fetch(sql, args)
+            except asyncpg.PostgresError as error:
+                if error.sqlstate != _MOVED_AWAY:
+                    raise
+            await self._places.moved(tenant_id, place)
+        async with self.transaction(tenant_id) as connection:
+            rows: list[asyncpg.Record] = await connection.fetch(sql, *args)
+            return rows
 
     async def fetch_row(self, tenant_id: TenantId | None, sql: str, *args: object) -> asyncpg.Record | None:
         """As `call`, returning the first row or None."""
-        _require_named(tenant_id, args)
-        rows = await self._fetch(sql, args)
+        rows = await self.call(tenant_id, sql, *args)
         return rows[0] if rows else None
 
     async def fetch_value(self, tenant_id: TenantId | None, sql: str, *args: object) -> Any:
         """As `call`, returning the first column of the first row or None."""
         row = await self.fetch_row(tenant_id, sql, *args)
         return None if row is None else row[0]
+
+    async def _begin(self, stack: AsyncExitStack, tenant_id: TenantId) -> Connection:
+        place = await self.place_of(tenant_id)
+        while True:
+            try:
+                return await stack.enter_async_context(self.transaction_at(place, tenant_id))
+            except asyncpg.PostgresError as error:
+                if error.sqlstate != _MOVED_AWAY or self._places is None:
+                    raise
+            place = await self._places.moved(tenant_id, place)
+
+    def _begin_at(self, place: Place, tenant_id: TenantId, *, walled: bool) -> str:
+        schema = place.schema or self._home_schema
+        begin = _begin_for(tenant_id, self._pooled_begin or "BEGIN")
+        if place.kind is not PlacementKind.POOL:
+            begin += f"; SET LOCAL search_path = {schema}, pg_temp"
+        if walled and self._places is not None:
+            begin += f"; SELECT {schema}.{self._home_schema}_assert_here('{UUID(int=tenant_id.int)}')"
+        return begin
+
+    def _forget(self, tenant_id: TenantId) -> None:
+        if self._places is not None:
+            self._places.forget(tenant_id)
 
 
 class JobsDatabase(Database):

@@ -11,11 +11,18 @@ from services.kernel.audit_client import AuditClient
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
-from services.kernel.migrate import migrate
+from services.kernel.migrate import migrate, migrate_all_places
+from services.kernel.place_making import PlaceMaker
+from services.kernel.placement import PlaceDirectory, RemotePlaces
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.silo_pools import SiloPools
+from services.kernel.table_copying import TenantTable
 from services.kernel.tenant_cipher import RemoteDataKeys, TenantCipher
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.tenant_moving import TenantMover
+from services.retrieval.adapters.moving_points import MovingPoints
+from services.retrieval.adapters.placed_index import PlacedIndex
 from services.retrieval.adapters.postgres import PostgresDocumentStore, PostgresOwedWork
 from services.retrieval.adapters.postgres_sealing import PostgresSealedRows
 from services.retrieval.adapters.qdrant import QdrantIndex
@@ -30,6 +37,13 @@ from services.retrieval.settings import RetrievalSettings
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 SCHEMA = "retrieval"
+# Parents first.
+TENANT_TABLES = (
+    TenantTable("documents", ("document_id",)),
+    TenantTable("chunks", ("chunk_id",)),
+    TenantTable("removed_documents", ("document_id",)),
+    TenantTable("retrieval_sealing", ("tenant_id",)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,7 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
     async with AsyncExitStack() as stack:
         to_tenant = MeshChannel(settings.tenant_address, settings=settings, target_service="tenant")
         stack.push_async_callback(to_tenant.close)
+        feed = ChangeFeed(to_tenant)
         database = await TenantDatabase.open(
             settings.postgres_dsn.get_secret_value(),
             application_name="retrieval",
@@ -62,8 +77,11 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
             transaction_pooling=settings.postgres_transaction_pooling,
         )
         stack.push_async_callback(jobs.close)
+        places = _follow_placements(stack, settings, database, to_tenant, feed)
         embedder = HashingEmbedder()
-        index = QdrantIndex(settings.qdrant_url, settings.qdrant_api_key, embedder.dimensions)
+        shared = QdrantIndex(settings.qdrant_url, settings.qdrant_api_key, embedder.dimensions)
+        stack.push_async_callback(shared.close)
+        index = PlacedIndex(shared, database, embedder.dimensions, limit=settings.max_silo_pools)
         stack.push_async_callback(index.close)
         cipher = TenantCipher(RemoteDataKeys(to_tenant))
         store = PostgresDocumentStore(database, cipher)
@@ -72,15 +90,27 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         stack.push_async_callback(reads.close)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
-        owed = PostgresOwedWork(jobs)
+        owed = PostgresOwedWork(jobs, database)
         background.start("repair", lambda: repair_forever(owed, library))
-        feed = ChangeFeed(to_tenant)
         feed.forget_on({"DATA_KEY", "STATE"}, cipher.forget)
         background.start("change_feed", feed.run)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
-        lifecycle = LifecycleServicer(store, index, PostgresSealedRows(database, cipher))
+        mover = TenantMover(database, RemotePlaces(to_tenant), places, SCHEMA, TENANT_TABLES, MovingPoints(index))
+        lifecycle = LifecycleServicer(store, index, places, mover, PostgresSealedRows(database, cipher))
         server = MeshServer(settings, servicers=_registrations(library, reads, lifecycle), resolver=resolver, verifier=verifier)
         return RetrievalApp(server, stack.pop_all())
+
+
+def _follow_placements(
+    stack: AsyncExitStack, settings: RetrievalSettings, database: TenantDatabase, to_tenant: MeshChannel, feed: ChangeFeed
+) -> PlaceMaker:
+    remote = RemotePlaces(to_tenant)
+    silos = SiloPools(settings.max_silo_pools, application_name="retrieval")
+    stack.push_async_callback(silos.close)
+    directory = PlaceDirectory(remote)
+    feed.forget_on({"PLACEMENT", "STATE"}, directory.forget)
+    database.follow(SCHEMA, directory, silos)
+    return PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
 
 
 def _registrations(library: Library, reads: ReadAudit, lifecycle: LifecycleServicer) -> list[Registration]:
@@ -93,5 +123,11 @@ def _registrations(library: Library, reads: ReadAudit, lifecycle: LifecycleServi
 
 async def migrate_schema(settings: RetrievalSettings) -> None:
     """Brings the schema forward."""
-    roles = {"service": settings.postgres_dsn.get_secret_value(), "jobs": settings.postgres_jobs_dsn.get_secret_value()}
-    await migrate(settings.postgres_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS, roles)
+    admin_dsn = settings.postgres_admin_dsn.get_secret_value()
+    roles = {
+        "service": settings.postgres_dsn.get_secret_value(),
+        "jobs": settings.postgres_jobs_dsn.get_secret_value(),
+        "placement": settings.postgres_placement_dsn.get_secret_value(),
+    }
+    await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
+    await migrate_all_places(admin_dsn, settings.silo_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS)

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Protocol
 
 from services.kernel.ids import DocumentId, TenantId
+from services.kernel.placement import Place
 from services.retrieval.chunking import Chunk
 
 
@@ -71,8 +72,12 @@ class DocumentStore(Protocol):
         """Stores a document under its key, replacing changed content and chunks. `indexed` tells whether points are still owed."""
         ...
 
-    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, row_digest: bytes) -> bool:
-        """Records that the points of this content are in the collection; False when the content has changed meanwhile."""
+    async def place_of(self, tenant_id: TenantId) -> Place:
+        """Returns where the tenant lives, as far as is known here."""
+        ...
+
+    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, row_digest: bytes, written_at: Place) -> bool:
+        """Records that the points of this content are in the collection; False when the content or the place has changed meanwhile."""
         ...
 
     async def get(self, tenant_id: TenantId, document_id: DocumentId) -> StoredDocument | None:

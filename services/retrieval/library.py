@@ -59,7 +59,18 @@ class Library:
         return stored, changed
 
     async def index(self, tenant_id: TenantId, document_id: DocumentId, row_digest: bytes) -> None:
-        """Writes a document's points and removes those of its earlier content. Idempotent."""
+        """Writes a document's points and removes those of its earlier content; again where the tenant moved meanwhile. Idempotent."""
+        place = await self._store.place_of(tenant_id)
+        while True:
+            await self._write_points(tenant_id, document_id)
+            if await self._store.mark_indexed(tenant_id, document_id, row_digest, place):
+                return
+            before, place = place, await self._store.place_of(tenant_id)
+            if place == before:
+                # The content changed: whoever changed it writes its points.
+                return
+
+    async def _write_points(self, tenant_id: TenantId, document_id: DocumentId) -> None:
         chunks = await self._store.chunks_of(tenant_id, document_id)
         for start in range(0, len(chunks), BATCH_CHUNKS):
             batch = chunks[start : start + BATCH_CHUNKS]
@@ -69,7 +80,6 @@ class Library:
             await self._index.upsert(tenant_id, document_id, points)
             await asyncio.sleep(0)
         await self._index.remove_document(tenant_id, document_id, keep=[chunk.chunk_id for chunk in chunks])
-        await self._store.mark_indexed(tenant_id, document_id, row_digest)
 
     async def get(self, tenant_id: TenantId, document_id: DocumentId) -> StoredDocument:
         """Returns a document. Raises: NotFound."""

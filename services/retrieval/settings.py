@@ -6,13 +6,17 @@ from pydantic import Field, SecretStr
 
 from services.kernel.settings import (
     DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
+    DEFAULT_SILO_POOLS,
     CredentialOutageSeconds,
     ListenAddress,
+    MaxSiloPools,
     PostgresAdminDsn,
     PostgresDsn,
     PostgresJobsDsn,
+    PostgresPlacementDsn,
     PostgresTransactionPooling,
     ServiceSettings,
+    SiloAdminDsn,
 )
 
 
@@ -27,5 +31,8 @@ class RetrievalSettings(ServiceSettings):
     postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
+    silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    max_silo_pools: MaxSiloPools = DEFAULT_SILO_POOLS
     qdrant_url: str = Field(default="http://127.0.0.1:7416", description="Qdrant's gRPC port; https for TLS")
     qdrant_api_key: SecretStr = Field(default=SecretStr(""), description="the key with full rights; signs each tenant's own token")

@@ -16,12 +16,14 @@ from mesh.tenant.v1 import (
     domain_service_pb2_grpc,
     flag_service_pb2_grpc,
     issuer_service_pb2_grpc,
+    placement_service_pb2_grpc,
     plan_service_pb2_grpc,
     secret_service_pb2_grpc,
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
 )
 from services.kernel.background import BackgroundTasks
+from services.kernel.cell import cell_of
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import Unavailable
 from services.kernel.migrate import migrate
@@ -42,11 +44,15 @@ from services.tenant.adapters.postgres_domains import PostgresDomains
 from services.tenant.adapters.postgres_flags import PostgresFlags
 from services.tenant.adapters.postgres_issuers import PostgresIssuers
 from services.tenant.adapters.postgres_keys import PostgresKeys
+from services.tenant.adapters.postgres_moves import PostgresMoves
+from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
 from services.tenant.adapters.postgres_secrets import PostgresSecrets
 from services.tenant.adapters.postgres_tenants import PostgresTenants
 from services.tenant.adapters.postgres_users import PostgresUsers
+from services.tenant.adapters.schema_maker import PostgresSchemaMaker, prepare_schema_maker
+from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.audit_head import HeadSigner
 from services.tenant.audit_log import AuditLog
 from services.tenant.authentication import Authenticator
@@ -71,7 +77,9 @@ from services.tenant.key_management import parse_master_keys
 from services.tenant.key_ring import KeyRing
 from services.tenant.key_rotation import KeyRotation
 from services.tenant.local_credential_resolver import LocalCredentialResolver
+from services.tenant.moving import TenantMoves
 from services.tenant.name_resolution import NameResolution
+from services.tenant.placement import Placements
 from services.tenant.provider_keys import ProviderKeys
 from services.tenant.provisioning import Step, TenantProvisioning
 from services.tenant.secret_box import SecretBox
@@ -84,6 +92,7 @@ from services.tenant.servicers.domain import DomainServicer
 from services.tenant.servicers.flag import FlagServicer
 from services.tenant.servicers.issuer import IssuerServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
+from services.tenant.servicers.placement import PlacementServicer
 from services.tenant.servicers.plan import PlanServicer
 from services.tenant.servicers.secret import SecretServicer
 from services.tenant.servicers.tenant import TenantServicer
@@ -154,10 +163,14 @@ async def build(settings: TenantSettings) -> TenantApp:
             operator_key_hashes=settings.operator_key_hashes(),
             front_key_hashes=settings.front_key_hashes(),
             clock=_now,
+            cell=cell_of(settings),
         )
         vault = DataKeyVault(await _key_store(settings, stack), _master_keys(settings), trail)
         box = SecretBox(vault, trail)
-        server = _server(settings, database, authenticator, names, jwks, minter, _peers(settings, stack), changes, vault, box)
+        peers = _peers(settings, stack)
+        placements, moves = _placements(settings, database, peers, minter, box)
+        background.start("moves", moves.sweep_forever)
+        server = _server(settings, database, authenticator, names, jwks, minter, peers, changes, vault, box, placements, moves)
         server.on_drain(changes.close)
         return TenantApp(server, trail, stack.pop_all())
 
@@ -179,6 +192,7 @@ async def migrate_schema(settings: TenantSettings) -> None:
     """Brings the schema and the plans forward."""
     admin_dsn = settings.postgres_admin_dsn.get_secret_value()
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, {"service": settings.postgres_dsn.get_secret_value()})
+    await prepare_schema_maker(admin_dsn, settings.postgres_placement_dsn.get_secret_value())
     await load_plans(admin_dsn, read_plan_file(PLAN_FILE))
     key_store = {"service": settings.key_store_dsn.get_secret_value()}
     await migrate(settings.key_store_admin_dsn.get_secret_value(), KEY_STORE_SCHEMA, KEY_STORE_MIGRATIONS, key_store)
@@ -206,10 +220,12 @@ def _server(
     changes: ChangeHub,
     vault: DataKeyVault,
     box: SecretBox,
+    placements: Placements,
+    moves: TenantMoves,
 ) -> MeshServer:
     tenants, secrets = PostgresTenants(database), PostgresSecrets(database)
     rotation = KeyRotation(vault, box, secrets, [peer for _, peer in peers.values()], tenants, minter)
-    provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, dict(peers), minter, region=settings.region)
+    provisioning = TenantProvisioning(PostgresProvisioning(database), tenants, dict(peers), minter, placements, region=settings.region)
     return MeshServer(
         settings,
         servicers=[
@@ -220,7 +236,7 @@ def _server(
             ),
             (
                 tenant_service_pb2_grpc.add_TenantServiceServicer_to_server,
-                TenantServicer(provisioning, tenants),
+                TenantServicer(provisioning, tenants, cell_of(settings)),
                 "mesh.tenant.v1.TenantService",
             ),
             (
@@ -233,11 +249,16 @@ def _server(
                 AuditServicer(_audit_log(settings, database, minter)),
                 "mesh.tenant.v1.AuditService",
             ),
+            (
+                placement_service_pb2_grpc.add_PlacementServiceServicer_to_server,
+                PlacementServicer(placements, moves),
+                "mesh.tenant.v1.PlacementService",
+            ),
             (plan_service_pb2_grpc.add_PlanServiceServicer_to_server, PlanServicer(tenants), "mesh.tenant.v1.PlanService"),
             *_settings_servicers(database, tenants),
             (
                 lifecycle_service_pb2_grpc.add_TenantLifecycleServiceServicer_to_server,
-                LifecycleServicer(TenantRemains(PostgresRemains(database), vault, secrets), rotation),
+                LifecycleServicer(TenantRemains(PostgresRemains(database), placements, vault, secrets), rotation),
                 "mesh.common.v1.TenantLifecycleService",
             ),
             *_identity_servicers(settings, database, jwks),
@@ -314,6 +335,30 @@ async def _key_store(settings: TenantSettings, stack: AsyncExitStack) -> Postgre
 
 def _master_keys(settings: TenantSettings) -> EnvironmentMasterKeys:
     return EnvironmentMasterKeys(parse_master_keys(settings.master_keys.get_secret_value()))
+
+
+def _placements(
+    settings: TenantSettings,
+    database: TenantDatabase,
+    peers: dict[Step, tuple[str, GrpcLifecyclePeer]],
+    minter: ContextMinter,
+    box: SecretBox,
+) -> tuple[Placements, TenantMoves]:
+    store = PostgresPlacements(database, box)
+    placements = Placements(
+        store,
+        PostgresSchemaMaker(settings.postgres_placement_dsn.get_secret_value(), settings.max_bridge_schemas),
+        PostgresSiloMaker(settings.silo_admin_dsn.get_secret_value()),
+    )
+    moves = TenantMoves(
+        placements,
+        PostgresMoves(database, store),
+        PostgresTenants(database),
+        dict(peers.values()),
+        minter,
+        grace_seconds=settings.move_grace_seconds,
+    )
+    return placements, moves
 
 
 def _peers(settings: TenantSettings, stack: AsyncExitStack) -> dict[Step, tuple[str, GrpcLifecyclePeer]]:

@@ -13,6 +13,7 @@ from typing import Protocol
 from uuid import UUID
 
 from mesh.common.v1 import error_reason_pb2
+from services.kernel.cell import Cell
 from services.kernel.errors import MeshError, NotFound, Unauthenticated
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
@@ -118,7 +119,9 @@ class Authenticator:
         operator_key_hashes: Sequence[bytes],
         front_key_hashes: Sequence[bytes],
         clock: Callable[[], datetime],
+        cell: Cell,
     ) -> None:
+        self._cell = cell
         self._store = store
         self._flags = flags
         self._trail = trail
@@ -133,7 +136,8 @@ class Authenticator:
         """Returns who the credential proves.
 
         Raises: Unauthenticated(CREDENTIAL_INVALID | CREDENTIAL_EXPIRED), Forbidden(TENANT_MISMATCH | TENANT_SUSPENDED |
-        OPERATOR_REASON_MISSING), NotFound for a tenant an operator named that is not there, Unavailable("jwks").
+        OPERATOR_REASON_MISSING), NotFound for a tenant an operator named that is not there, Unavailable("jwks"), WrongCell for a tenant of
+        another region.
         """
         credential = parse(attempt.credential) or parse_token(attempt.credential)
         match credential:
@@ -168,6 +172,7 @@ class Authenticator:
             if stored.expire_time is not None and stored.expire_time <= now:
                 raise expired(stored.expire_time)
             _refuse_unusable(stored.facts)
+            self._cell.refuse_elsewhere(stored.facts.region)
         except MeshError as refusal:
             # A right secret whose time is over, or whose tenant may not act, is worth more attention than a guess.
             self._audit(stored.tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, f"refused:{refusal.reason_name}", attempt)
@@ -187,6 +192,7 @@ class Authenticator:
                 self._audit(known.tenant_id, AuditAction.CREDENTIAL_REFUSED, f"jwt:{known.issuer.issuer_id}", "", attempt)
             raise
         _refuse_unusable(known.facts)
+        self._cell.refuse_elsewhere(known.facts.region)
         grant = Grant(known.tenant_id, known.facts, proven.subject, proven.scopes, end_time=proven.end_time)
         await self._refuse_elsewhere(grant, attempt)
         return grant
@@ -207,6 +213,7 @@ class Authenticator:
         elif facts is None:
             raise NotFound("tenant")
         else:
+            self._cell.refuse_elsewhere(facts.region)
             grant = Grant(claimed, facts, subject, OPERATOR_TENANT_SCOPES, operator=True)
         await self._refuse_elsewhere(grant, attempt)
         return grant

@@ -6,7 +6,7 @@ A creation that stopped anywhere goes on where it stopped when it is asked for a
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum, IntEnum
 from typing import Protocol, assert_never
 from uuid import UUID
@@ -17,6 +17,7 @@ from services.kernel.tenant_context import TenantContext
 from services.tenant.actor import Actor
 from services.tenant.api_key import ApiKeyText, new_api_key
 from services.tenant.context_minting import PROVISIONING_SUBJECT, ContextMinter, Grant
+from services.tenant.placement import PlacementWish
 from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
 from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantDirectory
@@ -51,10 +52,15 @@ class TenantWish:
     plan: str
     owner_email: str
     assistant_name: str
+    placement: PlacementWish = field(default_factory=PlacementWish)
 
     def digest(self) -> bytes:
         """Returns the SHA-256 of the content: a repeated request must have the same."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).digest()
+        content = asdict(self)
+        if self.placement == PlacementWish():
+            # A wish that says nothing of its place has the digest it had before places could be chosen.
+            del content["placement"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
 
 
 class RecordOutcome(Enum):
@@ -92,6 +98,10 @@ class ProvisioningStore(Protocol):
         """Claims request id and slug and writes the tenant, or answers what the request recorded before."""
         ...
 
+    async def is_known(self, request_id: UUID) -> bool:
+        """Tells whether the request was recorded before."""
+        ...
+
     async def write_defaults(self, tenant_id: TenantId, assistant_name: str, step: Step) -> None:
         """Writes the settings unless they are there."""
         ...
@@ -115,6 +125,18 @@ class ProvisioningStore(Protocol):
         ...
 
 
+class PlaceGiver(Protocol):
+    """Where the tenant's content gets a place, before the services make their tables in it."""
+
+    async def refuse_impossible(self, wish: PlacementWish) -> None:
+        """Refuses a wish that could not be fulfilled, before anything is recorded. Raises: InvalidRequest, WrongState."""
+        ...
+
+    async def settle(self, tenant_id: TenantId, wish: PlacementWish) -> None:
+        """Makes the tenant's schema or database, empty. Safe to repeat. Raises: MeshError."""
+        ...
+
+
 class LifecyclePeer(Protocol):
     """A service that keeps something for each tenant."""
 
@@ -132,6 +154,7 @@ class TenantProvisioning:
         directory: TenantDirectory,
         peers: Mapping[Step, tuple[str, LifecyclePeer]],
         minter: ContextMinter,
+        places: PlaceGiver,
         *,
         region: str,
     ) -> None:
@@ -139,6 +162,7 @@ class TenantProvisioning:
         self._directory = directory
         self._peers = peers
         self._minter = minter
+        self._places = places
         self._region = region
         self._runs: SharedFlight[tuple[UUID, bytes], CreatedTenant] = SharedFlight()
 
@@ -146,13 +170,16 @@ class TenantProvisioning:
         """Makes the tenant and returns it once it is ready.
 
         Raises: AlreadyExists for a taken slug, ContentConflict for a request id used with other content, NotFound for an unknown plan,
-        WrongState when the tenant of this request was erased, Unavailable when a service cannot be reached: repeat the call.
+        WrongState when the tenant of this request was erased or its place cannot be made, Unavailable when a service cannot be reached:
+        repeat the call.
         """
         if len(wish.slug) > MAX_SLUG_LENGTH:
             raise InvalidRequest("slug", f"must have at most {MAX_SLUG_LENGTH} characters")
         return await self._runs.run((request_id, wish.digest()), lambda: self._create(request_id, wish, actor))
 
     async def _create(self, request_id: UUID, wish: TenantWish, actor: Actor) -> CreatedTenant:
+        if not await self._store.is_known(request_id):
+            await self._places.refuse_impossible(wish.placement)
         recorded = await self._store.record(TenantId(new_uuid7()), request_id, wish, self._region, actor)
         tenant_id = _accepted(recorded, wish)
         api_key = ""
@@ -170,6 +197,8 @@ class TenantProvisioning:
             case Step.RECORDED:
                 pass
             case Step.DEFAULTS:
+                # With the defaults and not a step of its own: stored step numbers stay, and the services come after it.
+                await self._places.settle(tenant_id, wish.placement)
                 await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, step)
             case Step.RETRIEVAL | Step.INFERENCE | Step.RATELIMIT | Step.METERING:
                 await self._provision_peer(step, tenant_id)

@@ -11,10 +11,12 @@ from services.kernel.settings import (
     MeteringAddress,
     PostgresAdminDsn,
     PostgresDsn,
+    PostgresPlacementDsn,
     PostgresTransactionPooling,
     RatelimitAddress,
     RetrievalAddress,
     ServiceSettings,
+    SiloAdminDsn,
 )
 from services.tenant.domain_name import read_base_domains
 from services.tenant.key_management import parse_master_keys
@@ -56,6 +58,12 @@ class TenantSettings(ServiceSettings):
         description="master keys as id:base64 of 32 bytes, comma separated: the first wraps new data keys, the others only unwrap",
     )
     region: str = Field(default="local", description="where this cell keeps its tenants' data")
+    postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
+    silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    move_grace_seconds: float = Field(
+        default=60.0, ge=0.0, description="how long what a moved tenant left behind is kept, for calls that still look there"
+    )
+    max_bridge_schemas: int = Field(default=500, ge=0, description="tenants with a schema of their own in the shared database, at most")
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
     inference_address: InferenceAddress = "127.0.0.1:7403"
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"

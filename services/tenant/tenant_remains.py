@@ -56,11 +56,20 @@ class KeyRecords(Protocol):
         ...
 
 
-class TenantRemains:
-    """The end of a tenant in this service."""
+class PlaceTaker(Protocol):
+    """Who takes back the place of a tenant's content."""
 
-    def __init__(self, store: RemainsStore, data_keys: DataKeys, key_records: KeyRecords) -> None:
+    async def drop(self, tenant_id: TenantId) -> Sequence[str]:
+        """Drops the tenant's own schema or database, if it has one. Idempotent."""
+        ...
+
+
+class TenantRemains:
+    """The end of a tenant in this service, which is also the end of its place: the other services were asked before."""
+
+    def __init__(self, store: RemainsStore, places: PlaceTaker, data_keys: DataKeys, key_records: KeyRecords) -> None:
         self._store = store
+        self._places = places
         self._data_keys = data_keys
         self._key_records = key_records
 
@@ -68,11 +77,12 @@ class TenantRemains:
         """Revokes the keys, removes the records, destroys the data keys, and says how many of each kind there were."""
         # Two transactions on purpose: whatever becomes of the removal, nobody gets in with an old key while it is under way.
         await self._store.revoke_all_keys(tenant_id, actor)
+        dropped = await self._places.drop(tenant_id)
         removed = await self._store.remove(tenant_id, actor)
         # Last: what was sealed with them, in whichever backup, is gone from here on, and no key is made for this id again.
         destroyed = await self._data_keys.destroy(tenant_id)
         await self._key_records.note(tenant_id, "DATA_KEY_DESTROYED", "data_key:all", actor)
-        return [*removed, RemovedRecords("key_store:tenant_keys.data_keys", destroyed)]
+        return [*(RemovedRecords(kind, 1) for kind in dropped), *removed, RemovedRecords("key_store:tenant_keys.data_keys", destroyed)]
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[ExportedRecord]:
         """Streams every record of the tenant."""

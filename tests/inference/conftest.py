@@ -30,9 +30,9 @@ from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
 from services.kernel.rpc.wire_status import decode_rpc_error
 from tests.inference.peers import HAIKU, Peers, Script, Tenant, running_peers
+from tests.support.places import PASSWORD
 from tests.support.stores import PostgresStore
 
-PASSWORD = "inference-password"
 PROVIDER_KEY = "provider-key"
 OWN_KEYS = ("own-key-one", "own-key-two")
 CALL_ID_HEADER = "x-tenantry-call-id"

@@ -55,7 +55,7 @@ async def test_erasure_removes_everything_once(world: World, tenant: Tenant) -> 
             "postgres:inference.turns": turns,
             "postgres:inference.conversations": others,
             "postgres:inference.prompts": others,
-            "postgres:inference.sealing": 0,
+            "postgres:inference.inference_sealing": 0,
         }
         for turns, others in ((2, 1), (0, 0))
     ]

@@ -56,6 +56,10 @@ CASES: Mapping[str, Case] = {
     "/mesh.common.v1.TenantLifecycleService/EraseTenant": _nothing,
     "/mesh.common.v1.TenantLifecycleService/ExportTenant": _nothing,
     "/mesh.common.v1.TenantLifecycleService/ReencryptTenant": lambda ids: {"active_version": 1},
+    "/mesh.common.v1.TenantLifecycleService/MoveTenant": lambda ids: {"phase": 2},
+    "/mesh.tenant.v1.PlacementService/GetPlacement": lambda ids: {"for_tables": True},
+    "/mesh.tenant.v1.PlacementService/MoveTenant": lambda ids: {"to": 3},
+    "/mesh.tenant.v1.PlacementService/DescribePlacement": _nothing,
     "/mesh.tenant.v1.TenantService/CreateTenant": lambda ids: {
         "request_id": ids.call_id,
         "slug": f"stolen-{ids.key_id}",

@@ -51,16 +51,28 @@ def inside(mesh: Mesh, surface: Surface) -> Inside:
     return Inside(mesh.stack.state, surface)
 
 
+@pytest.fixture(scope="session", params=["pool", "bridge", "silo"])
+async def victim(request: pytest.FixtureRequest, mesh: Mesh, surface: Surface) -> Target:
+    """The attacked tenant, in each kind of place. Behind a pooler a faulty client has left it on every session there is."""
+    target = await plant(mesh, surface, isolation=request.param)
+    await _leave_on_sessions(mesh, target)
+    return target
+
+
 @pytest.fixture(scope="session")
-async def victim(mesh: Mesh, surface: Surface) -> Target:
-    """The attacked tenant. Behind a pooler a faulty client has left it on every session there is."""
+async def resident(mesh: Mesh, surface: Surface) -> Target:
+    """An attacked tenant of the pool, for attacks that have nothing to do with where content lives."""
     target = await plant(mesh, surface)
+    await _leave_on_sessions(mesh, target)
+    return target
+
+
+async def _leave_on_sessions(mesh: Mesh, target: Target) -> None:
     wiring = mesh.stack.wiring
     if wiring.pgbouncer:
         for service in sorted(WITH_POSTGRES):
             dsn = role_dsn(mesh.stack.state, mesh.stack.ports, service, "service", wiring=wiring)
             await leave_behind(dsn, {"app.tenant_id": str(target.tenant_id)})
-    return target
 
 
 @pytest.fixture(scope="session")

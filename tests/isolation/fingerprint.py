@@ -1,5 +1,6 @@
 """Everything the stores keep of one tenant, as digests that change when anything of it does; read past every wall, as superuser."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import asyncpg
@@ -43,9 +44,32 @@ def redis_of(stack: Stack) -> Redis:
     return Redis(port=stack.ports.redis, password=stack.state.secrets.redis_password)
 
 
-async def tenant_tables(connection: asyncpg.Connection) -> list[str]:
+async def tenant_tables(connection: asyncpg.Connection, schemas: Sequence[str] = SCHEMAS) -> list[str]:
     """Every table that has a tenant_id, from the catalog."""
-    return [row["name"] for row in await connection.fetch(TENANT_TABLES, list(SCHEMAS))]
+    return [row["name"] for row in await connection.fetch(TENANT_TABLES, list(schemas))]
+
+
+async def own_place(stack: Stack, tenant_id: TenantId) -> tuple[str, tuple[str, ...]]:
+    """The database and schemas that hold one tenant's content alone; no schema for a tenant of the pool."""
+    name = f"t_{tenant_id.hex}"
+    connection = await superuser(stack)
+    try:
+        if await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
+            return name, ("inference", "retrieval")
+        has_schema = await connection.fetchval("SELECT true FROM pg_namespace WHERE nspname = $1", name)
+        return DATABASE, (name,) if has_schema else ()
+    finally:
+        await connection.close()
+
+
+async def _own_content(stack: Stack, tenant_id: TenantId) -> dict[str, str]:
+    database, schemas = await own_place(stack, tenant_id)
+    connection = await asyncpg.connect(stack.postgres.dsn(database))
+    try:
+        tables = await tenant_tables(connection, schemas)
+        return {f"own {table}": str(await connection.fetchval(TABLE_DIGEST.format(table=table), tenant_id)) for table in tables}
+    finally:
+        await connection.close()
 
 
 async def fingerprint(stack: Stack, tenant_id: TenantId, *, in_mid_call: bool = False) -> dict[str, str]:
@@ -64,6 +88,7 @@ async def fingerprint(stack: Stack, tenant_id: TenantId, *, in_mid_call: bool = 
         }
     finally:
         await connection.close()
+    found |= await _own_content(stack, tenant_id)
     return found | await _counters(stack, tenant_id) | await _points(stack, tenant_id)
 
 

@@ -23,6 +23,7 @@ DIRECTORY_COLUMNS: Mapping[str, frozenset[str]] = {
     "tenant.request_directory": frozenset({"request_id", "tenant_id"}),
     "tenant.issuer_directory": frozenset({"issuer", "audience", "tenant_id"}),
     "tenant.domain_directory": frozenset({"domain", "tenant_id"}),
+    "tenant.move_directory": frozenset({"tenant_id", "due_time"}),
     "tenant.changes": frozenset({"change_id", "tenant_id", "kind", "change_time"}),
 }
 DIRECTORIES = frozenset(DIRECTORY_COLUMNS)
@@ -90,6 +91,16 @@ async def attacked_rows(admin: asyncpg.Connection, tenant_id: UUID, *, must_be_i
     return found
 
 
+async def attacked_rows_in(admin: asyncpg.Connection, tables: Iterable[str], tenant_id: UUID) -> list[Attacked]:
+    """The tables among these that hold something of the attacked tenant, each with a row."""
+    found: list[Attacked] = []
+    for table in tables:
+        row = await admin.fetchval(A_ROW.format(table=table), tenant_id)
+        if row is not None:
+            found.append(Attacked(table, await admin.fetchval(COLUMNS, table), row))
+    return found
+
+
 async def tries(
     connection: asyncpg.Connection, sql: str, *arguments: object, refused: tuple[type[BaseException], ...] = REFUSED
 ) -> list[str]:
@@ -119,14 +130,15 @@ async def cross_tenant(
             if local:
                 async with connection.transaction():
                     await connection.fetch(SET_LOCAL, str(attacker))
-                    through += [found for item in own for found in await _on_rows(connection, item, victim, attacker)]
+                    through += [found for item in own for found in await on_rows(connection, item, victim, attacker)]
             else:
                 await connection.fetch(SET_SESSION, str(attacker))
-                through += [found for item in own for found in await _on_rows(connection, item, victim, attacker)]
+                through += [found for item in own for found in await on_rows(connection, item, victim, attacker)]
     return through
 
 
-async def _on_rows(connection: asyncpg.Connection, item: Attacked, victim: UUID, attacker: UUID) -> list[str]:
+async def on_rows(connection: asyncpg.Connection, item: Attacked, victim: UUID, attacker: UUID) -> list[str]:
+    """Every attack on one table's rows as one role, with the attacker set as tenant."""
     table = item.table
     insert = f"INSERT INTO {table} ({item.columns}) SELECT {item.columns} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)"
     attempts: list[tuple[str, Sequence[object]]] = [
@@ -153,14 +165,21 @@ async def without_tenant(stack: Stack, attacked: Iterable[Attacked]) -> list[str
     answered: list[str] = []
     for schema in SCHEMAS:
         async with as_role(stack, schema) as connection:
-            for emptied in (False, True):
-                if emptied:
-                    async with connection.transaction():
-                        await connection.fetch(SET_LOCAL, str(UUID(int=1)))
-                for item in attacked:
-                    if item.schema == schema and item.table not in DIRECTORIES:
-                        answered += await _no_error(connection, f"SELECT count(*) FROM {item.table}")
-                        answered += await _no_error(connection, f"DELETE FROM {item.table}")
+            own = [item for item in attacked if item.schema == schema and item.table not in DIRECTORIES]
+            answered += await without_tenant_on(connection, own)
+    return answered
+
+
+async def without_tenant_on(connection: asyncpg.Connection, attacked: Iterable[Attacked]) -> list[str]:
+    """As `without_tenant`, on one connection."""
+    answered: list[str] = []
+    for emptied in (False, True):
+        if emptied:
+            async with connection.transaction():
+                await connection.fetch(SET_LOCAL, str(UUID(int=1)))
+        for item in attacked:
+            answered += await _no_error(connection, f"SELECT count(*) FROM {item.table}")
+            answered += await _no_error(connection, f"DELETE FROM {item.table}")
     return answered
 
 

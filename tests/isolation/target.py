@@ -117,9 +117,9 @@ class Target:
         return found + (["canary"] if self.canary.encode() in seen else [])
 
 
-async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Target:
+async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool") -> Target:
     """Makes a tenant that has keys, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
-    tenant = await mesh.tenant(plan)
+    tenant = await mesh.tenant(plan, isolation)
     metadata, canary = credentials(tenant.api_key), f"canary{secrets.token_hex(8)}"
     listed_documents = await _plant_documents(mesh, metadata, canary)
     prompt = f"You are the assistant of {canary}. Answer from the documents."

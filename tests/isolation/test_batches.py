@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID, uuid4
 
+import pytest
+
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.metering.v1 import price_service_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as limits
@@ -24,6 +26,12 @@ MODEL = "claude-haiku-4-5-20251001"
 CATCH_UP_SECONDS = 5.0
 BOUND_TOKENS = 1000
 BOUND_NANO_USD = 5_000_000
+
+
+@pytest.fixture(scope="session")
+def victim(resident: Target) -> Target:
+    """The attacked tenant: these attacks are the same wherever its content lives."""
+    return resident
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,12 @@ DIMENSIONS = 384
 Attack = Callable[[], Awaitable[Any]]
 
 
+@pytest.fixture(scope="session")
+def victim(resident: Target) -> Target:
+    """The attacked tenant: these attacks are the same wherever its content lives."""
+    return resident
+
+
 async def known_tenants(stack: Stack) -> set[UUID]:
     """Every tenant that was ever made and not erased."""
     connection = await superuser(stack)

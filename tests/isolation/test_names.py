@@ -63,6 +63,12 @@ REFUSED = ("INVALID_ARGUMENT", "INVALID_REQUEST")
 Kept = Callable[[str], Awaitable[tuple[Answer, str]]]
 
 
+@pytest.fixture(scope="session")
+def victim(resident: Target) -> Target:
+    """The attacked tenant: these attacks are the same wherever its content lives."""
+    return resident
+
+
 def create_request(rpc_type: Any, slug: str, display_name: str = "Somebody", **more: str) -> Any:
     """A request to make a tenant."""
     return rpc_type(request_id=str(uuid.uuid4()), slug=slug, display_name=display_name, plan="free", owner_email="o@example.com", **more)

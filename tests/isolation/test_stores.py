@@ -42,8 +42,13 @@ TRANSIENT = {
         "peer_address, context_token, due_time) "
         "VALUES ($1, uuidv7(), 'CALL_ENDED', uuidv7(), now(), '', '{}', '{}', '', '', now() + interval '1 day')"
     ),
-    "inference.sealing": "INSERT INTO inference.sealing VALUES ($1, 1) ON CONFLICT DO NOTHING",
-    "retrieval.sealing": "INSERT INTO retrieval.sealing VALUES ($1, 1) ON CONFLICT DO NOTHING",
+    "inference.inference_sealing": "INSERT INTO inference.inference_sealing VALUES ($1, 1) ON CONFLICT DO NOTHING",
+    "retrieval.retrieval_sealing": "INSERT INTO retrieval.retrieval_sealing VALUES ($1, 1) ON CONFLICT DO NOTHING",
+    # On their way elsewhere and still here: who was away would be refused.
+    "inference.inference_placed_tenants": "INSERT INTO inference.inference_placed_tenants VALUES ($1, 'silo', 'MOVING')",
+    "retrieval.retrieval_placed_tenants": "INSERT INTO retrieval.retrieval_placed_tenants VALUES ($1, 'silo', 'MOVING')",
+    "tenant.placements": "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
+    "tenant.move_directory": "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
     "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
 }
 APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
@@ -68,8 +73,15 @@ JOBS_MAY = {
     "metering.entries": {"SELECT", "INSERT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "retrieval.documents": {"SELECT"},
+    "retrieval.retrieval_placed_tenants": {"SELECT"},
     "retrieval.removed_documents": {"SELECT"},
 }
+
+
+@pytest.fixture(scope="session")
+def victim(resident: Target) -> Target:
+    """The attacked tenant: these attacks are the same wherever its content lives."""
+    return resident
 
 
 @pytest.fixture

@@ -39,6 +39,12 @@ BROKEN = {
 }
 
 
+@pytest.fixture(scope="session")
+def victim(resident: Target) -> Target:
+    """The attacked tenant: these attacks are the same wherever its content lives."""
+    return resident
+
+
 @asynccontextmanager
 async def broken(mesh: Mesh, damage: str, repair: str) -> AsyncIterator[asyncpg.Connection]:
     """The database with one wall down, which stands again afterwards whatever happens."""

@@ -2,7 +2,6 @@
 
 import uuid
 
-import asyncpg
 import grpc
 import pytest
 from pydantic import SecretStr
@@ -113,7 +112,7 @@ async def test_a_crash_before_indexing_is_repaired(shelf: Shelf) -> None:
     tenant_id = await shelf.new_tenant()
     await shelf.store.put(tenant_id, HOLIDAYS, cut(HOLIDAYS.text))
     assert await shelf.library.search(tenant_id, "holiday", 5) == []
-    await _age(shelf, "UPDATE retrieval.documents SET update_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
+    await _age(shelf, "UPDATE documents SET update_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
     assert await repair_once(shelf.owed, shelf.library) == 1
     assert await found_keys(shelf.library, tenant_id, "holiday") == ["holidays.md"]
 
@@ -124,7 +123,7 @@ async def test_a_crash_before_removing_points_is_repaired(shelf: Shelf) -> None:
     [document], _ = await shelf.library.put(tenant_id, [HOLIDAYS])
     await shelf.store.delete(tenant_id, document.document_id)
     assert await shelf.library.search(tenant_id, "holiday", 5) == []
-    await _age(shelf, "UPDATE retrieval.removed_documents SET remove_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
+    await _age(shelf, "UPDATE removed_documents SET remove_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
     assert await repair_once(shelf.owed, shelf.library) == 1
     assert await shelf.index.erase(tenant_id) == 0
 
@@ -132,9 +131,10 @@ async def test_a_crash_before_removing_points_is_repaired(shelf: Shelf) -> None:
 async def test_one_broken_tenant_does_not_hold_up_the_repair_of_others(shelf: Shelf) -> None:
     """A document of a tenant without a collection stays owed while others are repaired."""
     broken, sound = TenantId(uuid.uuid4()), await shelf.new_tenant()
+    await shelf.places.place(broken, shelf.kind, shelf.maker)
     for tenant_id in (broken, sound):
         await shelf.store.put(tenant_id, HOLIDAYS, cut(HOLIDAYS.text))
-        await _age(shelf, "UPDATE retrieval.documents SET update_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
+        await _age(shelf, "UPDATE documents SET update_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
     assert await repair_once(shelf.owed, shelf.library) == 1
     assert await found_keys(shelf.library, sound, "holiday") == ["holidays.md"]
     await shelf.store.erase(broken)
@@ -162,8 +162,8 @@ async def test_row_level_security_hides_other_tenants_from_the_service_role(shel
     owner, stranger = await shelf.new_tenant(), await shelf.new_tenant()
     await shelf.library.put(owner, [HOLIDAYS])
     async with shelf.store._database.transaction(stranger) as connection:
-        assert await connection.fetchval("SELECT count(*) FROM retrieval.documents") == 0
-        assert await connection.fetchval("SELECT count(*) FROM retrieval.chunks") == 0
+        assert await connection.fetchval("SELECT count(*) FROM documents") == 0
+        assert await connection.fetchval("SELECT count(*) FROM chunks") == 0
 
 
 async def test_provisioning_twice_keeps_what_is_there(shelf: Shelf) -> None:
@@ -181,6 +181,5 @@ async def test_an_unknown_document_is_not_found(shelf: Shelf) -> None:
 
 
 async def _age(shelf: Shelf, statement: str, tenant_id: TenantId) -> None:
-    connection = await asyncpg.connect(shelf.admin_dsn)
-    await connection.execute(statement, tenant_id)
-    await connection.close()
+    async with shelf.store._database.transaction(tenant_id) as connection:
+        await connection.execute(statement, tenant_id)

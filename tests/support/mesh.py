@@ -23,10 +23,11 @@ class Mesh:
     stack: Stack
     client: MeshClient
 
-    async def tenant(self, plan: str = "professional") -> DemoTenant:
-        """Makes a tenant of its own for one test."""
+    async def tenant(self, plan: str = "professional", isolation: str = "pool") -> DemoTenant:
+        """Makes a tenant of its own for one test: in the pool, or in a bridge or silo."""
         name = f"test-{uuid.uuid4().hex[:12]}"
-        return await create_tenant(self.stack, self.client, Company(name, name.title(), plan, f"{name}@example.com", "Tester"))
+        company = Company(name, name.title(), plan, f"{name}@example.com", "Tester")
+        return await create_tenant(self.stack, self.client, company, isolation=isolation)
 
     async def another(self, company: Company) -> DemoTenant:
         """Makes a tenant on a demo company's plan and with its handbook, for one test alone."""

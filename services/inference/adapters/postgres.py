@@ -22,31 +22,30 @@ from services.kernel.tenant_cipher import TenantCipher
 from services.kernel.tenant_database import TenantDatabase
 
 RECALL = (
-    "SELECT prompt_version, prompt_text, conversation_known, roles, texts, sealed_texts, call_ids, call_positions "
-    "FROM inference.recall($1, $2, $3)"
+    "SELECT prompt_version, prompt_text, conversation_known, roles, texts, sealed_texts, call_ids, call_positions FROM recall($1, $2, $3)"
 )
-REMEMBER = "SELECT inference.remember($1, $2, $3, $4, $5, $6, $7, $8)"
-PUT_PROMPT = "SELECT version, text, create_time FROM inference.put_prompt($1, $2, $3)"
-NEWEST_PROMPT = "SELECT version, text, create_time FROM inference.prompts WHERE tenant_id = $1 ORDER BY version DESC LIMIT 1"
+REMEMBER = "SELECT remember($1, $2, $3, $4, $5, $6, $7, $8)"
+PUT_PROMPT = "SELECT version, text, create_time FROM put_prompt($1, $2, $3)"
+NEWEST_PROMPT = "SELECT version, text, create_time FROM prompts WHERE tenant_id = $1 ORDER BY version DESC LIMIT 1"
 INSERT_CONVERSATION = (
-    "INSERT INTO inference.conversations (tenant_id, conversation_id, user_name, sealed_user_name, key_version) "
+    "INSERT INTO conversations (tenant_id, conversation_id, user_name, sealed_user_name, key_version) "
     "VALUES ($1, $2, $3, $4, $5) RETURNING create_time"
 )
-CONVERSATION_EXISTS = "SELECT true FROM inference.conversations WHERE tenant_id = $1 AND conversation_id = $2"
+CONVERSATION_EXISTS = "SELECT true FROM conversations WHERE tenant_id = $1 AND conversation_id = $2"
 LIST_TURNS = (
-    "SELECT sequence, role, text, call_id, create_time, sealed_text, call_position FROM inference.turns "
+    "SELECT sequence, role, text, call_id, create_time, sealed_text, call_position FROM turns "
     "WHERE tenant_id = $1 AND conversation_id = $2 AND sequence > $3 ORDER BY sequence LIMIT $4"
 )
-DELETE_CONVERSATION = "DELETE FROM inference.conversations WHERE tenant_id = $1 AND conversation_id = $2"
+DELETE_CONVERSATION = "DELETE FROM conversations WHERE tenant_id = $1 AND conversation_id = $2"
 ERASE = {
-    "postgres:inference.turns": "DELETE FROM inference.turns WHERE tenant_id = $1",
-    "postgres:inference.conversations": "DELETE FROM inference.conversations WHERE tenant_id = $1",
-    "postgres:inference.prompts": "DELETE FROM inference.prompts WHERE tenant_id = $1",
-    "postgres:inference.sealing": "DELETE FROM inference.sealing WHERE tenant_id = $1",
+    "postgres:inference.turns": "DELETE FROM turns WHERE tenant_id = $1",
+    "postgres:inference.conversations": "DELETE FROM conversations WHERE tenant_id = $1",
+    "postgres:inference.prompts": "DELETE FROM prompts WHERE tenant_id = $1",
+    "postgres:inference.inference_sealing": "DELETE FROM inference_sealing WHERE tenant_id = $1",
 }
-EXPORT_PROMPTS = "SELECT version, text, create_time FROM inference.prompts WHERE tenant_id = $1 AND version > $2 ORDER BY version LIMIT $3"
+EXPORT_PROMPTS = "SELECT version, text, create_time FROM prompts WHERE tenant_id = $1 AND version > $2 ORDER BY version LIMIT $3"
 EXPORT_CONVERSATIONS = (
-    "SELECT conversation_id, user_name, create_time, sealed_user_name FROM inference.conversations "
+    "SELECT conversation_id, user_name, create_time, sealed_user_name FROM conversations "
     "WHERE tenant_id = $1 AND conversation_id > $2 ORDER BY conversation_id LIMIT $3"
 )
 _EXPORT_PAGE = 200

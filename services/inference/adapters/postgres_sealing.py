@@ -10,30 +10,30 @@ from services.kernel.sealing import TenantKeys, row_identity
 from services.kernel.tenant_cipher import TenantCipher
 from services.kernel.tenant_database import Connection, TenantDatabase
 
-BEGIN = "SELECT inference.begin_key_version($1, $2)"
-REQUIRE_VERSION = "SELECT inference.require_key_version($1, $2)"
+BEGIN = "SELECT inference_begin_key_version($1, $2)"
+REQUIRE_VERSION = "SELECT inference_require_key_version($1, $2)"
 # Rows in a writer's hands are passed over: waiting for them could close a circle, and they are asked for again.
 SELECT_TURNS = """
-SELECT conversation_id, sequence, call_id, call_position, sealed_text FROM inference.turns
+SELECT conversation_id, sequence, call_id, call_position, sealed_text FROM turns
 WHERE tenant_id = $1 AND key_version < $2 ORDER BY conversation_id, sequence LIMIT $3 FOR UPDATE SKIP LOCKED
 """
 UPDATE_TURNS = """
-UPDATE inference.turns t SET sealed_text = n.sealed_text, key_version = $2
+UPDATE turns t SET sealed_text = n.sealed_text, key_version = $2
 FROM unnest($3::text[], $4::integer[], $5::bytea[]) AS n (conversation_id, sequence, sealed_text)
 WHERE t.tenant_id = $1 AND t.conversation_id = n.conversation_id AND t.sequence = n.sequence
 """
 SELECT_CONVERSATIONS = """
-SELECT conversation_id, sealed_user_name FROM inference.conversations
+SELECT conversation_id, sealed_user_name FROM conversations
 WHERE tenant_id = $1 AND key_version < $2 ORDER BY conversation_id LIMIT $3 FOR UPDATE SKIP LOCKED
 """
 UPDATE_CONVERSATIONS = """
-UPDATE inference.conversations c SET sealed_user_name = n.sealed_user_name, key_version = $2
+UPDATE conversations c SET sealed_user_name = n.sealed_user_name, key_version = $2
 FROM unnest($3::text[], $4::bytea[]) AS n (conversation_id, sealed_user_name)
 WHERE c.tenant_id = $1 AND c.conversation_id = n.conversation_id
 """
 IS_LEFT = """
-SELECT EXISTS (SELECT FROM inference.turns WHERE tenant_id = $1 AND key_version < $2)
-    OR EXISTS (SELECT FROM inference.conversations WHERE tenant_id = $1 AND key_version < $2)
+SELECT EXISTS (SELECT FROM turns WHERE tenant_id = $1 AND key_version < $2)
+    OR EXISTS (SELECT FROM conversations WHERE tenant_id = $1 AND key_version < $2)
 """
 _PAGE = 100
 

@@ -19,39 +19,41 @@ ALTER TABLE inference.conversations
 CREATE INDEX turns_key_version ON inference.turns (tenant_id, key_version) WHERE key_version IS NOT NULL;
 CREATE INDEX conversations_key_version ON inference.conversations (tenant_id, key_version) WHERE key_version IS NOT NULL;
 
+-- Named for the service, like its functions: in a bridge the tables of two services share one schema.
 -- The least key version that may still be written. It only ever rises, when a rotation begins here.
-CREATE TABLE inference.sealing (
+CREATE TABLE inference.inference_sealing (
     tenant_id uuid PRIMARY KEY,
     least_version integer NOT NULL CHECK (least_version >= 1)
 );
-ALTER TABLE inference.sealing ENABLE ROW LEVEL SECURITY;
-ALTER TABLE inference.sealing FORCE ROW LEVEL SECURITY;
-CREATE POLICY sealing_of_tenant ON inference.sealing TO :service
+ALTER TABLE inference.inference_sealing ENABLE ROW LEVEL SECURITY;
+ALTER TABLE inference.inference_sealing FORCE ROW LEVEL SECURITY;
+CREATE POLICY sealing_of_tenant ON inference.inference_sealing TO :service
     USING (tenant_id = (SELECT current_setting('app.tenant_id')::uuid))
     WITH CHECK (tenant_id = (SELECT current_setting('app.tenant_id')::uuid));
-GRANT SELECT, INSERT, UPDATE, DELETE ON inference.sealing TO :service;
+GRANT SELECT, INSERT, UPDATE, DELETE ON inference.inference_sealing TO :service;
 GRANT UPDATE (sealed_text, key_version) ON inference.turns TO :service;
 
 -- Called in the transaction that writes a sealed value, after the tenant is set. A writer that passed is committed before a rotation
 -- looks for what is left; one that comes after it is refused an older key, and fetches the new one.
-CREATE FUNCTION inference.require_key_version(p_tenant_id uuid, p_version integer) RETURNS void
+CREATE FUNCTION inference.inference_require_key_version(p_tenant_id uuid, p_version integer) RETURNS void
 LANGUAGE plpgsql SECURITY INVOKER SET search_path = inference, pg_temp AS $$
 BEGIN
-    PERFORM pg_advisory_xact_lock_shared(hashtextextended('inference.sealing:' || p_tenant_id::text, 0));
-    IF p_version < coalesce((SELECT s.least_version FROM sealing s WHERE s.tenant_id = p_tenant_id), 0) THEN
+    PERFORM pg_advisory_xact_lock_shared(hashtextextended('inference.inference_sealing:' || p_tenant_id::text, 0));
+    IF p_version < coalesce((SELECT s.least_version FROM inference_sealing s WHERE s.tenant_id = p_tenant_id), 0) THEN
         RAISE EXCEPTION 'the data key was rotated' USING ERRCODE = 'TK001';
     END IF;
 END
 $$;
 
-CREATE FUNCTION inference.begin_key_version(p_tenant_id uuid, p_version integer) RETURNS integer
+CREATE FUNCTION inference.inference_begin_key_version(p_tenant_id uuid, p_version integer) RETURNS integer
 LANGUAGE plpgsql SECURITY INVOKER SET search_path = inference, pg_temp AS $$
 DECLARE
     v_least integer;
 BEGIN
     PERFORM set_config('app.tenant_id', p_tenant_id::text, true);
-    PERFORM pg_advisory_xact_lock(hashtextextended('inference.sealing:' || p_tenant_id::text, 0));
-    INSERT INTO sealing AS s (tenant_id, least_version) VALUES (p_tenant_id, p_version)
+    PERFORM inference.inference_assert_here(p_tenant_id);
+    PERFORM pg_advisory_xact_lock(hashtextextended('inference.inference_sealing:' || p_tenant_id::text, 0));
+    INSERT INTO inference_sealing AS s (tenant_id, least_version) VALUES (p_tenant_id, p_version)
         ON CONFLICT (tenant_id) DO UPDATE SET least_version = greatest(s.least_version, excluded.least_version)
         RETURNING s.least_version INTO v_least;
     RETURN v_least;
@@ -69,6 +71,7 @@ RETURNS TABLE (
 LANGUAGE plpgsql SECURITY INVOKER SET search_path = inference, pg_temp AS $$
 BEGIN
     PERFORM set_config('app.tenant_id', p_tenant_id::text, true);
+    PERFORM inference.inference_assert_here(p_tenant_id);
     SELECT p.version, p.text INTO prompt_version, prompt_text
         FROM prompts p WHERE p.tenant_id = p_tenant_id ORDER BY p.version DESC LIMIT 1;
     conversation_known := true;
@@ -110,8 +113,9 @@ DECLARE
     v_last integer;
 BEGIN
     PERFORM set_config('app.tenant_id', p_tenant_id::text, true);
+    PERFORM inference.inference_assert_here(p_tenant_id);
     IF p_key_version IS NOT NULL THEN
-        PERFORM require_key_version(p_tenant_id, p_key_version);
+        PERFORM inference_require_key_version(p_tenant_id, p_key_version);
     END IF;
     PERFORM 1 FROM conversations c WHERE c.tenant_id = p_tenant_id AND c.conversation_id = p_conversation_id FOR UPDATE;
     IF NOT FOUND THEN
@@ -129,11 +133,11 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION inference.require_key_version(uuid, integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION inference.begin_key_version(uuid, integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION inference.inference_require_key_version(uuid, integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION inference.inference_begin_key_version(uuid, integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION inference.recall(uuid, text, integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION inference.remember(uuid, text, uuid, text[], text[], bytea[], integer[], integer) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION inference.require_key_version(uuid, integer) TO :service;
-GRANT EXECUTE ON FUNCTION inference.begin_key_version(uuid, integer) TO :service;
+GRANT EXECUTE ON FUNCTION inference.inference_require_key_version(uuid, integer) TO :service;
+GRANT EXECUTE ON FUNCTION inference.inference_begin_key_version(uuid, integer) TO :service;
 GRANT EXECUTE ON FUNCTION inference.recall(uuid, text, integer) TO :service;
 GRANT EXECUTE ON FUNCTION inference.remember(uuid, text, uuid, text[], text[], bytea[], integer[], integer) TO :service;

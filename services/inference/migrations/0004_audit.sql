@@ -1,3 +1,4 @@
+-- At home only.
 -- What calls read and how they ended, on its way to the tenant service's audit log. Written before the provider is asked; deleted once
 -- the log answered that it has it. No texts: ids, names, numbers, and the context token that proves whose it is.
 

@@ -5,6 +5,7 @@ from typing import Any
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
+from services.kernel.cell import Cell
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import CredentialResolver
 from services.kernel.errors import Forbidden, Unauthenticated
@@ -21,8 +22,9 @@ log = structlog.get_logger(__name__)
 class AuthInterceptor(MeshInterceptor):
     """Fills the scope's caller and tenant from metadata, certificate and tokens."""
 
-    def __init__(self, identity: ServiceIdentity, resolver: CredentialResolver, verifier: ContextTokenVerifier) -> None:
+    def __init__(self, identity: ServiceIdentity, resolver: CredentialResolver, verifier: ContextTokenVerifier, cell: Cell) -> None:
         super().__init__()
+        self._cell = cell
         self._identity = identity
         self._resolver = resolver
         self._verifier = verifier
@@ -59,6 +61,7 @@ class AuthInterceptor(MeshInterceptor):
         call.peer_address = peer_host(context.peer())
         tenant = await self._resolver.resolve(credential, claimed)
         _refuse_mismatch(tenant, claimed)
+        self._cell.refuse_elsewhere(tenant.region)
         call.tenant = tenant
 
     async def _admit_service(self, call: RequestScope, context: Any) -> None:
@@ -78,6 +81,7 @@ class AuthInterceptor(MeshInterceptor):
         if token is not None:
             tenant = await self._verifier.verify(token)
             _refuse_mismatch(tenant, _claimed_tenant(call))
+            self._cell.refuse_elsewhere(tenant.region)
             call.tenant = tenant
 
 

@@ -15,6 +15,7 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.kernel.cell import cell_of
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import CredentialResolver
 from services.kernel.rpc.auth import AuthInterceptor
@@ -149,7 +150,7 @@ def build_interceptors(
         TraceInterceptor(log_calls=settings.log_level.upper() == "DEBUG"),
         DeadlineInterceptor(),
         StatusInterceptor(),
-        AuthInterceptor(identity, resolver, verifier),
+        AuthInterceptor(identity, resolver, verifier, cell_of(settings)),
         PolicyInterceptor(policies_of(services)),
         ValidationInterceptor(),
     ]

@@ -33,3 +33,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
     async def ReencryptTenant(self, request: pb.ReencryptTenantRequest, context: object) -> pb.ReencryptTenantResponse:
         """Nothing here is sealed: amounts, models and times are the operator's books and hold no content."""
         return pb.ReencryptTenantResponse(done=True)
+
+    async def MoveTenant(self, request: pb.MoveTenantRequest, context: object) -> pb.MoveTenantResponse:
+        """Moves nothing: the ledger stays in the shared store wherever the content lives."""
+        return pb.MoveTenantResponse()

@@ -64,3 +64,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
     async def ReencryptTenant(self, request: messages.ReencryptTenantRequest, context: object) -> messages.ReencryptTenantResponse:
         """Nothing here is sealed: counters and holds are the operator's books and hold no content."""
         return messages.ReencryptTenantResponse(done=True)
+
+    async def MoveTenant(self, request: messages.MoveTenantRequest, context: object) -> messages.MoveTenantResponse:
+        """Moves nothing: counters stay in the shared store wherever the content lives."""
+        return messages.MoveTenantResponse()

@@ -4,8 +4,11 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 
 import asyncpg
+import structlog
 
+from services.kernel.errors import MeshError
 from services.kernel.ids import DocumentId, TenantId, new_uuid7
+from services.kernel.placement import Place, PlacementKind
 from services.kernel.sealed_writes import write_sealed
 from services.kernel.sealing import TenantKeys
 from services.kernel.tenant_cipher import TenantCipher
@@ -15,13 +18,15 @@ from services.retrieval.adapters.sealed_values import RowReader, chunk_identity,
 from services.retrieval.chunking import Chunk
 from services.retrieval.document import DocumentDraft, IndexedChunk, StoredDocument, chunk_id
 
+log = structlog.get_logger(__name__)
+
 SELECT_BY_KEY_FOR_UPDATE = """
 SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time,
        sealed_header, NULL::bytea AS sealed_content, key_version
-FROM retrieval.documents WHERE tenant_id = $1 AND document_key = $2 FOR UPDATE
+FROM documents WHERE tenant_id = $1 AND document_key = $2 FOR UPDATE
 """
 UPSERT_DOCUMENT = """
-INSERT INTO retrieval.documents (
+INSERT INTO documents (
     tenant_id, document_id, document_key, title, content, content_sha256, chunk_count, sealed_header, sealed_content, key_version
 )
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
@@ -32,59 +37,69 @@ SET title = excluded.title, content = excluded.content, content_sha256 = exclude
 RETURNING document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time,
        sealed_header, NULL::bytea AS sealed_content, key_version
 """
-DELETE_CHUNKS = "DELETE FROM retrieval.chunks WHERE tenant_id = $1 AND document_id = $2"
+DELETE_CHUNKS = "DELETE FROM chunks WHERE tenant_id = $1 AND document_id = $2"
 INSERT_CHUNKS = """
-INSERT INTO retrieval.chunks (tenant_id, chunk_id, document_id, position, start_offset, end_offset, content, sealed_content, key_version)
+INSERT INTO chunks (tenant_id, chunk_id, document_id, position, start_offset, end_offset, content, sealed_content, key_version)
 SELECT $1, chunk_id, $2, position, start_offset, end_offset, content, sealed_content, $9
 FROM unnest($3::uuid[], $4::integer[], $5::integer[], $6::integer[], $7::text[], $8::bytea[])
     AS c (chunk_id, position, start_offset, end_offset, content, sealed_content)
 """
 MARK_INDEXED = """
-UPDATE retrieval.documents SET indexed = true WHERE tenant_id = $1 AND document_id = $2 AND content_sha256 = $3
+UPDATE documents SET indexed = true WHERE tenant_id = $1 AND document_id = $2 AND content_sha256 = $3
 """
 SELECT_DOCUMENT = """
 SELECT document_id, document_key, title, content, content_sha256, chunk_count, indexed, create_time, update_time,
        sealed_header, sealed_content
-FROM retrieval.documents WHERE tenant_id = $1 AND document_id = $2
+FROM documents WHERE tenant_id = $1 AND document_id = $2
 """
 SELECT_PAGE = """
 SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time,
        sealed_header, NULL::bytea AS sealed_content, key_version
-FROM retrieval.documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT $3
+FROM documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT $3
 """
-DELETE_DOCUMENT = "DELETE FROM retrieval.documents WHERE tenant_id = $1 AND document_id = $2 RETURNING document_id"
-INSERT_REMOVED = "INSERT INTO retrieval.removed_documents (tenant_id, document_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"
-DELETE_REMOVED = "DELETE FROM retrieval.removed_documents WHERE tenant_id = $1 AND document_id = $2"
+DELETE_DOCUMENT = "DELETE FROM documents WHERE tenant_id = $1 AND document_id = $2 RETURNING document_id"
+INSERT_REMOVED = "INSERT INTO removed_documents (tenant_id, document_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"
+DELETE_REMOVED = "DELETE FROM removed_documents WHERE tenant_id = $1 AND document_id = $2"
 SELECT_CHUNKS = """
 SELECT c.chunk_id, c.document_id, d.document_key, d.title, c.position, c.start_offset, c.end_offset, c.content,
        d.sealed_header, c.sealed_content
-FROM retrieval.chunks c JOIN retrieval.documents d ON d.tenant_id = c.tenant_id AND d.document_id = c.document_id
+FROM chunks c JOIN documents d ON d.tenant_id = c.tenant_id AND d.document_id = c.document_id
 WHERE c.tenant_id = $1 AND c.document_id = $2 ORDER BY c.position
 """
 FIND_CHUNKS = """
 SELECT chunk_id, document_id, document_key, title, "position", start_offset, end_offset, content, sealed_header, sealed_content
-FROM retrieval.find_chunks($1, $2, $3)
+FROM find_chunks($1, $2, $3)
 """
 COUNT_AND_DELETE = (
-    ("chunks", "WITH gone AS (DELETE FROM retrieval.chunks WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
-    ("documents", "WITH gone AS (DELETE FROM retrieval.documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
+    ("chunks", "WITH gone AS (DELETE FROM chunks WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
+    ("documents", "WITH gone AS (DELETE FROM documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
     (
         "removed_documents",
-        "WITH gone AS (DELETE FROM retrieval.removed_documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone",
+        "WITH gone AS (DELETE FROM removed_documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone",
     ),
-    ("sealing", "WITH gone AS (DELETE FROM retrieval.sealing WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
+    ("retrieval_sealing", "WITH gone AS (DELETE FROM retrieval_sealing WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
 )
 EXPORT_DOCUMENTS = """
 SELECT document_id, document_key, title, content, content_sha256, chunk_count, indexed, create_time, update_time,
        sealed_header, sealed_content
-FROM retrieval.documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT 100
+FROM documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT 100
 """
 SELECT_UNINDEXED = """
-SELECT tenant_id, document_id, content_sha256 FROM retrieval.documents
+SELECT tenant_id, document_id, content_sha256 FROM documents
 WHERE NOT indexed AND update_time < now() - interval '10 seconds' ORDER BY update_time LIMIT $1
 """
+# Of one tenant outside the pool, read as that tenant: nobody works there over all tenants.
+SELECT_ITS_UNINDEXED = """
+SELECT tenant_id, document_id, content_sha256 FROM documents
+WHERE tenant_id = $1 AND NOT indexed AND update_time < now() - interval '10 seconds' ORDER BY update_time LIMIT $2
+"""
+SELECT_ITS_UNDELETED = """
+SELECT tenant_id, document_id FROM removed_documents
+WHERE tenant_id = $1 AND remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $2
+"""
+SELECT_PLACED = "SELECT tenant_id, kind FROM retrieval_placed_tenants WHERE state = 'AWAY' ORDER BY tenant_id"
 SELECT_UNDELETED = """
-SELECT tenant_id, document_id FROM retrieval.removed_documents
+SELECT tenant_id, document_id FROM removed_documents
 WHERE remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $1
 """
 
@@ -168,9 +183,16 @@ class PostgresDocumentStore:
             None if keys is None else keys.active_version,
         )
 
-    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, row_digest: bytes) -> bool:
-        """Records that the points of this content are in the collection."""
+    async def place_of(self, tenant_id: TenantId) -> Place:
+        """Returns where the tenant lives, as far as is known here: what is written there counts once `mark_indexed` agrees."""
+        return await self._database.place_of(tenant_id)
+
+    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, row_digest: bytes, written_at: Place) -> bool:
+        """Records that the points of this content are in the collection of the place they were written at."""
         async with self._database.transaction(tenant_id) as connection:
+            # Inside the transaction the place cannot change; before it the tenant may have moved away from the points.
+            if await self._database.place_of(tenant_id) != written_at:
+                return False
             done: str = await connection.execute(MARK_INDEXED, tenant_id, document_id, row_digest)
             return done == "UPDATE 1"
 
@@ -237,17 +259,32 @@ class PostgresDocumentStore:
 
 
 class PostgresOwedWork:
-    """What is owed to the collections, seen through the jobs role."""
+    """What is owed to the collections: in the pool seen through the jobs role, elsewhere tenant by tenant."""
 
-    def __init__(self, database: JobsDatabase) -> None:
+    def __init__(self, jobs: JobsDatabase, database: TenantDatabase) -> None:
+        self._jobs = jobs
         self._database = database
 
     async def unindexed(self, limit: int) -> list[tuple[TenantId, DocumentId, bytes]]:
         """Returns documents that wait for their points."""
-        rows = await self._database.call(SELECT_UNINDEXED, limit)
+        rows = [*await self._jobs.call(SELECT_UNINDEXED, limit), *await self._of_placed(SELECT_ITS_UNINDEXED, limit)]
         return [(TenantId(row["tenant_id"]), DocumentId(row["document_id"]), row["content_sha256"]) for row in rows]
 
     async def undeleted(self, limit: int) -> list[tuple[TenantId, DocumentId]]:
         """Returns removed documents whose points may be left."""
-        rows = await self._database.call(SELECT_UNDELETED, limit)
+        rows = [*await self._jobs.call(SELECT_UNDELETED, limit), *await self._of_placed(SELECT_ITS_UNDELETED, limit)]
         return [(TenantId(row["tenant_id"]), DocumentId(row["document_id"])) for row in rows]
+
+    async def _of_placed(self, sql: str, limit: int) -> list[asyncpg.Record]:
+        found: list[asyncpg.Record] = []
+        for row in await self._jobs.call(SELECT_PLACED):
+            tenant_id = TenantId(row["tenant_id"])
+            try:
+                # A silo's address is a secret told to the tenant's own calls alone: until one came by, its repairs wait.
+                place = self._database.known_place(tenant_id, PlacementKind(row["kind"]))
+                if place is not None:
+                    async with self._database.transaction_at(place, tenant_id) as connection:
+                        found += await connection.fetch(sql, tenant_id, limit)
+            except MeshError as error:
+                log.warning("repair_skips_place", tenant_id=str(tenant_id), reason=error.reason_name)
+        return found

@@ -9,31 +9,31 @@ from services.kernel.tenant_cipher import TenantCipher
 from services.kernel.tenant_database import Connection, TenantDatabase
 from services.retrieval.adapters.sealed_values import chunk_identity, content_identity, header_identity, keyed_digest
 
-BEGIN = "SELECT retrieval.begin_key_version($1, $2)"
-REQUIRE_VERSION = "SELECT retrieval.require_key_version($1, $2)"
+BEGIN = "SELECT retrieval_begin_key_version($1, $2)"
+REQUIRE_VERSION = "SELECT retrieval_require_key_version($1, $2)"
 # Rows in a writer's hands are passed over: waiting for them could close a circle, and they are asked for again.
 SELECT_DOCUMENTS = """
-SELECT document_id, document_key, sealed_header, sealed_content FROM retrieval.documents
+SELECT document_id, document_key, sealed_header, sealed_content FROM documents
 WHERE tenant_id = $1 AND key_version < $2 ORDER BY document_id LIMIT $3 FOR UPDATE SKIP LOCKED
 """
 UPDATE_DOCUMENTS = """
-UPDATE retrieval.documents d
+UPDATE documents d
 SET sealed_header = n.sealed_header, sealed_content = n.sealed_content, content_sha256 = n.content_sha256, key_version = $2
 FROM unnest($3::uuid[], $4::bytea[], $5::bytea[], $6::bytea[]) AS n (document_id, sealed_header, sealed_content, content_sha256)
 WHERE d.tenant_id = $1 AND d.document_id = n.document_id
 """
 SELECT_CHUNKS = """
-SELECT chunk_id, sealed_content FROM retrieval.chunks
+SELECT chunk_id, sealed_content FROM chunks
 WHERE tenant_id = $1 AND key_version < $2 ORDER BY chunk_id LIMIT $3 FOR UPDATE SKIP LOCKED
 """
 UPDATE_CHUNKS = """
-UPDATE retrieval.chunks c SET sealed_content = n.sealed_content, key_version = $2
+UPDATE chunks c SET sealed_content = n.sealed_content, key_version = $2
 FROM unnest($3::uuid[], $4::bytea[]) AS n (chunk_id, sealed_content)
 WHERE c.tenant_id = $1 AND c.chunk_id = n.chunk_id
 """
 IS_LEFT = """
-SELECT EXISTS (SELECT FROM retrieval.documents WHERE tenant_id = $1 AND key_version < $2)
-    OR EXISTS (SELECT FROM retrieval.chunks WHERE tenant_id = $1 AND key_version < $2)
+SELECT EXISTS (SELECT FROM documents WHERE tenant_id = $1 AND key_version < $2)
+    OR EXISTS (SELECT FROM chunks WHERE tenant_id = $1 AND key_version < $2)
 """
 # Documents may be large; chunks are not.
 _DOCUMENTS, _CHUNKS = 10, 100

@@ -26,6 +26,7 @@ SPARSE = "words"
 TENANT_FIELD = "tenant_id"
 DOCUMENT_FIELD = "document_id"
 PREFETCH_FACTOR = 4
+IDS_AT_ONCE = 1000
 
 REQUEST_SECONDS = 5.0
 COLLECTION_SECONDS = 15.0
@@ -130,6 +131,47 @@ class QdrantIndex:
                 if collection.name.startswith(f"{alias}_v"):
                     await self._administer(self._collections.Delete, q.DeleteCollection(collection_name=collection.name))
         return held
+
+    async def count(self, tenant_id: TenantId) -> int:
+        """Returns how many points the tenant's collection holds; 0 when it is not there."""
+        with _refusals():
+            return await self._count(alias_name(tenant_id))
+
+    async def point_ids(self, tenant_id: TenantId) -> set[uuid.UUID]:
+        """Returns the id of every point of the tenant's collection."""
+        found: set[uuid.UUID] = set()
+        request = q.ScrollPoints(collection_name=alias_name(tenant_id), limit=IDS_AT_ONCE)
+        with _refusals():
+            while True:
+                answer: q.ScrollResponse = await self._administer(self._points.Scroll, request)
+                found |= {uuid.UUID(point.id.uuid) for point in answer.result}
+                if not answer.HasField("next_page_offset"):
+                    return found
+                request.offset.CopyFrom(answer.next_page_offset)
+
+    async def read_points(self, tenant_id: TenantId, ids: Sequence[uuid.UUID]) -> Sequence[q.RetrievedPoint]:
+        """Returns points whole, those of them that are there."""
+        request = q.GetPoints(
+            collection_name=alias_name(tenant_id),
+            ids=[q.PointId(uuid=str(point_id)) for point_id in ids],
+            with_payload=q.WithPayloadSelector(enable=True),
+            with_vectors=q.WithVectorsSelector(enable=True),
+        )
+        with _refusals():
+            answer: q.GetResponse = await self._administer(self._points.Get, request)
+        return answer.result
+
+    async def write_points(self, tenant_id: TenantId, points: Sequence[q.PointStruct]) -> None:
+        """Writes points as they are and waits until they can be found."""
+        if points:
+            request = q.UpsertPoints(collection_name=alias_name(tenant_id), wait=True, points=points)
+            await self._write(tenant_id, self._points.Upsert, request)
+
+    async def remove_points(self, tenant_id: TenantId, ids: Sequence[uuid.UUID]) -> None:
+        """Removes points by id."""
+        chosen = q.PointsSelector(points=q.PointsIdsList(ids=[q.PointId(uuid=str(point_id)) for point_id in ids]))
+        request = q.DeletePoints(collection_name=alias_name(tenant_id), wait=True, points=chosen)
+        await self._write(tenant_id, self._points.Delete, request)
 
     async def _create(self, name: str) -> None:
         request = q.CreateCollection(

@@ -19,38 +19,40 @@ ALTER TABLE chunks
 CREATE INDEX documents_key_version ON documents (tenant_id, key_version) WHERE key_version IS NOT NULL;
 CREATE INDEX chunks_key_version ON chunks (tenant_id, key_version) WHERE key_version IS NOT NULL;
 
+-- Named for the service, like its functions: in a bridge the tables of two services share one schema.
 -- The least key version that may still be written. It only ever rises, when a rotation begins here.
-CREATE TABLE sealing (
+CREATE TABLE retrieval_sealing (
     tenant_id uuid PRIMARY KEY,
     least_version integer NOT NULL CHECK (least_version >= 1)
 );
-ALTER TABLE sealing ENABLE ROW LEVEL SECURITY;
-ALTER TABLE sealing FORCE ROW LEVEL SECURITY;
-CREATE POLICY tenant_only ON sealing TO :service
+ALTER TABLE retrieval_sealing ENABLE ROW LEVEL SECURITY;
+ALTER TABLE retrieval_sealing FORCE ROW LEVEL SECURITY;
+CREATE POLICY tenant_only ON retrieval_sealing TO :service
     USING (tenant_id = (SELECT current_setting('app.tenant_id')::uuid))
     WITH CHECK (tenant_id = (SELECT current_setting('app.tenant_id')::uuid));
-GRANT SELECT, INSERT, UPDATE, DELETE ON sealing TO :service;
+GRANT SELECT, INSERT, UPDATE, DELETE ON retrieval_sealing TO :service;
 
 -- Called in the transaction that writes a sealed value, after the tenant is set. A writer that passed is committed before a rotation
 -- looks for what is left; one that comes after it is refused an older key, and fetches the new one.
-CREATE FUNCTION require_key_version(p_tenant_id uuid, p_version integer) RETURNS void
+CREATE FUNCTION retrieval_require_key_version(p_tenant_id uuid, p_version integer) RETURNS void
 LANGUAGE plpgsql SECURITY INVOKER SET search_path = retrieval, pg_temp AS $$
 BEGIN
-    PERFORM pg_advisory_xact_lock_shared(hashtextextended('retrieval.sealing:' || p_tenant_id::text, 0));
-    IF p_version < coalesce((SELECT s.least_version FROM sealing s WHERE s.tenant_id = p_tenant_id), 0) THEN
+    PERFORM pg_advisory_xact_lock_shared(hashtextextended('retrieval.retrieval_sealing:' || p_tenant_id::text, 0));
+    IF p_version < coalesce((SELECT s.least_version FROM retrieval_sealing s WHERE s.tenant_id = p_tenant_id), 0) THEN
         RAISE EXCEPTION 'the data key was rotated' USING ERRCODE = 'TK001';
     END IF;
 END
 $$;
 
-CREATE FUNCTION begin_key_version(p_tenant_id uuid, p_version integer) RETURNS integer
+CREATE FUNCTION retrieval_begin_key_version(p_tenant_id uuid, p_version integer) RETURNS integer
 LANGUAGE plpgsql SECURITY INVOKER SET search_path = retrieval, pg_temp AS $$
 DECLARE
     v_least integer;
 BEGIN
     PERFORM set_config('app.tenant_id', p_tenant_id::text, true);
-    PERFORM pg_advisory_xact_lock(hashtextextended('retrieval.sealing:' || p_tenant_id::text, 0));
-    INSERT INTO sealing AS s (tenant_id, least_version) VALUES (p_tenant_id, p_version)
+    PERFORM retrieval.retrieval_assert_here(p_tenant_id);
+    PERFORM pg_advisory_xact_lock(hashtextextended('retrieval.retrieval_sealing:' || p_tenant_id::text, 0));
+    INSERT INTO retrieval_sealing AS s (tenant_id, least_version) VALUES (p_tenant_id, p_version)
         ON CONFLICT (tenant_id) DO UPDATE SET least_version = greatest(s.least_version, excluded.least_version)
         RETURNING s.least_version INTO v_least;
     RETURN v_least;
@@ -67,6 +69,7 @@ RETURNS TABLE (
 LANGUAGE plpgsql SECURITY INVOKER SET search_path = retrieval, pg_temp AS $$
 BEGIN
     PERFORM set_config('app.tenant_id', p_tenant_id::text, true);
+    PERFORM retrieval.retrieval_assert_here(p_tenant_id);
     RETURN QUERY
         SELECT c.chunk_id, c.document_id, d.document_key, d.title, c.position, c.start_offset, c.end_offset, c.content,
                d.sealed_header, c.sealed_content
@@ -76,9 +79,9 @@ BEGIN
         ORDER BY array_position(p_chunk_ids, c.chunk_id) LIMIT p_limit;
 END
 $$;
-REVOKE ALL ON FUNCTION require_key_version(uuid, integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION begin_key_version(uuid, integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION retrieval_require_key_version(uuid, integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION retrieval_begin_key_version(uuid, integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION find_chunks(uuid, uuid[], integer) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION require_key_version(uuid, integer) TO :service;
-GRANT EXECUTE ON FUNCTION begin_key_version(uuid, integer) TO :service;
+GRANT EXECUTE ON FUNCTION retrieval_require_key_version(uuid, integer) TO :service;
+GRANT EXECUTE ON FUNCTION retrieval_begin_key_version(uuid, integer) TO :service;
 GRANT EXECUTE ON FUNCTION find_chunks(uuid, uuid[], integer) TO :service;

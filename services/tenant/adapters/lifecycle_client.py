@@ -5,9 +5,11 @@ from services.kernel.rpc.channel import MeshChannel
 from services.kernel.tenant_context import TenantContext
 
 # A service may make collections and tables here; the whole creation takes a few seconds.
-PROVISION_TIMEOUT_SECONDS = 10.0
+PROVISION_TIMEOUT_SECONDS = 30.0
 # A page of records is read, sealed and written.
 REENCRYPT_TIMEOUT_SECONDS = 15.0
+# As long as copying a large tenant takes; what was copied is kept when it is cut off, and the next call goes on from there.
+MOVE_TIMEOUT_SECONDS = 600.0
 
 
 class GrpcLifecyclePeer:
@@ -37,3 +39,20 @@ class GrpcLifecyclePeer:
             idempotent=True,
         )
         return response.resealed_count, response.done
+
+    async def move(self, context: TenantContext) -> None:
+        """Moves its part of the tenant. Raises: MeshError as the service raised it."""
+        await self._move(context, lifecycle_service_pb2.MOVE_PHASE_COPY)
+
+    async def drop_left(self, context: TenantContext) -> None:
+        """Removes what its part left in the shared stores. Raises: MeshError as the service raised it."""
+        await self._move(context, lifecycle_service_pb2.MOVE_PHASE_DROP)
+
+    async def _move(self, context: TenantContext, phase: lifecycle_service_pb2.MovePhase.ValueType) -> None:
+        await self._channel.unary(
+            self._stub.MoveTenant,
+            lifecycle_service_pb2.MoveTenantRequest(phase=phase),
+            timeout_seconds=MOVE_TIMEOUT_SECONDS,
+            tenant=context,
+            idempotent=True,
+        )

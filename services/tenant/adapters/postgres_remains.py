@@ -28,6 +28,7 @@ DELETES = {
     "postgres:tenant.users": "DELETE FROM tenant.users WHERE tenant_id = $1",
     "postgres:tenant.configuration_changes": "DELETE FROM tenant.configuration_changes WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
+    "postgres:tenant.placements": "DELETE FROM tenant.placements WHERE tenant_id = $1",
     "postgres:tenant.provisioning": "DELETE FROM tenant.provisioning WHERE tenant_id = $1",
     "postgres:tenant.slug_directory": "DELETE FROM tenant.slug_directory WHERE tenant_id = $1",
     "postgres:tenant.tenants": "DELETE FROM tenant.tenants WHERE tenant_id = $1",
@@ -41,6 +42,9 @@ EXPORTS = {
         WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
     "postgres:tenant.tenant_settings": """
         SELECT tenant_id::text AS position, to_jsonb(s)::text AS record FROM tenant.tenant_settings s
+        WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
+    "postgres:tenant.placements": """
+        SELECT tenant_id::text AS position, (to_jsonb(p) - 'stores' - 'following_stores')::text AS record FROM tenant.placements p
         WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
     "postgres:tenant.provisioning": """
         SELECT tenant_id::text AS position, (to_jsonb(p) - 'content_digest')::text AS record FROM tenant.provisioning p

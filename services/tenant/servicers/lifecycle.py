@@ -34,3 +34,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
     async def ReencryptTenant(self, request: messages.ReencryptTenantRequest, context: object) -> messages.ReencryptTenantResponse:
         """Seals the tenant's secrets again."""
         return messages.ReencryptTenantResponse(resealed_count=await self._rotation.reseal_secrets(current_tenant_id()), done=True)
+
+    async def MoveTenant(self, request: messages.MoveTenantRequest, context: object) -> messages.MoveTenantResponse:
+        """Moves nothing: what this service keeps stays in the shared store wherever the content lives."""
+        return messages.MoveTenantResponse()

@@ -2,6 +2,7 @@
 
 from mesh.tenant.v1 import tenant_service_pb2 as messages
 from mesh.tenant.v1 import tenant_service_pb2_grpc
+from services.kernel.cell import Cell
 from services.kernel.errors import NotFound
 from services.kernel.ids import parse_uuid
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size
@@ -9,6 +10,7 @@ from services.kernel.request_context import current_tenant_id
 from services.kernel.timestamps import to_timestamp
 from services.tenant.provisioning import TenantProvisioning, TenantWish
 from services.tenant.servicers.caller import acting_subject
+from services.tenant.servicers.placement import placement_wish
 from services.tenant.servicers.plan import ai_settings, feature_terms, plan_limits
 from services.tenant.tenant_record import Tenant, TenantConfig, TenantDirectory, TenantState
 from services.tenant.text import printable
@@ -24,18 +26,21 @@ STATES = {
 class TenantServicer(tenant_service_pb2_grpc.TenantServiceServicer):
     """Makes and reads tenants."""
 
-    def __init__(self, provisioning: TenantProvisioning, directory: TenantDirectory) -> None:
+    def __init__(self, provisioning: TenantProvisioning, directory: TenantDirectory, cell: Cell) -> None:
         self._provisioning = provisioning
         self._directory = directory
+        self._cell = cell
 
     async def CreateTenant(self, request: messages.CreateTenantRequest, context: object) -> messages.CreateTenantResponse:
         """Makes a tenant, or finishes making it."""
+        self._cell.refuse_elsewhere(request.region)
         wish = TenantWish(
             slug=request.slug,
             display_name=printable(request.display_name, "display_name"),
             plan=printable(request.plan, "plan"),
             owner_email=printable(request.owner_email, "owner_email"),
             assistant_name=printable(request.assistant_name, "assistant_name"),
+            placement=placement_wish(request.isolation, request.silo),
         )
         created = await self._provisioning.create(parse_uuid(request.request_id, "request_id"), wish, acting_subject())
         return messages.CreateTenantResponse(tenant=_tenant(created.tenant), api_key=created.api_key)

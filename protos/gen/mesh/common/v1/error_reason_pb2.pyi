@@ -62,6 +62,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS. The same id was used before with other content. {"resource": "call"}"""
     ERROR_REASON_WRONG_STATE: _ErrorReason.ValueType  # 23
     """FAILED_PRECONDITION. The resource is not in the state the call needs. {"resource": "call", "state": "SETTLED"}"""
+    ERROR_REASON_WRONG_CELL: _ErrorReason.ValueType  # 24
+    """FAILED_PRECONDITION. The tenant's data lives in another region: call the cell there. {"region": "eu-west", "cell": "eu.example:443"}"""
     ERROR_REASON_PLAN_LIMIT: _ErrorReason.ValueType  # 30
     """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. A limit of the plan is used up.
     {"rule": "requests_per_minute", "limit": "10", "used": "10", "remaining": "0", "reset_time": "2026-01-01T00:00:00.250Z"}
@@ -140,6 +142,8 @@ ERROR_REASON_CONTENT_CONFLICT: ErrorReason.ValueType  # 22
 """ALREADY_EXISTS. The same id was used before with other content. {"resource": "call"}"""
 ERROR_REASON_WRONG_STATE: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION. The resource is not in the state the call needs. {"resource": "call", "state": "SETTLED"}"""
+ERROR_REASON_WRONG_CELL: ErrorReason.ValueType  # 24
+"""FAILED_PRECONDITION. The tenant's data lives in another region: call the cell there. {"region": "eu-west", "cell": "eu.example:443"}"""
 ERROR_REASON_PLAN_LIMIT: ErrorReason.ValueType  # 30
 """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. A limit of the plan is used up.
 {"rule": "requests_per_minute", "limit": "10", "used": "10", "remaining": "0", "reset_time": "2026-01-01T00:00:00.250Z"}

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _MovePhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MovePhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MovePhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MOVE_PHASE_UNSPECIFIED: _MovePhase.ValueType  # 0
+    """Not said: refused."""
+    MOVE_PHASE_COPY: _MovePhase.ValueType  # 1
+    """Copy everything to the place the tenant service names as following, and live there from then on."""
+    MOVE_PHASE_DROP: _MovePhase.ValueType  # 2
+    """Remove what the tenant left behind in the shared stores."""
+
+class MovePhase(_MovePhase, metaclass=_MovePhaseEnumTypeWrapper):
+    """Which half of a move."""
+
+MOVE_PHASE_UNSPECIFIED: MovePhase.ValueType  # 0
+"""Not said: refused."""
+MOVE_PHASE_COPY: MovePhase.ValueType  # 1
+"""Copy everything to the place the tenant service names as following, and live there from then on."""
+MOVE_PHASE_DROP: MovePhase.ValueType  # 2
+"""Remove what the tenant left behind in the shared stores."""
+Global___MovePhase: _TypeAlias = MovePhase  # noqa: Y015
 
 @_typing.final
 class ProvisionTenantRequest(_message.Message):
@@ -216,3 +241,75 @@ class ReencryptTenantResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReencryptTenantResponse: _TypeAlias = ReencryptTenantResponse  # noqa: Y015
+
+@_typing.final
+class MoveTenantRequest(_message.Message):
+    """Asks for one half of a move of the tenant of the call's context."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    phase: Global___MovePhase.ValueType
+    """Which half; required."""
+    def __init__(
+        self,
+        *,
+        phase: Global___MovePhase.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["phase", b"phase"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveTenantRequest: _TypeAlias = MoveTenantRequest  # noqa: Y015
+
+@_typing.final
+class MoveTenantResponse(_message.Message):
+    """What was moved or removed, one item a kind of record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def moved(self) -> _containers.RepeatedCompositeFieldContainer[Global___MovedRecords]:
+        """Counts by kind, in no particular order. Empty for a service that keeps no content."""
+
+    def __init__(
+        self,
+        *,
+        moved: _abc.Iterable[Global___MovedRecords] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moved", b"moved"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveTenantResponse: _TypeAlias = MoveTenantResponse  # noqa: Y015
+
+@_typing.final
+class MovedRecords(_message.Message):
+    """How many records of one kind were moved or removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """The store and kind, such as "postgres:inference.turns"."""
+    count: _builtins.int
+    """How many: 0 or more."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MovedRecords: _TypeAlias = MovedRecords  # noqa: Y015

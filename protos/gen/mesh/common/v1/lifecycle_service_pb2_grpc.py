@@ -55,6 +55,11 @@ class TenantLifecycleServiceStub:
                 request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantRequest.SerializeToString,
                 response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantResponse.FromString,
                 _registered_method=True)
+        self.MoveTenant = channel.unary_unary(
+                '/mesh.common.v1.TenantLifecycleService/MoveTenant',
+                request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantResponse.FromString,
+                _registered_method=True)
 
 
 class TenantLifecycleServiceServicer:
@@ -93,6 +98,15 @@ class TenantLifecycleServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MoveTenant(self, request, context):
+        """Moves what this service keeps of the tenant to another place while it is used, or removes what a finished move left behind.
+        Reads and writes go on during the copy; no acknowledged write is lost. Idempotent: a repeated call goes on or finds nothing to do.
+        Errors: UNAVAILABLE when a store cannot be reached, or the tenant writes faster than can be copied: repeat the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantLifecycleServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -115,6 +129,11 @@ def add_TenantLifecycleServiceServicer_to_server(servicer, server):
                     servicer.ReencryptTenant,
                     request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantRequest.FromString,
                     response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantResponse.SerializeToString,
+            ),
+            'MoveTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveTenant,
+                    request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantRequest.FromString,
+                    response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +245,33 @@ class TenantLifecycleService:
             '/mesh.common.v1.TenantLifecycleService/ReencryptTenant',
             mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantRequest.SerializeToString,
             mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.common.v1.TenantLifecycleService/MoveTenant',
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantRequest.SerializeToString,
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,6 +32,11 @@ class TenantLifecycleServiceStub:
     """Seals a bounded number of the tenant's records again under the active data key, online; repeated until `done`. Idempotent.
     A service that seals nothing answers done and 0. Errors: UNAVAILABLE when the service's store or the keys cannot be reached.
     """
+    MoveTenant: _aio.UnaryUnaryMultiCallable[_lifecycle_service_pb2.MoveTenantRequest, _lifecycle_service_pb2.MoveTenantResponse]
+    """Moves what this service keeps of the tenant to another place while it is used, or removes what a finished move left behind.
+    Reads and writes go on during the copy; no acknowledged write is lost. Idempotent: a repeated call goes on or finds nothing to do.
+    Errors: UNAVAILABLE when a store cannot be reached, or the tenant writes faster than can be copied: repeat the call.
+    """
 
 class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
     """Implemented by each service; driven by the tenant service alone. The tenant is the one of the call's context."""
@@ -74,6 +79,17 @@ class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_lifecycle_service_pb2.ReencryptTenantResponse]:
         """Seals a bounded number of the tenant's records again under the active data key, online; repeated until `done`. Idempotent.
         A service that seals nothing answers done and 0. Errors: UNAVAILABLE when the service's store or the keys cannot be reached.
+        """
+
+    @_abc_1.abstractmethod
+    def MoveTenant(
+        self,
+        request: _lifecycle_service_pb2.MoveTenantRequest,
+        context: _aio.ServicerContext[_lifecycle_service_pb2.MoveTenantRequest, _abc.Awaitable[_lifecycle_service_pb2.MoveTenantResponse]],
+    ) -> _abc.Awaitable[_lifecycle_service_pb2.MoveTenantResponse]:
+        """Moves what this service keeps of the tenant to another place while it is used, or removes what a finished move left behind.
+        Reads and writes go on during the copy; no acknowledged write is lost. Idempotent: a repeated call goes on or finds nothing to do.
+        Errors: UNAVAILABLE when a store cannot be reached, or the tenant writes faster than can be copied: repeat the call.
         """
 
 def add_TenantLifecycleServiceServicer_to_server(servicer: TenantLifecycleServiceServicer, server: _aio.Server) -> None: ...

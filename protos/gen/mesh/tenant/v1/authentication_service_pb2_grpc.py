@@ -64,7 +64,8 @@ class AuthenticationServiceServicer:
     def Authenticate(self, request, context):
         """Resolves a credential (API key, JWT of a registered issuer, or operator key) and mints a context token for it. Safe to repeat.
         Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED |
-        OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks").
+        OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks");
+        FAILED_PRECONDITION WRONG_CELL for a tenant of another region.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -19,7 +19,8 @@ class AuthenticationServiceStub:
     Authenticate: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.AuthenticateRequest, _authentication_service_pb2.AuthenticateResponse]
     """Resolves a credential (API key, JWT of a registered issuer, or operator key) and mints a context token for it. Safe to repeat.
     Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED |
-    OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks").
+    OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks");
+    FAILED_PRECONDITION WRONG_CELL for a tenant of another region.
     """
     ResolveTenant: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.ResolveTenantRequest, _authentication_service_pb2.ResolveTenantResponse]
     """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
@@ -47,7 +48,8 @@ class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_authentication_service_pb2.AuthenticateResponse]:
         """Resolves a credential (API key, JWT of a registered issuer, or operator key) and mints a context token for it. Safe to repeat.
         Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED |
-        OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks").
+        OPERATOR_REASON_MISSING; UNAVAILABLE DEPENDENCY_UNAVAILABLE when an issuer's keys cannot be had ("jwks");
+        FAILED_PRECONDITION WRONG_CELL for a tenant of another region.
         """
 
     @_abc_1.abstractmethod

@@ -25,9 +25,10 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
+from mesh.tenant.v1 import placement_service_pb2 as mesh_dot_tenant_dot_v1_dot_placement__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#mesh/tenant/v1/tenant_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xba\x01\n\x06Tenant\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0c\n\x04slug\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0c\n\x04plan\x18\x04 \x01(\t\x12\x0e\n\x06region\x18\x05 \x01(\t\x12*\n\x05state\x18\x06 \x01(\x0e\x32\x1b.mesh.tenant.v1.TenantState\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf2\x01\n\x13\x43reateTenantRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12;\n\x04slug\x18\x02 \x01(\tB-\xbaH*r(\x18?2$^[a-z0-9]([a-z0-9]|-[a-z0-9]){1,62}$\x12$\n\x0c\x64isplay_name\x18\x03 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\xc8\x01\xba\x01\x01\x00\x12\x17\n\x04plan\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12\x1c\n\x0bowner_email\x18\x05 \x01(\tB\x07\xbaH\x04r\x02`\x01\x12#\n\x0e\x61ssistant_name\x18\x06 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\"O\n\x14\x43reateTenantResponse\x12&\n\x06tenant\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.Tenant\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\"\x12\n\x10GetTenantRequest\";\n\x11GetTenantResponse\x12&\n\x06tenant\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.Tenant\"Q\n\x12ListTenantsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"W\n\x13ListTenantsResponse\x12\'\n\x07tenants\x18\x01 \x03(\x0b\x32\x16.mesh.tenant.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x18\n\x16GetTenantConfigRequest\"G\n\x17GetTenantConfigResponse\x12,\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1c.mesh.tenant.v1.TenantConfig\"\xfd\x02\n\x0cTenantConfig\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0c\n\x04tier\x18\x03 \x01(\t\x12\x0e\n\x06region\x18\x04 \x01(\t\x12*\n\x06limits\x18\x05 \x01(\x0b\x32\x1a.mesh.tenant.v1.PlanLimits\x12&\n\x02\x61i\x18\x06 \x01(\x0b\x32\x1a.mesh.tenant.v1.AiSettings\x12\x14\n\x0c\x64isplay_name\x18\x07 \x01(\t\x12\x1b\n\x13\x64\x61ta_retention_days\x18\x08 \x01(\x05\x12\x17\n\x0f\x65ncrypt_content\x18\t \x01(\x08\x12<\n\x08\x66\x65\x61tures\x18\n \x03(\x0b\x32*.mesh.tenant.v1.TenantConfig.FeaturesEntry\x1aM\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.mesh.tenant.v1.FeatureTerms:\x02\x38\x01\".\n\x0c\x46\x65\x61tureTerms\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\r\n\x05limit\x18\x02 \x01(\x03\"\xd0\x02\n\nPlanLimits\x12(\n\x13requests_per_minute\x18\x01 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12)\n\x11tokens_per_minute\x18\x02 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\x12&\n\x0etokens_per_day\x18\x03 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\x12\x31\n\x17\x63ost_nano_usd_per_month\x18\x04 \x01(\x03\x42\x10\xbaH\r\"\x0b\x18\x80\x80\xea\xd7\xbc\xae\xfe\x0f(\x00\x12%\n\x10\x63oncurrent_calls\x18\x05 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12$\n\x0e\x63ontext_tokens\x18\x06 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xad\xe2\x04(\x00\x12\x1a\n\x06weight\x18\x07 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12)\n\x10tokens_per_month\x18\x08 \x01(\x03\x42\x0f\xbaH\x0c\"\n\x18\x80\x80\xe9\x83\xb1\xde\x16(\x00\"\xcb\x01\n\nAiSettings\x12\x15\n\rdefault_model\x18\x01 \x01(\t\x12\x16\n\x0e\x61llowed_models\x18\x02 \x03(\t\x12\x16\n\x0e\x61ssistant_name\x18\x03 \x01(\t\x12!\n\x19\x64\x65\x66\x61ult_max_output_tokens\x18\x04 \x01(\x05\x12\x19\n\x11max_output_tokens\x18\x05 \x01(\x05\x12\x1c\n\x14system_prompt_prefix\x18\x06 \x01(\t\x12\x1a\n\x12\x64\x65\x64icated_endpoint\x18\x07 \x01(\t*\x7f\n\x0bTenantState\x12\x1c\n\x18TENANT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19TENANT_STATE_PROVISIONING\x10\x01\x12\x17\n\x13TENANT_STATE_ACTIVE\x10\x02\x12\x1a\n\x16TENANT_STATE_SUSPENDED\x10\x03\x32\xd6\x04\n\rTenantService\x12}\n\x0c\x43reateTenant\x12#.mesh.tenant.v1.CreateTenantRequest\x1a$.mesh.tenant.v1.CreateTenantResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x9a\x01\n\tGetTenant\x12 .mesh.tenant.v1.GetTenantRequest\x1a!.mesh.tenant.v1.GetTenantResponse\"H\xca\xf3\x18\x44\x08\x01\x12\x08\x65xternal\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x1a\x0btenant:read\x12z\n\x0bListTenants\x12\".mesh.tenant.v1.ListTenantsRequest\x1a#.mesh.tenant.v1.ListTenantsResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\xac\x01\n\x0fGetTenantConfig\x12&.mesh.tenant.v1.GetTenantConfigRequest\x1a\'.mesh.tenant.v1.GetTenantConfigResponse\"H\xca\xf3\x18\x44\x08\x01\x12\x08\x65xternal\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x1a\x0btenant:readb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#mesh/tenant/v1/tenant_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\x1a&mesh/tenant/v1/placement_service.proto\"\xba\x01\n\x06Tenant\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0c\n\x04slug\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0c\n\x04plan\x18\x04 \x01(\t\x12\x0e\n\x06region\x18\x05 \x01(\t\x12*\n\x05state\x18\x06 \x01(\x0e\x32\x1b.mesh.tenant.v1.TenantState\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xed\x02\n\x13\x43reateTenantRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12;\n\x04slug\x18\x02 \x01(\tB-\xbaH*r(\x18?2$^[a-z0-9]([a-z0-9]|-[a-z0-9]){1,62}$\x12$\n\x0c\x64isplay_name\x18\x03 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\xc8\x01\xba\x01\x01\x00\x12\x17\n\x04plan\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12\x1c\n\x0bowner_email\x18\x05 \x01(\tB\x07\xbaH\x04r\x02`\x01\x12#\n\x0e\x61ssistant_name\x18\x06 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\x12\x36\n\tisolation\x18\x07 \x01(\x0e\x32\x19.mesh.tenant.v1.IsolationB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12(\n\x04silo\x18\x08 \x01(\x0b\x32\x1a.mesh.tenant.v1.SiloStores\x12\x17\n\x06region\x18\t \x01(\tB\x07\xbaH\x04r\x02\x18?\"O\n\x14\x43reateTenantResponse\x12&\n\x06tenant\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.Tenant\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\"\x12\n\x10GetTenantRequest\";\n\x11GetTenantResponse\x12&\n\x06tenant\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.Tenant\"Q\n\x12ListTenantsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"W\n\x13ListTenantsResponse\x12\'\n\x07tenants\x18\x01 \x03(\x0b\x32\x16.mesh.tenant.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x18\n\x16GetTenantConfigRequest\"G\n\x17GetTenantConfigResponse\x12,\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1c.mesh.tenant.v1.TenantConfig\"\xfd\x02\n\x0cTenantConfig\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0c\n\x04tier\x18\x03 \x01(\t\x12\x0e\n\x06region\x18\x04 \x01(\t\x12*\n\x06limits\x18\x05 \x01(\x0b\x32\x1a.mesh.tenant.v1.PlanLimits\x12&\n\x02\x61i\x18\x06 \x01(\x0b\x32\x1a.mesh.tenant.v1.AiSettings\x12\x14\n\x0c\x64isplay_name\x18\x07 \x01(\t\x12\x1b\n\x13\x64\x61ta_retention_days\x18\x08 \x01(\x05\x12\x17\n\x0f\x65ncrypt_content\x18\t \x01(\x08\x12<\n\x08\x66\x65\x61tures\x18\n \x03(\x0b\x32*.mesh.tenant.v1.TenantConfig.FeaturesEntry\x1aM\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.mesh.tenant.v1.FeatureTerms:\x02\x38\x01\".\n\x0c\x46\x65\x61tureTerms\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\r\n\x05limit\x18\x02 \x01(\x03\"\xd0\x02\n\nPlanLimits\x12(\n\x13requests_per_minute\x18\x01 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12)\n\x11tokens_per_minute\x18\x02 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\x12&\n\x0etokens_per_day\x18\x03 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\x12\x31\n\x17\x63ost_nano_usd_per_month\x18\x04 \x01(\x03\x42\x10\xbaH\r\"\x0b\x18\x80\x80\xea\xd7\xbc\xae\xfe\x0f(\x00\x12%\n\x10\x63oncurrent_calls\x18\x05 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12$\n\x0e\x63ontext_tokens\x18\x06 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xad\xe2\x04(\x00\x12\x1a\n\x06weight\x18\x07 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12)\n\x10tokens_per_month\x18\x08 \x01(\x03\x42\x0f\xbaH\x0c\"\n\x18\x80\x80\xe9\x83\xb1\xde\x16(\x00\"\xcb\x01\n\nAiSettings\x12\x15\n\rdefault_model\x18\x01 \x01(\t\x12\x16\n\x0e\x61llowed_models\x18\x02 \x03(\t\x12\x16\n\x0e\x61ssistant_name\x18\x03 \x01(\t\x12!\n\x19\x64\x65\x66\x61ult_max_output_tokens\x18\x04 \x01(\x05\x12\x19\n\x11max_output_tokens\x18\x05 \x01(\x05\x12\x1c\n\x14system_prompt_prefix\x18\x06 \x01(\t\x12\x1a\n\x12\x64\x65\x64icated_endpoint\x18\x07 \x01(\t*\x7f\n\x0bTenantState\x12\x1c\n\x18TENANT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19TENANT_STATE_PROVISIONING\x10\x01\x12\x17\n\x13TENANT_STATE_ACTIVE\x10\x02\x12\x1a\n\x16TENANT_STATE_SUSPENDED\x10\x03\x32\xd6\x04\n\rTenantService\x12}\n\x0c\x43reateTenant\x12#.mesh.tenant.v1.CreateTenantRequest\x1a$.mesh.tenant.v1.CreateTenantResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x9a\x01\n\tGetTenant\x12 .mesh.tenant.v1.GetTenantRequest\x1a!.mesh.tenant.v1.GetTenantResponse\"H\xca\xf3\x18\x44\x08\x01\x12\x08\x65xternal\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x1a\x0btenant:read\x12z\n\x0bListTenants\x12\".mesh.tenant.v1.ListTenantsRequest\x1a#.mesh.tenant.v1.ListTenantsResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\xac\x01\n\x0fGetTenantConfig\x12&.mesh.tenant.v1.GetTenantConfigRequest\x1a\'.mesh.tenant.v1.GetTenantConfigResponse\"H\xca\xf3\x18\x44\x08\x01\x12\x08\x65xternal\x12\tratelimit\x12\tinference\x12\tretrieval\x12\x08metering\x1a\x0btenant:readb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +47,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATETENANTREQUEST'].fields_by_name['owner_email']._serialized_options = b'\272H\004r\002`\001'
   _globals['_CREATETENANTREQUEST'].fields_by_name['assistant_name']._loaded_options = None
   _globals['_CREATETENANTREQUEST'].fields_by_name['assistant_name']._serialized_options = b'\272H\010r\006\030d\272\001\001\000'
+  _globals['_CREATETENANTREQUEST'].fields_by_name['isolation']._loaded_options = None
+  _globals['_CREATETENANTREQUEST'].fields_by_name['isolation']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_CREATETENANTREQUEST'].fields_by_name['region']._loaded_options = None
+  _globals['_CREATETENANTREQUEST'].fields_by_name['region']._serialized_options = b'\272H\004r\002\030?'
   _globals['_LISTTENANTSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTTENANTSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
   _globals['_LISTTENANTSREQUEST'].fields_by_name['page_token']._loaded_options = None
@@ -76,36 +81,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENANTSERVICE'].methods_by_name['ListTenants']._serialized_options = b'\312\363\030\036\010\003\022\010external\032\020operator:tenants'
   _globals['_TENANTSERVICE'].methods_by_name['GetTenantConfig']._loaded_options = None
   _globals['_TENANTSERVICE'].methods_by_name['GetTenantConfig']._serialized_options = b'\312\363\030D\010\001\022\010external\022\tratelimit\022\tinference\022\tretrieval\022\010metering\032\013tenant:read'
-  _globals['_TENANTSTATE']._serialized_start=1990
-  _globals['_TENANTSTATE']._serialized_end=2117
-  _globals['_TENANT']._serialized_start=147
-  _globals['_TENANT']._serialized_end=333
-  _globals['_CREATETENANTREQUEST']._serialized_start=336
-  _globals['_CREATETENANTREQUEST']._serialized_end=578
-  _globals['_CREATETENANTRESPONSE']._serialized_start=580
-  _globals['_CREATETENANTRESPONSE']._serialized_end=659
-  _globals['_GETTENANTREQUEST']._serialized_start=661
-  _globals['_GETTENANTREQUEST']._serialized_end=679
-  _globals['_GETTENANTRESPONSE']._serialized_start=681
-  _globals['_GETTENANTRESPONSE']._serialized_end=740
-  _globals['_LISTTENANTSREQUEST']._serialized_start=742
-  _globals['_LISTTENANTSREQUEST']._serialized_end=823
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=825
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=912
-  _globals['_GETTENANTCONFIGREQUEST']._serialized_start=914
-  _globals['_GETTENANTCONFIGREQUEST']._serialized_end=938
-  _globals['_GETTENANTCONFIGRESPONSE']._serialized_start=940
-  _globals['_GETTENANTCONFIGRESPONSE']._serialized_end=1011
-  _globals['_TENANTCONFIG']._serialized_start=1014
-  _globals['_TENANTCONFIG']._serialized_end=1395
-  _globals['_TENANTCONFIG_FEATURESENTRY']._serialized_start=1318
-  _globals['_TENANTCONFIG_FEATURESENTRY']._serialized_end=1395
-  _globals['_FEATURETERMS']._serialized_start=1397
-  _globals['_FEATURETERMS']._serialized_end=1443
-  _globals['_PLANLIMITS']._serialized_start=1446
-  _globals['_PLANLIMITS']._serialized_end=1782
-  _globals['_AISETTINGS']._serialized_start=1785
-  _globals['_AISETTINGS']._serialized_end=1988
-  _globals['_TENANTSERVICE']._serialized_start=2120
-  _globals['_TENANTSERVICE']._serialized_end=2718
+  _globals['_TENANTSTATE']._serialized_start=2153
+  _globals['_TENANTSTATE']._serialized_end=2280
+  _globals['_TENANT']._serialized_start=187
+  _globals['_TENANT']._serialized_end=373
+  _globals['_CREATETENANTREQUEST']._serialized_start=376
+  _globals['_CREATETENANTREQUEST']._serialized_end=741
+  _globals['_CREATETENANTRESPONSE']._serialized_start=743
+  _globals['_CREATETENANTRESPONSE']._serialized_end=822
+  _globals['_GETTENANTREQUEST']._serialized_start=824
+  _globals['_GETTENANTREQUEST']._serialized_end=842
+  _globals['_GETTENANTRESPONSE']._serialized_start=844
+  _globals['_GETTENANTRESPONSE']._serialized_end=903
+  _globals['_LISTTENANTSREQUEST']._serialized_start=905
+  _globals['_LISTTENANTSREQUEST']._serialized_end=986
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=988
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=1075
+  _globals['_GETTENANTCONFIGREQUEST']._serialized_start=1077
+  _globals['_GETTENANTCONFIGREQUEST']._serialized_end=1101
+  _globals['_GETTENANTCONFIGRESPONSE']._serialized_start=1103
+  _globals['_GETTENANTCONFIGRESPONSE']._serialized_end=1174
+  _globals['_TENANTCONFIG']._serialized_start=1177
+  _globals['_TENANTCONFIG']._serialized_end=1558
+  _globals['_TENANTCONFIG_FEATURESENTRY']._serialized_start=1481
+  _globals['_TENANTCONFIG_FEATURESENTRY']._serialized_end=1558
+  _globals['_FEATURETERMS']._serialized_start=1560
+  _globals['_FEATURETERMS']._serialized_end=1606
+  _globals['_PLANLIMITS']._serialized_start=1609
+  _globals['_PLANLIMITS']._serialized_end=1945
+  _globals['_AISETTINGS']._serialized_start=1948
+  _globals['_AISETTINGS']._serialized_end=2151
+  _globals['_TENANTSERVICE']._serialized_start=2283
+  _globals['_TENANTSERVICE']._serialized_end=2881
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from mesh.tenant.v1 import placement_service_pb2 as _placement_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -108,6 +109,9 @@ class CreateTenantRequest(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     OWNER_EMAIL_FIELD_NUMBER: _builtins.int
     ASSISTANT_NAME_FIELD_NUMBER: _builtins.int
+    ISOLATION_FIELD_NUMBER: _builtins.int
+    SILO_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names this attempt, a UUID: repeat it to retry safely."""
     slug: _builtins.str
@@ -120,6 +124,14 @@ class CreateTenantRequest(_message.Message):
     """The owner's mail address."""
     assistant_name: _builtins.str
     """How the assistant calls itself in the tenant's first prompt; default "Assistant"."""
+    isolation: _placement_service_pb2.Isolation.ValueType
+    """How much of the stores it shares with others; default POOL."""
+    region: _builtins.str
+    """Where its data must live; empty: where this cell is. Another cell's region is refused with FAILED_PRECONDITION, reason WRONG_CELL."""
+    @_builtins.property
+    def silo(self) -> _placement_service_pb2.SiloStores:
+        """For SILO: stores that were made for it; absent to have them made."""
+
     def __init__(
         self,
         *,
@@ -129,10 +141,13 @@ class CreateTenantRequest(_message.Message):
         plan: _builtins.str = ...,
         owner_email: _builtins.str = ...,
         assistant_name: _builtins.str = ...,
+        isolation: _placement_service_pb2.Isolation.ValueType = ...,
+        silo: _placement_service_pb2.SiloStores | None = ...,
+        region: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["silo", b"silo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assistant_name", b"assistant_name", "display_name", b"display_name", "owner_email", b"owner_email", "plan", b"plan", "request_id", b"request_id", "slug", b"slug"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assistant_name", b"assistant_name", "display_name", b"display_name", "isolation", b"isolation", "owner_email", b"owner_email", "plan", b"plan", "region", b"region", "request_id", b"request_id", "silo", b"silo", "slug", b"slug"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

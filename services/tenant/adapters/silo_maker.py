@@ -1,0 +1,84 @@
+"""Makes silos on one Postgres server: database `t_<hex>` with roles of its own. Every step looks first, so a run may stop anywhere."""
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+
+from services.kernel.errors import Unavailable
+from services.kernel.ids import TenantId
+from services.kernel.migrate import ensure_role
+from services.tenant.placement import SiloStores, no_silo_server
+
+_CONNECT_SECONDS = 5.0
+_STATEMENT_SECONDS = 30.0
+_LOCK_KEY = 7_400_000_002
+DATABASE_EXISTS = "SELECT true FROM pg_database WHERE datname = $1"
+ROLE_EXISTS = "SELECT true FROM pg_roles WHERE rolname = $1"
+
+
+class PostgresSiloMaker:
+    """One server, reached as a role that may create databases and roles."""
+
+    def __init__(self, admin_dsn: str) -> None:
+        self._admin_dsn = admin_dsn
+
+    def refuse_absent(self) -> None:
+        """Raises: WrongState without a server."""
+        if not self._admin_dsn:
+            raise no_silo_server()
+
+    def plan(self, tenant_id: TenantId) -> SiloStores:
+        """Returns DSNs with new passwords."""
+        self.refuse_absent()
+        return SiloStores(self._dsn(tenant_id, "service"), self._dsn(tenant_id, "placement"))
+
+    async def make(self, tenant_id: TenantId, stores: SiloStores) -> None:
+        """Makes roles, then the database, then who may connect to it."""
+        name = _name(tenant_id)
+        owner, service, maker = f"{name}_owner", f"{name}_service", f"{name}_placement"
+        async with self._administrator() as connection:
+            await ensure_role(connection, owner, login=False, password=None)
+            await ensure_role(connection, service, login=True, password=urlsplit(stores.postgres_dsn).password)
+            await ensure_role(connection, maker, login=True, password=urlsplit(stores.postgres_owner_dsn).password)
+            await connection.execute(f"GRANT {owner} TO {maker} WITH INHERIT FALSE, SET TRUE")
+            await connection.execute(f"GRANT {owner} TO CURRENT_USER")
+            if not await connection.fetchval(DATABASE_EXISTS, name):
+                await connection.execute(f"CREATE DATABASE {name} OWNER {owner}")
+            await connection.execute(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC")
+            await connection.execute(f"GRANT CONNECT ON DATABASE {name} TO {service}, {maker}")
+
+    async def drop(self, tenant_id: TenantId) -> None:
+        """Drops the database, cutting who is connected, then the roles."""
+        name = _name(tenant_id)
+        async with self._administrator() as connection:
+            await connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+            for role in (f"{name}_placement", f"{name}_service", f"{name}_owner"):
+                await connection.execute(f"DROP ROLE IF EXISTS {role}")
+
+    @asynccontextmanager
+    async def _administrator(self) -> AsyncIterator[asyncpg.Connection]:
+        self.refuse_absent()
+        try:
+            connection = await asyncpg.connect(  # noqa: TID251 - another server than the service's own, for a moment
+                self._admin_dsn, timeout=_CONNECT_SECONDS, command_timeout=_STATEMENT_SECONDS
+            )
+        except (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError):
+            raise Unavailable("silo") from None
+        try:
+            # One at a time: two runs of one tenant would both find nothing and then stumble over each other.
+            await connection.execute("SELECT pg_advisory_lock($1)", _LOCK_KEY)
+            yield connection
+        finally:
+            await connection.close()
+
+    def _dsn(self, tenant_id: TenantId, role: str) -> str:
+        parts, name = urlsplit(self._admin_dsn), _name(tenant_id)
+        address = parts.netloc.rpartition("@")[2]
+        return urlunsplit(("postgresql", f"{name}_{role}:{secrets.token_hex(24)}@{address}", f"/{name}", parts.query, ""))
+
+
+def _name(tenant_id: TenantId) -> str:
+    return f"t_{tenant_id.hex}"
