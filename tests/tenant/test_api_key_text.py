@@ -1,6 +1,7 @@
 """The text of keys: round trips, and no single slip of a finger goes unnoticed."""
 
 import re
+from pathlib import Path
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -56,3 +57,12 @@ def test_new_keys_share_nothing() -> None:
     """A thousand keys have a thousand ids and secrets."""
     keys = [new_api_key("free") for _ in range(1000)]
     assert len({key.key_id for key in keys}) == len({key.secret for key in keys}) == 1000
+
+
+@given(KEYS)
+def test_the_documented_expressions_find_every_key_in_a_text(key: ApiKeyText | OperatorKeyText) -> None:
+    """A secret scanner that uses docs/credentials.md finds a key's whole text inside any other."""
+    page = (Path(__file__).parents[2] / "docs/credentials.md").read_text(encoding="utf-8")
+    expressions = re.findall(r"^(?:ten|op)_\[.*$", page, re.MULTILINE)
+    assert len(expressions) == 2
+    assert any(re.search(expression, f'token = "{key}";')[0] == str(key) for expression in expressions if re.search(expression, str(key)))

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +18,7 @@ import structlog
 from cryptography.hazmat.primitives import serialization
 
 from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
-from mesh.tenant.v1 import api_key_service_pb2, tenant_service_pb2
+from mesh.tenant.v1 import api_key_service_pb2, domain_service_pb2, tenant_service_pb2
 from mesh.tenant.v1 import issuer_service_pb2 as pb
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import MeshError
@@ -164,7 +165,8 @@ FORGERIES: dict[str, Forgery] = {
     "scope as a list": lambda b: b.token(scope=["tenant:read"]),
     "claims are no object": lambda b: unsigned({"alg": "ES256", "kid": b.key.kid}, ["x"], b"x"),
     "claims nested too deep": lambda b: unsigned({"alg": "ES256", "kid": b.key.kid}, b"[" * 2500, b"x"),
-    "a name twice": lambda b: unsigned({"alg": "ES256", "kid": b.key.kid}, b'{"iss":"a","iss":"b"}', b"x"),
+    "a name twice": lambda b: b.key.sign_text(json.dumps(b.claims()).replace("{", '{"sub": "somebody else", ', 1).encode()),
+    "no JSON": lambda b: b.key.sign_text(json.dumps(b.claims() | {"x": float("nan")}).encode()),
     "too long": lambda b: b.token(padding="p" * 4096),
     "four parts": lambda b: f"{b.token()}.x",
 }
@@ -390,9 +392,16 @@ async def test_a_suspended_tenants_tokens_are_refused(harness: Harness) -> None:
 
 
 async def test_an_erased_tenants_issuers_and_domains_go_with_it(harness: Harness) -> None:
-    """Nothing of them stays, and the pair is free."""
+    """They are in the export; afterwards nothing of them stays."""
     async with bench(harness) as b:
         metadata = as_service("tenant", (await harness.authenticate(b.api_key)).context_token)
+        await call(
+            harness.domains.AddDomain,
+            domain_service_pb2.AddDomainRequest(domain=f"{secrets.token_hex(8)}.example.org"),
+            harness.as_operator(b.tenant_id),
+        )
+        stream = harness.lifecycle.ExportTenant(lifecycle_service_pb2.ExportTenantRequest(), metadata=metadata, timeout=20)
+        assert {item.kind async for item in stream} >= {"postgres:tenant.issuers", "postgres:tenant.domains"}
         erased = await call(harness.lifecycle.EraseTenant, lifecycle_service_pb2.EraseTenantRequest(), metadata)
         counts = {item.kind: item.count for item in erased.erased}
         assert (counts["postgres:tenant.issuers"], counts["postgres:tenant.issuer_directory"]) == (1, 1)
