@@ -180,7 +180,7 @@ async def one_each(call: Callable[[str], Awaitable[None]], keys: Sequence[str]) 
     return Latencies(sorted(milliseconds), time.monotonic() - began)
 
 
-async def run() -> tuple[dict[str, object], bool]:
+async def run(sizes: Sequence[int]) -> tuple[dict[str, object], bool]:
     """Starts a mesh of its own, measures each size and stops it; returns the result, and whether the cached cost is flat."""
     runs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="tenantry-bench-") as folder:
@@ -188,7 +188,7 @@ async def run() -> tuple[dict[str, object], bool]:
         async with running_stack(Path(folder) / "state", Ports.free(), trace_sample_ratio=0.0) as stack:
             admin, bench, there = await asyncpg.connect(stack.postgres.dsn(DATABASE)), Bench(stack), 0
             try:
-                for size in SIZES:
+                for size in sizes:
                     began = time.monotonic()
                     keys = await load(admin, size - there)
                     loaded, there = time.monotonic() - began, size
@@ -211,8 +211,9 @@ async def run() -> tuple[dict[str, object], bool]:
 
 
 def main(arguments: list[str]) -> None:
-    """Measures and prints; takes no options. Exits with 1 when the cached cost is not flat."""
-    argparse.ArgumentParser(prog="python -m bench tenants", description=__doc__).parse_args(arguments)
-    result, is_flat = asyncio.run(run())
+    """Measures and prints. Exits with 1 when the cached cost is not flat."""
+    parser = argparse.ArgumentParser(prog="python -m bench tenants", description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="how many tenants there are in each run; rising")
+    result, is_flat = asyncio.run(run(parser.parse_args(arguments).sizes))
     print(json.dumps(result))
     sys.exit(0 if is_flat else 1)
