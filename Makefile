@@ -91,6 +91,9 @@ tools: ## install the optional command-line tools into .tools (needs Go)
 	  test -x $(TOOLS)/grpcurl || GOBIN=$(TOOLS) go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION); \
 	  test -x $(TOOLS)/kubeconform || GOBIN=$(TOOLS) go install github.com/yannh/kubeconform/cmd/kubeconform@$(KUBECONFORM_VERSION); \
 	  test -x $(TOOLS)/kustomize || GOBIN=$(TOOLS) go install sigs.k8s.io/kustomize/kustomize/v5@$(KUSTOMIZE_VERSION)
+	@command -v pgbouncer >/dev/null || test -x /usr/sbin/pgbouncer || { \
+	  if test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get install -y -qq pgbouncer >/dev/null 2>&1; then echo "pgbouncer is installed"; \
+	  else echo "pgbouncer is not installed: tests that go through it are skipped (on Debian: apt install pgbouncer)"; fi; }
 
 lock: ## resolve the dependencies again into requirements.lock
 	@$(BIN)/uv pip compile -q --universal --generate-hashes --all-extras --no-annotate --no-header pyproject.toml -o requirements.lock

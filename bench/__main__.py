@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Callable
 
-from bench import call_overhead, kernel_overhead, revocation, tenants
+from bench import call_overhead, kernel_overhead, revocation, sealing, tenants
 
 BENCHES: dict[str, Callable[[list[str]], None]] = {
     "call_overhead": call_overhead.main,
     "kernel_overhead": kernel_overhead.main,
     "revocation": revocation.main,
     "tenants": tenants.main,
+    "sealing": sealing.main,
 }
 
 

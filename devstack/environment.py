@@ -11,6 +11,11 @@ from devstack.state import SERVICES, StackState
 DATABASE = "tenantry"
 # Resolves to this machine without any name server.
 BASE_DOMAIN = "tenantry.localhost"
+# Apart from the data, as in a deployment, so that a backup of the data holds no key.
+KEY_DATABASE = "tenantry_keys"
+KEY_ROLE = "tenant_keys"
+# The stub takes these beside the house's key: what a tenant that brings its own key would bring.
+TENANTS_OWN_KEYS = ("sk-stub-a-tenants-own-key", "sk-stub-another-tenants-own-key")
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
 WITH_JOBS_ROLE = frozenset({"inference", "metering", "retrieval"})
 
@@ -47,9 +52,13 @@ class Wiring:
 PLAIN = Wiring()
 
 
-def role_dsn(state: StackState, ports: Ports, service: str, role: str, *, wiring: Wiring = PLAIN) -> str:
+def role_dsn(state: StackState, ports: Ports, service: str, role: str, database: str = DATABASE, *, wiring: Wiring = PLAIN) -> str:
     """Returns the DSN by which a service logs in as one of its roles."""
-    return f"postgresql://{service}_{role}:{state.secrets.role_passwords[service]}@{LOOPBACK}:{wiring.postgres_port(ports)}/{DATABASE}"
+    return f"postgresql://{service}_{role}:{state.secrets.role_passwords[service]}@{LOOPBACK}:{wiring.postgres_port(ports)}/{database}"
+
+
+def _admin_dsn(state: StackState, ports: Ports, database: str = DATABASE) -> str:
+    return f"postgresql://tenantry_admin:{state.secrets.postgres_password}@{LOOPBACK}:{ports.postgres}/{database}"
 
 
 def service_environment(
@@ -69,9 +78,7 @@ def service_environment(
     if service in WITH_POSTGRES:
         own["TENANTRY_POSTGRES_DSN"] = role_dsn(state, ports, service, "service", wiring=wiring)
         own["TENANTRY_POSTGRES_TRANSACTION_POOLING"] = str(wiring.pgbouncer).lower()
-        own["TENANTRY_POSTGRES_ADMIN_DSN"] = (
-            f"postgresql://tenantry_admin:{state.secrets.postgres_password}@{LOOPBACK}:{ports.postgres}/{DATABASE}"
-        )
+        own["TENANTRY_POSTGRES_ADMIN_DSN"] = _admin_dsn(state, ports)
     if service in WITH_JOBS_ROLE:
         own["TENANTRY_POSTGRES_JOBS_DSN"] = role_dsn(state, ports, service, "jobs", wiring=wiring)
     own |= _particular(service, state, ports, provider)
@@ -96,6 +103,9 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
             "TENANTRY_CONTEXT_SIGNING_KEY": state.secrets.context_signing_key,
             "TENANTRY_OPERATOR_KEY_SHA256": state.secrets.operator_key_sha256,
             "TENANTRY_BASE_DOMAINS": BASE_DOMAIN,
+            "TENANTRY_KEY_STORE_DSN": role_dsn(state, ports, KEY_ROLE, "service", KEY_DATABASE),
+            "TENANTRY_KEY_STORE_ADMIN_DSN": _admin_dsn(state, ports, KEY_DATABASE),
+            "TENANTRY_MASTER_KEYS": state.secrets.master_keys,
         }
     if service == "ratelimit":
         return {"TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0"}

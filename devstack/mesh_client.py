@@ -16,7 +16,7 @@ from mesh.inference.v1 import inference_service_pb2_grpc
 from mesh.metering.v1 import usage_service_pb2_grpc
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
 from mesh.retrieval.v1 import document_service_pb2_grpc, search_service_pb2_grpc
-from mesh.tenant.v1 import audit_service_pb2_grpc, tenant_service_pb2_grpc
+from mesh.tenant.v1 import audit_service_pb2_grpc, configuration_service_pb2_grpc, tenant_service_pb2_grpc
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -73,6 +73,7 @@ class MeshClient:
         }
         self.tenants = tenant_service_pb2_grpc.TenantServiceStub(self._channels["tenant"])
         self.audit = audit_service_pb2_grpc.AuditServiceStub(self._channels["tenant"])
+        self.configuration = configuration_service_pb2_grpc.ConfigurationServiceStub(self._channels["tenant"])
         self.limits = rate_limit_service_pb2_grpc.RateLimitServiceStub(self._channels["ratelimit"])
         self.inference = inference_service_pb2_grpc.InferenceServiceStub(self._channels["inference"])
         self.documents = document_service_pb2_grpc.DocumentServiceStub(self._channels["retrieval"])

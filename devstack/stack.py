@@ -17,7 +17,17 @@ from devstack.addresses import Ports
 from devstack.certificates import CLIENT, DevelopmentCertificates, LeafFiles
 from devstack.embedded_postgres import EmbeddedPostgres
 from devstack.embedded_redis import EmbeddedRedis
-from devstack.environment import DATABASE, PLAIN, WITH_POSTGRES, Provider, Wiring, role_dsn, service_environment
+from devstack.environment import (
+    DATABASE,
+    KEY_DATABASE,
+    PLAIN,
+    TENANTS_OWN_KEYS,
+    WITH_POSTGRES,
+    Provider,
+    Wiring,
+    role_dsn,
+    service_environment,
+)
 from devstack.managed_process import ManagedProcess, ProcessFailedError
 from devstack.mesh_client import open_channel
 from devstack.pgbouncer import PgBouncer
@@ -186,7 +196,7 @@ class Stack:
                 str(self.state.folder / "provider-ledger.jsonl"),
                 "--allow-directives",
             ],
-            PROVIDER_STUB_API_KEY=self.state.secrets.provider_api_key,
+            PROVIDER_STUB_API_KEY=",".join((self.state.secrets.provider_api_key, *TENANTS_OWN_KEYS)),
         )
         await self._start_listening("provider", self.ports.provider)
 
@@ -209,8 +219,9 @@ class Stack:
         except asyncpg.InvalidPasswordError:
             raise ProcessFailedError(f"the secrets in {self.state.folder} do not fit its stores. {BEGIN_ANEW}") from None
         try:
-            if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
-                await connection.execute(f"CREATE DATABASE {DATABASE}")
+            for name in (DATABASE, KEY_DATABASE):
+                if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", name):
+                    await connection.execute(f"CREATE DATABASE {name}")
         finally:
             await connection.close()
         wanted, applied = _migration_digest(), self.state.folder / "migrated.sha256"
@@ -264,7 +275,7 @@ def _migration_digest() -> str:
     # Four processes need seconds to find that nothing is to do; the digest of what they would apply tells it at once.
     digest = hashlib.sha256()
     services = Path(__file__).parents[1] / "services"
-    for path in sorted([*services.glob("*/migrations/*.sql"), *services.glob("*/*.yaml")]):
+    for path in sorted([*services.glob("*/*migrations/*.sql"), *services.glob("*/*.yaml")]):
         digest.update(f"{path.relative_to(services)}:".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 

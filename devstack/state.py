@@ -25,6 +25,7 @@ class Secrets:
     provider_api_key: str
     context_signing_key: str
     operator_key: str
+    master_keys: str
     role_passwords: dict[str, str]
     service_tokens: dict[str, str]
 
@@ -38,7 +39,8 @@ class Secrets:
             provider_api_key="sk-stub-" + secrets.token_urlsafe(24),
             context_signing_key=base64.b64encode(secrets.token_bytes(32)).decode(),
             operator_key=str(new_operator_key()),
-            role_passwords={service: secrets.token_hex(24) for service in SERVICES},
+            master_keys="local-1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
+            role_passwords={name: secrets.token_hex(24) for name in (*SERVICES, "tenant_keys")},
             service_tokens={service: secrets.token_urlsafe(32) for service in SERVICES},
         )
 

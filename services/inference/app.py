@@ -13,6 +13,8 @@ from services.inference.adapters.metering_client import MeteringLedger
 from services.inference.adapters.metering_prices_client import MeteringPrices
 from services.inference.adapters.postgres import PostgresMemory
 from services.inference.adapters.postgres_audit import PostgresAuditOutbox, PostgresAuditRelay
+from services.inference.adapters.postgres_sealing import PostgresSealedRows
+from services.inference.adapters.provider_keys_client import TenantProviderKeys
 from services.inference.adapters.ratelimit_client import RatelimitLimits
 from services.inference.adapters.retrieval_client import RetrievalDocuments
 from services.inference.adapters.traced_provider import TracedProvider
@@ -35,10 +37,13 @@ from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.tenant_cipher import RemoteDataKeys, TenantCipher
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+# Of what the tenant service tells, what ends a remembered key.
+KEY_CHANGES = frozenset({"DATA_KEY", "STATE"})
 SCHEMA = "inference"
 
 
@@ -64,9 +69,11 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         documents = RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval"))
-        memory, ledger, prices = PostgresMemory(database), MeteringLedger(to_metering), MeteringPrices(to_metering)
+        cipher = TenantCipher(RemoteDataKeys(to_tenant))
+        memory, ledger, prices = PostgresMemory(database, cipher), MeteringLedger(to_metering), MeteringPrices(to_metering)
         stack.push_async_callback(ledger.close)
-        provider = _provider(stack, settings)
+        provider_keys = TenantProviderKeys(to_tenant)
+        provider = _provider(stack, settings, provider_keys)
         leases = LeaseKeeper(limits, ledger)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
@@ -91,11 +98,14 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             audit=audit,
         )
         configs = TenantConfigCache(to_tenant)
-        inference = InferenceService(pipeline, configs, prices, settings.default_call_deadline_seconds)
+        lifecycle = LifecycleServicer(memory, configs, PostgresSealedRows(database, cipher))
+        inference = InferenceService(pipeline, configs, provider_keys, prices, settings.default_call_deadline_seconds)
         feed = ChangeFeed(to_tenant)
+        feed.forget_on(KEY_CHANGES, cipher.forget)
+        feed.forget_on(KEY_CHANGES, provider_keys.forget)
         background.start("change_feed", feed.run)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
-        server = MeshServer(settings, servicers=_registrations(inference, memory, configs), resolver=resolver, verifier=verifier)
+        server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
 
 
@@ -111,23 +121,24 @@ async def _databases(stack: AsyncExitStack, settings: InferenceSettings) -> tupl
     return database, jobs
 
 
-def _provider(stack: AsyncExitStack, settings: InferenceSettings) -> AnthropicProvider:
+def _provider(stack: AsyncExitStack, settings: InferenceSettings, provider_keys: TenantProviderKeys) -> AnthropicProvider:
     provider = AnthropicProvider(
         base_url=settings.provider_base_url,
         api_key=settings.anthropic_api_key.get_secret_value(),
         call_id_header=settings.provider_call_id_header,
         max_connections=settings.max_concurrent_provider_calls,
+        own_key_refused=provider_keys.forget,
     )
     stack.push_async_callback(provider.close)
     return provider
 
 
-def _registrations(inference: InferenceService, memory: PostgresMemory, configs: TenantConfigCache) -> list[Registration]:
+def _registrations(inference: InferenceService, memory: PostgresMemory, lifecycle: LifecycleServicer) -> list[Registration]:
     return [
         (add_InferenceServiceServicer_to_server, inference, "mesh.inference.v1.InferenceService"),
         (add_PromptServiceServicer_to_server, PromptService(memory), "mesh.inference.v1.PromptService"),
         (add_ConversationServiceServicer_to_server, ConversationService(memory), "mesh.inference.v1.ConversationService"),
-        (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(memory, configs), "mesh.common.v1.TenantLifecycleService"),
+        (add_TenantLifecycleServiceServicer_to_server, lifecycle, "mesh.common.v1.TenantLifecycleService"),
     ]
 
 

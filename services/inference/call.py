@@ -31,7 +31,11 @@ class RetrievalMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A validated request. `deadline` is on time.monotonic(), `context_tokens` the most input the plan and the model allow."""
+    """A validated request. `deadline` is on time.monotonic(), `context_tokens` the most input the plan and the model allow.
+
+    `prompt_prefix` stands before the tenant's prompt; `endpoint` is the tenant's own place at the provider, empty for everybody's.
+    `provider_key` is the tenant's own; empty for the house's.
+    """
 
     call_id: CallId
     tenant: TenantContext
@@ -49,6 +53,9 @@ class Question:
     top_k: int
     stop_sequences: tuple[str, ...]
     deadline: float
+    prompt_prefix: str = ""
+    endpoint: str = ""
+    provider_key: str = field(default="", repr=False)
 
     @property
     def with_documents(self) -> bool:

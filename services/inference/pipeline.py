@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -18,7 +19,7 @@ from services.inference.call_audit import CallAudit
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.opening import StartAgain, refuse_unopened
 from services.inference.ports import CallToOpen, Documents, Ledger, Limits, OpenOutcome, Provider, Recollection, Sink
-from services.inference.prompt_assembly import assemble, known_texts, least_bound
+from services.inference.prompt_assembly import assemble, known_texts, least_bound, with_prefix
 from services.inference.prompt_sizes import PromptSizes
 from services.inference.provider_failure import ProviderFailure
 from services.inference.refusals import RequestTooLarge
@@ -115,7 +116,8 @@ class AnswerPipeline:
     def _worst_case(self, question: Question) -> Hold:
         input_tokens = hold_input_tokens(
             input_bound(known_texts(question.messages, with_documents=question.with_documents)),
-            prompt_budget=self._prompt_sizes.expected(question.tenant_id),
+            # Of the two parts of the prompt only the stored one has to be guessed.
+            prompt_budget=self._prompt_sizes.expected(question.tenant_id) + text_bytes(with_prefix(question.prompt_prefix, "")),
             history_budget=HISTORY_BUDGET_BYTES if question.conversation_id else 0,
             documents_budget=CHUNK_BUDGET_BYTES * question.top_k if question.with_documents else 0,
             cap=question.context_tokens,
@@ -152,6 +154,8 @@ class AnswerPipeline:
         # Read before the open, not beside it: the ledger records which prompt version is in use.
         question = attempt.question
         memory = await self._memory.recall(question.tenant_id, question.conversation_id, HISTORY_BUDGET_BYTES)
+        self._prompt_sizes.seen(question.tenant_id, text_bytes(memory.prompt))
+        memory = replace(memory, prompt=with_prefix(question.prompt_prefix, memory.prompt))
         self._require_room(attempt, memory)
         dispatch_deadline = datetime.now(UTC) + timedelta(seconds=question.remaining_seconds())
         attempt.stage = Stage.OPENING
@@ -166,7 +170,6 @@ class AnswerPipeline:
 
     def _require_room(self, attempt: Attempt, memory: Memory) -> None:
         question = attempt.question
-        self._prompt_sizes.seen(question.tenant_id, text_bytes(memory.prompt))
         needed = least_bound(memory.prompt, question.messages, with_documents=question.with_documents)
         if needed > question.context_tokens:
             raise RequestTooLarge("messages", "max_context_tokens", question.context_tokens, needed)

@@ -98,6 +98,14 @@ class Ledger(Protocol):
         ...
 
 
+class OwnProviderKeys(Protocol):
+    """The keys that tenants bring for the provider."""
+
+    async def get(self, context: TenantContext) -> str:
+        """Returns the tenant's own key; empty when it has none."""
+        ...
+
+
 class Prices(Protocol):
     """The price book."""
 

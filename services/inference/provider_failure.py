@@ -13,7 +13,8 @@ _KEY_STATUSES = frozenset((401, 403))
 class ProviderFailure(Exception):
     """The provider did not answer to the end.
 
-    `http_status` is None without a response; `accepted` once it had begun to answer; `unsent` when the request never left this process.
+    `http_status` is None without a response; `accepted` once it had begun to answer; `unsent` when the request never left this process,
+    `own_key` when it went out under the tenant's own key.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class ProviderFailure(Exception):
         retry_after_seconds: float | None = None,
         accepted: bool = False,
         unsent: bool = False,
+        own_key: bool = False,
     ) -> None:
         super().__init__(cause)
         self.cause = cause
@@ -31,6 +33,12 @@ class ProviderFailure(Exception):
         self.retry_after_seconds = retry_after_seconds
         self.accepted = accepted
         self.unsent = unsent
+        self.own_key = own_key
+
+    @property
+    def key_refused(self) -> bool:
+        """True when the provider does not accept the key."""
+        return not self.accepted and self.http_status in _KEY_STATUSES
 
     @property
     def unbilled(self) -> bool:
@@ -44,5 +52,5 @@ class ProviderFailure(Exception):
         if self.http_status in _REFUSING_STATUSES:
             return ProviderRefused(self.http_status)
         if self.http_status in _KEY_STATUSES:
-            return ProviderMisconfigured(self.http_status)
+            return ProviderMisconfigured(self.http_status, own_key=self.own_key)
         return ProviderUnavailable(self.http_status, self.retry_after_seconds, unbilled=self.unbilled, call_id=call_id)

@@ -1,7 +1,7 @@
 """Turns a request into a question the plan allows, with its worst case computable. Refuses before anything is held."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.tenant.v1 import tenant_service_pb2
 from services.inference.call import Question, RetrievalMode
@@ -36,6 +36,7 @@ class Asked:
     top_k: int
     stop_sequences: tuple[str, ...]
     deadline: float
+    provider_key: str = field(default="", repr=False)
 
 
 async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, prices: Prices) -> Question:
@@ -62,6 +63,9 @@ async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, pri
         top_k=asked.top_k or DEFAULT_TOP_K,
         stop_sequences=asked.stop_sequences,
         deadline=asked.deadline,
+        prompt_prefix=config.ai.system_prompt_prefix,
+        endpoint=config.ai.dedicated_endpoint,
+        provider_key=asked.provider_key,
     )
     needed = input_bound(known_texts(question.messages, with_documents=question.with_documents))
     if needed > context_tokens:

@@ -71,10 +71,12 @@ class ProviderRefused(InvalidRequest):
 class ProviderMisconfigured(WrongState):
     """The provider does not accept the account's key."""
 
-    def __init__(self, http_status: int) -> None:
-        super().__init__("provider", "MISCONFIGURED", "the model provider refused the account's key; the operator has to renew it")
+    def __init__(self, http_status: int, *, own_key: bool) -> None:
+        house = "the model provider refused the account's key; the operator has to renew it"
+        own = "the model provider refused your own key; store a valid one with PutProviderKey, or delete it to use the house's"
+        super().__init__("provider", "MISCONFIGURED", own if own_key else house)
         self.reason = error_reason_pb2.ERROR_REASON_PROVIDER_MISCONFIGURED
-        self.metadata = {"provider": PROVIDER, "http_status": str(http_status)}
+        self.metadata = {"provider": PROVIDER, "http_status": str(http_status), "key_owner": "tenant" if own_key else "house"}
 
 
 class ProviderUnavailable(Unavailable):

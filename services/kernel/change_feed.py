@@ -6,7 +6,7 @@ Refuses to call itself fresh on a word it did not just get: a feed that fell sil
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from enum import Enum
 from typing import TypeAlias
 from uuid import UUID
@@ -71,6 +71,10 @@ class ChangeFeed:
     def subscribe(self, listener: Listener) -> None:
         """Calls back for every change from now on, in order, before the feed vouches for it. The callback must not raise or wait."""
         self._listeners.append(listener)
+
+    def forget_on(self, kinds: Collection[str], forget: Callable[[TenantId | None], None]) -> None:
+        """Has a cache forget a tenant when a change of these kinds is told, and everybody when nobody can say what was missed."""
+        self.subscribe(lambda tenant_id, kind: forget(tenant_id) if tenant_id is None or kind in kinds else None)
 
     @property
     def position(self) -> int:

@@ -15,6 +15,9 @@ ReservationId = NewType("ReservationId", UUID)
 DocumentId = NewType("DocumentId", UUID)
 ConversationId = NewType("ConversationId", UUID)
 
+# The tenant in whose name stands what concerns no tenant, or all of them.
+NO_TENANT = TenantId(UUID(int=0))
+
 _RANDOM_BITS = 74
 _LOW_BITS = 62
 _lock = threading.Lock()

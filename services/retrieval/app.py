@@ -14,8 +14,10 @@ from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.tenant_cipher import RemoteDataKeys, TenantCipher
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.retrieval.adapters.postgres import PostgresDocumentStore, PostgresOwedWork
+from services.retrieval.adapters.postgres_sealing import PostgresSealedRows
 from services.retrieval.adapters.qdrant import QdrantIndex
 from services.retrieval.embedding import HashingEmbedder
 from services.retrieval.library import Library
@@ -63,7 +65,8 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         embedder = HashingEmbedder()
         index = QdrantIndex(settings.qdrant_url, settings.qdrant_api_key, embedder.dimensions)
         stack.push_async_callback(index.close)
-        store = PostgresDocumentStore(database)
+        cipher = TenantCipher(RemoteDataKeys(to_tenant))
+        store = PostgresDocumentStore(database, cipher)
         library = Library(store, index, embedder)
         reads = ReadAudit(AuditClient(to_tenant).record)
         stack.push_async_callback(reads.close)
@@ -72,9 +75,10 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         owed = PostgresOwedWork(jobs)
         background.start("repair", lambda: repair_forever(owed, library))
         feed = ChangeFeed(to_tenant)
+        feed.forget_on({"DATA_KEY", "STATE"}, cipher.forget)
         background.start("change_feed", feed.run)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
-        lifecycle = LifecycleServicer(store, index)
+        lifecycle = LifecycleServicer(store, index, PostgresSealedRows(database, cipher))
         server = MeshServer(settings, servicers=_registrations(library, reads, lifecycle), resolver=resolver, verifier=verifier)
         return RetrievalApp(server, stack.pop_all())
 

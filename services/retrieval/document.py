@@ -27,13 +27,17 @@ class DocumentDraft:
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
-    """A document as it is kept. `text` is None in lists. `indexed` is false while its points are not in the collection yet."""
+    """A document as it is kept. `text` is None in lists. `indexed` is false while its points are not in the collection yet.
+
+    `row_digest` stands for the content in the store: the same as content_sha256 unless the row is sealed.
+    """
 
     document_id: DocumentId
     key: str
     title: str
     text: str | None
     content_sha256: bytes
+    row_digest: bytes
     chunk_count: int
     indexed: bool
     create_time: datetime
@@ -51,19 +55,23 @@ class IndexedChunk:
     chunk: Chunk
 
 
-def chunk_id(document_id: DocumentId, content_sha256: bytes, index: int) -> uuid.UUID:
+def chunk_id(document_id: DocumentId, row_digest: bytes, index: int) -> uuid.UUID:
     """Names a chunk by what it is cut from, so that indexing again writes the same points."""
-    return uuid.uuid5(document_id, f"{content_sha256.hex()}:{index}")
+    return uuid.uuid5(document_id, f"{row_digest.hex()}:{index}")
 
 
 class DocumentStore(Protocol):
     """Where documents and chunks are kept: the truth about what a tenant knows."""
 
+    async def warm(self, tenant_id: TenantId) -> None:
+        """Makes sure that what is sealed of the tenant of the call in hand can be opened."""
+        ...
+
     async def put(self, tenant_id: TenantId, draft: DocumentDraft, chunks: Sequence[Chunk]) -> StoredDocument:
         """Stores a document under its key, replacing changed content and chunks. `indexed` tells whether points are still owed."""
         ...
 
-    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, content_sha256: bytes) -> bool:
+    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, row_digest: bytes) -> bool:
         """Records that the points of this content are in the collection; False when the content has changed meanwhile."""
         ...
 
@@ -87,8 +95,8 @@ class DocumentStore(Protocol):
         """Returns a document's current chunks in order."""
         ...
 
-    async def chunks_by_id(self, tenant_id: TenantId, chunk_ids: Sequence[uuid.UUID]) -> list[IndexedChunk]:
-        """Returns those of the chunks that are this tenant's and current, in no order."""
+    async def chunks_by_id(self, tenant_id: TenantId, chunk_ids: Sequence[uuid.UUID], limit: int) -> list[IndexedChunk]:
+        """Returns the first `limit` of the chunks that are this tenant's and current, in the order of the ids."""
         ...
 
     async def erase(self, tenant_id: TenantId) -> dict[str, int]:

@@ -53,12 +53,12 @@ class Library:
         for draft, chunks in zip(drafts, cuts, strict=True):
             document = await self._store.put(tenant_id, draft, chunks)
             if not document.indexed:
-                await self.index(tenant_id, document.document_id, document.content_sha256)
+                await self.index(tenant_id, document.document_id, document.row_digest)
                 changed += 1
             stored.append(document)
         return stored, changed
 
-    async def index(self, tenant_id: TenantId, document_id: DocumentId, content_sha256: bytes) -> None:
+    async def index(self, tenant_id: TenantId, document_id: DocumentId, row_digest: bytes) -> None:
         """Writes a document's points and removes those of its earlier content. Idempotent."""
         chunks = await self._store.chunks_of(tenant_id, document_id)
         for start in range(0, len(chunks), BATCH_CHUNKS):
@@ -69,7 +69,7 @@ class Library:
             await self._index.upsert(tenant_id, document_id, points)
             await asyncio.sleep(0)
         await self._index.remove_document(tenant_id, document_id, keep=[chunk.chunk_id for chunk in chunks])
-        await self._store.mark_indexed(tenant_id, document_id, content_sha256)
+        await self._store.mark_indexed(tenant_id, document_id, row_digest)
 
     async def get(self, tenant_id: TenantId, document_id: DocumentId) -> StoredDocument:
         """Returns a document. Raises: NotFound."""
@@ -94,13 +94,14 @@ class Library:
 
     async def search(self, tenant_id: TenantId, query: str, top_k: int) -> list[FoundChunk]:
         """Returns the chunks nearest to a query, best first, at most `top_k`."""
+        await self._store.warm(tenant_id)
         [vector] = await self._embedder.embed([query])
         hits = self._own(tenant_id, await self._index.search(tenant_id, query, vector, top_k + SPARE_HITS))
         if not hits:
             return []
-        current = {chunk.chunk_id: chunk for chunk in await self._store.chunks_by_id(tenant_id, [hit.chunk_id for hit in hits])}
-        found = [FoundChunk(current[hit.chunk_id], hit.score) for hit in hits if hit.chunk_id in current]
-        return found[:top_k]
+        chunks = await self._store.chunks_by_id(tenant_id, [hit.chunk_id for hit in hits], top_k)
+        current = {chunk.chunk_id: chunk for chunk in chunks}
+        return [FoundChunk(current[hit.chunk_id], hit.score) for hit in hits if hit.chunk_id in current]
 
     def _own(self, tenant_id: TenantId, hits: Sequence[Hit]) -> list[Hit]:
         own = [hit for hit in hits if hit.tenant_id == tenant_id]

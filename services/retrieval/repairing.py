@@ -40,8 +40,8 @@ async def repair_forever(work: OwedWork, library: Library) -> None:
 async def repair_once(work: OwedWork, library: Library, *, limit: int = 100) -> int:
     """Repairs up to `limit` documents of each kind and returns how many; one that fails does not hold up the others."""
     repaired = 0
-    for tenant_id, document_id, content_sha256 in await work.unindexed(limit):
-        repaired += await _succeeds(tenant_id, document_id, library.index(tenant_id, document_id, content_sha256))
+    for tenant_id, document_id, row_digest in await work.unindexed(limit):
+        repaired += await _succeeds(tenant_id, document_id, library.index(tenant_id, document_id, row_digest))
     for tenant_id, document_id in await work.undeleted(limit):
         repaired += await _succeeds(tenant_id, document_id, library.remove_points(tenant_id, document_id))
     return repaired

@@ -6,7 +6,7 @@ secret, where it may be used, learns more. A token's refusals tell as little.
 
 import hmac
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
@@ -33,11 +33,12 @@ _NOBODY = TenantId(UUID(int=0))
 
 
 class AuditAction(StrEnum):
-    """What authentication writes into a tenant's audit log."""
+    """What is written into a tenant's audit log although nothing was changed."""
 
     CREDENTIAL_REFUSED = "CREDENTIAL_REFUSED"
     KEY_USE_REFUSED = "KEY_USE_REFUSED"
     TENANT_MISMATCH = "TENANT_MISMATCH"
+    KEY_USE_FAILED = "KEY_USE_FAILED"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -94,6 +95,14 @@ class UsageTrail(Protocol):
         ...
 
 
+class FlagEvaluator(Protocol):
+    """Which feature flags are on."""
+
+    async def enabled(self, tenant_id: TenantId, tier: str) -> frozenset[str]:
+        """Returns the names of the flags that are on for the tenant. Raises: Unavailable when nobody can tell."""
+        ...
+
+
 class Authenticator:
     """Resolves credentials. Keeps no answer: callers do, for at most a second."""
 
@@ -105,11 +114,13 @@ class Authenticator:
         tokens: JwtProof,
         names: NameResolution,
         *,
+        flags: FlagEvaluator,
         operator_key_hashes: Sequence[bytes],
         front_key_hashes: Sequence[bytes],
         clock: Callable[[], datetime],
     ) -> None:
         self._store = store
+        self._flags = flags
         self._trail = trail
         self._minter = minter
         self._tokens = tokens
@@ -134,6 +145,8 @@ class Authenticator:
                 grant = await self._prove_operator(credential, attempt)
             case None:
                 raise invalid()
+        if grant.tenant_id is not None and grant.facts is not None:
+            grant = replace(grant, flags=await self._flags.enabled(grant.tenant_id, grant.facts.tier))
         return self._minter.mint(grant)
 
     async def _prove_key(self, key: ApiKeyText, attempt: CredentialAttempt) -> Grant:

@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
-from uuid import UUID
 
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 
 # The tenant of a change that concerns everybody.
-EVERYBODY = TenantId(UUID(int=0))
 POLL_SECONDS = 0.2
 VOUCHED_SECONDS = 0.5
 _FIRST_READ_SECONDS = 2.0

@@ -5,12 +5,17 @@ Only the file changes plans. A change needs a higher file version, so that what 
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 
+PLACEMENTS = ("pool", "bridge", "silo")
+MAX_RETENTION_DAYS = 36_500
 _MAX_MONEY = 9_000_000_000_000_000
 _MAX_WEIGHT = 1000
+_MAX_FEATURES = 100
+_FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
 
 class PlanCatalogRefused(Exception):
@@ -18,13 +23,31 @@ class PlanCatalogRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Feature:
+    """Whether a feature is part of a plan, and how much of it in a billing cycle, in the feature's own unit; 0 means unlimited."""
+
+    name: str
+    enabled: bool
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class SenseProblem:
+    """Why terms make no sense: the field that is wrong, and what it must be."""
+
+    field: str
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """The terms of one plan. Limits of 0 mean unlimited."""
+    """The terms of one plan. Limits of 0 mean unlimited, 0 days of retention mean for ever; `isolation` lists the placements allowed."""
 
     name: str
     requests_per_minute: int
     tokens_per_minute: int
     tokens_per_day: int
+    tokens_per_month: int
     cost_nano_usd_per_month: int
     concurrent_calls: int
     context_tokens: int
@@ -33,6 +56,10 @@ class Plan:
     allowed_models: tuple[str, ...]
     default_max_output_tokens: int
     max_output_tokens: int
+    data_retention_days: int
+    encrypt_content: bool
+    isolation: tuple[str, ...]
+    features: tuple[Feature, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +112,19 @@ def needs_loading(catalog: PlanCatalog, loaded_version: int | None, loaded_diges
     return False
 
 
+def sense_problem(terms: Plan) -> SenseProblem | None:
+    """Tells what of the terms makes no sense together; None when all does. A tenant's own terms are held to the same as a plan's."""
+    if not 1 <= terms.weight <= _MAX_WEIGHT:
+        return SenseProblem("weight", f"must be from 1 to {_MAX_WEIGHT}")
+    if terms.default_model not in terms.allowed_models:
+        return SenseProblem("default_model", "must be one of allowed_models")
+    if not 1 <= terms.default_max_output_tokens <= terms.max_output_tokens:
+        return SenseProblem("default_max_output_tokens", "must be from 1 to max_output_tokens")
+    if not 0 <= terms.data_retention_days <= MAX_RETENTION_DAYS:
+        return SenseProblem("data_retention_days", f"must be from 0 to {MAX_RETENTION_DAYS}")
+    return None
+
+
 def _read_plan(entry: object) -> Plan:
     names = {field.name for field in fields(Plan)}
     if not isinstance(entry, dict) or set(entry) != names:
@@ -93,11 +133,41 @@ def _read_plan(entry: object) -> Plan:
     models = entry["allowed_models"]
     if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
         raise PlanCatalogRefused(f"plan {entry['name']}: allowed_models must list model names")
-    for name in names - {"name", "default_model", "allowed_models"}:
+    for name in names - {"name", "default_model", "allowed_models", "encrypt_content", "isolation", "features"}:
         _require_count(entry, name)
-    plan = Plan(**{**entry, "allowed_models": tuple(models)})
-    _require_sense(plan)
+    if type(entry["encrypt_content"]) is not bool:
+        raise PlanCatalogRefused(f"plan {entry['name']}: encrypt_content must be true or false")
+    read = {"allowed_models": tuple(models), "isolation": _read_isolation(entry), "features": _read_features(entry)}
+    plan = Plan(**{**entry, **read})
+    _require_name(plan)
+    problem = sense_problem(plan)
+    if problem is not None:
+        raise PlanCatalogRefused(f"plan {plan.name}: {problem.field} {problem.rule}")
     return plan
+
+
+def _read_isolation(entry: Mapping[str, object]) -> tuple[str, ...]:
+    placements = entry["isolation"]
+    if not isinstance(placements, list) or not placements or any(placement not in PLACEMENTS for placement in placements):
+        raise PlanCatalogRefused(f"plan {entry['name']}: isolation must list at least one of {list(PLACEMENTS)}")
+    if len(set(placements)) != len(placements):
+        raise PlanCatalogRefused(f"plan {entry['name']}: isolation must list each placement once")
+    return tuple(placements)
+
+
+def _read_features(entry: Mapping[str, object]) -> tuple[Feature, ...]:
+    found = entry["features"]
+    if not isinstance(found, dict) or len(found) > _MAX_FEATURES:
+        raise PlanCatalogRefused(f"plan {entry['name']}: features must map at most {_MAX_FEATURES} names to enabled and limit")
+    features = []
+    for name, terms in sorted(found.items(), key=str):
+        if not isinstance(name, str) or not _FEATURE_NAME.fullmatch(name):
+            raise PlanCatalogRefused(f"plan {entry['name']}: the feature {name} must be named like ai_interviews")
+        if not isinstance(terms, dict) or set(terms) != {"enabled", "limit"} or type(terms["enabled"]) is not bool:
+            raise PlanCatalogRefused(f"plan {entry['name']}: the feature {name} holds exactly `enabled` (true or false) and `limit`")
+        _require_count({**terms, "name": f"{entry['name']}, feature {name}"}, "limit")
+        features.append(Feature(name, terms["enabled"], terms["limit"]))
+    return tuple(features)
 
 
 def _require_count(entry: Mapping[str, object], name: str) -> None:
@@ -106,7 +176,7 @@ def _require_count(entry: Mapping[str, object], name: str) -> None:
         raise PlanCatalogRefused(f"plan {entry['name']}: {name} must be a whole number from 0 to {_MAX_MONEY}")
 
 
-def _require_sense(plan: Plan) -> None:
+def _require_name(plan: Plan) -> None:
     if (
         not isinstance(plan.name, str)
         or not plan.name.isascii()
@@ -116,9 +186,3 @@ def _require_sense(plan: Plan) -> None:
         raise PlanCatalogRefused(f"plan {plan.name}: a name is lower-case letters, digits and hyphens")
     if not plan.name[0].isalpha() or len(plan.name) > 63:
         raise PlanCatalogRefused(f"plan {plan.name}: a name begins with a letter and has at most 63 characters")
-    if not 1 <= plan.weight <= _MAX_WEIGHT:
-        raise PlanCatalogRefused(f"plan {plan.name}: weight must be from 1 to {_MAX_WEIGHT}")
-    if plan.default_model not in plan.allowed_models:
-        raise PlanCatalogRefused(f"plan {plan.name}: default_model must be one of allowed_models")
-    if not 1 <= plan.default_max_output_tokens <= plan.max_output_tokens:
-        raise PlanCatalogRefused(f"plan {plan.name}: output tokens need 1 <= default_max_output_tokens <= max_output_tokens")

@@ -17,6 +17,7 @@ from services.kernel.settings import (
     ServiceSettings,
 )
 from services.tenant.domain_name import read_base_domains
+from services.tenant.key_management import parse_master_keys
 
 _SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -42,6 +43,17 @@ class TenantSettings(ServiceSettings):
     )
     base_domains: str = Field(
         default="", description="domains under which <slug>.<domain> names a tenant, comma separated; empty: no host does by itself"
+    )
+    key_store_dsn: SecretStr = Field(
+        default=SecretStr(""),
+        description="the key store, apart from the data and its backups, logging in as tenant_keys_service",
+    )
+    key_store_admin_dsn: SecretStr = Field(
+        default=SecretStr(""), description="the key store, as a role that may create roles and schemas; for `migrate` alone"
+    )
+    master_keys: SecretStr = Field(
+        default=SecretStr(""),
+        description="master keys as id:base64 of 32 bytes, comma separated: the first wraps new data keys, the others only unwrap",
     )
     region: str = Field(default="local", description="where this cell keeps its tenants' data")
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"
@@ -74,6 +86,16 @@ class TenantSettings(ServiceSettings):
     def front_key_hashes(self) -> tuple[bytes, ...]:
         """Returns the digests of the front ends' keys."""
         return tuple(bytes.fromhex(item) for item in _items(self.front_key_sha256))
+
+    @field_validator("master_keys")
+    @classmethod
+    def _refuse_other_master_keys(cls: type[Self], value: SecretStr) -> SecretStr:
+        try:
+            parse_master_keys(value.get_secret_value())
+        except ValueError as error:
+            msg = f"TENANTRY_MASTER_KEYS {error}"
+            raise ValueError(msg) from None
+        return value
 
     def operator_key_hashes(self) -> tuple[bytes, ...]:
         """Returns the digests of the operator keys."""

@@ -47,7 +47,10 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class TenantConfig:
-    """What services need to serve a tenant. `version` rises with every change of the tenant's settings or of its plan's terms."""
+    """What services need to serve a tenant. `version` rises with every change of the tenant's settings or of its plan's terms.
+
+    `plan` carries the terms in force, the tenant's own overrides among them; effective_config.py alone builds them.
+    """
 
     tenant_id: TenantId
     version: int
@@ -55,6 +58,8 @@ class TenantConfig:
     display_name: str
     assistant_name: str
     plan: Plan
+    system_prompt_prefix: str = ""
+    dedicated_endpoint: str = ""
 
 
 class TenantDirectory(Protocol):

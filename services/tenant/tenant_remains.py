@@ -40,17 +40,39 @@ class RemainsStore(Protocol):
         ...
 
 
+class DataKeys(Protocol):
+    """The tenant's data keys."""
+
+    async def destroy(self, tenant_id: TenantId) -> int:
+        """Removes every version for good; returns how many there were."""
+        ...
+
+
+class KeyRecords(Protocol):
+    """What is on record of the tenant's keys."""
+
+    async def note(self, tenant_id: TenantId, action: str, target: str, actor: Actor) -> None:
+        """Puts a change of keys on record, once, and announces it."""
+        ...
+
+
 class TenantRemains:
     """The end of a tenant in this service."""
 
-    def __init__(self, store: RemainsStore) -> None:
+    def __init__(self, store: RemainsStore, data_keys: DataKeys, key_records: KeyRecords) -> None:
         self._store = store
+        self._data_keys = data_keys
+        self._key_records = key_records
 
     async def erase(self, tenant_id: TenantId, actor: Actor) -> Sequence[RemovedRecords]:
-        """Revokes the keys, then removes the records, and says how many of each kind there were."""
+        """Revokes the keys, removes the records, destroys the data keys, and says how many of each kind there were."""
         # Two transactions on purpose: whatever becomes of the removal, nobody gets in with an old key while it is under way.
         await self._store.revoke_all_keys(tenant_id, actor)
-        return await self._store.remove(tenant_id, actor)
+        removed = await self._store.remove(tenant_id, actor)
+        # Last: what was sealed with them, in whichever backup, is gone from here on, and no key is made for this id again.
+        destroyed = await self._data_keys.destroy(tenant_id)
+        await self._key_records.note(tenant_id, "DATA_KEY_DESTROYED", "data_key:all", actor)
+        return [*removed, RemovedRecords("key_store:tenant_keys.data_keys", destroyed)]
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[ExportedRecord]:
         """Streams every record of the tenant."""

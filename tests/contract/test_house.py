@@ -17,7 +17,17 @@ LONGEST_FUNCTION = 45
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|NotImplementedError")
 SQL = re.compile(r"^\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", re.IGNORECASE)
 # Reference data of all tenants: nothing in them belongs to one.
-SHARED_TABLES = {"plans", "plan_versions", "plan_catalogs", "prices", "price_versions", "schema_migrations"}
+SHARED_TABLES = {
+    "plans",
+    "plan_versions",
+    "plan_catalogs",
+    "plan_features",
+    "flags",
+    "flag_changes",
+    "prices",
+    "price_versions",
+    "schema_migrations",
+}
 
 
 def sources() -> Iterator[Path]:

@@ -41,16 +41,20 @@ def test_beyond_loopback_only_with_tls(settings: type[ServiceSettings]) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 async def test_the_process_ends_at_once_with_a_sentence(service: str) -> None:
-    """Started in plaintext on every address, or with certificate files that are not there, it exits with 2 and no traceback."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("TENANTRY_")}
-    gone = {f"TENANTRY_{name.upper()}": path for name, path in FILES.items()}
-    code, err = await _serve(service, plain | {"TENANTRY_LISTEN_ADDRESS": "0.0.0.0:0"})
+    """Started in plaintext on every address, it exits with 2, names the settings and prints no traceback."""
+    code, err = await _serve(service, TENANTRY_LISTEN_ADDRESS="0.0.0.0:0")
     assert (code, "TENANTRY_TLS_CERT_FILE" in err, "Traceback" in err) == (2, True, False), err
-    code, err = await _serve(service, plain | gone | {"TENANTRY_LISTEN_ADDRESS": "127.0.0.1:0"})
+
+
+async def test_files_that_are_not_there_are_a_sentence_too() -> None:
+    """Certificate files that cannot be read end the start with 2 and the name of the file."""
+    gone = {f"TENANTRY_{name.upper()}": path for name, path in FILES.items()}
+    code, err = await _serve("ratelimit", **gone)
     assert (code, "/c/tls." in err, "Traceback" in err) == (2, True, False), err
 
 
-async def _serve(service: str, environment: dict[str, str]) -> tuple[int | None, str]:
+async def _serve(service: str, **settings: str) -> tuple[int | None, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TENANTRY_")} | settings
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

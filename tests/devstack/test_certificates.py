@@ -13,7 +13,7 @@ from devstack.certificates import CLIENT, DevelopmentCertificates
 from devstack.state import SERVICES
 from services.kernel.rpc.identity import SPIFFE_PREFIX
 
-EVERYBODY = [*SERVICES, CLIENT]
+NO_TENANT = [*SERVICES, CLIENT]
 HOUR = datetime.timedelta(hours=1)
 
 
@@ -37,7 +37,7 @@ def clock() -> Clock:
 def made(tmp_path: Path, clock: Clock) -> DevelopmentCertificates:
     """Certificates made for the first time."""
     certificates = DevelopmentCertificates(tmp_path / "certificates", clock=clock)
-    assert certificates.renew() == EVERYBODY
+    assert certificates.renew() == NO_TENANT
     return certificates
 
 
@@ -60,7 +60,7 @@ def test_a_leaf_names_its_service_and_the_client_none(made: DevelopmentCertifica
         assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
     shown = leaf(made, CLIENT).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert shown.get_values_for_type(x509.UniformResourceIdentifier) == []
-    for name in EVERYBODY:
+    for name in NO_TENANT:
         assert leaf(made, name).not_valid_after_utc == clock.now + 24 * HOUR
         key = serialization.load_pem_private_key(made.files(name).key.read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
@@ -72,7 +72,7 @@ def test_a_leaf_names_its_service_and_the_client_none(made: DevelopmentCertifica
 def test_every_key_is_its_owners_alone(made: DevelopmentCertificates) -> None:
     """No private key can be read by anybody else, the authority's least of all."""
     keys = list(made.folder.rglob("*.key"))
-    assert len(keys) == len(EVERYBODY) + 1
+    assert len(keys) == len(NO_TENANT) + 1
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
     assert stat.S_IMODE((made.folder / "authorities").stat().st_mode) == 0o700
 
@@ -89,14 +89,14 @@ def test_made_again_nothing_changes(made: DevelopmentCertificates, clock: Clock)
 
 def test_what_is_near_its_end_is_renewed(made: DevelopmentCertificates, clock: Clock) -> None:
     """With less than eight hours left every leaf is new, under the same authority, and it is said in a sentence."""
-    before = {name: leaf(made, name).serial_number for name in EVERYBODY}
+    before = {name: leaf(made, name).serial_number for name in NO_TENANT}
     (authority,) = bundle(made)
     clock.now += 17 * HOUR
     said: list[str] = []
-    assert made.renew(said.append) == EVERYBODY
+    assert made.renew(said.append) == NO_TENANT
     assert len(said) == 1
-    assert all(leaf(made, name).serial_number != before[name] for name in EVERYBODY)
-    assert all(leaf(made, name).not_valid_after_utc > clock.now + 23 * HOUR for name in EVERYBODY)
+    assert all(leaf(made, name).serial_number != before[name] for name in NO_TENANT)
+    assert all(leaf(made, name).not_valid_after_utc > clock.now + 23 * HOUR for name in NO_TENANT)
     assert bundle(made) == [authority]
 
 
@@ -110,12 +110,12 @@ def test_a_new_authority_is_trusted_before_it_signs(made: DevelopmentCertificate
         known = {certificate.subject.rfc4514_string() for certificate in bundle(made)}
         renewed = made.renew()
         trusted = {certificate.subject.rfc4514_string() for certificate in bundle(made)}
-        for name in EVERYBODY:
+        for name in NO_TENANT:
             assert leaf(made, name).issuer.rfc4514_string() in trusted
             assert leaf(made, name).not_valid_after_utc > clock.now
         # Whoever had not seen the newest bundle yet still trusted everything that was issued.
         assert all(leaf(made, name).issuer.rfc4514_string() in known for name in renewed)
-        issuers.append(sorted({leaf(made, name).issuer.rfc4514_string() for name in EVERYBODY}))
+        issuers.append(sorted({leaf(made, name).issuer.rfc4514_string() for name in NO_TENANT}))
         seen |= {certificate.subject.public_bytes() for certificate in bundle(made)}
     assert len(seen) >= 2
     assert first not in bundle(made)
@@ -126,7 +126,7 @@ def test_after_a_long_pause_everything_begins_anew(made: DevelopmentCertificates
     """When authority and leaves are over, all are made again, and the old authority is trusted no more."""
     (first,) = bundle(made)
     clock.now += 24 * 30 * HOUR
-    assert made.renew() == EVERYBODY
+    assert made.renew() == NO_TENANT
     (second,) = bundle(made)
     assert second != first
     assert len(list((made.folder / "authorities").iterdir())) == 2

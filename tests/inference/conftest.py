@@ -34,6 +34,7 @@ from tests.support.stores import PostgresStore
 
 PASSWORD = "inference-password"
 PROVIDER_KEY = "provider-key"
+OWN_KEYS = ("own-key-one", "own-key-two")
 CALL_ID_HEADER = "x-tenantry-call-id"
 
 
@@ -59,6 +60,7 @@ class World:
     channel: grpc.aio.Channel
     stub: ProviderStub
     provider_ledger: Ledger
+    inference_dsn: str = ""
 
     @property
     def script(self) -> Script:
@@ -80,7 +82,7 @@ class World:
     def lifecycle(self) -> lifecycle_service_pb2_grpc.TenantLifecycleServiceStub:
         return lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
 
-    async def new_tenant(self, *, provision: bool = True, **limits: Any) -> Tenant:
+    async def new_tenant(self, *, provision: bool = True, encrypts: bool = False, provider_key: str = "", **limits: Any) -> Tenant:
         """Makes a tenant of its own for a test."""
         config = tenant_pb.TenantConfig(
             tenant_id=str(new_uuid7()),
@@ -93,7 +95,7 @@ class World:
             ),
             display_name="Acme",
         )
-        tenant = Tenant(config, f"key-of-{config.tenant_id}")
+        tenant = Tenant(config, f"key-of-{config.tenant_id}", encrypts, provider_key=provider_key)
         self.script.tenants[tenant.key] = tenant
         if provision:
             await self.provision(tenant)
@@ -201,7 +203,7 @@ def credentials(tenant: Tenant, call_id: str = "") -> tuple[tuple[str, str], ...
 async def running_provider(script: Script, folder: Path) -> AsyncIterator[tuple[ProviderStub, Ledger, str]]:
     """The provider stub on a loopback port."""
     ledger = Ledger(folder / "provider-ledger.jsonl")
-    stub = RecordingStub(ledger, [PROVIDER_KEY], catalogue([model.id for model in KNOWN]), PromptCache(), allow_directives=True)
+    stub = RecordingStub(ledger, [PROVIDER_KEY, *OWN_KEYS], catalogue([model.id for model in KNOWN]), PromptCache(), allow_directives=True)
     stub.script = script
     runner, port = await stub.listen(0)
     try:
@@ -265,7 +267,7 @@ async def shared_world(inference_dsn: str, tmp_path_factory: pytest.TempPathFact
         running_provider(peers.script, tmp_path_factory.mktemp("provider")) as (stub, ledger, url),
         running_service(service_settings(inference_dsn, peers.address, url)) as (app, channel),
     ):
-        yield World(app, peers, channel, stub, ledger)
+        yield World(app, peers, channel, stub, ledger, inference_dsn)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ from mesh.tenant.v1 import audit_service_pb2 as audit_pb
 from mesh.tenant.v1 import audit_service_pb2_grpc as audit_grpc
 from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
 from mesh.tenant.v1 import authentication_service_pb2_grpc as auth_grpc
+from mesh.tenant.v1 import data_key_service_pb2 as data_key_pb
+from mesh.tenant.v1 import data_key_service_pb2_grpc as data_key_grpc
+from mesh.tenant.v1 import secret_service_pb2 as secret_pb
+from mesh.tenant.v1 import secret_service_pb2_grpc as secret_grpc
 from mesh.tenant.v1 import tenant_service_pb2 as tenant_pb
 from mesh.tenant.v1 import tenant_service_pb2_grpc as tenant_grpc
 from services.kernel.context_token import SigningKey, mint
@@ -48,6 +53,9 @@ class Tenant:
 
     config: tenant_pb.TenantConfig
     key: str
+    encrypts: bool = False
+    data_keys: dict[int, bytes] = field(default_factory=lambda: {1: secrets.token_bytes(32)})
+    provider_key: str = ""
 
     @property
     def tenant_id(self) -> TenantId:
@@ -69,7 +77,7 @@ class Script:
 
     def names(self, *ignored: str) -> list[str]:
         """The events in order, immediate repetitions once, housekeeping left out."""
-        passed_over = {"authenticate", "keys", "config", "prices", "renew", "renew_calls", "audit", *ignored}
+        passed_over = {"authenticate", "keys", "config", "prices", "renew", "renew_calls", "audit", "data_keys", "provider_key", *ignored}
         found: list[str] = []
         for name, _ in self.heard:
             if name not in passed_over and (not found or found[-1] != name):
@@ -99,7 +107,12 @@ class Script:
             await self.changed.wait_for(lambda: {name for name, _ in self.heard} >= set(names))
 
 
-class Trust(auth_grpc.AuthenticationServiceServicer, tenant_grpc.TenantServiceServicer):
+class Trust(
+    auth_grpc.AuthenticationServiceServicer,
+    tenant_grpc.TenantServiceServicer,
+    data_key_grpc.DataKeyServiceServicer,
+    secret_grpc.SecretServiceServicer,
+):
     """The tenant service."""
 
     def __init__(self, script: Script) -> None:
@@ -111,6 +124,7 @@ class Trust(auth_grpc.AuthenticationServiceServicer, tenant_grpc.TenantServiceSe
             tenant_id=tenant.tenant_id.bytes, tier=tenant.config.tier, region="local", subject=subject, config_version=tenant.config.version
         )
         claims.scopes.extend(sorted(EVERY_SCOPE))
+        claims.encrypt_content = tenant.encrypts
         claims.issue_time.FromDatetime(datetime.now(UTC))
         claims.expire_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=200))
         return mint(claims, self.signing)
@@ -128,9 +142,25 @@ class Trust(auth_grpc.AuthenticationServiceServicer, tenant_grpc.TenantServiceSe
         return auth_pb.GetContextKeysResponse(keys=[auth_pb.ContextKey(key_id="k1", public_key=public)])
 
     async def GetTenantConfig(self, request: Any, context: Any) -> Any:
-        tenant_id = dict(context.invocation_metadata())["x-tenant-id"]
-        config = next(tenant.config for tenant in self.script.tenants.values() if tenant.config.tenant_id == tenant_id)
+        config = self.named(context).config
         return await self.script.hear("config", request, context, lambda: tenant_pb.GetTenantConfigResponse(config=config))
+
+    async def GetDataKeys(self, request: Any, context: Any) -> Any:
+        def usual() -> Any:
+            kept = self.named(context).data_keys
+            keys = [data_key_pb.DataKey(version=version, key=key, active=version == max(kept)) for version, key in sorted(kept.items())]
+            return data_key_pb.GetDataKeysResponse(keys=keys)
+
+        return await self.script.hear("data_keys", request, context, usual)
+
+    async def GetProviderKey(self, request: Any, context: Any) -> Any:
+        key = self.named(context).provider_key
+        return await self.script.hear("provider_key", request, context, lambda: secret_pb.GetProviderKeyResponse(api_key=key))
+
+    def named(self, context: Any) -> Tenant:
+        """The tenant of a call."""
+        tenant_id = dict(context.invocation_metadata())["x-tenant-id"]
+        return next(tenant for tenant in self.script.tenants.values() if tenant.config.tenant_id == tenant_id)
 
 
 class AuditLog(audit_grpc.AuditServiceServicer):
@@ -256,6 +286,8 @@ async def running_peers() -> AsyncIterator[Peers]:
     audit_grpc.add_AuditServiceServicer_to_server(AuditLog(script), server)
     auth_grpc.add_AuthenticationServiceServicer_to_server(trust, server)
     tenant_grpc.add_TenantServiceServicer_to_server(trust, server)
+    data_key_grpc.add_DataKeyServiceServicer_to_server(trust, server)
+    secret_grpc.add_SecretServiceServicer_to_server(trust, server)
     limit_grpc.add_RateLimitServiceServicer_to_server(Limits(script), server)
     ledger_grpc.add_LedgerServiceServicer_to_server(ledger, server)
     price_grpc.add_PriceServiceServicer_to_server(ledger, server)

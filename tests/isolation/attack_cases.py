@@ -9,6 +9,7 @@ from uuid import UUID
 
 from google.protobuf.message import Message
 
+from devstack.environment import TENANTS_OWN_KEYS
 from services.kernel.ids import new_uuid7
 from tests.isolation.surface import Rpc
 from tests.isolation.target import Ids, in_seconds
@@ -54,6 +55,7 @@ CASES: Mapping[str, Case] = {
     "/mesh.common.v1.TenantLifecycleService/ProvisionTenant": _nothing,
     "/mesh.common.v1.TenantLifecycleService/EraseTenant": _nothing,
     "/mesh.common.v1.TenantLifecycleService/ExportTenant": _nothing,
+    "/mesh.common.v1.TenantLifecycleService/ReencryptTenant": lambda ids: {"active_version": 1},
     "/mesh.tenant.v1.TenantService/CreateTenant": lambda ids: {
         "request_id": ids.call_id,
         "slug": f"stolen-{ids.key_id}",
@@ -89,7 +91,29 @@ CASES: Mapping[str, Case] = {
         "page_token": ids.page_token("/mesh.tenant.v1.UserService/ListUsers"),
     },
     "/mesh.tenant.v1.UserService/RemoveUser": lambda ids: {"user_id": ids.user_id},
+    "/mesh.tenant.v1.DataKeyService/GetDataKeys": _nothing,
+    "/mesh.tenant.v1.DataKeyService/RotateDataKey": lambda ids: {"tenant_id": str(ids.tenant_id)},
+    "/mesh.tenant.v1.DataKeyService/RewrapDataKeys": _nothing,
+    # A key the provider takes: what is put here is used by the attacker's own later calls.
+    "/mesh.tenant.v1.SecretService/PutProviderKey": lambda ids: {"api_key": TENANTS_OWN_KEYS[1]},
+    "/mesh.tenant.v1.SecretService/DeleteProviderKey": _nothing,
+    "/mesh.tenant.v1.SecretService/GetProviderKeyInfo": _nothing,
+    "/mesh.tenant.v1.SecretService/GetProviderKey": _nothing,
     "/mesh.tenant.v1.PlanService/ListPlans": _nothing,
+    "/mesh.tenant.v1.ConfigurationService/GetConfiguration": _nothing,
+    "/mesh.tenant.v1.ConfigurationService/UpdateConfiguration": lambda ids: {
+        "overrides": {"ai": {"assistant_name": TAMPERED}},
+        "update_mask": {"paths": ["ai.assistant_name"]},
+    },
+    "/mesh.tenant.v1.ConfigurationService/ChangePlan": lambda ids: {"plan": "professional"},
+    "/mesh.tenant.v1.ConfigurationService/ListConfigurationChanges": lambda ids: {
+        "page_size": 1000,
+        "page_token": ids.page_token("/mesh.tenant.v1.ConfigurationService/ListConfigurationChanges"),
+    },
+    "/mesh.tenant.v1.FlagService/PutFlag": lambda ids: {"flag": {"name": "stolen_flag", "tenants_on": [str(ids.tenant_id)]}},
+    "/mesh.tenant.v1.FlagService/DeleteFlag": lambda ids: {"name": "stolen_flag"},
+    "/mesh.tenant.v1.FlagService/ListFlags": _nothing,
+    "/mesh.tenant.v1.FlagService/EvaluateFlags": lambda ids: {"tenant_id": str(ids.tenant_id)},
     "/mesh.tenant.v1.AuthenticationService/Authenticate": lambda ids: {
         "credential": f"ten_free_{ids.key_id}_guess",
         "claimed_tenant_id": ids.tenant_id.bytes,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from devstack.environment import TENANTS_OWN_KEYS
 from devstack.mesh_client import Metadata, NewTrace, credentials
 from devstack.stack import Stack
 from devstack.state import SERVICES
@@ -111,6 +112,8 @@ def secrets_of(stack: Stack, api_keys: Iterable[str]) -> dict[str, str]:
         "provider key": kept.provider_api_key,
         "signing key": kept.context_signing_key,
         "operator key": kept.operator_key,
+        "master key": kept.master_keys.partition(":")[2],
+        **{f"own key {number}": key for number, key in enumerate(TENANTS_OWN_KEYS)},
     }
     found |= {f"role password of {name}": value for name, value in kept.role_passwords.items()}
     found |= {f"bearer of {name}": value for name, value in kept.service_tokens.items()}

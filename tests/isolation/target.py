@@ -5,12 +5,23 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from devstack.environment import TENANTS_OWN_KEYS
 from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
 from mesh.metering.v1 import usage_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
-from mesh.tenant.v1 import api_key_service_pb2, audit_service_pb2, domain_service_pb2, issuer_service_pb2, user_service_pb2
+from mesh.tenant.v1 import (
+    api_key_service_pb2,
+    audit_service_pb2,
+    configuration_service_pb2,
+    domain_service_pb2,
+    issuer_service_pb2,
+    secret_service_pb2,
+    user_service_pb2,
+)
 from services.kernel.ids import new_uuid7
 from tests.isolation.surface import Answer, Surface
 from tests.support.jwks import SigningKey, running_jwks
@@ -107,7 +118,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Target:
-    """Makes a tenant that has a key, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
+    """Makes a tenant that has keys, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
     tenant = await mesh.tenant(plan)
     metadata, canary = credentials(tenant.api_key), f"canary{secrets.token_hex(8)}"
     listed_documents = await _plant_documents(mesh, metadata, canary)
@@ -127,6 +138,9 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise") -> Targe
     user = user_service_pb2.PutUserRequest(email=f"{canary}@example.com", role=user_service_pb2.USER_ROLE_MEMBER)
     put = await _must(surface, "tenant", "UserService/PutUser", user, metadata)
     issuer_id, domain = await _plant_names(mesh, surface, tenant.tenant_id, canary)
+    await _plant_settings(surface, metadata, canary)
+    own_key = secret_service_pb2.PutProviderKeyRequest(api_key=TENANTS_OWN_KEYS[0])
+    await _must(surface, "tenant", "SecretService/PutProviderKey", own_key, metadata)
     document = listed_documents[0]
     ids = Ids(
         tenant_id=uuid.UUID(tenant.tenant_id),
@@ -206,6 +220,15 @@ async def _plant_conversation(surface: Surface, metadata: Metadata, canary: str)
     return conversation_id, call_id
 
 
+async def _plant_settings(surface: Surface, metadata: Metadata, canary: str) -> None:
+    for name in (canary, f"{canary} again"):
+        request = configuration_service_pb2.UpdateConfigurationRequest(
+            overrides=configuration_service_pb2.ConfigurationOverrides(ai=configuration_service_pb2.AiOverrides(assistant_name=name)),
+            update_mask=FieldMask(paths=["ai.assistant_name"]),
+        )
+        await _must(surface, "tenant", "ConfigurationService/UpdateConfiguration", request, metadata)
+
+
 async def _page_tokens(surface: Surface, metadata: Metadata, conversation_id: str) -> tuple[tuple[str, str], ...]:
     tokens: list[tuple[str, str]] = []
     for port, method in (
@@ -213,6 +236,7 @@ async def _page_tokens(surface: Surface, metadata: Metadata, conversation_id: st
         ("inference", "ConversationService/ListTurns"),
         ("tenant", "ApiKeyService/ListApiKeys"),
         ("tenant", "UserService/ListUsers"),
+        ("tenant", "ConfigurationService/ListConfigurationChanges"),
     ):
         rpc = surface.find(port, method)
         request = rpc.request_type(page_size=1)

@@ -6,6 +6,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from devstack.environment import DATABASE, KEY_DATABASE, KEY_ROLE
 from services.kernel import catalog
 from services.tenant.change_hub import ChangeKind
 from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
@@ -41,12 +42,22 @@ TRANSIENT = {
         "peer_address, context_token, due_time) "
         "VALUES ($1, uuidv7(), 'CALL_ENDED', uuidv7(), now(), '', '{}', '{}', '', '', now() + interval '1 day')"
     ),
+    "inference.sealing": "INSERT INTO inference.sealing VALUES ($1, 1) ON CONFLICT DO NOTHING",
+    "retrieval.sealing": "INSERT INTO retrieval.sealing VALUES ($1, 1) ON CONFLICT DO NOTHING",
     "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
 }
 APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
 SHARED_TABLES = {
     "metering": ("prices", "price_versions"),
-    "tenant": ("plan_catalogs", "plans", "plan_versions", *(name.partition(".")[2] for name in DIRECTORIES)),
+    "tenant": (
+        "plan_catalogs",
+        "plans",
+        "plan_versions",
+        "plan_features",
+        "flags",
+        "flag_changes",
+        *(name.partition(".")[2] for name in DIRECTORIES),
+    ),
 }
 # What the jobs roles may do, by table and command; everything else must be refused or find nothing.
 JOBS_MAY = {
@@ -197,3 +208,20 @@ async def test_the_repairing_job_reads_no_contents(mesh: Mesh, attacked: list[At
 async def test_every_schema_keeps_the_isolation_rules(admin: asyncpg.Connection, schema: str) -> None:
     """The catalog shows no table without forced row-level security, no foreign policy, no index without its tenant."""
     assert await catalog.violations(admin, schema, shared_tables=SHARED_TABLES.get(schema, ())) == []
+
+
+async def test_the_key_store_keeps_the_isolation_rules(mesh: Mesh) -> None:
+    """The database of data keys is another one than the data's, its catalog keeps the same rules, and no other role gets in."""
+    assert KEY_DATABASE != DATABASE
+    connection = await asyncpg.connect(mesh.stack.postgres.dsn(KEY_DATABASE))
+    try:
+        assert await catalog.violations(connection, KEY_ROLE, shared_tables=("tenant_directory",)) == []
+        named = "SELECT attname FROM pg_attribute WHERE attrelid = 'tenant_keys.tenant_directory'::regclass AND attnum > 0"
+        assert [column["attname"] for column in await connection.fetch(named)] == ["tenant_id"]
+        for schema in SCHEMAS:
+            await connection.execute(f"SET SESSION AUTHORIZATION {schema}_service")
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.fetch("SELECT 1 FROM tenant_keys.data_keys")
+            await connection.execute("RESET SESSION AUTHORIZATION")
+    finally:
+        await connection.close()

@@ -15,7 +15,7 @@ from tests.kernel.mesh import Authentication, Mesh, running_mesh
 from tests.support.waiting import eventually
 
 SECONDS = 20.0
-EVERYBODY = TenantId(UUID(int=0))
+NO_TENANT = TenantId(UUID(int=0))
 UNIMPLEMENTED = MeshError(grpc.StatusCode.UNIMPLEMENTED, error_reason_pb2.ERROR_REASON_INTERNAL, "no such method")
 
 
@@ -106,7 +106,7 @@ async def test_subscribers_hear_each_change_in_order_before_the_feed_vouches_for
         fresh_when_told: list[bool] = []
         b.feed.subscribe(lambda tenant_id, kind: fresh_when_told.append(b.feed.is_fresh))
         await b.is_watched()
-        b.service.tell(3, one, other, EVERYBODY)
+        b.service.tell(3, one, other, NO_TENANT)
         await b.has_heard(3)
         assert b.told == [(one, "KEY"), (other, "KEY"), (None, "KEY")]
         assert fresh_when_told == [False] * 3

@@ -17,7 +17,7 @@ from services.kernel.credential_resolver import RemoteContextKeySource, RemoteCr
 from services.kernel.errors import MeshError, Unauthenticated, Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from tests.kernel.mesh import Mesh, running_mesh
-from tests.kernel.test_change_feed import EVERYBODY, UNIMPLEMENTED, FeedBench
+from tests.kernel.test_change_feed import NO_TENANT, UNIMPLEMENTED, FeedBench
 
 SECONDS = 20.0
 
@@ -142,7 +142,7 @@ async def test_a_change_ends_the_trust_in_its_tenant_alone() -> None:
         b.service.answer = revoked
         assert await b.refusal("a") == "CREDENTIAL_INVALID"
         assert await b.resolver.resolve("b", None)
-        await b.hear(EVERYBODY)
+        await b.hear(NO_TENANT)
         assert await b.refusal("b") == "CREDENTIAL_INVALID"
 
 

@@ -11,6 +11,9 @@ from pydantic import SecretStr
 
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.migrate import migrate
+from services.kernel.sealing import TenantKeys
+from services.kernel.tenant_cipher import TenantCipher
+from services.kernel.tenant_context import TenantContext
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.retrieval.adapters.postgres import PostgresDocumentStore, PostgresOwedWork
 from services.retrieval.adapters.qdrant import QdrantIndex
@@ -19,6 +22,19 @@ from services.retrieval.embedding import HashingEmbedder
 from services.retrieval.library import Library
 from tests.devstack.qdrant_front.front import API_KEY, running_front
 from tests.support.stores import PostgresStore
+
+
+class ScriptedKeys:
+    """The tenant service's data keys: version 1 for everybody until a test says otherwise."""
+
+    def __init__(self) -> None:
+        self.of: dict[TenantId, dict[int, bytes]] = {}
+        self.fetched = 0
+
+    async def fetch(self, context: TenantContext, tenant_id: TenantId) -> TenantKeys:
+        self.fetched += 1
+        keys = self.of.setdefault(tenant_id, {1: secrets.token_bytes(32)})
+        return TenantKeys.of(tenant_id, dict(keys), max(keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +48,10 @@ class Shelf:
     admin_dsn: str
     qdrant_url: str
     qdrant_api_key: str
+    keys: ScriptedKeys
+    database: TenantDatabase
+    embedder: HashingEmbedder
+    service_dsn: str
 
     async def new_tenant(self) -> TenantId:
         """A tenant with a collection of its own."""
@@ -54,8 +74,10 @@ async def shelf(postgres: PostgresStore, tmp_path_factory: pytest.TempPathFactor
         embedder = HashingEmbedder()
         url = f"http://127.0.0.1:{front.port}"
         index = QdrantIndex(url, SecretStr(API_KEY), embedder.dimensions)
-        store = PostgresDocumentStore(database)
-        yield Shelf(Library(store, index, embedder), store, index, PostgresOwedWork(jobs), admin_dsn, url, API_KEY)
+        keys = ScriptedKeys()
+        store = PostgresDocumentStore(database, TenantCipher(keys))
+        library, owed = Library(store, index, embedder), PostgresOwedWork(jobs)
+        yield Shelf(library, store, index, owed, admin_dsn, url, API_KEY, keys, database, embedder, service_dsn)
         await index.close()
         front.kill()
     await jobs.close()

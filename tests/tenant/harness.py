@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 from pydantic import SecretStr
 
 from mesh.common.v1 import lifecycle_service_pb2, lifecycle_service_pb2_grpc
@@ -24,9 +25,15 @@ from mesh.tenant.v1 import (
     audit_service_pb2_grpc,
     authentication_service_pb2,
     authentication_service_pb2_grpc,
+    configuration_service_pb2,
+    configuration_service_pb2_grpc,
+    data_key_service_pb2_grpc,
     domain_service_pb2_grpc,
+    flag_service_pb2,
+    flag_service_pb2_grpc,
     issuer_service_pb2_grpc,
     plan_service_pb2_grpc,
+    secret_service_pb2_grpc,
     tenant_service_pb2,
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
@@ -57,11 +64,15 @@ class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
         self.gate: asyncio.Event | None = None
         self.before_answer: Callable[[str], Any] | None = None
         self.address = ""
+        self.reencrypted: list[int] = []
+        self.pages_left = 0
 
     def reset(self) -> None:
         """Forgets every script and call."""
         self.tenants.clear()
         self.failures.clear()
+        self.reencrypted.clear()
+        self.pages_left = 0
         self.entered = asyncio.Event()
         self.gate = None
         self.before_answer = None
@@ -77,6 +88,14 @@ class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
             await self.before_answer(metadata["x-tenant-context"])
         self.tenants.append(UUID(metadata["x-tenant-id"]))
         return lifecycle_service_pb2.ProvisionTenantResponse()
+
+    async def ReencryptTenant(self, request: Any, context: Any) -> Any:
+        """Has `pages_left` pages of one record each to seal again."""
+        if self.failures:
+            await context.abort(self.failures.pop(0), "scripted")
+        self.reencrypted.append(request.active_version)
+        sealed_now, self.pages_left = min(self.pages_left, 1), max(self.pages_left - 1, 0)
+        return lifecycle_service_pb2.ReencryptTenantResponse(resealed_count=sealed_now, done=not self.pages_left)
 
     async def EraseTenant(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "creating a tenant erases nothing")
@@ -121,6 +140,10 @@ class Harness:
         self.domains = domain_service_pb2_grpc.DomainServiceStub(self.channel)
         self.users = user_service_pb2_grpc.UserServiceStub(self.channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(self.channel)
+        self.configuration = configuration_service_pb2_grpc.ConfigurationServiceStub(self.channel)
+        self.flags = flag_service_pb2_grpc.FlagServiceStub(self.channel)
+        self.data_keys = data_key_service_pb2_grpc.DataKeyServiceStub(self.channel)
+        self.secrets = secret_service_pb2_grpc.SecretServiceStub(self.channel)
         self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
 
     def as_operator(self, tenant_id: str | None = None, reason: str | None = "customer call 4711") -> Metadata:
@@ -235,6 +258,29 @@ async def call(
         raise decode_rpc_error(error, "tenant") from None
 
 
+async def update(
+    harness: Harness, metadata: Metadata, paths: Sequence[str], *, expected_version: int = 0, validate_only: bool = False, **overrides: Any
+) -> configuration_service_pb2.UpdateConfigurationResponse:
+    """Changes what the paths name of a tenant's configuration."""
+    request = configuration_service_pb2.UpdateConfigurationRequest(
+        overrides=configuration_service_pb2.ConfigurationOverrides(**overrides),
+        update_mask=FieldMask(paths=paths),
+        expected_version=expected_version,
+        validate_only=validate_only,
+    )
+    return await call(harness.configuration.UpdateConfiguration, request, metadata)
+
+
+async def put_flag(
+    harness: Harness, name: str, *, expected_version: int = 0, validate_only: bool = False, **rules: Any
+) -> flag_service_pb2.PutFlagResponse:
+    """Keeps a flag as the operator."""
+    request = flag_service_pb2.PutFlagRequest(
+        flag=flag_service_pb2.Flag(name=name, **rules), expected_version=expected_version, validate_only=validate_only
+    )
+    return await call(harness.flags.PutFlag, request, harness.as_operator())
+
+
 async def refusal(awaitable: Any) -> MeshError:
     """Awaits a call that must be refused and returns the refusal."""
     try:
@@ -252,10 +298,23 @@ def taken_apart(api_key: str) -> ApiKeyText:
     return key
 
 
+def new_master_key(name: str) -> str:
+    """A master key as the environment names it."""
+    return f"{name}:{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
 def settings_for(
-    admin_dsn: str, service_dsn: str, operator: OperatorKeyText, peers: dict[str, str], front: OperatorKeyText | None = None
+    admin_dsn: str,
+    service_dsn: str,
+    operator: OperatorKeyText,
+    peers: dict[str, str],
+    front: OperatorKeyText | None = None,
+    *,
+    key_store_dsn: str = "",
 ) -> TenantSettings:
-    """Settings of a service on free ports."""
+    """Settings of a service on free ports. Without a key store of its own, as administrator, it is put beside the data."""
+    key_admin = urlsplit(key_store_dsn or admin_dsn)
+    as_service = key_admin._replace(netloc=f"tenant_keys_service:key-store-password@{key_admin.hostname}:{key_admin.port}")
     hashes = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in SERVICE_TOKENS.items())
     addresses: dict[str, Any] = {f"{name}_address": address for name, address in peers.items()}
     return TenantSettings(
@@ -268,6 +327,9 @@ def settings_for(
         base_domains=BASE_DOMAIN,
         front_key_sha256="" if front is None else front.text_sha256().hex(),
         operator_key_sha256=operator.text_sha256().hex(),
+        key_store_admin_dsn=SecretStr(key_admin.geturl()),
+        key_store_dsn=SecretStr(as_service.geturl()),
+        master_keys=SecretStr(new_master_key("first")),
         drain_seconds=0.0,
         **addresses,
     )
@@ -280,8 +342,9 @@ async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
         peers = dict(zip(PEERS, (retrieval, inference, ratelimit, metering), strict=True))
         admin_dsn = await postgres.fresh_database()
         service_dsn = postgres.dsn(urlsplit(admin_dsn).path.lstrip("/"), "tenant_service", "service-password")
-        operator, front = new_operator_key(), new_operator_key()
-        settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()}, front)
+        operator, front, key_store_dsn = new_operator_key(), new_operator_key(), await postgres.fresh_database()
+        addresses = {name: peer.address for name, peer in peers.items()}
+        settings = settings_for(admin_dsn, service_dsn, operator, addresses, front, key_store_dsn=key_store_dsn)
         await migrate_schema(settings)
         app = await build(settings)
         await app.server.start()

@@ -55,7 +55,7 @@ async def test_an_api_key_becomes_the_claims_of_its_tenant(harness: Harness) -> 
     assert (context.tier, context.region, context.operator) == ("professional", "local", False)
     assert context.subject == f"key:{taken_apart(created.api_key).key_id}"
     assert context.scopes == TENANT_SCOPES
-    assert context.config_version == 2
+    assert context.config_version == 3
     assert timedelta(seconds=290) < context.expire_time - datetime.now(UTC) <= timedelta(seconds=300)
     assert answer.expire_time.ToDatetime(tzinfo=UTC) == context.expire_time
 

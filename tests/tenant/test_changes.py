@@ -17,12 +17,13 @@ import grpc
 from mesh.tenant.v1 import api_key_service_pb2, authentication_service_pb2_grpc
 from mesh.tenant.v1.authentication_service_pb2 import Change, WatchChangesRequest, WatchChangesResponse
 from services.kernel.errors import MeshError
+from services.kernel.ids import NO_TENANT
 from services.kernel.rpc.wire_status import decode_rpc_error
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_changes import PostgresChanges
 from services.tenant.app import PLAN_FILE, build
-from services.tenant.change_hub import EVERYBODY, ChangeHub, ChangeKind, Notice
+from services.tenant.change_hub import ChangeHub, ChangeKind, Notice
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
 from tests.tenant.harness import Harness, as_service, call, running_service, taken_apart, wish, with_key
@@ -166,7 +167,7 @@ async def test_new_plans_are_a_change_of_everybody(postgres: PostgresStore) -> N
         await load_plans(harness.admin_dsn, read_plan_file(PLAN_FILE))
         async with watching(harness.channel) as stream:
             message = await opened(stream)
-        assert [(change.tenant_id, change.kind) for change in message.changes] == [(EVERYBODY.bytes, ChangeKind.PLANS)]
+        assert [(change.tenant_id, change.kind) for change in message.changes] == [(NO_TENANT.bytes, ChangeKind.PLANS)]
 
 
 async def test_a_watcher_that_comes_back_is_told_what_it_missed(harness: Harness) -> None:

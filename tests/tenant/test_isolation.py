@@ -5,7 +5,8 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from tests.tenant.harness import Harness, taken_apart
+from mesh.tenant.v1 import secret_service_pb2
+from tests.tenant.harness import Harness, call, put_flag, taken_apart, update, with_key
 
 TENANT_TABLES = (
     "tenants",
@@ -17,18 +18,25 @@ TENANT_TABLES = (
     "audit_documents",
     "issuers",
     "domains",
+    "configuration_changes",
+    "provider_keys",
 )
 # Ids and kinds of changes, read whole by every replica.
 FEEDS = ("changes",)
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory", "issuer_directory", "domain_directory")
-PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions")
+PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions", "plan_features")
+FLAG_TABLES = ("flags", "flag_changes")
 ENTER = "SELECT set_config('app.tenant_id', $1, true)"
 READ_A_DOCUMENT = "INSERT INTO tenant.audit (tenant_id, action, subject, document_ids) VALUES ($1, 'TESTED', 'nobody', ARRAY[uuidv7()])"
 
 
 async def furnished(harness: Harness) -> str:
     """A tenant that has a row in every table of the schema."""
-    tenant_id = (await harness.create()).tenant.tenant_id
+    created = await harness.create()
+    tenant_id = created.tenant.tenant_id
+    await update(harness, with_key(created.api_key), ["ai.assistant_name"], ai={"assistant_name": "Bo"})
+    put = secret_service_pb2.PutProviderKeyRequest(api_key="sk-ant-of-its-own")
+    await call(harness.secrets.PutProviderKey, put, with_key(created.api_key))
     unique = uuid4().hex
     for sql in (
         "INSERT INTO tenant.domains (tenant_id, domain) VALUES ($1, $2)",
@@ -74,6 +82,8 @@ async def test_the_service_role_sees_one_tenants_rows_and_without_a_tenant_none(
         "INSERT INTO tenant.domains (tenant_id, domain) VALUES ($1, 'stolen.example')",
         "INSERT INTO tenant.domain_directory (tenant_id, domain) VALUES ($1, 'stolen.example')",
         "INSERT INTO tenant.issuer_directory (tenant_id, issuer, audience) VALUES ($1, 'https://stolen.example', 'stolen')",
+        "INSERT INTO tenant.configuration_changes (tenant_id, version, subject, reason, changed_fields, before, after) "
+        "VALUES ($1, 9, 'spy', '', '{plan}', '{}', '{}')",
     ],
 )
 async def test_the_service_role_cannot_write_into_another_tenant(harness: Harness, sql: str) -> None:
@@ -111,6 +121,10 @@ async def test_the_service_role_cannot_remove_another_tenants_rows(harness: Harn
         "UPDATE tenant.domains SET tenant_id = $1",
         "UPDATE tenant.plan_versions SET weight = 9 WHERE $1::uuid IS NOT NULL",
         "DELETE FROM tenant.plans WHERE $1::uuid IS NOT NULL",
+        "UPDATE tenant.plan_features SET usage_limit = 0 WHERE $1::uuid IS NOT NULL",
+        "UPDATE tenant.configuration_changes SET subject = 'nobody' WHERE tenant_id = $1",
+        "UPDATE tenant.flag_changes SET subject = 'nobody' WHERE $1::uuid IS NOT NULL",
+        "DELETE FROM tenant.flag_changes WHERE $1::uuid IS NOT NULL",
     ],
 )
 async def test_audit_directories_and_plans_cannot_be_rewritten_by_the_service(harness: Harness, sql: str) -> None:
@@ -121,6 +135,25 @@ async def test_audit_directories_and_plans_cannot_be_rewritten_by_the_service(ha
             async with connection.transaction():
                 await connection.execute(ENTER, created.tenant.tenant_id)
                 await connection.execute(sql, UUID(created.tenant.tenant_id))
+
+
+async def test_a_tenants_own_transaction_switches_no_flag(harness: Harness) -> None:
+    """Flags are written in the name of no tenant: with one set, making, changing and removing a flag finds nothing or is refused."""
+    created = await harness.create()
+    await put_flag(harness, "wall_of_flags")
+    async with harness.service_role() as connection:
+        for sql in ("UPDATE tenant.flags SET default_value = true", "DELETE FROM tenant.flags"):
+            async with connection.transaction():
+                await connection.execute(ENTER, created.tenant.tenant_id)
+                assert (await connection.execute(sql)).endswith(" 0")
+        for sql in (
+            "INSERT INTO tenant.flags VALUES ('stolen_flag', '', true, '{}', '{}', '{}', '{}', 0, 1)",
+            "INSERT INTO tenant.flag_changes (version, name, subject, reason) VALUES (999999999, 'stolen_flag', 'spy', '')",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="row-level security"):
+                async with connection.transaction():
+                    await connection.execute(ENTER, created.tenant.tenant_id)
+                    await connection.execute(sql)
 
 
 async def test_the_key_lookup_reads_one_key_and_enters_only_its_tenant(harness: Harness) -> None:
@@ -157,13 +190,14 @@ async def test_every_table_forces_row_level_security_and_belongs_to_the_owner(ha
             "SELECT relname, relrowsecurity, relforcerowsecurity, pg_get_userbyid(relowner) AS owner FROM pg_class "
             "WHERE relnamespace = 'tenant'::regnamespace AND relkind IN ('r', 'p') AND relname <> 'schema_migrations'"
         )
-        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES}
+        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES, *FLAG_TABLES}
         for row in tables:
             assert (row["relrowsecurity"], row["relforcerowsecurity"], row["owner"]) == (True, True, "tenant_owner"), row["relname"]
         policies = await connection.fetch("SELECT tablename, cmd, qual, with_check FROM pg_policies WHERE schemaname = 'tenant'")
         rule = "(tenant_id = ( SELECT (current_setting('app.tenant_id'::text))::uuid AS current_setting))"
-        found = {row["tablename"]: (row["cmd"], row["qual"], row["with_check"]) for row in policies if row["tablename"] in TENANT_TABLES}
-        assert found == dict.fromkeys(TENANT_TABLES, ("ALL", rule, rule))
+        isolated = TENANT_TABLES
+        found = {row["tablename"]: (row["cmd"], row["qual"], row["with_check"]) for row in policies if row["tablename"] in isolated}
+        assert found == dict.fromkeys(isolated, ("ALL", rule, rule))
         roles = await connection.fetch(
             "SELECT rolname, rolcanlogin, rolsuper, rolbypassrls FROM pg_roles WHERE rolname IN ('tenant_owner', 'tenant_service')"
         )

@@ -40,16 +40,20 @@ async def test_an_erased_tenant_leaves_only_its_audit_log(harness: Harness) -> N
         "postgres:tenant.issuers": 0,
         "postgres:tenant.domain_directory": 0,
         "postgres:tenant.domains": 0,
+        "postgres:tenant.provider_keys": 0,
         "postgres:tenant.users": 1,
         "postgres:tenant.tenant_settings": 1,
         "postgres:tenant.provisioning": 1,
         "postgres:tenant.slug_directory": 1,
         "postgres:tenant.tenants": 1,
+        "postgres:tenant.configuration_changes": 0,
+        "postgres:tenant.flags": 0,
+        "key_store:tenant_keys.data_keys": 0,
     }
     assert {item.count for item in (await call(harness.lifecycle.EraseTenant, ERASE, metadata)).erased} == {0}
     assert (await refusal(harness.authenticate(created.api_key))).reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
     actions = await harness.value("SELECT array_agg(action ORDER BY audit_id) FROM tenant.audit WHERE tenant_id = $1", tenant_id)
-    assert actions == ["TENANT_CREATED", "KEY_CREATED", "KEY_REVOKED", "TENANT_ERASED"]
+    assert actions == ["TENANT_CREATED", "KEY_CREATED", "KEY_REVOKED", "TENANT_ERASED", "DATA_KEY_DESTROYED"]
     gone = await refusal(
         call(harness.tenants.GetTenantConfig, tenant_service_pb2.GetTenantConfigRequest(), metadata_for_inference(metadata))
     )

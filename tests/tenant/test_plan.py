@@ -1,6 +1,7 @@
 """The plan file: complete, sensible, and never changed behind a version's back."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,27 @@ def test_the_shipped_plans_are_the_promised_ones() -> None:
         assert plan.context_tokens + plan.max_output_tokens <= plan.tokens_per_minute
 
 
+def test_each_plan_says_where_data_may_be_how_long_it_is_kept_and_which_features_it_has() -> None:
+    """Placement grows with the plan, retention is told in days, and every plan has a word on every feature."""
+    plans = {plan.name: plan for plan in read_catalog(DOCUMENT).plans}
+    assert {name: plan.isolation for name, plan in plans.items()} == {
+        "free": ("pool",),
+        "starter": ("pool",),
+        "professional": ("pool", "bridge"),
+        "enterprise": ("pool", "bridge", "silo"),
+    }
+    assert {name: plan.data_retention_days for name, plan in plans.items()} == {
+        "free": 30,
+        "starter": 90,
+        "professional": 365,
+        "enterprise": 0,
+    }
+    for plan in plans.values():
+        assert [feature.name for feature in plan.features] == ["advanced_analytics", "ai_interviews", "audio_seconds"]
+        assert plan.tokens_per_month == 0 or plan.tokens_per_month >= plan.tokens_per_day
+    assert PlanCatalog(1, (plans["free"],)).digest() != PlanCatalog(1, (replace(plans["free"], features=()),)).digest()
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -67,6 +89,24 @@ def test_the_shipped_plans_are_the_promised_ones() -> None:
         changed(name="7up"),
         changed(name="f" * 64),
         changed(colour="red"),
+        changed(tokens_per_month=-1),
+        changed(tokens_per_month=None),
+        changed(data_retention_days=36_501),
+        changed(encrypt_content=1),
+        changed(encrypt_content="yes"),
+        changed(isolation=[]),
+        changed(isolation="pool"),
+        changed(isolation=["pool", "pool"]),
+        changed(isolation=["moon"]),
+        changed(features=["ai_interviews"]),
+        changed(features={"AI": {"enabled": True, "limit": 1}}),
+        changed(features={7: {"enabled": True, "limit": 1}}),
+        changed(features={"ai_interviews": {"enabled": True}}),
+        changed(features={"ai_interviews": {"enabled": 1, "limit": 1}}),
+        changed(features={"ai_interviews": {"enabled": True, "limit": -1}}),
+        changed(features={"ai_interviews": {"enabled": True, "limit": True}}),
+        changed(features={"ai_interviews": True}),
+        changed(features={f"feature_{n}": {"enabled": True, "limit": 1} for n in range(101)}),
     ],
 )
 def test_a_plan_file_that_does_not_say_everything_is_refused(document: object) -> None:
@@ -80,10 +120,11 @@ def test_a_catalog_is_loaded_once_a_version() -> None:
     catalog = read_catalog(DOCUMENT)
     names = frozenset(plan.name for plan in catalog.plans)
     assert needs_loading(catalog, None, None, frozenset())
-    assert not needs_loading(catalog, 1, catalog.digest(), names)
-    assert needs_loading(PlanCatalog(2, catalog.plans), 1, catalog.digest(), names)
-    for version, digest in ((1, bytes(32)), (2, catalog.digest())):
+    version = catalog.version
+    assert not needs_loading(catalog, version, catalog.digest(), names)
+    assert needs_loading(PlanCatalog(version + 1, catalog.plans), version, catalog.digest(), names)
+    for loaded, digest in ((version, bytes(32)), (version + 1, catalog.digest())):
         with pytest.raises(PlanCatalogRefused):
-            needs_loading(catalog, version, digest, names)
+            needs_loading(catalog, loaded, digest, names)
     with pytest.raises(PlanCatalogRefused, match="must stay"):
-        needs_loading(PlanCatalog(2, catalog.plans[1:]), 1, catalog.digest(), names)
+        needs_loading(PlanCatalog(catalog.version + 1, catalog.plans[1:]), catalog.version, catalog.digest(), names)

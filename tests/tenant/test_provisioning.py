@@ -69,7 +69,7 @@ async def test_inference_can_read_the_configuration_while_the_tenant_is_being_ma
     answer = await harness.create(display_name="Acme Corporation", assistant_name="Ada")
     [config] = seen
     assert (config.tenant_id, config.display_name, config.ai.assistant_name) == (answer.tenant.tenant_id, "Acme Corporation", "Ada")
-    assert config.version == 2
+    assert config.version == 3
 
 
 @pytest.mark.parametrize("name", PEERS)

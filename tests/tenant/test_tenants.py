@@ -104,6 +104,11 @@ async def test_the_plans_on_offer_are_those_of_the_file(harness: Harness) -> Non
         assert tuple(served.ai.allowed_models) == plan.allowed_models
         assert served.ai.default_model == plan.default_model
         assert served.limits.weight >= 1
+        assert served.limits.tokens_per_month == plan.tokens_per_month
+        assert (served.data_retention_days, served.encrypt_content) == (plan.data_retention_days, plan.encrypt_content)
+        assert tuple(served.placements) == plan.isolation
+        features = {(name, terms.enabled, terms.limit) for name, terms in served.features.items()}
+        assert features == {(feature.name, feature.enabled, feature.limit) for feature in plan.features}
 
 
 async def test_a_service_reads_the_configuration_with_the_tenants_context(harness: Harness) -> None:
@@ -137,7 +142,7 @@ async def test_a_change_of_settings_raises_the_version_in_tokens_and_configurati
         UUID(created.tenant.tenant_id),
     )
     config = (await call(harness.tenants.GetTenantConfig, CONFIG, with_key(created.api_key))).config
-    assert (config.version, config.ai.assistant_name) == (3, "Cleo")
+    assert (config.version, config.ai.assistant_name) == (4, "Cleo")
 
 
 async def test_loading_plans_again_changes_nothing_and_a_change_needs_a_new_version(postgres: PostgresStore) -> None:
@@ -154,5 +159,7 @@ async def test_loading_plans_again_changes_nothing_and_a_change_needs_a_new_vers
         assert (config.version, config.limits.requests_per_minute) == (catalog.version + 2, 7)
         kept = "SELECT array_agg(requests_per_minute ORDER BY version) FROM tenant.plan_versions WHERE plan = 'professional'"
         assert await harness.value(kept) == [60, 7]
+        announced = "SELECT count(*) FROM tenant.changes WHERE kind = 'PLANS' AND tenant_id = '00000000-0000-0000-0000-000000000000'"
+        assert await harness.value(announced) == 2
         with pytest.raises(PlanCatalogRefused, match="older"):
             await load_plans(harness.admin_dsn, catalog)

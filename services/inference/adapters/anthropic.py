@@ -1,10 +1,12 @@
-"""The provider port over the Anthropic SDK: one client a process, one attempt a call, always streamed, events read without its models.
+"""The provider port over the Anthropic SDK: one client an endpoint, one attempt a call, always streamed, events read without its models.
+
+The key is the request's: a tenant's own, or the house's. One client for all of them, so that tenants' keys make no pools of connections.
 
 Never retries, never sends trace context or tenant ids to the provider; an own header carries the call id only where one is configured.
 """
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from time import monotonic
 from typing import Any, cast
@@ -14,12 +16,13 @@ import anthropic
 import httpx2
 import orjson
 
+from services.inference.adapters.endpoint_clients import EndpointClients
 from services.inference.adapters.server_sent_events import EventSplitter
 from services.inference.call import Question, Received, Usage
 from services.inference.prompt_assembly import AssembledPrompt
 from services.inference.provider_failure import ProviderFailure
+from services.kernel.ids import TenantId
 
-ANTHROPIC_URL = "https://api.anthropic.com"
 _CONNECT_SECONDS = 5.0
 _MAX_STOP_REASON_LENGTH = 100
 _MOST_TOKENS = 100_000_000
@@ -29,37 +32,41 @@ _MAX_REQUEST_ID_LENGTH = 200
 class AnthropicProvider:
     """Streams answers from Anthropic's Messages API, or from anything that speaks it."""
 
-    def __init__(self, *, base_url: str, api_key: str, call_id_header: str, max_connections: int) -> None:
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        api_key: str,
+        call_id_header: str,
+        max_connections: int,
+        own_key_refused: Callable[[TenantId], None] = lambda _: None,
+    ) -> None:
         # One line a request from each of them says nothing that the call's own record does not.
         for library in ("anthropic", "httpx2"):
             logging.getLogger(library).setLevel(logging.WARNING)
         self._call_id_header = call_id_header
-        self._client = anthropic.AsyncAnthropic(
-            api_key=api_key,
-            # Never left to the SDK, which would read an address out of the environment.
-            base_url=base_url or ANTHROPIC_URL,
-            max_retries=0,
-            # The transport's own pool must never be a second, hidden queue behind the fair one.
-            http_client=anthropic.DefaultAioHttpClient(
-                limits=httpx2.Limits(max_connections=max_connections),
-                # A redirect would send the request a second time.
-                follow_redirects=False,
-            ),
-            open_telemetry={"traces": False, "propagation": False},
-        )
+        self._clients = EndpointClients(base_url=base_url, api_key=api_key, max_connections=max_connections)
+        self._own_key_refused = own_key_refused
 
     async def close(self) -> None:
-        """Closes the client's connections."""
-        await self._client.close()
+        """Closes the clients' connections."""
+        await self._clients.close()
 
     async def stream(self, question: Question, prompt: AssembledPrompt, received: Received) -> AsyncGenerator[str, None]:
         """Sends the request and yields the answer's text, one piece a network read; `received` is kept up to date.
 
         Raises: ProviderFailure.
         """
+        async with self._clients.lend(question.endpoint) as client, aclosing(self._stream(client, question, prompt, received)) as texts:
+            async for text in texts:
+                yield text
+
+    async def _stream(
+        self, client: anthropic.AsyncAnthropic, question: Question, prompt: AssembledPrompt, received: Received
+    ) -> AsyncGenerator[str, None]:
         accepted = False
         try:
-            response = await self._send(question, prompt)
+            response = await self._send(client, question, prompt)
             accepted = True
             try:
                 received.provider_request_id = response.headers.get("request-id", "")[:_MAX_REQUEST_ID_LENGTH]
@@ -69,14 +76,20 @@ class AnthropicProvider:
             finally:
                 await response.aclose()
         except (TimeoutError, anthropic.AnthropicError, httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
-            raise _failure(error, accepted=accepted) from error
+            failure = _failure(error, accepted=accepted, own_key=bool(question.provider_key))
+            if failure.own_key and failure.key_refused:
+                self._own_key_refused(question.tenant_id)
+            raise failure from error
 
-    async def _send(self, question: Question, prompt: AssembledPrompt) -> httpx2.Response:
+    async def _send(self, client: anthropic.AsyncAnthropic, question: Question, prompt: AssembledPrompt) -> httpx2.Response:
         # The client's generic post: the typed method builds and checks models of a request that is exact already, at a quarter of the cost.
         remaining = max(question.remaining_seconds(), 0.001)
         timeout = httpx2.Timeout(remaining, connect=min(remaining, _CONNECT_SECONDS))
-        headers = {self._call_id_header: str(question.call_id)} if self._call_id_header else {}
-        response = await self._client.post(
+        headers: dict[str, str | anthropic.Omit] = {self._call_id_header: str(question.call_id)} if self._call_id_header else {}
+        if question.provider_key:
+            # The client's own authorization must not go along: it is the house's key.
+            headers |= {"x-api-key": question.provider_key, "Authorization": anthropic.Omit()}
+        response = await client.post(
             "/v1/messages",
             cast_to=httpx2.Response,
             body=_body(question, prompt),
@@ -166,13 +179,14 @@ def _or(reported: int | None, before: int) -> int:
     return before if reported is None else reported
 
 
-def _failure(error: BaseException, *, accepted: bool) -> ProviderFailure:
+def _failure(error: BaseException, *, accepted: bool, own_key: bool) -> ProviderFailure:
     if accepted:
-        return ProviderFailure("cut", accepted=True)
+        return ProviderFailure("cut", accepted=True, own_key=own_key)
     if isinstance(error, anthropic.APIStatusError):
         status = error.status_code
-        return ProviderFailure(f"provider_{status}", http_status=status, retry_after_seconds=_retry_after(error.response.headers))
-    return ProviderFailure("provider_unreachable", unsent=_never_sent(error))
+        retry_after = _retry_after(error.response.headers)
+        return ProviderFailure(f"provider_{status}", http_status=status, retry_after_seconds=retry_after, own_key=own_key)
+    return ProviderFailure("provider_unreachable", unsent=_never_sent(error), own_key=own_key)
 
 
 def _never_sent(error: BaseException | None) -> bool:

@@ -11,7 +11,7 @@ from mesh.inference.v1 import inference_service_pb2_grpc
 from services.inference.call import Question, Ready, Report, RetrievalMode, Usage
 from services.inference.delta_coalescing import DeltaForwarder
 from services.inference.pipeline import AnswerPipeline
-from services.inference.ports import Prices, Sink
+from services.inference.ports import OwnProviderKeys, Prices, Sink
 from services.inference.prompt_assembly import ASSISTANT, USER, Chunk, Turn
 from services.inference.question import Asked, to_question
 from services.kernel.ids import CallId, new_uuid7
@@ -58,9 +58,17 @@ class Streamed(DeltaForwarder):
 class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
     """Answers from models."""
 
-    def __init__(self, pipeline: AnswerPipeline, configs: TenantConfigCache, prices: Prices, default_deadline_seconds: float) -> None:
+    def __init__(
+        self,
+        pipeline: AnswerPipeline,
+        configs: TenantConfigCache,
+        provider_keys: OwnProviderKeys,
+        prices: Prices,
+        default_deadline_seconds: float,
+    ) -> None:
         self._pipeline = pipeline
         self._configs = configs
+        self._provider_keys = provider_keys
         self._prices = prices
         self._default_deadline_seconds = default_deadline_seconds
 
@@ -98,6 +106,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
             top_k=options.retrieval.top_k,
             stop_sequences=tuple(options.stop_sequences),
             deadline=time.monotonic() + min(self._default_deadline_seconds, remaining_seconds(self._default_deadline_seconds)),
+            provider_key=await self._provider_keys.get(tenant),
         )
         question = await to_question(asked, await self._configs.get(tenant), self._prices)
         return await self._pipeline.answer(question, sink)

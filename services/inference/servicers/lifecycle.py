@@ -7,15 +7,17 @@ from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.inference.conversation import Store, first_prompt
 from services.kernel.request_context import current_tenant, current_tenant_id
+from services.kernel.sealed_writes import SealedRows, reseal_for_a_while
 from services.kernel.tenant_config import TenantConfigCache
 
 
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     """Provisions, erases and exports."""
 
-    def __init__(self, store: Store, configs: TenantConfigCache) -> None:
+    def __init__(self, store: Store, configs: TenantConfigCache, sealed_rows: SealedRows) -> None:
         self._store = store
         self._configs = configs
+        self._sealed_rows = sealed_rows
 
     async def ProvisionTenant(
         self,
@@ -38,3 +40,8 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         async with aclosing(self._store.export(current_tenant_id())) as records:
             async for kind, record_json in records:
                 yield pb.ExportTenantResponse(kind=kind, record_json=record_json)
+
+    async def ReencryptTenant(self, request: pb.ReencryptTenantRequest, context: object) -> pb.ReencryptTenantResponse:
+        """Seals turns and names again."""
+        count, done = await reseal_for_a_while(self._sealed_rows, current_tenant_id(), request.active_version)
+        return pb.ReencryptTenantResponse(resealed_count=count, done=done)

@@ -6,50 +6,64 @@ from collections.abc import AsyncIterator, Sequence
 import asyncpg
 
 from services.kernel.ids import DocumentId, TenantId, new_uuid7
+from services.kernel.sealed_writes import write_sealed
+from services.kernel.sealing import TenantKeys
+from services.kernel.tenant_cipher import TenantCipher
 from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
+from services.retrieval.adapters.postgres_sealing import REQUIRE_VERSION
+from services.retrieval.adapters.sealed_values import RowReader, chunk_identity, document_columns, is_unchanged
 from services.retrieval.chunking import Chunk
 from services.retrieval.document import DocumentDraft, IndexedChunk, StoredDocument, chunk_id
 
 SELECT_BY_KEY_FOR_UPDATE = """
-SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time
+SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time,
+       sealed_header, NULL::bytea AS sealed_content, key_version
 FROM retrieval.documents WHERE tenant_id = $1 AND document_key = $2 FOR UPDATE
 """
 UPSERT_DOCUMENT = """
-INSERT INTO retrieval.documents (tenant_id, document_id, document_key, title, content, content_sha256, chunk_count)
-VALUES ($1, $2, $3, $4, $5, $6, $7)
+INSERT INTO retrieval.documents (
+    tenant_id, document_id, document_key, title, content, content_sha256, chunk_count, sealed_header, sealed_content, key_version
+)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 ON CONFLICT (tenant_id, document_key) DO UPDATE
 SET title = excluded.title, content = excluded.content, content_sha256 = excluded.content_sha256, chunk_count = excluded.chunk_count,
+    sealed_header = excluded.sealed_header, sealed_content = excluded.sealed_content, key_version = excluded.key_version,
     indexed = false, update_time = now()
-RETURNING document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time
+RETURNING document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time,
+       sealed_header, NULL::bytea AS sealed_content, key_version
 """
 DELETE_CHUNKS = "DELETE FROM retrieval.chunks WHERE tenant_id = $1 AND document_id = $2"
 INSERT_CHUNKS = """
-INSERT INTO retrieval.chunks (tenant_id, chunk_id, document_id, position, start_offset, end_offset, content)
-SELECT $1, chunk_id, $2, position, start_offset, end_offset, content
-FROM unnest($3::uuid[], $4::integer[], $5::integer[], $6::integer[], $7::text[])
-    AS c (chunk_id, position, start_offset, end_offset, content)
+INSERT INTO retrieval.chunks (tenant_id, chunk_id, document_id, position, start_offset, end_offset, content, sealed_content, key_version)
+SELECT $1, chunk_id, $2, position, start_offset, end_offset, content, sealed_content, $9
+FROM unnest($3::uuid[], $4::integer[], $5::integer[], $6::integer[], $7::text[], $8::bytea[])
+    AS c (chunk_id, position, start_offset, end_offset, content, sealed_content)
 """
 MARK_INDEXED = """
 UPDATE retrieval.documents SET indexed = true WHERE tenant_id = $1 AND document_id = $2 AND content_sha256 = $3
 """
 SELECT_DOCUMENT = """
-SELECT document_id, document_key, title, content, content_sha256, chunk_count, indexed, create_time, update_time
+SELECT document_id, document_key, title, content, content_sha256, chunk_count, indexed, create_time, update_time,
+       sealed_header, sealed_content
 FROM retrieval.documents WHERE tenant_id = $1 AND document_id = $2
 """
 SELECT_PAGE = """
-SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time
+SELECT document_id, document_key, title, NULL AS content, content_sha256, chunk_count, indexed, create_time, update_time,
+       sealed_header, NULL::bytea AS sealed_content, key_version
 FROM retrieval.documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT $3
 """
 DELETE_DOCUMENT = "DELETE FROM retrieval.documents WHERE tenant_id = $1 AND document_id = $2 RETURNING document_id"
 INSERT_REMOVED = "INSERT INTO retrieval.removed_documents (tenant_id, document_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"
 DELETE_REMOVED = "DELETE FROM retrieval.removed_documents WHERE tenant_id = $1 AND document_id = $2"
 SELECT_CHUNKS = """
-SELECT c.chunk_id, c.document_id, d.document_key, d.title, c.position, c.start_offset, c.end_offset, c.content
+SELECT c.chunk_id, c.document_id, d.document_key, d.title, c.position, c.start_offset, c.end_offset, c.content,
+       d.sealed_header, c.sealed_content
 FROM retrieval.chunks c JOIN retrieval.documents d ON d.tenant_id = c.tenant_id AND d.document_id = c.document_id
 WHERE c.tenant_id = $1 AND c.document_id = $2 ORDER BY c.position
 """
 FIND_CHUNKS = """
-SELECT chunk_id, document_id, document_key, title, "position", start_offset, end_offset, content FROM retrieval.find_chunks($1, $2)
+SELECT chunk_id, document_id, document_key, title, "position", start_offset, end_offset, content, sealed_header, sealed_content
+FROM retrieval.find_chunks($1, $2, $3)
 """
 COUNT_AND_DELETE = (
     ("chunks", "WITH gone AS (DELETE FROM retrieval.chunks WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
@@ -58,9 +72,11 @@ COUNT_AND_DELETE = (
         "removed_documents",
         "WITH gone AS (DELETE FROM retrieval.removed_documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone",
     ),
+    ("sealing", "WITH gone AS (DELETE FROM retrieval.sealing WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
 )
 EXPORT_DOCUMENTS = """
-SELECT document_id, document_key, title, content, create_time, update_time
+SELECT document_id, document_key, title, content, content_sha256, chunk_count, indexed, create_time, update_time,
+       sealed_header, sealed_content
 FROM retrieval.documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT 100
 """
 SELECT_UNINDEXED = """
@@ -74,54 +90,101 @@ WHERE remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $1
 
 
 class PostgresDocumentStore:
-    """The documents of every tenant, one tenant a transaction."""
+    """The documents of every tenant, one tenant a transaction. Sealed when its context says so, opened whenever sealed."""
 
-    def __init__(self, database: TenantDatabase) -> None:
+    def __init__(self, database: TenantDatabase, cipher: TenantCipher) -> None:
         self._database = database
+        self._cipher = cipher
+        self._reader = RowReader(cipher)
+
+    async def warm(self, tenant_id: TenantId) -> None:
+        """Fetches the keys of a tenant whose content is sealed: what a crash left half-done is repaired with them, in nobody's name."""
+        if self._cipher.is_sealing(tenant_id):
+            await self._cipher.keys(tenant_id)
 
     async def put(self, tenant_id: TenantId, draft: DocumentDraft, chunks: Sequence[Chunk]) -> StoredDocument:
         """Stores a document under its key; an unchanged one is left alone."""
-        async with self._database.transaction(tenant_id) as connection:
-            known = await connection.fetchrow(SELECT_BY_KEY_FOR_UPDATE, tenant_id, draft.key)
-            if known is not None and known["content_sha256"] == draft.content_sha256:
-                return _document(known)
-            row = await connection.fetchrow(
-                UPSERT_DOCUMENT, tenant_id, new_uuid7(), draft.key, draft.title, draft.text, draft.content_sha256, len(chunks)
-            )
-            document = _document(row)
-            await self._replace_chunks(connection, tenant_id, document, chunks)
-            return document
+        if not self._cipher.is_sealing(tenant_id):
+            return await self._put(tenant_id, draft, chunks, None)
+        return await write_sealed(self._cipher, tenant_id, lambda keys: self._put(tenant_id, draft, chunks, keys))
 
-    async def _replace_chunks(self, connection: Connection, tenant_id: TenantId, document: StoredDocument, chunks: Sequence[Chunk]) -> None:
-        await connection.execute(DELETE_CHUNKS, tenant_id, document.document_id)
+    async def _put(self, tenant_id: TenantId, draft: DocumentDraft, chunks: Sequence[Chunk], keys: TenantKeys | None) -> StoredDocument:
+        async with self._database.transaction(tenant_id) as connection:
+            if keys is not None:
+                await connection.execute(REQUIRE_VERSION, tenant_id, keys.active_version)
+            row = await connection.fetchrow(SELECT_BY_KEY_FOR_UPDATE, tenant_id, draft.key)
+            if row is None or not is_unchanged(row, draft, keys):
+                planned = DocumentId(new_uuid7() if row is None else row["document_id"])
+                row = await self._upsert(connection, tenant_id, planned, draft, len(chunks), keys)
+                if row["document_id"] != planned:
+                    # Another writer made the document first: what is sealed is bound to its id, which is known only now.
+                    row = await self._upsert(connection, tenant_id, row["document_id"], draft, len(chunks), keys)
+                await self._replace_chunks(connection, tenant_id, row, chunks, keys)
+        [document] = await self._reader.documents(tenant_id, [row])
+        return document
+
+    async def _upsert(
+        self,
+        connection: Connection,
+        tenant_id: TenantId,
+        document_id: DocumentId,
+        draft: DocumentDraft,
+        chunk_count: int,
+        keys: TenantKeys | None,
+    ) -> asyncpg.Record:
+        columns = document_columns(document_id, draft, keys)
+        return await connection.fetchrow(
+            UPSERT_DOCUMENT,
+            tenant_id,
+            document_id,
+            draft.key,
+            columns.title,
+            columns.content,
+            columns.row_digest,
+            chunk_count,
+            columns.sealed_header,
+            columns.sealed_content,
+            columns.key_version,
+        )
+
+    async def _replace_chunks(
+        self, connection: Connection, tenant_id: TenantId, row: asyncpg.Record, chunks: Sequence[Chunk], keys: TenantKeys | None
+    ) -> None:
+        ids = [chunk_id(row["document_id"], row["content_sha256"], chunk.index) for chunk in chunks]
+        texts: list[str] = [chunk.text if keys is None else "" for chunk in chunks]
+        named = zip(ids, chunks, strict=True)
+        sealed = [None if keys is None else keys.seal(chunk.text.encode(), chunk_identity(name)) for name, chunk in named]
+        await connection.execute(DELETE_CHUNKS, tenant_id, row["document_id"])
         await connection.execute(
             INSERT_CHUNKS,
             tenant_id,
-            document.document_id,
-            [chunk_id(document.document_id, document.content_sha256, chunk.index) for chunk in chunks],
+            row["document_id"],
+            ids,
             [chunk.index for chunk in chunks],
             [chunk.start for chunk in chunks],
             [chunk.end for chunk in chunks],
-            [chunk.text for chunk in chunks],
+            texts,
+            sealed,
+            None if keys is None else keys.active_version,
         )
 
-    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, content_sha256: bytes) -> bool:
+    async def mark_indexed(self, tenant_id: TenantId, document_id: DocumentId, row_digest: bytes) -> bool:
         """Records that the points of this content are in the collection."""
         async with self._database.transaction(tenant_id) as connection:
-            done: str = await connection.execute(MARK_INDEXED, tenant_id, document_id, content_sha256)
+            done: str = await connection.execute(MARK_INDEXED, tenant_id, document_id, row_digest)
             return done == "UPDATE 1"
 
     async def get(self, tenant_id: TenantId, document_id: DocumentId) -> StoredDocument | None:
         """Returns a document with its text."""
         async with self._database.transaction(tenant_id) as connection:
             row = await connection.fetchrow(SELECT_DOCUMENT, tenant_id, document_id)
-        return None if row is None else _document(row)
+        return None if row is None else (await self._reader.documents(tenant_id, [row]))[0]
 
     async def list_page(self, tenant_id: TenantId, after_key: str, limit: int) -> list[StoredDocument]:
         """Returns documents in order of their keys."""
         async with self._database.transaction(tenant_id) as connection:
             rows = await connection.fetch(SELECT_PAGE, tenant_id, after_key, limit)
-        return [_document(row) for row in rows]
+        return await self._reader.documents(tenant_id, rows)
 
     async def delete(self, tenant_id: TenantId, document_id: DocumentId) -> None:
         """Removes a document with its chunks and notes the points that are left."""
@@ -138,12 +201,12 @@ class PostgresDocumentStore:
         """Returns a document's chunks in order."""
         async with self._database.transaction(tenant_id) as connection:
             rows = await connection.fetch(SELECT_CHUNKS, tenant_id, document_id)
-        return [_chunk(row) for row in rows]
+        return await self._reader.chunks(tenant_id, rows)
 
-    async def chunks_by_id(self, tenant_id: TenantId, chunk_ids: Sequence[uuid.UUID]) -> list[IndexedChunk]:
-        """Returns this tenant's current chunks among the ids, in one round trip."""
-        rows = await self._database.call(tenant_id, FIND_CHUNKS, tenant_id, list(chunk_ids))
-        return [_chunk(row) for row in rows]
+    async def chunks_by_id(self, tenant_id: TenantId, chunk_ids: Sequence[uuid.UUID], limit: int) -> list[IndexedChunk]:
+        """Returns the first of this tenant's current chunks among the ids, in one round trip; no other is opened."""
+        rows = await self._database.call(tenant_id, FIND_CHUNKS, tenant_id, list(chunk_ids), limit)
+        return await self._reader.chunks(tenant_id, rows)
 
     async def erase(self, tenant_id: TenantId) -> dict[str, int]:
         """Removes everything of the tenant."""
@@ -156,8 +219,18 @@ class PostgresDocumentStore:
         while True:
             async with self._database.transaction(tenant_id) as connection:
                 rows = await connection.fetch(EXPORT_DOCUMENTS, tenant_id, after)
-            for row in rows:
-                yield "documents", dict(row)
+            for document in await self._reader.documents(tenant_id, rows):
+                yield (
+                    "documents",
+                    {
+                        "document_id": document.document_id,
+                        "document_key": document.key,
+                        "title": document.title,
+                        "content": document.text,
+                        "create_time": document.create_time,
+                        "update_time": document.update_time,
+                    },
+                )
             if not rows:
                 return
             after = rows[-1]["document_key"]
@@ -178,22 +251,3 @@ class PostgresOwedWork:
         """Returns removed documents whose points may be left."""
         rows = await self._database.call(SELECT_UNDELETED, limit)
         return [(TenantId(row["tenant_id"]), DocumentId(row["document_id"])) for row in rows]
-
-
-def _document(row: asyncpg.Record) -> StoredDocument:
-    return StoredDocument(
-        document_id=DocumentId(row["document_id"]),
-        key=row["document_key"],
-        title=row["title"],
-        text=row["content"],
-        content_sha256=row["content_sha256"],
-        chunk_count=row["chunk_count"],
-        indexed=row["indexed"],
-        create_time=row["create_time"],
-        update_time=row["update_time"],
-    )
-
-
-def _chunk(row: asyncpg.Record) -> IndexedChunk:
-    chunk = Chunk(row["position"], row["start_offset"], row["end_offset"], row["content"])
-    return IndexedChunk(row["chunk_id"], DocumentId(row["document_id"]), row["document_key"], row["title"], chunk)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import yaml
 
+from services.kernel.ids import NO_TENANT
 from services.kernel.tenant_database import Connection, JobsDatabase
 from services.tenant.adapters.postgres_changes import announce
-from services.tenant.change_hub import EVERYBODY, ChangeKind
+from services.tenant.change_hub import ChangeKind
 from services.tenant.plan import Plan, PlanCatalog, needs_loading, read_catalog
 
 BECOME_OWNER = "SET LOCAL ROLE tenant_owner"
@@ -22,9 +23,12 @@ ON CONFLICT (plan) DO UPDATE SET position = excluded.position, version = exclude
 INSERT_TERMS = """
 INSERT INTO tenant.plan_versions (
     plan, version, requests_per_minute, tokens_per_minute, tokens_per_day, cost_nano_usd_per_month, concurrent_calls, context_tokens,
-    weight, default_model, allowed_models, default_max_output_tokens, max_output_tokens
-) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+    weight, default_model, allowed_models, default_max_output_tokens, max_output_tokens, tokens_per_month, data_retention_days,
+    encrypt_content, isolation
+) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
 """
+INSERT_FEATURE = "INSERT INTO tenant.plan_features (plan, version, feature, enabled, usage_limit) VALUES ($1, $2, $3, $4, $5)"
+# The nil tenant: every tenant's terms may be others now.
 
 
 def read_plan_file(plan_file: Path) -> PlanCatalog:
@@ -54,7 +58,9 @@ async def _load(connection: Connection, catalog: PlanCatalog) -> bool:
     for position, plan in enumerate(catalog.plans):
         await connection.execute(UPSERT_PLAN, plan.name, position, catalog.version)
         await _insert_terms(connection, plan, catalog.version)
-    await announce(connection, EVERYBODY, ChangeKind.PLANS)
+        for feature in plan.features:
+            await connection.execute(INSERT_FEATURE, plan.name, catalog.version, feature.name, feature.enabled, feature.limit)
+    await announce(connection, NO_TENANT, ChangeKind.PLANS)
     return True
 
 
@@ -74,4 +80,8 @@ async def _insert_terms(connection: Connection, plan: Plan, version: int) -> Non
         list(plan.allowed_models),
         plan.default_max_output_tokens,
         plan.max_output_tokens,
+        plan.tokens_per_month,
+        plan.data_retention_days,
+        plan.encrypt_content,
+        list(plan.isolation),
     )

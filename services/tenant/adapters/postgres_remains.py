@@ -24,12 +24,16 @@ DELETES = {
     "postgres:tenant.issuers": "DELETE FROM tenant.issuers WHERE tenant_id = $1",
     "postgres:tenant.domain_directory": "DELETE FROM tenant.domain_directory WHERE tenant_id = $1",
     "postgres:tenant.domains": "DELETE FROM tenant.domains WHERE tenant_id = $1",
+    "postgres:tenant.provider_keys": "DELETE FROM tenant.provider_keys WHERE tenant_id = $1",
     "postgres:tenant.users": "DELETE FROM tenant.users WHERE tenant_id = $1",
+    "postgres:tenant.configuration_changes": "DELETE FROM tenant.configuration_changes WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
     "postgres:tenant.provisioning": "DELETE FROM tenant.provisioning WHERE tenant_id = $1",
     "postgres:tenant.slug_directory": "DELETE FROM tenant.slug_directory WHERE tenant_id = $1",
     "postgres:tenant.tenants": "DELETE FROM tenant.tenants WHERE tenant_id = $1",
 }
+# A list in which the tenant's id stands among others'.
+FORGET_IN_FLAGS = "SELECT tenant.forget_in_flags($1)"
 # Each reads a page after a key; a secret's hash is no record of the tenant's and stays out.
 EXPORTS = {
     "postgres:tenant.tenants": """
@@ -53,6 +57,12 @@ EXPORTS = {
     "postgres:tenant.domains": """
         SELECT domain AS position, to_jsonb(d)::text AS record FROM tenant.domains d
         WHERE tenant_id = $1 AND domain > $2 ORDER BY domain LIMIT $3""",
+    "postgres:tenant.configuration_changes": """
+        SELECT lpad(version::text, 20, '0') AS position, to_jsonb(c)::text AS record FROM tenant.configuration_changes c
+        WHERE tenant_id = $1 AND version > coalesce(nullif($2, ''), '0')::bigint ORDER BY version LIMIT $3""",
+    "postgres:tenant.provider_keys": """
+        SELECT tenant_id::text AS position, (to_jsonb(p) - 'sealed_key')::text AS record FROM tenant.provider_keys p
+        WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
     "postgres:tenant.audit": """
         SELECT audit_id::text AS position, to_jsonb(a)::text AS record FROM tenant.audit a
         WHERE tenant_id = $1 AND ($2 = '' OR audit_id > nullif($2, '')::uuid) ORDER BY audit_id LIMIT $3""",
@@ -87,6 +97,7 @@ class PostgresRemains:
             # Without the lock a key made at this moment could outlive its tenant's removal, or stop it half-way.
             await connection.execute(LOCK_TENANT, tenant_id)
             removed = [RemovedRecords(kind, _count(await connection.execute(sql, tenant_id))) for kind, sql in DELETES.items()]
+            removed.append(RemovedRecords("postgres:tenant.flags", await connection.fetchval(FORGET_IN_FLAGS, tenant_id)))
             if any(records.count for records in removed):
                 await append_audit(connection, tenant_id, "TENANT_ERASED", f"tenant:{tenant_id}", actor)
                 await announce(connection, tenant_id, ChangeKind.STATE)

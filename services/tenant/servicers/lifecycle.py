@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from mesh.common.v1 import lifecycle_service_pb2 as messages
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.kernel.request_context import current_tenant_id
+from services.tenant.key_rotation import KeyRotation
 from services.tenant.servicers.caller import acting_subject
 from services.tenant.tenant_remains import TenantRemains
 
@@ -12,8 +13,9 @@ from services.tenant.tenant_remains import TenantRemains
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     """The beginning and end of a tenant here."""
 
-    def __init__(self, remains: TenantRemains) -> None:
+    def __init__(self, remains: TenantRemains, rotation: KeyRotation) -> None:
         self._remains = remains
+        self._rotation = rotation
 
     async def ProvisionTenant(self, request: messages.ProvisionTenantRequest, context: object) -> messages.ProvisionTenantResponse:
         """Makes nothing: creating the tenant made all that this service keeps of it."""
@@ -28,3 +30,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         """Streams every record."""
         async for record in self._remains.export(current_tenant_id()):
             yield messages.ExportTenantResponse(kind=record.kind, record_json=record.record_json.encode())
+
+    async def ReencryptTenant(self, request: messages.ReencryptTenantRequest, context: object) -> messages.ReencryptTenantResponse:
+        """Seals the tenant's secrets again."""
+        return messages.ReencryptTenantResponse(resealed_count=await self._rotation.reseal_secrets(current_tenant_id()), done=True)

@@ -2,7 +2,7 @@
 
 from mesh.tenant.v1 import plan_service_pb2 as messages
 from mesh.tenant.v1 import plan_service_pb2_grpc
-from mesh.tenant.v1.tenant_service_pb2 import AiSettings, PlanLimits
+from mesh.tenant.v1.tenant_service_pb2 import AiSettings, FeatureTerms, PlanLimits
 from services.tenant.plan import Plan, PlanDirectory
 from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME
 
@@ -15,10 +15,7 @@ class PlanServicer(plan_service_pb2_grpc.PlanServiceServicer):
 
     async def ListPlans(self, request: messages.ListPlansRequest, context: object) -> messages.ListPlansResponse:
         """Lists every plan in force."""
-        plans = await self._directory.list_plans()
-        return messages.ListPlansResponse(
-            plans=[messages.Plan(name=plan.name, limits=plan_limits(plan), ai=ai_settings(plan, DEFAULT_ASSISTANT_NAME)) for plan in plans]
-        )
+        return messages.ListPlansResponse(plans=[_plan(plan) for plan in await self._directory.list_plans()])
 
 
 def plan_limits(plan: Plan) -> PlanLimits:
@@ -31,7 +28,13 @@ def plan_limits(plan: Plan) -> PlanLimits:
         concurrent_calls=plan.concurrent_calls,
         context_tokens=plan.context_tokens,
         weight=plan.weight,
+        tokens_per_month=plan.tokens_per_month,
     )
+
+
+def feature_terms(plan: Plan) -> dict[str, FeatureTerms]:
+    """Returns what the plan says of each feature, as messages by name."""
+    return {feature.name: FeatureTerms(enabled=feature.enabled, limit=feature.limit) for feature in plan.features}
 
 
 def ai_settings(plan: Plan, assistant_name: str) -> AiSettings:
@@ -42,4 +45,16 @@ def ai_settings(plan: Plan, assistant_name: str) -> AiSettings:
         assistant_name=assistant_name,
         default_max_output_tokens=plan.default_max_output_tokens,
         max_output_tokens=plan.max_output_tokens,
+    )
+
+
+def _plan(plan: Plan) -> messages.Plan:
+    return messages.Plan(
+        name=plan.name,
+        limits=plan_limits(plan),
+        ai=ai_settings(plan, DEFAULT_ASSISTANT_NAME),
+        data_retention_days=plan.data_retention_days,
+        encrypt_content=plan.encrypt_content,
+        placements=plan.isolation,
+        features=feature_terms(plan),
     )

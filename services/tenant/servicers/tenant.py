@@ -9,7 +9,7 @@ from services.kernel.request_context import current_tenant_id
 from services.kernel.timestamps import to_timestamp
 from services.tenant.provisioning import TenantProvisioning, TenantWish
 from services.tenant.servicers.caller import acting_subject
-from services.tenant.servicers.plan import ai_settings, plan_limits
+from services.tenant.servicers.plan import ai_settings, feature_terms, plan_limits
 from services.tenant.tenant_record import Tenant, TenantConfig, TenantDirectory, TenantState
 from services.tenant.text import printable
 
@@ -60,7 +60,7 @@ class TenantServicer(tenant_service_pb2_grpc.TenantServiceServicer):
         config = await self._directory.get_config(current_tenant_id())
         if config is None:
             raise NotFound("tenant")
-        return messages.GetTenantConfigResponse(config=_config(config))
+        return messages.GetTenantConfigResponse(config=config_message(config))
 
 
 def _tenant(tenant: Tenant) -> messages.Tenant:
@@ -75,13 +75,19 @@ def _tenant(tenant: Tenant) -> messages.Tenant:
     )
 
 
-def _config(config: TenantConfig) -> messages.TenantConfig:
+def config_message(config: TenantConfig) -> messages.TenantConfig:
+    """Returns what the services are told of a tenant, as a message."""
+    ai = ai_settings(config.plan, config.assistant_name)
+    ai.system_prompt_prefix, ai.dedicated_endpoint = config.system_prompt_prefix, config.dedicated_endpoint
     return messages.TenantConfig(
         tenant_id=str(config.tenant_id),
         version=config.version,
         tier=config.plan.name,
         region=config.region,
         limits=plan_limits(config.plan),
-        ai=ai_settings(config.plan, config.assistant_name),
+        ai=ai,
         display_name=config.display_name,
+        data_retention_days=config.plan.data_retention_days,
+        encrypt_content=config.plan.encrypt_content,
+        features=feature_terms(config.plan),
     )

@@ -91,7 +91,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_STREAM_INTERRUPTED: _ErrorReason.ValueType  # 52
     """UNAVAILABLE. The provider's stream ended before its end; the text so far was delivered, the call is listed as unresolved. {"call_id": "…"}"""
     ERROR_REASON_PROVIDER_MISCONFIGURED: _ErrorReason.ValueType  # 53
-    """FAILED_PRECONDITION. The provider account is misconfigured (its key was refused). {"provider": "anthropic", "http_status": "401"}"""
+    """FAILED_PRECONDITION. The provider account is misconfigured: its key was refused, the house's ("house") or the tenant's own ("tenant").
+    {"provider": "anthropic", "http_status": "401", "key_owner": "tenant"}
+    """
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 54
     """DEADLINE_EXCEEDED. The call's deadline passed before it could be answered. {"phase": "queue"}"""
     ERROR_REASON_PRICE_MISSING: _ErrorReason.ValueType  # 60
@@ -167,7 +169,9 @@ ERROR_REASON_PROVIDER_REFUSED: ErrorReason.ValueType  # 51
 ERROR_REASON_STREAM_INTERRUPTED: ErrorReason.ValueType  # 52
 """UNAVAILABLE. The provider's stream ended before its end; the text so far was delivered, the call is listed as unresolved. {"call_id": "…"}"""
 ERROR_REASON_PROVIDER_MISCONFIGURED: ErrorReason.ValueType  # 53
-"""FAILED_PRECONDITION. The provider account is misconfigured (its key was refused). {"provider": "anthropic", "http_status": "401"}"""
+"""FAILED_PRECONDITION. The provider account is misconfigured: its key was refused, the house's ("house") or the tenant's own ("tenant").
+{"provider": "anthropic", "http_status": "401", "key_owner": "tenant"}
+"""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 54
 """DEADLINE_EXCEEDED. The call's deadline passed before it could be answered. {"phase": "queue"}"""
 ERROR_REASON_PRICE_MISSING: ErrorReason.ValueType  # 60

@@ -22,36 +22,45 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/common/v1/lifecycle_service.proto\x12\x0emesh.common.v1\x1a\x1bmesh/common/v1/policy.proto\"\x18\n\x16ProvisionTenantRequest\",\n\x17ProvisionTenantResponse\x12\x11\n\tresources\x18\x01 \x03(\t\"\x14\n\x12\x45raseTenantRequest\"D\n\x13\x45raseTenantResponse\x12-\n\x06\x65rased\x18\x01 \x03(\x0b\x32\x1d.mesh.common.v1.ErasedRecords\",\n\rErasedRecords\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x15\n\x13\x45xportTenantRequest\"9\n\x14\x45xportTenantResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0brecord_json\x18\x02 \x01(\x0c\x32\xe1\x02\n\x16TenantLifecycleService\x12r\n\x0fProvisionTenant\x12&.mesh.common.v1.ProvisionTenantRequest\x1a\'.mesh.common.v1.ProvisionTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x66\n\x0b\x45raseTenant\x12\".mesh.common.v1.EraseTenantRequest\x1a#.mesh.common.v1.EraseTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12k\n\x0c\x45xportTenant\x12#.mesh.common.v1.ExportTenantRequest\x1a$.mesh.common.v1.ExportTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/common/v1/lifecycle_service.proto\x12\x0emesh.common.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bmesh/common/v1/policy.proto\"\x18\n\x16ProvisionTenantRequest\",\n\x17ProvisionTenantResponse\x12\x11\n\tresources\x18\x01 \x03(\t\"\x14\n\x12\x45raseTenantRequest\"D\n\x13\x45raseTenantResponse\x12-\n\x06\x65rased\x18\x01 \x03(\x0b\x32\x1d.mesh.common.v1.ErasedRecords\",\n\rErasedRecords\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x15\n\x13\x45xportTenantRequest\"9\n\x14\x45xportTenantResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0brecord_json\x18\x02 \x01(\x0c\"9\n\x16ReencryptTenantRequest\x12\x1f\n\x0e\x61\x63tive_version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01\"?\n\x17ReencryptTenantResponse\x12\x16\n\x0eresealed_count\x18\x01 \x01(\x03\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\x32\xd5\x03\n\x16TenantLifecycleService\x12r\n\x0fProvisionTenant\x12&.mesh.common.v1.ProvisionTenantRequest\x1a\'.mesh.common.v1.ProvisionTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x66\n\x0b\x45raseTenant\x12\".mesh.common.v1.EraseTenantRequest\x1a#.mesh.common.v1.EraseTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12k\n\x0c\x45xportTenant\x12#.mesh.common.v1.ExportTenantRequest\x1a$.mesh.common.v1.ExportTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant0\x01\x12r\n\x0fReencryptTenant\x12&.mesh.common.v1.ReencryptTenantRequest\x1a\'.mesh.common.v1.ReencryptTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenantb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.common.v1.lifecycle_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_REENCRYPTTENANTREQUEST'].fields_by_name['active_version']._loaded_options = None
+  _globals['_REENCRYPTTENANTREQUEST'].fields_by_name['active_version']._serialized_options = b'\272H\004\032\002(\001'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ProvisionTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ProvisionTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['EraseTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['EraseTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ExportTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ExportTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
-  _globals['_PROVISIONTENANTREQUEST']._serialized_start=87
-  _globals['_PROVISIONTENANTREQUEST']._serialized_end=111
-  _globals['_PROVISIONTENANTRESPONSE']._serialized_start=113
-  _globals['_PROVISIONTENANTRESPONSE']._serialized_end=157
-  _globals['_ERASETENANTREQUEST']._serialized_start=159
-  _globals['_ERASETENANTREQUEST']._serialized_end=179
-  _globals['_ERASETENANTRESPONSE']._serialized_start=181
-  _globals['_ERASETENANTRESPONSE']._serialized_end=249
-  _globals['_ERASEDRECORDS']._serialized_start=251
-  _globals['_ERASEDRECORDS']._serialized_end=295
-  _globals['_EXPORTTENANTREQUEST']._serialized_start=297
-  _globals['_EXPORTTENANTREQUEST']._serialized_end=318
-  _globals['_EXPORTTENANTRESPONSE']._serialized_start=320
-  _globals['_EXPORTTENANTRESPONSE']._serialized_end=377
-  _globals['_TENANTLIFECYCLESERVICE']._serialized_start=380
-  _globals['_TENANTLIFECYCLESERVICE']._serialized_end=733
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ReencryptTenant']._loaded_options = None
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ReencryptTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
+  _globals['_PROVISIONTENANTREQUEST']._serialized_start=116
+  _globals['_PROVISIONTENANTREQUEST']._serialized_end=140
+  _globals['_PROVISIONTENANTRESPONSE']._serialized_start=142
+  _globals['_PROVISIONTENANTRESPONSE']._serialized_end=186
+  _globals['_ERASETENANTREQUEST']._serialized_start=188
+  _globals['_ERASETENANTREQUEST']._serialized_end=208
+  _globals['_ERASETENANTRESPONSE']._serialized_start=210
+  _globals['_ERASETENANTRESPONSE']._serialized_end=278
+  _globals['_ERASEDRECORDS']._serialized_start=280
+  _globals['_ERASEDRECORDS']._serialized_end=324
+  _globals['_EXPORTTENANTREQUEST']._serialized_start=326
+  _globals['_EXPORTTENANTREQUEST']._serialized_end=347
+  _globals['_EXPORTTENANTRESPONSE']._serialized_start=349
+  _globals['_EXPORTTENANTRESPONSE']._serialized_end=406
+  _globals['_REENCRYPTTENANTREQUEST']._serialized_start=408
+  _globals['_REENCRYPTTENANTREQUEST']._serialized_end=465
+  _globals['_REENCRYPTTENANTRESPONSE']._serialized_start=467
+  _globals['_REENCRYPTTENANTRESPONSE']._serialized_end=530
+  _globals['_TENANTLIFECYCLESERVICE']._serialized_start=533
+  _globals['_TENANTLIFECYCLESERVICE']._serialized_end=1002
 # @@protoc_insertion_point(module_scope)

@@ -168,3 +168,51 @@ class ExportTenantResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportTenantResponse: _TypeAlias = ExportTenantResponse  # noqa: Y015
+
+@_typing.final
+class ReencryptTenantRequest(_message.Message):
+    """Asks for what is sealed under an older data key to be sealed again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVE_VERSION_FIELD_NUMBER: _builtins.int
+    active_version: _builtins.int
+    """The version to seal with: once it was named here, nothing is sealed with an earlier one any more. At least 1."""
+    def __init__(
+        self,
+        *,
+        active_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_version", b"active_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReencryptTenantRequest: _TypeAlias = ReencryptTenantRequest  # noqa: Y015
+
+@_typing.final
+class ReencryptTenantResponse(_message.Message):
+    """How far it got."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESEALED_COUNT_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    resealed_count: _builtins.int
+    """How many records this call sealed again: 0 or more."""
+    done: _builtins.bool
+    """True when nothing is left under an older version."""
+    def __init__(
+        self,
+        *,
+        resealed_count: _builtins.int = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "resealed_count", b"resealed_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReencryptTenantResponse: _TypeAlias = ReencryptTenantResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class TenantLifecycleServiceStub:
                 request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantRequest.SerializeToString,
                 response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantResponse.FromString,
                 _registered_method=True)
+        self.ReencryptTenant = channel.unary_unary(
+                '/mesh.common.v1.TenantLifecycleService/ReencryptTenant',
+                request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantResponse.FromString,
+                _registered_method=True)
 
 
 class TenantLifecycleServiceServicer:
@@ -80,6 +85,14 @@ class TenantLifecycleServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReencryptTenant(self, request, context):
+        """Seals a bounded number of the tenant's records again under the active data key, online; repeated until `done`. Idempotent.
+        A service that seals nothing answers done and 0. Errors: UNAVAILABLE when the service's store or the keys cannot be reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantLifecycleServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +110,11 @@ def add_TenantLifecycleServiceServicer_to_server(servicer, server):
                     servicer.ExportTenant,
                     request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantRequest.FromString,
                     response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantResponse.SerializeToString,
+            ),
+            'ReencryptTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReencryptTenant,
+                    request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantRequest.FromString,
+                    response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +199,33 @@ class TenantLifecycleService:
             '/mesh.common.v1.TenantLifecycleService/ExportTenant',
             mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantRequest.SerializeToString,
             mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReencryptTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.common.v1.TenantLifecycleService/ReencryptTenant',
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantRequest.SerializeToString,
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,6 +28,10 @@ class TenantLifecycleServiceStub:
     """Streams everything this service keeps of the tenant. Reads only; safe to repeat.
     Errors: UNAVAILABLE when the service's store cannot be reached.
     """
+    ReencryptTenant: _aio.UnaryUnaryMultiCallable[_lifecycle_service_pb2.ReencryptTenantRequest, _lifecycle_service_pb2.ReencryptTenantResponse]
+    """Seals a bounded number of the tenant's records again under the active data key, online; repeated until `done`. Idempotent.
+    A service that seals nothing answers done and 0. Errors: UNAVAILABLE when the service's store or the keys cannot be reached.
+    """
 
 class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
     """Implemented by each service; driven by the tenant service alone. The tenant is the one of the call's context."""
@@ -60,6 +64,16 @@ class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_lifecycle_service_pb2.ExportTenantResponse]:
         """Streams everything this service keeps of the tenant. Reads only; safe to repeat.
         Errors: UNAVAILABLE when the service's store cannot be reached.
+        """
+
+    @_abc_1.abstractmethod
+    def ReencryptTenant(
+        self,
+        request: _lifecycle_service_pb2.ReencryptTenantRequest,
+        context: _aio.ServicerContext[_lifecycle_service_pb2.ReencryptTenantRequest, _abc.Awaitable[_lifecycle_service_pb2.ReencryptTenantResponse]],
+    ) -> _abc.Awaitable[_lifecycle_service_pb2.ReencryptTenantResponse]:
+        """Seals a bounded number of the tenant's records again under the active data key, online; repeated until `done`. Idempotent.
+        A service that seals nothing answers done and 0. Errors: UNAVAILABLE when the service's store or the keys cannot be reached.
         """
 
 def add_TenantLifecycleServiceServicer_to_server(servicer: TenantLifecycleServiceServicer, server: _aio.Server) -> None: ...

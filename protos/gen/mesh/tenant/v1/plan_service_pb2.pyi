@@ -66,11 +66,40 @@ class Plan(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class FeaturesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tenant_service_pb2.FeatureTerms: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tenant_service_pb2.FeatureTerms | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     AI_FIELD_NUMBER: _builtins.int
+    DATA_RETENTION_DAYS_FIELD_NUMBER: _builtins.int
+    ENCRYPT_CONTENT_FIELD_NUMBER: _builtins.int
+    PLACEMENTS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, such as "professional"."""
+    data_retention_days: _builtins.int
+    """Days a tenant's content is kept; 0 for ever."""
+    encrypt_content: _builtins.bool
+    """True when a tenant's content is encrypted under its own key when written; in a silo it always is unless the tenant says otherwise."""
     @_builtins.property
     def limits(self) -> _tenant_service_pb2.PlanLimits:
         """What a tenant on it may use at most."""
@@ -79,16 +108,28 @@ class Plan(_message.Message):
     def ai(self) -> _tenant_service_pb2.AiSettings:
         """How a tenant on it uses models."""
 
+    @_builtins.property
+    def placements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where a tenant's data may be kept: "pool", "bridge", "silo"."""
+
+    @_builtins.property
+    def features(self) -> _containers.MessageMap[_builtins.str, _tenant_service_pb2.FeatureTerms]:
+        """What it says of each feature, by the feature's name."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         limits: _tenant_service_pb2.PlanLimits | None = ...,
         ai: _tenant_service_pb2.AiSettings | None = ...,
+        data_retention_days: _builtins.int = ...,
+        encrypt_content: _builtins.bool = ...,
+        placements: _abc.Iterable[_builtins.str] | None = ...,
+        features: _abc.Mapping[_builtins.str, _tenant_service_pb2.FeatureTerms] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "limits", b"limits", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "data_retention_days", b"data_retention_days", "encrypt_content", b"encrypt_content", "features", b"features", "limits", b"limits", "name", b"name", "placements", b"placements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

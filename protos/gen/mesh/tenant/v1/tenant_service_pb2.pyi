@@ -308,6 +308,27 @@ class TenantConfig(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class FeaturesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___FeatureTerms: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___FeatureTerms | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TENANT_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
@@ -315,6 +336,9 @@ class TenantConfig(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     AI_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    DATA_RETENTION_DAYS_FIELD_NUMBER: _builtins.int
+    ENCRYPT_CONTENT_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """The tenant, 36 characters."""
     version: _builtins.int
@@ -325,6 +349,10 @@ class TenantConfig(_message.Message):
     """Where its data lives."""
     display_name: _builtins.str
     """The name for people."""
+    data_retention_days: _builtins.int
+    """Days its content is kept; 0 for ever."""
+    encrypt_content: _builtins.bool
+    """True when its content is encrypted under its own key when written."""
     @_builtins.property
     def limits(self) -> Global___PlanLimits:
         """What it may use at most."""
@@ -332,6 +360,10 @@ class TenantConfig(_message.Message):
     @_builtins.property
     def ai(self) -> Global___AiSettings:
         """How it uses models."""
+
+    @_builtins.property
+    def features(self) -> _containers.MessageMap[_builtins.str, Global___FeatureTerms]:
+        """What its plan says of each feature, by the feature's name, such as "ai_interviews"."""
 
     def __init__(
         self,
@@ -343,18 +375,50 @@ class TenantConfig(_message.Message):
         limits: Global___PlanLimits | None = ...,
         ai: Global___AiSettings | None = ...,
         display_name: _builtins.str = ...,
+        data_retention_days: _builtins.int = ...,
+        encrypt_content: _builtins.bool = ...,
+        features: _abc.Mapping[_builtins.str, Global___FeatureTerms] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "display_name", b"display_name", "limits", b"limits", "region", b"region", "tenant_id", b"tenant_id", "tier", b"tier", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "data_retention_days", b"data_retention_days", "display_name", b"display_name", "encrypt_content", b"encrypt_content", "features", b"features", "limits", b"limits", "region", b"region", "tenant_id", b"tenant_id", "tier", b"tier", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TenantConfig: _TypeAlias = TenantConfig  # noqa: Y015
 
 @_typing.final
+class FeatureTerms(_message.Message):
+    """What a plan says of a feature."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENABLED_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    enabled: _builtins.bool
+    """Whether it is part of the plan."""
+    limit: _builtins.int
+    """How much of it in a billing cycle, in the feature's own unit; 0 means unlimited."""
+    def __init__(
+        self,
+        *,
+        enabled: _builtins.bool = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enabled", b"enabled", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeatureTerms: _TypeAlias = FeatureTerms  # noqa: Y015
+
+@_typing.final
 class PlanLimits(_message.Message):
-    """The limits of a plan. 0 means unlimited everywhere here."""
+    """The limits of a plan. 0 means unlimited everywhere here.
+    Counted and enforced by the ratelimit service: requests_per_minute, tokens_per_minute, tokens_per_day, cost_nano_usd_per_month and
+    concurrent_calls; by inference: context_tokens and weight. tokens_per_month is delivered to the services and not counted yet.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -365,6 +429,7 @@ class PlanLimits(_message.Message):
     CONCURRENT_CALLS_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_MONTH_FIELD_NUMBER: _builtins.int
     requests_per_minute: _builtins.int
     """Calls in any 60 s: sliding, never a fixed window."""
     tokens_per_minute: _builtins.int
@@ -379,6 +444,8 @@ class PlanLimits(_message.Message):
     """Input tokens of one call: prompt, history, documents and question together."""
     weight: _builtins.int
     """Weight in the fair queue: 1–1000. A tenant of weight 2 gets twice the turns of one of weight 1."""
+    tokens_per_month: _builtins.int
+    """Input and output tokens in a UTC calendar month. Delivered, and not counted yet."""
     def __init__(
         self,
         *,
@@ -389,10 +456,11 @@ class PlanLimits(_message.Message):
         concurrent_calls: _builtins.int = ...,
         context_tokens: _builtins.int = ...,
         weight: _builtins.int = ...,
+        tokens_per_month: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent_calls", b"concurrent_calls", "context_tokens", b"context_tokens", "cost_nano_usd_per_month", b"cost_nano_usd_per_month", "requests_per_minute", b"requests_per_minute", "tokens_per_day", b"tokens_per_day", "tokens_per_minute", b"tokens_per_minute", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent_calls", b"concurrent_calls", "context_tokens", b"context_tokens", "cost_nano_usd_per_month", b"cost_nano_usd_per_month", "requests_per_minute", b"requests_per_minute", "tokens_per_day", b"tokens_per_day", "tokens_per_minute", b"tokens_per_minute", "tokens_per_month", b"tokens_per_month", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -409,6 +477,8 @@ class AiSettings(_message.Message):
     ASSISTANT_NAME_FIELD_NUMBER: _builtins.int
     DEFAULT_MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    SYSTEM_PROMPT_PREFIX_FIELD_NUMBER: _builtins.int
+    DEDICATED_ENDPOINT_FIELD_NUMBER: _builtins.int
     default_model: _builtins.str
     """The model of a call that names none."""
     assistant_name: _builtins.str
@@ -417,6 +487,10 @@ class AiSettings(_message.Message):
     """Output tokens of a call that names no maximum."""
     max_output_tokens: _builtins.int
     """The most output tokens a call may ask for."""
+    system_prompt_prefix: _builtins.str
+    """Stands before the tenant's prompt in every call; empty: nothing does."""
+    dedicated_endpoint: _builtins.str
+    """Where the tenant's calls are sent; empty: the mesh's own provider endpoint."""
     @_builtins.property
     def allowed_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The models it may use."""
@@ -429,10 +503,12 @@ class AiSettings(_message.Message):
         assistant_name: _builtins.str = ...,
         default_max_output_tokens: _builtins.int = ...,
         max_output_tokens: _builtins.int = ...,
+        system_prompt_prefix: _builtins.str = ...,
+        dedicated_endpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "assistant_name", b"assistant_name", "default_max_output_tokens", b"default_max_output_tokens", "default_model", b"default_model", "max_output_tokens", b"max_output_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "assistant_name", b"assistant_name", "dedicated_endpoint", b"dedicated_endpoint", "default_max_output_tokens", b"default_max_output_tokens", "default_model", b"default_model", "max_output_tokens", b"max_output_tokens", "system_prompt_prefix", b"system_prompt_prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

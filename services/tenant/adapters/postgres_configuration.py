@@ -1,0 +1,106 @@
+"""Tenants' configurations in Postgres: a change, its history, its audit record and its announcement are one transaction."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from services.kernel.errors import WrongState
+from services.kernel.ids import TenantId
+from services.kernel.tenant_database import Connection, TenantDatabase
+from services.tenant.actor import Actor
+from services.tenant.adapters.configuration_rows import configuration_of, plan_of
+from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_tenants import GET_CONFIG, LIST_PLANS
+from services.tenant.configuration import PLAN_PATH, ConfigurationChange, Decide, Outcome, changed_paths, values_at
+from services.tenant.effective_config import OVERRIDE_NAMES, StoredConfiguration
+
+# The tenant's row makes changes take turns, so that each is judged by what the one before it left.
+LOCK_TENANT = "SELECT tenant_id FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE"
+UPDATE_SETTINGS = f"""
+UPDATE tenant.tenant_settings
+SET {", ".join(f"{name} = ${position}" for position, name in enumerate(OVERRIDE_NAMES, start=3))},
+    operator_fields = $2, config_version = config_version + 1, update_time = now()
+WHERE tenant_id = $1 RETURNING config_version
+"""  # noqa: S608 - the names of this service's own columns
+UPDATE_PLAN = "UPDATE tenant.tenants SET plan = $2 WHERE tenant_id = $1"
+INSERT_CHANGE = """
+INSERT INTO tenant.configuration_changes (tenant_id, version, subject, reason, changed_fields, before, after)
+VALUES ($1, $2, $3, $4, $5, $6::jsonb, $7::jsonb)
+"""
+ANNOUNCE = "SELECT tenant.announce($1, 'CONFIG')"
+LIST_CHANGES = """
+SELECT version, change_time, subject, reason, changed_fields, before::text, after::text FROM tenant.configuration_changes
+WHERE tenant_id = $1 AND version < $2 ORDER BY version DESC LIMIT $3
+"""
+
+
+class PostgresConfiguration:
+    """The configuration store on the service's own role."""
+
+    def __init__(self, database: TenantDatabase) -> None:
+        self._database = database
+
+    async def read(self, tenant_id: TenantId) -> StoredConfiguration | None:
+        """Returns the newest configuration in one round trip."""
+        row = await self._database.fetch_row(tenant_id, GET_CONFIG, tenant_id)
+        return None if row is None else configuration_of(row)
+
+    async def change(self, tenant_id: TenantId, decide: Decide, actor: Actor, *, validate_only: bool) -> Outcome | None:
+        """Writes what is decided; None for no such tenant. Raises: what `decide` raises, and then nothing is written."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(LOCK_TENANT, tenant_id)
+            row = await connection.fetchrow(GET_CONFIG, tenant_id)
+            if row is None:
+                return None
+            before = configuration_of(row)
+            plans = {plan.name: plan for plan in map(plan_of, await connection.fetch(LIST_PLANS))}
+            wanted = decide(before, plans)
+            paths = changed_paths(before, wanted)
+            if not paths:
+                return Outcome(before, ())
+            after = replace(wanted, version=before.version + 1)
+            if not validate_only:
+                await _write(connection, before, after, paths, actor)
+            return Outcome(after, paths)
+
+    async def list_changes(self, tenant_id: TenantId, before_version: int, limit: int) -> Sequence[ConfigurationChange]:
+        """Returns changes older than a version, newest first."""
+        async with self._database.transaction(tenant_id) as connection:
+            rows = await connection.fetch(LIST_CHANGES, tenant_id, before_version, limit)
+        return [
+            ConfigurationChange(
+                row["version"],
+                row["change_time"],
+                row["subject"],
+                row["reason"],
+                tuple(row["changed_fields"]),
+                row["before"],
+                row["after"],
+            )
+            for row in rows
+        ]
+
+
+async def _write(
+    connection: Connection, before: StoredConfiguration, after: StoredConfiguration, paths: Sequence[str], actor: Actor
+) -> None:
+    tenant_id, overrides = after.tenant_id, after.overrides
+    # Kept as text that is never NULL: a name that was taken back is stored empty.
+    own = [(overrides.value(name) or "") if name == "assistant_name" else overrides.value(name) for name in OVERRIDE_NAMES]
+    raised = await connection.fetchval(UPDATE_SETTINGS, tenant_id, sorted(overrides.operator_fields), *own)
+    if raised is None:
+        raise WrongState("tenant", "PROVISIONING", "the tenant is still being made; repeat the change once it is ready")
+    if PLAN_PATH in paths:
+        await connection.execute(UPDATE_PLAN, tenant_id, after.plan.name)
+    await connection.execute(
+        INSERT_CHANGE,
+        tenant_id,
+        after.version,
+        actor.subject,
+        actor.reason,
+        list(paths),
+        json.dumps(values_at(before, paths)),
+        json.dumps(values_at(after, paths)),
+    )
+    await append_audit(connection, tenant_id, "CONFIG_CHANGED", f"config:{','.join(paths)}", actor)
+    await connection.execute(ANNOUNCE, tenant_id)
