@@ -14,7 +14,7 @@ from mesh.tenant.v1 import audit_service_pb2 as audit
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import eventually
 
-ON_RECORD_SECONDS = 30.0
+ON_RECORD_SECONDS = 90.0
 
 
 async def with_document(mesh: Mesh) -> tuple[DemoTenant, str]:

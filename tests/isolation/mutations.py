@@ -239,6 +239,20 @@ _IDENTITIES = (
         f"{CREDENTIALS}::test_every_bad_credential_is_refused_in_the_same_words",
     ),
     _one(
+        "a JWT's signature is not verified",
+        "services/tenant/jwt_proof.py",
+        "if key is None or not key.verify(token, Algorithm(token.algorithm)):",
+        "if key is None:",
+        f"{CREDENTIALS}::test_a_forged_jwt_convinces_no_rpc",
+    ),
+    _one(
+        "the tenant a host names is not compared",
+        "services/tenant/authentication.py",
+        "        if named - {grant.tenant_id}:\n            raise",
+        "        if named is None:\n            raise",
+        f"{CREDENTIALS}::test_a_name_of_another_tenant_beside_a_key_is_refused",
+    ),
+    _one(
         "a revoked key goes on",
         "services/tenant/authentication.py",
         "if not proven or stored.revoke_time is not None:",

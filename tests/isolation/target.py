@@ -28,7 +28,7 @@ from tests.support.jwks import SigningKey, running_jwks
 from tests.support.mesh import Mesh
 from tests.support.waiting import eventually
 
-ON_RECORD_SECONDS = 30.0
+ON_RECORD_SECONDS = 90.0
 
 
 @dataclass(frozen=True, slots=True)

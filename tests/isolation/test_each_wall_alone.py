@@ -108,9 +108,12 @@ async def test_a_connection_keeps_no_tenant(mesh: Mesh, victim: Target) -> None:
 async def test_a_page_token_is_good_for_its_own_list_alone(surface: Surface, attacker: Target) -> None:
     """A list refuses where another list would go on, though caller and tenant are right."""
     documents, keys = "/mesh.retrieval.v1.DocumentService/ListDocuments", "/mesh.tenant.v1.ApiKeyService/ListApiKeys"
+    turns = "/mesh.inference.v1.ConversationService/ListTurns"
     for port, method, token in (
         ("tenant", "ApiKeyService/ListApiKeys", attacker.ids.page_token(documents)),
         ("retrieval", "DocumentService/ListDocuments", attacker.ids.page_token(keys)),
+        # One text as position like its own: nothing but the token's check tells the two lists apart.
+        ("retrieval", "DocumentService/ListDocuments", attacker.ids.page_token(turns)),
     ):
         rpc = surface.find(port, method)
         answer = await surface.call(rpc, rpc.request_type(page_token=token), attacker.metadata)
