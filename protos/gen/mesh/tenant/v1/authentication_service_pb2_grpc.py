@@ -53,7 +53,8 @@ class AuthenticationServiceServicer:
 
     def Authenticate(self, request, context):
         """Resolves a credential (API key or operator key) and mints a context token for it. Safe to repeat.
-        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING.
+        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING;
+        FAILED_PRECONDITION WRONG_CELL for a tenant of another region.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

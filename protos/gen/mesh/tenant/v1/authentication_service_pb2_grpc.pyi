@@ -18,7 +18,8 @@ class AuthenticationServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Authenticate: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.AuthenticateRequest, _authentication_service_pb2.AuthenticateResponse]
     """Resolves a credential (API key or operator key) and mints a context token for it. Safe to repeat.
-    Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING.
+    Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING;
+    FAILED_PRECONDITION WRONG_CELL for a tenant of another region.
     """
     GetContextKeys: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.GetContextKeysRequest, _authentication_service_pb2.GetContextKeysResponse]
     """Returns the public keys that verify context tokens. Reads only."""
@@ -33,7 +34,8 @@ class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_authentication_service_pb2.AuthenticateRequest, _abc.Awaitable[_authentication_service_pb2.AuthenticateResponse]],
     ) -> _abc.Awaitable[_authentication_service_pb2.AuthenticateResponse]:
         """Resolves a credential (API key or operator key) and mints a context token for it. Safe to repeat.
-        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING.
+        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING;
+        FAILED_PRECONDITION WRONG_CELL for a tenant of another region.
         """
 
     @_abc_1.abstractmethod
