@@ -86,7 +86,8 @@ def service_environment(
     if service in WITH_PLACEMENT_ROLE:
         own["TENANTRY_POSTGRES_PLACEMENT_DSN"] = role_dsn(state, ports, service, "placement")
         # One server here; a deployment names the one it keeps for tenants with a database of their own.
-        own["TENANTRY_SILO_ADMIN_DSN"] = own["TENANTRY_POSTGRES_ADMIN_DSN"].rpartition("/")[0] + "/postgres"
+        setting = "TENANTRY_SILO_ADMIN_DSN" if service == "tenant" else "TENANTRY_SILO_MIGRATION_DSN"
+        own[setting] = own["TENANTRY_POSTGRES_ADMIN_DSN"].rpartition("/")[0] + "/postgres"
     own |= _particular(service, state, ports, provider)
     return {key: value for key, value in os.environ.items() if not key.startswith(("TENANTRY_", "ANTHROPIC_"))} | own
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "TENANTRY_"
 # Bearers of services are for loopback; with TLS they would only be secrets to lose.
 LOOPBACK_ONLY = frozenset({"service_token", "peer_token_hashes"})
-MIGRATIONS_ONLY = frozenset({"postgres_admin_dsn", "key_store_admin_dsn"})
+MIGRATIONS_ONLY = frozenset({"postgres_admin_dsn", "key_store_admin_dsn", "silo_migration_dsn"})
 _REGISTERED = re.compile(r"mesh\.\w+\.v\d+\.\w+Service")
 # A deployment without front ends has no keys for them.
 _OPTIONAL = frozenset({"front_key_sha256"})

@@ -177,7 +177,7 @@ async def migrate_schema(settings: InferenceSettings) -> None:
         "jobs": settings.postgres_jobs_dsn.get_secret_value(),
     }
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
-    await migrate_all_places(admin_dsn, settings.silo_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS)
+    await migrate_all_places(admin_dsn, settings.silo_migration_dsn.get_secret_value(), SCHEMA, MIGRATIONS)
 
 
 def _channel(stack: AsyncExitStack, settings: InferenceSettings, address: str, service: str) -> MeshChannel:

@@ -19,7 +19,7 @@ from services.kernel.settings import (
     RatelimitAddress,
     RetrievalAddress,
     ServiceSettings,
-    SiloAdminDsn,
+    SiloMigrationDsn,
 )
 
 
@@ -35,7 +35,7 @@ class InferenceSettings(ServiceSettings):
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
-    silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    silo_migration_dsn: SiloMigrationDsn = SecretStr("")
     max_silo_pools: MaxSiloPools = DEFAULT_SILO_POOLS
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     retrieval_address: RetrievalAddress = "127.0.0.1:7404"

@@ -20,6 +20,9 @@ PostgresPlacementDsn = Annotated[
 SiloAdminDsn = Annotated[
     SecretStr, Field(description="Postgres server of tenants with a database of their own, as a role that may create databases and roles")
 ]
+SiloMigrationDsn = Annotated[
+    SecretStr, Field(description="the same server, as a role that may become each database's owner; for `migrate` alone, and empty: none")
+]
 MaxSiloPools = Annotated[
     int, Field(ge=1, description="connection pools to databases of single tenants in this process; the one unused for longest makes room")
 ]

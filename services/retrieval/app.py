@@ -130,4 +130,4 @@ async def migrate_schema(settings: RetrievalSettings) -> None:
         "placement": settings.postgres_placement_dsn.get_secret_value(),
     }
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
-    await migrate_all_places(admin_dsn, settings.silo_admin_dsn.get_secret_value(), SCHEMA, MIGRATIONS)
+    await migrate_all_places(admin_dsn, settings.silo_migration_dsn.get_secret_value(), SCHEMA, MIGRATIONS)

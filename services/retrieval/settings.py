@@ -16,7 +16,7 @@ from services.kernel.settings import (
     PostgresPlacementDsn,
     PostgresTransactionPooling,
     ServiceSettings,
-    SiloAdminDsn,
+    SiloMigrationDsn,
 )
 
 
@@ -32,7 +32,7 @@ class RetrievalSettings(ServiceSettings):
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
-    silo_admin_dsn: SiloAdminDsn = SecretStr("")
+    silo_migration_dsn: SiloMigrationDsn = SecretStr("")
     max_silo_pools: MaxSiloPools = DEFAULT_SILO_POOLS
     qdrant_url: str = Field(default="http://127.0.0.1:7416", description="Qdrant's gRPC port; https for TLS")
     qdrant_api_key: SecretStr = Field(default=SecretStr(""), description="the key with full rights; signs each tenant's own token")

@@ -1,0 +1,183 @@
+"""Which place a tenant gets is decided before anything is recorded, its secrets are sealed, and another region's tenant is sent away."""
+
+import base64
+import hashlib
+import json
+import secrets
+from dataclasses import replace
+from uuid import UUID, uuid4
+
+import asyncpg
+import grpc
+import pytest
+
+from mesh.tenant.v1 import placement_service_pb2 as pb
+from mesh.tenant.v1 import placement_service_pb2_grpc
+from services.kernel.cell import Cell
+from services.kernel.errors import InvalidRequest, WrongCell, WrongState
+from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.placement import PlacementKind
+from services.kernel.tenant_database import TenantDatabase
+from services.tenant.adapters.postgres_placements import PostgresPlacements
+from services.tenant.adapters.schema_maker import PostgresSchemaMaker
+from services.tenant.adapters.silo_maker import PostgresSiloMaker
+from services.tenant.placement import PlacementWish, SiloStores, StoredPlace, refuse_malformed
+from services.tenant.provisioning import TenantWish
+from services.tenant.secret_box import SecretBox
+from tests.support.places import KnownPlaces
+from tests.support.stores import PostgresStore
+from tests.tenant.harness import Harness, as_service, call, refusal, wish
+
+SILO = SiloStores("postgresql://app:secret@db.example:5432/acme", "postgresql://owner:secret@db.example:5432/acme")
+STATEMENTS_OF_A_SILO = 12
+
+
+def new_key() -> str:
+    """A master key."""
+    return base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+async def test_a_place_that_cannot_be_made_is_refused_before_anything_is_recorded(harness: Harness) -> None:
+    """Without a role for schemas or a server for databases the request is refused, says what to set, and leaves its slug free."""
+    for isolation, state in ((pb.ISOLATION_BRIDGE, "NO_BRIDGE"), (pb.ISOLATION_SILO, "NO_SILO")):
+        request = wish()
+        request.isolation = isolation
+        refused = await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator()))
+        assert (refused.reason_name, refused.metadata["state"]) == ("WRONG_STATE", state)
+        assert "TENANTRY_" in refused.message
+        again = wish(slug=request.slug)
+        assert (await call(harness.tenants.CreateTenant, again, harness.as_operator())).tenant.slug == request.slug
+
+
+async def test_another_regions_tenant_is_not_made_here(harness: Harness) -> None:
+    """A wish for another region is refused with that region and its cell's address, if it is known."""
+    refused = await refusal(harness.create(region="eu-west"))
+    assert (refused.code, refused.reason_name) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_CELL")
+    assert refused.metadata == {"region": "eu-west", "cell": ""}
+    with pytest.raises(WrongCell) as known:
+        Cell("local", {"eu-west": "eu.example:443"}).refuse_elsewhere("eu-west")
+    assert known.value.metadata["cell"] == "eu.example:443"
+
+
+async def test_another_regions_tenant_is_not_authenticated_here(harness: Harness) -> None:
+    """A key of a tenant whose data lives in another region is refused with the way to its cell."""
+    created = await harness.create()
+    await harness.execute("UPDATE tenant.tenants SET region = 'eu-west' WHERE tenant_id = $1", created.tenant.tenant_id)
+    refused = await refusal(harness.authenticate(created.api_key))
+    assert (refused.reason_name, refused.metadata["region"]) == ("WRONG_CELL", "eu-west")
+
+
+async def test_a_tenant_of_the_pool_has_no_secrets_to_tell(harness: Harness) -> None:
+    """A service that asks for a pool tenant's place learns the kind and nothing else; others may not ask."""
+    created = await harness.create()
+    token = (await harness.authenticate(created.api_key)).context_token
+    stub = placement_service_pb2_grpc.PlacementServiceStub(harness.channel)
+    request = pb.GetPlacementRequest(for_tables=True)
+    answer = await call(stub.GetPlacement, request, as_service("inference", token, created.tenant.tenant_id))
+    assert answer == pb.GetPlacementResponse(place=pb.Place(isolation=pb.ISOLATION_POOL))
+    for caller in ("metering", "ratelimit"):
+        refused = await refusal(call(stub.GetPlacement, request, as_service(caller, token, created.tenant.tenant_id)))
+        assert refused.reason_name == "CALLER_NOT_ALLOWED"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        PlacementWish(PlacementKind.POOL, SILO),
+        PlacementWish(PlacementKind.SILO, replace(SILO, postgres_owner_dsn="")),
+        PlacementWish(PlacementKind.SILO, replace(SILO, postgres_owner_dsn=SILO.postgres_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(SILO, postgres_owner_dsn="postgresql://owner:secret@db.example:5432/other")),
+        PlacementWish(PlacementKind.SILO, replace(SILO, postgres_dsn="mysql://app:secret@db.example/acme")),
+        PlacementWish(PlacementKind.SILO, replace(SILO, postgres_dsn="postgresql://app:secret@db.example:port/acme")),
+        PlacementWish(PlacementKind.SILO, replace(SILO, qdrant_api_key="secret")),
+        PlacementWish(PlacementKind.SILO, replace(SILO, qdrant_url="file:///secret")),
+    ],
+)
+def test_stores_that_do_not_fit_are_refused_without_being_repeated(wrong: PlacementWish) -> None:
+    """Halves, one role for both, two databases and other schemes are refused by field, and no secret stands in the words."""
+    with pytest.raises(InvalidRequest) as refused:
+        refuse_malformed(wrong)
+    assert "secret" not in str(refused.value)
+    refuse_malformed(PlacementWish(PlacementKind.SILO, SILO))
+
+
+def test_a_wish_hides_its_secrets_and_counts_them() -> None:
+    """A wish prints no DSN; another place is another request, and none at all is the request it was before."""
+    made = TenantWish("acme", "Acme", "free", "o@example.com", "Ada")
+    placed = replace(made, placement=PlacementWish(PlacementKind.SILO, SILO))
+    assert "secret" not in repr(placed)
+    assert made.digest() != placed.digest() != replace(placed, placement=PlacementWish(PlacementKind.SILO)).digest()
+    before = {"assistant_name": "Ada", "display_name": "Acme", "owner_email": "o@example.com", "plan": "free", "slug": "acme"}
+    assert made.digest() == hashlib.sha256(json.dumps(before, sort_keys=True, separators=(",", ":")).encode()).digest()
+
+
+async def test_addresses_are_sealed_in_the_database(harness: Harness) -> None:
+    """A silo's DSNs do not stand in the table; they open for their own tenant and under their own key alone."""
+    created = await harness.create()
+    tenant_id = TenantId(UUID(created.tenant.tenant_id))
+    other = TenantId(new_uuid7())
+    database, key = await TenantDatabase.open(harness.settings.postgres_dsn.get_secret_value()), new_key()
+    place = StoredPlace(PlacementKind.SILO, SILO)
+    await PostgresPlacements(database, SecretBox(key)).settle(tenant_id, place)
+    sealed = await harness.value("SELECT stores FROM tenant.placements WHERE tenant_id = $1", tenant_id)
+    assert b"secret" not in sealed
+    found = await PostgresPlacements(database, SecretBox(key)).get(tenant_id)
+    assert found is not None
+    assert found.place == place
+    box = SecretBox(key)
+    for identity in (b"tenant.placements:" + other.bytes, b"api_keys:" + tenant_id.bytes):
+        with pytest.raises(ValueError, match="does not open"):
+            box.open(sealed, identity)
+    with pytest.raises(ValueError, match="does not open"):
+        await PostgresPlacements(database, SecretBox(new_key())).get(tenant_id)
+    await database.close()
+    with pytest.raises(WrongState):
+        SecretBox("").seal(b"x", b"y")
+    with pytest.raises(ValueError, match="32 bytes"):
+        SecretBox("c2hvcnQ=")
+
+
+async def test_a_database_bears_so_many_schemas(postgres: PostgresStore) -> None:
+    """The schema over the cap is refused with what to do instead; one that is there already is no schema more."""
+    places = KnownPlaces(await postgres.fresh_database(), "inference")
+    await places.migrate()
+    maker, first = PostgresSchemaMaker(places.dsn("tenant_placement"), 1), TenantId(new_uuid7())
+    await maker.make(first)
+    await maker.make(first)
+    for attempt in (maker.refuse_full, lambda: maker.make(TenantId(new_uuid7()))):
+        with pytest.raises(WrongState, match="choose POOL or SILO"):
+            await attempt()
+    await maker.drop(first)
+    await maker.refuse_full()
+
+
+@pytest.mark.parametrize("survived", range(STATEMENTS_OF_A_SILO))
+async def test_a_silo_that_was_half_made_is_made_whole(postgres: PostgresStore, monkeypatch: pytest.MonkeyPatch, survived: int) -> None:
+    """Making a silo may stop after any statement: the next run ends with a database its role can enter, and dropping leaves nothing."""
+    maker, tenant_id = PostgresSiloMaker(postgres.server.dsn()), TenantId(uuid4())
+    stores, left, execute = maker.plan(tenant_id), survived, asyncpg.Connection.execute
+
+    async def dies(connection: asyncpg.Connection, sql: str, *args: object, **options: object) -> str:
+        nonlocal left
+        if left == 0:
+            raise ConnectionError("killed")
+        left -= 1
+        return str(await execute(connection, sql, *args, **options))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncpg.Connection, "execute", dies)
+        try:
+            await maker.make(tenant_id, stores)
+        except ConnectionError:
+            pass
+        else:
+            assert left > 0
+    await maker.make(tenant_id, stores)
+    connection = await asyncpg.connect(stores.postgres_dsn)
+    assert await connection.fetchval("SELECT current_user") == f"t_{tenant_id.hex}_service"
+    await connection.close()
+    for _ in range(2):
+        await maker.drop(tenant_id)
+    admin = await asyncpg.connect(postgres.server.dsn())
+    assert await admin.fetchval("SELECT count(*) FROM pg_roles WHERE rolname LIKE $1", f"t_{tenant_id.hex}%") == 0
+    await admin.close()
