@@ -2,6 +2,7 @@
 
 import asyncpg
 import grpc
+import pytest
 
 from devstack.environment import DATABASE, KEY_DATABASE
 from devstack.mesh_client import credentials, refusal
@@ -84,6 +85,8 @@ async def kill(mesh: Mesh, name: str) -> None:
     await mesh.stack.processes[name].wait()
 
 
+# Five starts of services and a mesh of its own, on a machine that may be busy.
+@pytest.mark.timeout(400)
 async def test_an_encrypting_tenants_key_changes_through_crashes_and_ends_with_its_keys() -> None:
     """Stored rows show no text; a rotation interrupted by kill -9 of two services ends when repeated; without keys nothing is read."""
     async with running_mesh(trace_sample_ratio=0.0) as mesh:
