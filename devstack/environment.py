@@ -9,7 +9,7 @@ from devstack.state import SERVICES, StackState
 
 DATABASE = "tenantry"
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
-WITH_JOBS_ROLE = frozenset({"metering", "retrieval"})
+WITH_JOBS_ROLE = frozenset({"metering", "retrieval", "tenant"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 import structlog
 
-from services.kernel.errors import Unavailable
+from services.kernel.errors import NotFound, Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.request_context import remaining_seconds
 
@@ -23,6 +23,8 @@ Connection: TypeAlias = asyncpg.pool.PoolConnectionProxy
 _ACQUIRE_SECONDS = 2.0
 _ROLLBACK_SECONDS = 2.0
 _WARM_SECONDS = 3.0
+# Raised by the triggers that keep rows of erased tenants out.
+_TENANT_ERASED = "TN001"
 _UNREACHABLE = (
     OSError,
     TimeoutError,
@@ -179,9 +181,15 @@ class JobsDatabase(Database):
 
 @contextmanager
 def unreachable_is_unavailable(connection: Connection | None = None) -> Iterator[None]:
-    """Turns the driver's ways of saying "no server" into Unavailable; every other error passes unchanged."""
+    """Turns the driver's ways of saying "no server" into Unavailable, and a row of an erased tenant into NotFound."""
     try:
         yield
+    except asyncpg.PostgresError as error:
+        if error.sqlstate == _TENANT_ERASED:
+            raise NotFound("tenant") from None
+        if isinstance(error, _UNREACHABLE):
+            raise Unavailable("postgres") from error
+        raise
     except _UNREACHABLE as error:
         raise Unavailable("postgres") from error
     except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:

@@ -51,7 +51,7 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         embedder = HashingEmbedder()
         index = QdrantIndex(settings.qdrant_url, settings.qdrant_api_key, embedder.dimensions)
         stack.push_async_callback(index.close)
-        store = PostgresDocumentStore(database)
+        store = PostgresDocumentStore(database, jobs)
         library = Library(store, index, embedder)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)

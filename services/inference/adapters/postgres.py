@@ -11,6 +11,7 @@ from services.inference.prompt_assembly import Turn
 from services.kernel.errors import NotFound
 from services.kernel.ids import CallId, TenantId
 from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_scan import ScannedStore, scan_schema
 
 RECALL = "SELECT prompt_version, prompt_text, conversation_known, roles, texts FROM inference.recall($1, $2, $3)"
 REMEMBER = "SELECT inference.remember($1, $2, $3, $4, $5)"
@@ -30,6 +31,25 @@ ERASE = {
     "postgres:inference.conversations": "DELETE FROM inference.conversations WHERE tenant_id = $1",
     "postgres:inference.prompts": "DELETE FROM inference.prompts WHERE tenant_id = $1",
 }
+# Alone in its transaction with the removal: writers that passed are waited for, later ones find the tombstone.
+LOCK_ERASURE = "SELECT pg_advisory_xact_lock(inference.erasure_lock($1))"
+INSERT_TOMBSTONE = "INSERT INTO inference.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+LOCK_OLD = """
+SELECT c.conversation_id FROM inference.conversations c
+WHERE c.tenant_id = $1 AND c.create_time < $2
+  AND NOT EXISTS (SELECT FROM inference.turns t WHERE t.tenant_id = $1 AND t.conversation_id = c.conversation_id AND t.create_time >= $2)
+ORDER BY c.conversation_id LIMIT $3 FOR UPDATE
+"""
+# Looks again, now under the locks that writers of turns wait for: a conversation that got a turn meanwhile stays.
+PURGE_TURNS = """
+DELETE FROM inference.turns d WHERE d.tenant_id = $1 AND d.conversation_id = ANY ($3::text[])
+  AND NOT EXISTS (SELECT FROM inference.turns t WHERE t.tenant_id = $1 AND t.conversation_id = d.conversation_id AND t.create_time >= $2)
+"""
+PURGE_CONVERSATIONS = """
+DELETE FROM inference.conversations c WHERE c.tenant_id = $1 AND c.conversation_id = ANY ($2::text[])
+  AND NOT EXISTS (SELECT FROM inference.turns t WHERE t.tenant_id = $1 AND t.conversation_id = c.conversation_id)
+"""
+_PURGE_BATCH = 500
 EXPORT_PROMPTS = "SELECT version, text, create_time FROM inference.prompts WHERE tenant_id = $1 AND version > $2 ORDER BY version LIMIT $3"
 EXPORT_CONVERSATIONS = (
     "SELECT conversation_id, user_name, create_time FROM inference.conversations "
@@ -95,10 +115,25 @@ class PostgresMemory:
             await connection.execute(DELETE_CONVERSATION, tenant_id, conversation_id)
 
     async def erase(self, tenant_id: TenantId) -> Mapping[str, int]:
-        """Removes everything of the tenant and returns how many rows of each table. Idempotent."""
+        """Removes everything of the tenant, for ever, and returns how many rows of each table. Idempotent."""
         async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(LOCK_ERASURE, tenant_id)
+            await connection.execute(INSERT_TOMBSTONE, tenant_id)
             # The driver answers with the command's tag, such as "DELETE 3".
             return {kind: int((await connection.execute(sql, tenant_id)).split()[-1]) for kind, sql in ERASE.items()}
+
+    async def purge(self, tenant_id: TenantId, older_than: datetime) -> tuple[Mapping[str, int], bool]:
+        """Removes a batch of conversations without a turn since then; returns counts by kind, and whether there may be more."""
+        async with self._database.transaction(tenant_id) as connection:
+            ids = [row["conversation_id"] for row in await connection.fetch(LOCK_OLD, tenant_id, older_than, _PURGE_BATCH)]
+            turns = await connection.execute(PURGE_TURNS, tenant_id, older_than, ids)
+            conversations = await connection.execute(PURGE_CONVERSATIONS, tenant_id, ids)
+        tags = {"postgres:inference.turns": turns, "postgres:inference.conversations": conversations}
+        return {kind: int(tag.split()[-1]) for kind, tag in tags.items()}, len(ids) == _PURGE_BATCH
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts what holds the tenant's id or one of the strings, in the tenant's own rows: no role of this service sees others'."""
+        return await scan_schema(self._database, None, "inference", tenant_id, canaries, kept=frozenset({"erased_tenants"}))
 
     async def export(self, tenant_id: TenantId) -> AsyncGenerator[tuple[str, bytes], None]:
         """Yields every record of the tenant as its kind and one JSON object."""

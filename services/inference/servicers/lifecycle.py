@@ -8,6 +8,8 @@ from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.inference.conversation import Store, first_prompt
 from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.tenant_config import TenantConfigCache
+from services.kernel.tenant_scan import scan_response
+from services.kernel.timestamps import parse_timestamp
 
 
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
@@ -38,3 +40,12 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         async with aclosing(self._store.export(current_tenant_id())) as records:
             async for kind, record_json in records:
                 yield pb.ExportTenantResponse(kind=kind, record_json=record_json)
+
+    async def ScanTenant(self, request: pb.ScanTenantRequest, context: object) -> pb.ScanTenantResponse:
+        """Looks through this service's tables."""
+        return scan_response(await self._store.scan(current_tenant_id(), list(request.canaries)))
+
+    async def PurgeTenant(self, request: pb.PurgeTenantRequest, context: object) -> pb.PurgeTenantResponse:
+        """Removes a batch of old conversations."""
+        purged, more = await self._store.purge(current_tenant_id(), parse_timestamp(request.older_than, "older_than"))
+        return pb.PurgeTenantResponse(purged=[pb.ErasedRecords(kind=kind, count=count) for kind, count in purged.items()], more=more)

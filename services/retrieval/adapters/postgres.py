@@ -7,6 +7,7 @@ import asyncpg
 
 from services.kernel.ids import DocumentId, TenantId, new_uuid7
 from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
+from services.kernel.tenant_scan import ScannedStore, scan_schema
 from services.retrieval.chunking import Chunk
 from services.retrieval.document import DocumentDraft, IndexedChunk, StoredDocument, chunk_id
 
@@ -51,6 +52,10 @@ WHERE c.tenant_id = $1 AND c.document_id = $2 ORDER BY c.position
 FIND_CHUNKS = """
 SELECT chunk_id, document_id, document_key, title, "position", start_offset, end_offset, content FROM retrieval.find_chunks($1, $2)
 """
+# Alone in its transaction with the removal: writers that passed are waited for, later ones find the tombstone.
+LOCK_ERASURE = "SELECT pg_advisory_xact_lock(retrieval.erasure_lock($1))"
+INSERT_TOMBSTONE = "INSERT INTO retrieval.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+GET_TOMBSTONE = "SELECT true FROM retrieval.erased_tenants WHERE tenant_id = $1"
 COUNT_AND_DELETE = (
     ("chunks", "WITH gone AS (DELETE FROM retrieval.chunks WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
     ("documents", "WITH gone AS (DELETE FROM retrieval.documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
@@ -76,8 +81,9 @@ WHERE remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $1
 class PostgresDocumentStore:
     """The documents of every tenant, one tenant a transaction."""
 
-    def __init__(self, database: TenantDatabase) -> None:
+    def __init__(self, database: TenantDatabase, jobs: JobsDatabase) -> None:
         self._database = database
+        self._jobs = jobs
 
     async def put(self, tenant_id: TenantId, draft: DocumentDraft, chunks: Sequence[Chunk]) -> StoredDocument:
         """Stores a document under its key; an unchanged one is left alone."""
@@ -146,9 +152,20 @@ class PostgresDocumentStore:
         return [_chunk(row) for row in rows]
 
     async def erase(self, tenant_id: TenantId) -> dict[str, int]:
-        """Removes everything of the tenant."""
+        """Removes everything of the tenant, for ever."""
         async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(LOCK_ERASURE, tenant_id)
+            await connection.execute(INSERT_TOMBSTONE, tenant_id)
             return {table: await connection.fetchval(statement, tenant_id) for table, statement in COUNT_AND_DELETE}
+
+    async def is_erased(self, tenant_id: TenantId) -> bool:
+        """Tells whether the tenant was erased."""
+        async with self._database.transaction(tenant_id) as connection:
+            return bool(await connection.fetchval(GET_TOMBSTONE, tenant_id))
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts what holds the tenant's id or one of the strings; the jobs role sees every tenant's ids and digests, no texts."""
+        return await scan_schema(self._database, self._jobs, "retrieval", tenant_id, canaries, kept=frozenset({"erased_tenants"}))
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, dict[str, object]]]:
         """Yields the documents with their texts; chunks can be cut again."""

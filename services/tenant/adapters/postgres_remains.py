@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 
 from services.kernel.ids import TenantId
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.tenant_remains import ExportedRecord, RemovedRecords
@@ -16,6 +16,8 @@ DELETES = {
     "postgres:tenant.api_keys": "DELETE FROM tenant.api_keys WHERE tenant_id = $1",
     "postgres:tenant.users": "DELETE FROM tenant.users WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
+    "postgres:tenant.purges": "DELETE FROM tenant.purges WHERE tenant_id = $1",
+    "postgres:tenant.sagas": "DELETE FROM tenant.sagas WHERE tenant_id = $1 AND kind = 'PROVISION'",
     "postgres:tenant.provisioning": "DELETE FROM tenant.provisioning WHERE tenant_id = $1",
     "postgres:tenant.slug_directory": "DELETE FROM tenant.slug_directory WHERE tenant_id = $1",
     "postgres:tenant.tenants": "DELETE FROM tenant.tenants WHERE tenant_id = $1",
@@ -37,6 +39,18 @@ EXPORTS = {
     "postgres:tenant.api_keys": """
         SELECT key_id AS position, (to_jsonb(k) - 'secret_sha256')::text AS record FROM tenant.api_keys k
         WHERE tenant_id = $1 AND key_id > $2 ORDER BY key_id LIMIT $3""",
+    "postgres:tenant.sagas": """
+        SELECT kind AS position, (to_jsonb(s) - '{content_digest,lease_holder,lease_until}'::text[])::text AS record FROM tenant.sagas s
+        WHERE tenant_id = $1 AND kind > $2 ORDER BY kind LIMIT $3""",
+    "postgres:tenant.saga_steps": """
+        SELECT kind || to_char(step, 'FM00000') AS position, to_jsonb(s)::text AS record FROM tenant.saga_steps s
+        WHERE tenant_id = $1 AND kind || to_char(step, 'FM00000') > $2 ORDER BY 1 LIMIT $3""",
+    "postgres:tenant.events": """
+        SELECT event_id::text AS position, to_jsonb(e)::text AS record FROM tenant.events e
+        WHERE tenant_id = $1 AND ($2 = '' OR event_id > nullif($2, '')::uuid) ORDER BY event_id LIMIT $3""",
+    "postgres:tenant.purges": """
+        SELECT tenant_id::text AS position, to_jsonb(p)::text AS record FROM tenant.purges p
+        WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
     "postgres:tenant.audit": """
         SELECT audit_id::text AS position, to_jsonb(a)::text AS record FROM tenant.audit a
         WHERE tenant_id = $1 AND ($2 = '' OR audit_id > nullif($2, '')::uuid) ORDER BY audit_id LIMIT $3""",
@@ -54,18 +68,12 @@ class PostgresRemains:
     async def revoke_all_keys(self, tenant_id: TenantId, actor: Actor) -> None:
         """Revokes every live key, durably."""
         async with self._database.transaction(tenant_id) as connection:
-            for row in await connection.fetch(REVOKE_ALL, tenant_id):
-                await append_audit(connection, tenant_id, "KEY_REVOKED", f"key:{row['key_id']}", actor)
+            await revoke_keys(connection, tenant_id, actor)
 
     async def remove(self, tenant_id: TenantId, actor: Actor) -> Sequence[RemovedRecords]:
         """Removes everything but the audit log in one transaction; a repeated call finds nothing."""
         async with self._database.transaction(tenant_id) as connection:
-            # Without the lock a key made at this moment could outlive its tenant's removal, or stop it half-way.
-            await connection.execute(LOCK_TENANT, tenant_id)
-            removed = [RemovedRecords(kind, _count(await connection.execute(sql, tenant_id))) for kind, sql in DELETES.items()]
-            if any(records.count for records in removed):
-                await append_audit(connection, tenant_id, "TENANT_ERASED", f"tenant:{tenant_id}", actor)
-            return removed
+            return await remove_records(connection, tenant_id, actor)
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[ExportedRecord]:
         """Reads everything, page by page: no transaction stays open while a slow reader thinks."""
@@ -79,6 +87,22 @@ class PostgresRemains:
                 if len(rows) < self._page_size:
                     break
                 position = rows[-1]["position"]
+
+
+async def revoke_keys(connection: Connection, tenant_id: TenantId, actor: Actor) -> None:
+    """Revokes every live key, each with its audit record."""
+    for row in await connection.fetch(REVOKE_ALL, tenant_id):
+        await append_audit(connection, tenant_id, "KEY_REVOKED", f"key:{row['key_id']}", actor)
+
+
+async def remove_records(connection: Connection, tenant_id: TenantId, actor: Actor) -> list[RemovedRecords]:
+    """Removes everything but the audit log and the books of the erasure itself."""
+    # Without the lock a key made at this moment could outlive its tenant's removal, or stop it half-way.
+    await connection.execute(LOCK_TENANT, tenant_id)
+    removed = [RemovedRecords(kind, _count(await connection.execute(sql, tenant_id))) for kind, sql in DELETES.items()]
+    if any(records.count for records in removed):
+        await append_audit(connection, tenant_id, "TENANT_ERASED", f"tenant:{tenant_id}", actor)
+    return removed
 
 
 def _count(command_tag: str) -> int:

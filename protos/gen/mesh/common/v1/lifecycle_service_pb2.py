@@ -22,36 +22,56 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/common/v1/lifecycle_service.proto\x12\x0emesh.common.v1\x1a\x1bmesh/common/v1/policy.proto\"\x18\n\x16ProvisionTenantRequest\",\n\x17ProvisionTenantResponse\x12\x11\n\tresources\x18\x01 \x03(\t\"\x14\n\x12\x45raseTenantRequest\"D\n\x13\x45raseTenantResponse\x12-\n\x06\x65rased\x18\x01 \x03(\x0b\x32\x1d.mesh.common.v1.ErasedRecords\",\n\rErasedRecords\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x15\n\x13\x45xportTenantRequest\"9\n\x14\x45xportTenantResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0brecord_json\x18\x02 \x01(\x0c\x32\xe1\x02\n\x16TenantLifecycleService\x12r\n\x0fProvisionTenant\x12&.mesh.common.v1.ProvisionTenantRequest\x1a\'.mesh.common.v1.ProvisionTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x66\n\x0b\x45raseTenant\x12\".mesh.common.v1.EraseTenantRequest\x1a#.mesh.common.v1.EraseTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12k\n\x0c\x45xportTenant\x12#.mesh.common.v1.ExportTenantRequest\x1a$.mesh.common.v1.ExportTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/common/v1/lifecycle_service.proto\x12\x0emesh.common.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x18\n\x16ProvisionTenantRequest\",\n\x17ProvisionTenantResponse\x12\x11\n\tresources\x18\x01 \x03(\t\"\x14\n\x12\x45raseTenantRequest\"D\n\x13\x45raseTenantResponse\x12-\n\x06\x65rased\x18\x01 \x03(\x0b\x32\x1d.mesh.common.v1.ErasedRecords\",\n\rErasedRecords\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x15\n\x13\x45xportTenantRequest\"9\n\x14\x45xportTenantResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0brecord_json\x18\x02 \x01(\x0c\"<\n\x11ScanTenantRequest\x12\'\n\x08\x63\x61naries\x18\x01 \x03(\tB\x15\xbaH\x12\x92\x01\x0f\x10\x14\"\x0br\t \x04(\xc8\x01\xba\x01\x01\x00\"B\n\x12ScanTenantResponse\x12,\n\x06stores\x18\x01 \x03(\x0b\x32\x1c.mesh.common.v1.ScannedStore\"e\n\x0cScannedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12\x13\n\x0b\x66ound_count\x18\x02 \x01(\x03\x12\x14\n\x0c\x63\x61nary_count\x18\x03 \x01(\x03\x12\x0c\n\x04kept\x18\x04 \x01(\x08\x12\r\n\x05sight\x18\x05 \x01(\t\"L\n\x12PurgeTenantRequest\x12\x36\n\nolder_than\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\xbaH\x03\xc8\x01\x01\"R\n\x13PurgeTenantResponse\x12-\n\x06purged\x18\x01 \x03(\x0b\x32\x1d.mesh.common.v1.ErasedRecords\x12\x0c\n\x04more\x18\x02 \x01(\x08\x32\xae\x04\n\x16TenantLifecycleService\x12r\n\x0fProvisionTenant\x12&.mesh.common.v1.ProvisionTenantRequest\x1a\'.mesh.common.v1.ProvisionTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x66\n\x0b\x45raseTenant\x12\".mesh.common.v1.EraseTenantRequest\x1a#.mesh.common.v1.EraseTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12k\n\x0c\x45xportTenant\x12#.mesh.common.v1.ExportTenantRequest\x1a$.mesh.common.v1.ExportTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant0\x01\x12\x63\n\nScanTenant\x12!.mesh.common.v1.ScanTenantRequest\x1a\".mesh.common.v1.ScanTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x66\n\x0bPurgeTenant\x12\".mesh.common.v1.PurgeTenantRequest\x1a#.mesh.common.v1.PurgeTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenantb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.common.v1.lifecycle_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SCANTENANTREQUEST'].fields_by_name['canaries']._loaded_options = None
+  _globals['_SCANTENANTREQUEST'].fields_by_name['canaries']._serialized_options = b'\272H\022\222\001\017\020\024\"\013r\t \004(\310\001\272\001\001\000'
+  _globals['_PURGETENANTREQUEST'].fields_by_name['older_than']._loaded_options = None
+  _globals['_PURGETENANTREQUEST'].fields_by_name['older_than']._serialized_options = b'\272H\003\310\001\001'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ProvisionTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ProvisionTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['EraseTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['EraseTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ExportTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ExportTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
-  _globals['_PROVISIONTENANTREQUEST']._serialized_start=87
-  _globals['_PROVISIONTENANTREQUEST']._serialized_end=111
-  _globals['_PROVISIONTENANTRESPONSE']._serialized_start=113
-  _globals['_PROVISIONTENANTRESPONSE']._serialized_end=157
-  _globals['_ERASETENANTREQUEST']._serialized_start=159
-  _globals['_ERASETENANTREQUEST']._serialized_end=179
-  _globals['_ERASETENANTRESPONSE']._serialized_start=181
-  _globals['_ERASETENANTRESPONSE']._serialized_end=249
-  _globals['_ERASEDRECORDS']._serialized_start=251
-  _globals['_ERASEDRECORDS']._serialized_end=295
-  _globals['_EXPORTTENANTREQUEST']._serialized_start=297
-  _globals['_EXPORTTENANTREQUEST']._serialized_end=318
-  _globals['_EXPORTTENANTRESPONSE']._serialized_start=320
-  _globals['_EXPORTTENANTRESPONSE']._serialized_end=377
-  _globals['_TENANTLIFECYCLESERVICE']._serialized_start=380
-  _globals['_TENANTLIFECYCLESERVICE']._serialized_end=733
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ScanTenant']._loaded_options = None
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ScanTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['PurgeTenant']._loaded_options = None
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['PurgeTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
+  _globals['_PROVISIONTENANTREQUEST']._serialized_start=149
+  _globals['_PROVISIONTENANTREQUEST']._serialized_end=173
+  _globals['_PROVISIONTENANTRESPONSE']._serialized_start=175
+  _globals['_PROVISIONTENANTRESPONSE']._serialized_end=219
+  _globals['_ERASETENANTREQUEST']._serialized_start=221
+  _globals['_ERASETENANTREQUEST']._serialized_end=241
+  _globals['_ERASETENANTRESPONSE']._serialized_start=243
+  _globals['_ERASETENANTRESPONSE']._serialized_end=311
+  _globals['_ERASEDRECORDS']._serialized_start=313
+  _globals['_ERASEDRECORDS']._serialized_end=357
+  _globals['_EXPORTTENANTREQUEST']._serialized_start=359
+  _globals['_EXPORTTENANTREQUEST']._serialized_end=380
+  _globals['_EXPORTTENANTRESPONSE']._serialized_start=382
+  _globals['_EXPORTTENANTRESPONSE']._serialized_end=439
+  _globals['_SCANTENANTREQUEST']._serialized_start=441
+  _globals['_SCANTENANTREQUEST']._serialized_end=501
+  _globals['_SCANTENANTRESPONSE']._serialized_start=503
+  _globals['_SCANTENANTRESPONSE']._serialized_end=569
+  _globals['_SCANNEDSTORE']._serialized_start=571
+  _globals['_SCANNEDSTORE']._serialized_end=672
+  _globals['_PURGETENANTREQUEST']._serialized_start=674
+  _globals['_PURGETENANTREQUEST']._serialized_end=750
+  _globals['_PURGETENANTRESPONSE']._serialized_start=752
+  _globals['_PURGETENANTRESPONSE']._serialized_end=834
+  _globals['_TENANTLIFECYCLESERVICE']._serialized_start=837
+  _globals['_TENANTLIFECYCLESERVICE']._serialized_end=1395
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,16 @@ class TenantLifecycleServiceStub:
                 request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantRequest.SerializeToString,
                 response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantResponse.FromString,
                 _registered_method=True)
+        self.ScanTenant = channel.unary_unary(
+                '/mesh.common.v1.TenantLifecycleService/ScanTenant',
+                request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantResponse.FromString,
+                _registered_method=True)
+        self.PurgeTenant = channel.unary_unary(
+                '/mesh.common.v1.TenantLifecycleService/PurgeTenant',
+                request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantResponse.FromString,
+                _registered_method=True)
 
 
 class TenantLifecycleServiceServicer:
@@ -80,6 +90,22 @@ class TenantLifecycleServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScanTenant(self, request, context):
+        """Counts what every store of this service still holds of the tenant, its id and the given strings. Reads only; safe to repeat.
+        Errors: UNAVAILABLE when a store cannot be reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeTenant(self, request, context):
+        """Removes what the tenant's retention does not keep any more: conversations without a turn since the given time. Documents stay.
+        Bounded: `more` asks for another call. Idempotent. Errors: UNAVAILABLE when the service's store cannot be reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantLifecycleServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +123,16 @@ def add_TenantLifecycleServiceServicer_to_server(servicer, server):
                     servicer.ExportTenant,
                     request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantRequest.FromString,
                     response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantResponse.SerializeToString,
+            ),
+            'ScanTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScanTenant,
+                    request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantRequest.FromString,
+                    response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantResponse.SerializeToString,
+            ),
+            'PurgeTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeTenant,
+                    request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantRequest.FromString,
+                    response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +217,60 @@ class TenantLifecycleService:
             '/mesh.common.v1.TenantLifecycleService/ExportTenant',
             mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantRequest.SerializeToString,
             mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ExportTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScanTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.common.v1.TenantLifecycleService/ScanTenant',
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantRequest.SerializeToString,
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.common.v1.TenantLifecycleService/PurgeTenant',
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantRequest.SerializeToString,
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,6 +28,14 @@ class TenantLifecycleServiceStub:
     """Streams everything this service keeps of the tenant. Reads only; safe to repeat.
     Errors: UNAVAILABLE when the service's store cannot be reached.
     """
+    ScanTenant: _aio.UnaryUnaryMultiCallable[_lifecycle_service_pb2.ScanTenantRequest, _lifecycle_service_pb2.ScanTenantResponse]
+    """Counts what every store of this service still holds of the tenant, its id and the given strings. Reads only; safe to repeat.
+    Errors: UNAVAILABLE when a store cannot be reached.
+    """
+    PurgeTenant: _aio.UnaryUnaryMultiCallable[_lifecycle_service_pb2.PurgeTenantRequest, _lifecycle_service_pb2.PurgeTenantResponse]
+    """Removes what the tenant's retention does not keep any more: conversations without a turn since the given time. Documents stay.
+    Bounded: `more` asks for another call. Idempotent. Errors: UNAVAILABLE when the service's store cannot be reached.
+    """
 
 class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
     """Implemented by each service; driven by the tenant service alone. The tenant is the one of the call's context."""
@@ -60,6 +68,26 @@ class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_lifecycle_service_pb2.ExportTenantResponse]:
         """Streams everything this service keeps of the tenant. Reads only; safe to repeat.
         Errors: UNAVAILABLE when the service's store cannot be reached.
+        """
+
+    @_abc_1.abstractmethod
+    def ScanTenant(
+        self,
+        request: _lifecycle_service_pb2.ScanTenantRequest,
+        context: _aio.ServicerContext[_lifecycle_service_pb2.ScanTenantRequest, _abc.Awaitable[_lifecycle_service_pb2.ScanTenantResponse]],
+    ) -> _abc.Awaitable[_lifecycle_service_pb2.ScanTenantResponse]:
+        """Counts what every store of this service still holds of the tenant, its id and the given strings. Reads only; safe to repeat.
+        Errors: UNAVAILABLE when a store cannot be reached.
+        """
+
+    @_abc_1.abstractmethod
+    def PurgeTenant(
+        self,
+        request: _lifecycle_service_pb2.PurgeTenantRequest,
+        context: _aio.ServicerContext[_lifecycle_service_pb2.PurgeTenantRequest, _abc.Awaitable[_lifecycle_service_pb2.PurgeTenantResponse]],
+    ) -> _abc.Awaitable[_lifecycle_service_pb2.PurgeTenantResponse]:
+        """Removes what the tenant's retention does not keep any more: conversations without a turn since the given time. Documents stay.
+        Bounded: `more` asks for another call. Idempotent. Errors: UNAVAILABLE when the service's store cannot be reached.
         """
 
 def add_TenantLifecycleServiceServicer_to_server(servicer: TenantLifecycleServiceServicer, server: _aio.Server) -> None: ...
