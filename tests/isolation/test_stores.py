@@ -30,6 +30,14 @@ TRANSIENT = {
         "INSERT INTO metering.outbox (tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd, due_time) "
         "VALUES ($1, uuidv7(), 2, 0, 0, 0, now() + interval '1 day')"
     ),
+    "inference.erased_tenants": "INSERT INTO inference.erased_tenants VALUES ($1)",
+    "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
+    "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
+    "tenant.erasure_receipts": (
+        "INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) "
+        "VALUES ($1, uuidv7(), '{}', decode(repeat('00', 64), 'hex'), 'none')"
+    ),
+    "tenant.purges": "INSERT INTO tenant.purges VALUES ($1, now() + interval '1 day') ON CONFLICT DO NOTHING",
     "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
 }
 APPEND_ONLY = ("metering.entries", "tenant.audit", "metering.prices", "metering.price_versions")
@@ -39,6 +47,10 @@ SHARED_TABLES = {
 }
 # What the jobs roles may do, by table and command; everything else must be refused or find nothing.
 JOBS_MAY = {
+    "tenant.tenants": {"SELECT"},
+    "tenant.sagas": {"SELECT"},
+    "tenant.events": {"SELECT", "UPDATE"},
+    "tenant.purges": {"SELECT"},
     "metering.tenant_epochs": {"SELECT"},
     "metering.calls": {"SELECT", "UPDATE"},
     "metering.call_leases": {"SELECT", "DELETE"},

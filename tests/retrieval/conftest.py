@@ -54,7 +54,7 @@ async def shelf(postgres: PostgresStore, tmp_path_factory: pytest.TempPathFactor
         embedder = HashingEmbedder()
         url = f"http://127.0.0.1:{front.port}"
         index = QdrantIndex(url, SecretStr(API_KEY), embedder.dimensions)
-        store = PostgresDocumentStore(database)
+        store = PostgresDocumentStore(database, jobs)
         yield Shelf(Library(store, index, embedder), store, index, PostgresOwedWork(jobs), admin_dsn, url, API_KEY)
         await index.close()
         front.kill()

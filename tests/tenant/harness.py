@@ -102,7 +102,7 @@ class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     async def ScanTenant(self, request: Any, context: Any) -> Any:
         tenant_id = UUID(dict(context.invocation_metadata())["x-tenant-id"])
         store = lifecycle_service_pb2.ScannedStore(store="scripted:tenants", found_count=self.tenants.count(tenant_id), sight="all")
-        store.canary_count = sum(text in canary for text in self.left_over for canary in request.canaries)
+        store.canary_count = sum(canary in text for text in self.left_over for canary in request.canaries)
         return lifecycle_service_pb2.ScanTenantResponse(stores=[store])
 
     async def PurgeTenant(self, request: Any, context: Any) -> Any:
