@@ -19,7 +19,7 @@ TENANTS_OWN_KEYS = ("sk-stub-a-tenants-own-key", "sk-stub-another-tenants-own-ke
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
 # They make schemas and tables of tenants that live outside the pool.
 WITH_PLACEMENT_ROLE = frozenset({"tenant", "inference", "retrieval"})
-WITH_JOBS_ROLE = frozenset({"inference", "metering", "retrieval"})
+WITH_JOBS_ROLE = frozenset({"inference", "metering", "retrieval", "tenant"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ PREFIX = "TENANTRY_"
 # Bearers of services are for loopback; with TLS they would only be secrets to lose.
 LOOPBACK_ONLY = frozenset({"service_token", "peer_token_hashes"})
 MIGRATIONS_ONLY = frozenset({"postgres_admin_dsn", "key_store_admin_dsn", "silo_migration_dsn"})
+# Sinks of events: a mesh without them is whole.
+OPTIONAL = frozenset({"event_webhook_url", "event_webhook_secret", "smtp_url"})
 _REGISTERED = re.compile(r"mesh\.\w+\.v\d+\.\w+Service")
 # A deployment without front ends has no keys for them.
 _OPTIONAL = frozenset({"front_key_sha256"})
@@ -67,7 +69,7 @@ class Service:
         digests = {field for field in self.fields if field.endswith("_sha256")}
         addresses = {f"{peer}_address" for peer in self.peers}
         wanted = _ALWAYS_REQUIRED | stores | digests | addresses | self.dsn_fields | self.secret_fields
-        return frozenset(wanted - LOOPBACK_ONLY - MIGRATIONS_ONLY - _OPTIONAL)
+        return frozenset(wanted - LOOPBACK_ONLY - MIGRATIONS_ONLY - OPTIONAL)
 
     def configured(self, environment: Mapping[str, str]) -> ServiceSettings:
         """Returns the settings this environment alone makes. Raises: pydantic.ValidationError where the service would refuse to start."""

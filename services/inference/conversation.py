@@ -12,6 +12,7 @@ from services.inference.worst_case import text_bytes
 from services.kernel.errors import InvalidRequest
 from services.kernel.ids import TenantId
 from services.kernel.paging import decode_page_token, encode_page_token, refused_page_token
+from services.kernel.tenant_scan import ScannedStore
 
 DEFAULT_ASSISTANT_NAME = "Assistant"
 _CONVERSATION_ID = re.compile("[0-9a-f]{64}")
@@ -73,6 +74,14 @@ class Store(Protocol):
 
     async def erase(self, tenant_id: TenantId) -> Mapping[str, int]:
         """Removes everything of the tenant and returns how many records of each kind. Idempotent."""
+        ...
+
+    async def purge(self, tenant_id: TenantId, older_than: datetime) -> tuple[Mapping[str, int], bool]:
+        """Removes a batch of conversations without a turn since then; returns counts by kind, and whether there may be more."""
+        ...
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts in every table what holds the tenant's id or one of the strings."""
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncGenerator[tuple[str, bytes], None]:

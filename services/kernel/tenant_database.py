@@ -16,7 +16,7 @@ from uuid import UUID
 import asyncpg
 import structlog
 
-from services.kernel.errors import Unavailable
+from services.kernel.errors import NotFound, Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.placement import HOME, Place, PlaceDirectory, PlacementKind
 from services.kernel.request_context import remaining_seconds
@@ -41,6 +41,8 @@ _PLACE_MISSING = (
     asyncpg.InvalidCatalogNameError,
     asyncpg.InvalidAuthorizationSpecificationError,
 )
+# Raised by the triggers that keep rows of erased tenants out.
+_TENANT_ERASED = "TN001"
 _UNREACHABLE = (
     OSError,
     TimeoutError,
@@ -171,6 +173,18 @@ class TenantDatabase(Database):
     async def place_of(self, tenant_id: TenantId) -> Place:
         """Returns where the tenant lives, as far as is known here."""
         return HOME if self._places is None else await self._places.find(tenant_id)
+
+    async def find_place(self, tenant_id: TenantId) -> Place:
+        """Returns where the tenant lives, as the places themselves say. Raises: Unavailable, NotFound, PlaceMissing."""
+        place = await self.place_of(tenant_id)
+        while True:
+            try:
+                async with self.transaction_at(place, tenant_id):
+                    return place
+            except asyncpg.PostgresError as error:
+                if error.sqlstate != _MOVED_AWAY or self._places is None:
+                    raise
+            place = await self._places.moved(tenant_id, place)
 
     def known_place(self, tenant_id: TenantId, kind: PlacementKind) -> Place | None:
         """Returns the place of a tenant of that kind without asking anybody; None for a silo that no call of its tenant made known."""
@@ -317,9 +331,15 @@ async def listening(dsn: str, channel: str, on_notice: Callable[[], None], *, ap
 
 @contextmanager
 def unreachable_is_unavailable(connection: Connection | None = None) -> Iterator[None]:
-    """Turns the driver's ways of saying "no server" into Unavailable; every other error passes unchanged."""
+    """Turns the driver's ways of saying "no server" into Unavailable, and a row of an erased tenant into NotFound."""
     try:
         yield
+    except asyncpg.PostgresError as error:
+        if error.sqlstate == _TENANT_ERASED:
+            raise NotFound("tenant") from None
+        if isinstance(error, _UNREACHABLE):
+            raise Unavailable("postgres") from error
+        raise
     except _UNREACHABLE as error:
         raise Unavailable("postgres") from error
     except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:

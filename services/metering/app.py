@@ -85,7 +85,7 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, proves=TenantProof(verifier).proves)
         # Closed before the loops: what its last batches end is still told.
         stack.push_async_callback(ledger.close)
-        server = MeshServer(settings, servicers=_registrations(ledger, catalog, database), resolver=resolver, verifier=verifier)
+        server = MeshServer(settings, servicers=_registrations(ledger, catalog, database, jobs), resolver=resolver, verifier=verifier)
         background.start("outbox_deleter", relay.run_deleter)
         background.start("outbox_sender", relay.run_sender)
         background.start("outbox_poller", relay.run_poller)
@@ -93,8 +93,8 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         return MeteringApp(server, background, ledger, database, jobs, stack.pop_all())
 
 
-def _registrations(ledger: Ledger, catalog: PriceCatalog, database: TenantDatabase) -> list[Registration]:
-    records = PostgresTenantRecords(database)
+def _registrations(ledger: Ledger, catalog: PriceCatalog, database: TenantDatabase, jobs: JobsDatabase) -> list[Registration]:
+    records = PostgresTenantRecords(database, jobs)
     return [
         (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
         (add_PriceServiceServicer_to_server, PriceServicer(catalog), "mesh.metering.v1.PriceService"),

@@ -1,9 +1,10 @@
 """A tenant's beginning and end in the ledger: what is made, forgotten and handed out. Amounts are kept for ever."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from services.kernel.ids import TenantId
+from services.kernel.tenant_scan import ScannedStore
 
 CALLS = "postgres:metering.calls"
 ENTRIES = "postgres:metering.entries"
@@ -18,7 +19,11 @@ class TenantRecords(Protocol):
         ...
 
     async def pseudonymise(self, tenant_id: TenantId) -> int:
-        """Blanks users, features and prompt names of all its calls; returns how many calls had any."""
+        """Blanks users, features and prompt names of all its calls, and of those to come; returns how many calls had any."""
+        ...
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts in every table what holds the tenant's id or one of the strings."""
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import MeshError, Unavailable
+from services.kernel.errors import MeshError, NotFound, Unavailable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.request_context import bind_tenant
 from services.kernel.tenant_context import TenantContext
@@ -40,6 +40,7 @@ class Begin(StrEnum):
     READY = "ready"
     PENDING = "pending"
     BEGUN = "begun"
+    ERASED = "erased"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Rebuilder:
         self._under_way: dict[TenantId, asyncio.Task[None]] = {}
 
     async def ensure(self, context: TenantContext) -> None:
-        """Returns once the tenant has counters. Raises: Unavailable LIMITS_REBUILDING."""
+        """Returns once the tenant has counters. Raises: Unavailable LIMITS_REBUILDING, NotFound for an erased tenant."""
         tenant_id = context.tenant_id
         if tenant_id is None:
             msg = "a rebuild needs a tenant"
@@ -132,6 +133,8 @@ class Rebuilder:
             match await self._store.begin(tenant_id, nonce):
                 case Begin.READY:
                     return
+                case Begin.ERASED:
+                    raise NotFound("tenant")
                 case Begin.PENDING:
                     # Overwriting it would void an answer that is on its way; it stops counting after a second.
                     await asyncio.sleep(_LOOK_SECONDS)

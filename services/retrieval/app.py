@@ -84,7 +84,7 @@ async def build(settings: RetrievalSettings) -> RetrievalApp:
         index = PlacedIndex(shared, database, embedder.dimensions, limit=settings.max_silo_pools)
         stack.push_async_callback(index.close)
         cipher = TenantCipher(RemoteDataKeys(to_tenant))
-        store = PostgresDocumentStore(database, cipher)
+        store = PostgresDocumentStore(database, jobs, cipher)
         library = Library(store, index, embedder)
         reads = ReadAudit(AuditClient(to_tenant).record)
         stack.push_async_callback(reads.close)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from services.kernel.ids import DocumentId, TenantId
 from services.kernel.placement import Place
+from services.kernel.tenant_scan import ScannedStore
 from services.retrieval.chunking import Chunk
 
 
@@ -105,7 +106,15 @@ class DocumentStore(Protocol):
         ...
 
     async def erase(self, tenant_id: TenantId) -> dict[str, int]:
-        """Removes everything of the tenant; returns counts by table."""
+        """Removes everything of the tenant, for ever: what is written later is refused; returns counts by table."""
+        ...
+
+    async def is_erased(self, tenant_id: TenantId) -> bool:
+        """Tells whether the tenant was erased."""
+        ...
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts in every table what holds the tenant's id or one of the strings."""
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, dict[str, object]]]:
@@ -143,4 +152,8 @@ class VectorIndex(Protocol):
 
     async def erase(self, tenant_id: TenantId) -> int:
         """Removes the collection and its alias; returns how many points it held."""
+        ...
+
+    async def scan(self, tenant_id: TenantId) -> Sequence[ScannedStore]:
+        """Counts collections and aliases that carry the tenant's id, as the key with every right sees them."""
         ...

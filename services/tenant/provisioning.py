@@ -1,11 +1,15 @@
-"""How a tenant comes to be: step by step, each durable before the next, each safe to repeat. Refuses to be one request's second tenant.
+"""How a tenant comes to be: which steps, in which order, how each is done and undone. Refuses to be one request's second tenant.
 
-A creation that stopped anywhere goes on where it stopped when it is asked for again with the same request id and content.
+What was asked for is stored with the request, so a creation that stopped anywhere goes on by itself; `saga` does the going.
 """
 
+import asyncio
+import base64
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum, IntEnum
 from typing import Protocol, assert_never
@@ -13,24 +17,29 @@ from uuid import UUID
 
 from services.kernel.errors import AlreadyExists, ContentConflict, InvalidRequest, MeshError, NotFound, Unavailable, WrongState
 from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.placement import PlacementKind
+from services.kernel.request_context import remaining_seconds
 from services.kernel.tenant_context import TenantContext
 from services.tenant.actor import Actor
 from services.tenant.api_key import ApiKeyText, new_api_key
 from services.tenant.context_minting import PROVISIONING_SUBJECT, ContextMinter, Grant
-from services.tenant.placement import PlacementWish
+from services.tenant.life_ports import DataKeyStore, PlaceKeeper, SecretSeal
+from services.tenant.placement import PlacementWish, SiloStores
+from services.tenant.saga import Saga, SagaEngine, SagaKind, SagaState, SagaStore
 from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
 from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantDirectory
+from services.tenant.tenant_remains import RemovedRecords
 
 FIRST_KEY_NAME = "First key"
 MAX_SLUG_LENGTH = 63
+LONGEST_WAIT_SECONDS = 60.0
+LOOK_SECONDS = 0.05
+SEALED_STORES = "sealed_stores"
 
 
 class Step(IntEnum):
-    """The steps in order; the number is how many are done once it is. Numbers are stored: append, never renumber.
-
-    Defaults come before the services: they ask for the tenant's configuration while they make its place.
-    """
+    """The steps by their stored numbers: append, never renumber. ORDER says which follows which."""
 
     RECORDED = 1
     DEFAULTS = 2
@@ -41,6 +50,23 @@ class Step(IntEnum):
     OWNER = 7
     FIRST_KEY = 8
     ACTIVE = 9
+    PLACEMENT = 10
+
+
+# Defaults come before the services: they ask for the tenant's configuration while they make its place.
+# The event is written in the transaction that makes the tenant ACTIVE: neither is ever there without the other.
+ORDER = (
+    Step.RECORDED,
+    Step.PLACEMENT,
+    Step.DEFAULTS,
+    Step.RETRIEVAL,
+    Step.INFERENCE,
+    Step.RATELIMIT,
+    Step.METERING,
+    Step.OWNER,
+    Step.FIRST_KEY,
+    Step.ACTIVE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +87,17 @@ class TenantWish:
             # A wish that says nothing of its place has the digest it had before places could be chosen.
             del content["placement"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
+
+    def content(self, sealed_stores: str) -> dict[str, str]:
+        """Returns what is stored with the request, its secrets sealed; `read_wish` is the way back."""
+        named = {name: value for name, value in asdict(self).items() if name != "placement"}
+        return named | {"placement": self.placement.kind.value, SEALED_STORES: sealed_stores}
+
+
+def read_wish(content: Mapping[str, str]) -> TenantWish:
+    """Reads a stored wish, without the secrets of its place."""
+    named = {name: value for name, value in content.items() if name not in ("placement", SEALED_STORES)}
+    return TenantWish(**named, placement=PlacementWish(PlacementKind(content.get("placement", PlacementKind.POOL))))
 
 
 class RecordOutcome(Enum):
@@ -92,10 +129,12 @@ class CreatedTenant:
 
 
 class ProvisioningStore(Protocol):
-    """Where each step becomes durable. Every method is one transaction and safe to repeat."""
+    """Where each step becomes durable. Every method is one transaction, marks its step and is safe to repeat."""
 
-    async def record(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, region: str, actor: Actor) -> Recorded:
-        """Claims request id and slug and writes the tenant, or answers what the request recorded before."""
+    async def record(
+        self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, region: str, actor: Actor
+    ) -> Recorded:
+        """Claims request id and slug and writes the tenant with its saga, or answers what the request recorded before."""
         ...
 
     async def is_known(self, request_id: UUID) -> bool:
@@ -121,19 +160,15 @@ class ProvisioningStore(Protocol):
         ...
 
     async def activate(self, tenant_id: TenantId, step: Step) -> None:
-        """Lets the tenant be used."""
+        """Lets the tenant be used, tells of it, and ends the saga."""
         ...
 
-
-class PlaceGiver(Protocol):
-    """Where the tenant's content gets a place, before the services make their tables in it."""
-
-    async def refuse_impossible(self, wish: PlacementWish) -> None:
-        """Refuses a wish that could not be fulfilled, before anything is recorded. Raises: InvalidRequest, WrongState."""
+    async def undo_step(self, tenant_id: TenantId, step: Step) -> None:
+        """Removes what the step wrote here, if anything, and notes that it is undone."""
         ...
 
-    async def settle(self, tenant_id: TenantId, wish: PlacementWish) -> None:
-        """Makes the tenant's schema or database, empty. Safe to repeat. Raises: MeshError."""
+    async def give_up(self, tenant_id: TenantId, step: Step, actor: Actor) -> None:
+        """Makes the tenant FAILED, lets its slug go and ends the saga; the request id stays spent."""
         ...
 
 
@@ -144,6 +179,128 @@ class LifecyclePeer(Protocol):
         """Makes the tenant's place there. Safe to repeat. Raises: MeshError."""
         ...
 
+    async def erase(self, context: TenantContext) -> Sequence[RemovedRecords]:
+        """Removes the tenant there. Safe to repeat. Raises: MeshError."""
+        ...
+
+
+class ProvisioningPlan:
+    """The steps of a creation, done and undone."""
+
+    def __init__(
+        self,
+        store: ProvisioningStore,
+        directory: TenantDirectory,
+        peers: Mapping[Step, tuple[str, LifecyclePeer]],
+        places: PlaceKeeper,
+        seal: SecretSeal,
+        data_keys: DataKeyStore,
+        minter: ContextMinter,
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._peers = peers
+        self._places = places
+        self._seal = seal
+        self._data_keys = data_keys
+        self._minter = minter
+        # Keys made while a caller of this process waits for one. The text is kept nowhere else.
+        self._wanted_keys: dict[TenantId, str] = {}
+
+    order: Sequence[int] = ORDER
+    can_fail = True
+
+    async def run(self, step: int, saga: Saga) -> None:
+        """Does the step and marks it done. Raises: MeshError."""
+        tenant_id, wish = saga.tenant_id, read_wish(saga.content)
+        match Step(step):
+            case Step.RECORDED:
+                await self._store.finish_step(tenant_id, Step.RECORDED)
+            case Step.PLACEMENT:
+                await self._places.settle(tenant_id, await self._place_wish(saga))
+                await self._store.finish_step(tenant_id, Step.PLACEMENT)
+            case Step.DEFAULTS:
+                await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, Step.DEFAULTS)
+            case Step.RETRIEVAL | Step.INFERENCE | Step.RATELIMIT | Step.METERING as at:
+                await self._provision_peer(at, tenant_id)
+            case Step.OWNER:
+                await self._store.write_owner(tenant_id, wish.owner_email, Step.OWNER)
+            case Step.FIRST_KEY:
+                text = await self.issue_first_key(tenant_id, wish.plan, saga.actor)
+                if tenant_id in self._wanted_keys:
+                    self._wanted_keys[tenant_id] = text
+            case Step.ACTIVE:
+                await self._store.activate(tenant_id, Step.ACTIVE)
+            case unknown:
+                assert_never(unknown)
+
+    async def undo(self, step: int, saga: Saga) -> None:
+        """Undoes the step; the first one last, which ends the saga. Raises: MeshError."""
+        match Step(step):
+            case Step.RETRIEVAL | Step.INFERENCE | Step.RATELIMIT | Step.METERING as at:
+                await self._peers[at][1].erase(await self._context(saga.tenant_id))
+            case Step.PLACEMENT:
+                # The keys go with the place: whatever was sealed for the tenant is gone by now.
+                await self._places.drop(saga.tenant_id)
+                await self._data_keys.destroy(saga.tenant_id)
+            case Step.RECORDED:
+                await self._store.give_up(saga.tenant_id, Step.RECORDED, saga.actor)
+                return
+            case Step.DEFAULTS | Step.OWNER | Step.FIRST_KEY | Step.ACTIVE:
+                pass
+            case unknown:
+                assert_never(unknown)
+        await self._store.undo_step(saga.tenant_id, Step(step))
+
+    @contextmanager
+    def wanting_key(self, tenant_id: TenantId) -> Iterator[Callable[[], str]]:
+        """Keeps the text of a first key that is made while the block runs; the yielded function returns it, empty when none was."""
+        self._wanted_keys[tenant_id] = ""
+        try:
+            yield lambda: self._wanted_keys.get(tenant_id, "")
+        finally:
+            self._wanted_keys.pop(tenant_id, None)
+
+    async def issue_first_key(self, tenant_id: TenantId, plan: str, actor: Actor) -> str:
+        """Returns the first key's text, in place of one that was never used; empty when the first key stays."""
+        key = new_api_key(plan)
+        issued = await self._store.issue_first_key(tenant_id, key, FIRST_KEY_NAME, TENANT_SCOPES, actor, Step.FIRST_KEY)
+        return str(key) if issued else ""
+
+    async def seal_stores(self, tenant_id: TenantId, wish: TenantWish) -> str:
+        """Returns the addresses of a place somebody else made, sealed for the time until they are used; empty when there are none."""
+        if wish.placement.silo == SiloStores():
+            return ""
+        plain = json.dumps(asdict(wish.placement.silo)).encode()
+        return base64.b64encode(await self._seal.seal(tenant_id, SEALED_STORES, plain)).decode()
+
+    async def drop_seal(self, tenant_id: TenantId) -> None:
+        """Destroys the keys of a tenant that was not recorded after all."""
+        await self._data_keys.destroy(tenant_id)
+
+    async def _place_wish(self, saga: Saga) -> PlacementWish:
+        wish, sealed = read_wish(saga.content), saga.content.get(SEALED_STORES, "")
+        if not sealed:
+            return wish.placement
+        plain = await self._seal.open(saga.tenant_id, SEALED_STORES, base64.b64decode(sealed))
+        return PlacementWish(wish.placement.kind, SiloStores(**json.loads(plain)))
+
+    async def _provision_peer(self, step: Step, tenant_id: TenantId) -> None:
+        name, peer = self._peers[step]
+        context = await self._context(tenant_id)
+        try:
+            await peer.provision(context)
+        except MeshError as error:
+            # Its own words would name a call the caller did not make; the engine looks at what stands behind ours.
+            raise Unavailable(name, f"{name} could not make the tenant's place; repeat the call with the same request id") from error
+        await self._store.finish_step(tenant_id, step)
+
+    async def _context(self, tenant_id: TenantId) -> TenantContext:
+        facts = await self._directory.get_facts(tenant_id)
+        if facts is None:
+            raise NotFound("tenant")
+        return self._minter.mint(Grant(tenant_id, facts, PROVISIONING_SUBJECT, frozenset()))
+
 
 class TenantProvisioning:
     """Makes tenants. Calls of one request in this process share one run and its answer."""
@@ -151,27 +308,28 @@ class TenantProvisioning:
     def __init__(
         self,
         store: ProvisioningStore,
+        sagas: SagaStore,
+        plan: ProvisioningPlan,
+        engine: SagaEngine,
         directory: TenantDirectory,
-        peers: Mapping[Step, tuple[str, LifecyclePeer]],
-        minter: ContextMinter,
-        places: PlaceGiver,
+        places: PlaceKeeper,
         *,
         region: str,
     ) -> None:
         self._store = store
+        self._sagas = sagas
+        self._plan = plan
+        self._engine = engine
         self._directory = directory
-        self._peers = peers
-        self._minter = minter
         self._places = places
         self._region = region
         self._runs: SharedFlight[tuple[UUID, bytes], CreatedTenant] = SharedFlight()
 
     async def create(self, request_id: UUID, wish: TenantWish, actor: Actor) -> CreatedTenant:
-        """Makes the tenant and returns it once it is ready.
+        """Makes the tenant and returns it once it is ready; what is begun goes on without the caller.
 
         Raises: AlreadyExists for a taken slug, ContentConflict for a request id used with other content, NotFound for an unknown plan,
-        WrongState when the tenant of this request was erased or its place cannot be made, Unavailable when a service cannot be reached:
-        repeat the call.
+        WrongState when the tenant of this request was erased or could not be made, Unavailable when a service cannot be reached.
         """
         if len(wish.slug) > MAX_SLUG_LENGTH:
             raise InvalidRequest("slug", f"must have at most {MAX_SLUG_LENGTH} characters")
@@ -180,55 +338,46 @@ class TenantProvisioning:
     async def _create(self, request_id: UUID, wish: TenantWish, actor: Actor) -> CreatedTenant:
         if not await self._store.is_known(request_id):
             await self._places.refuse_impossible(wish.placement)
-        recorded = await self._store.record(TenantId(new_uuid7()), request_id, wish, self._region, actor)
-        tenant_id = _accepted(recorded, wish)
-        api_key = ""
-        for step in Step:
-            # The first key is looked at in every run: an answer that never arrived took the key's text with it.
-            if step > recorded.steps_done or step is Step.FIRST_KEY:
-                api_key = await self._run_step(step, tenant_id, wish, actor) or api_key
+        tenant_id = _accepted(await self._record(request_id, wish, actor), wish)
+        with self._plan.wanting_key(tenant_id) as issued:
+            await self._until_done(tenant_id)
+            # Looked at in every run: an answer that never arrived took the key's text with it.
+            api_key = issued() or await self._plan.issue_first_key(tenant_id, wish.plan, actor)
         tenant = await self._directory.get_tenant(tenant_id)
         if tenant is None:
             raise NotFound("tenant")
         return CreatedTenant(tenant, api_key)
 
-    async def _run_step(self, step: Step, tenant_id: TenantId, wish: TenantWish, actor: Actor) -> str:
-        match step:
-            case Step.RECORDED:
-                pass
-            case Step.DEFAULTS:
-                # With the defaults and not a step of its own: stored step numbers stay, and the services come after it.
-                await self._places.settle(tenant_id, wish.placement)
-                await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, step)
-            case Step.RETRIEVAL | Step.INFERENCE | Step.RATELIMIT | Step.METERING:
-                await self._provision_peer(step, tenant_id)
-            case Step.OWNER:
-                await self._store.write_owner(tenant_id, wish.owner_email, step)
-            case Step.FIRST_KEY:
-                return await self._issue_first_key(step, tenant_id, wish, actor)
-            case Step.ACTIVE:
-                await self._store.activate(tenant_id, step)
-            case _:
-                assert_never(step)
-        return ""
+    async def _record(self, request_id: UUID, wish: TenantWish, actor: Actor) -> Recorded:
+        tenant_id = TenantId(new_uuid7())
+        sealed_stores = await self._plan.seal_stores(tenant_id, wish)
+        recorded = await self._store.record(tenant_id, request_id, wish, sealed_stores, self._region, actor)
+        if sealed_stores and recorded.tenant_id != tenant_id:
+            await self._plan.drop_seal(tenant_id)
+        return recorded
 
-    async def _provision_peer(self, step: Step, tenant_id: TenantId) -> None:
-        name, peer = self._peers[step]
-        facts = await self._directory.get_facts(tenant_id)
-        if facts is None:
-            raise NotFound("tenant")
-        context = self._minter.mint(Grant(tenant_id, facts, PROVISIONING_SUBJECT, frozenset()))
+    async def _until_done(self, tenant_id: TenantId) -> None:
+        give_up_at = time.monotonic() + remaining_seconds(LONGEST_WAIT_SECONDS)
+        while True:
+            saga = await self._sagas.load(tenant_id, SagaKind.PROVISION)
+            if saga is None or saga.state is SagaState.DONE:
+                return
+            if saga.state is not SagaState.RUNNING:
+                raise WrongState("tenant", saga.state, f"the tenant could not be made ({saga.cause}); use a new request id to try again")
+            if not await self._attempt(tenant_id):
+                if time.monotonic() >= give_up_at:
+                    raise Unavailable("tenant", "the tenant is still being made; repeat the call with the same request id")
+                await asyncio.sleep(LOOK_SECONDS)
+
+    async def _attempt(self, tenant_id: TenantId) -> bool:
         try:
-            await peer.provision(context)
-        except MeshError as error:
-            # Whatever a service answered, the caller's next step is one: repeat. Its own words would name a call the caller did not make.
-            raise Unavailable(name, f"{name} could not make the tenant's place; repeat the call with the same request id") from error
-        await self._store.finish_step(tenant_id, step)
-
-    async def _issue_first_key(self, step: Step, tenant_id: TenantId, wish: TenantWish, actor: Actor) -> str:
-        key = new_api_key(wish.plan)
-        issued = await self._store.issue_first_key(tenant_id, key, FIRST_KEY_NAME, TENANT_SCOPES, actor, step)
-        return str(key) if issued else ""
+            return await self._engine.run(tenant_id, SagaKind.PROVISION)
+        except MeshError:
+            saga = await self._sagas.load(tenant_id, SagaKind.PROVISION)
+            if saga is not None and saga.state is not SagaState.RUNNING:
+                # It failed for good: the next look says so, which tells the caller more than the step's own words.
+                return True
+            raise
 
 
 def _accepted(recorded: Recorded, wish: TenantWish) -> TenantId:

@@ -18,6 +18,8 @@ class TenantState(StrEnum):
     PROVISIONING = "PROVISIONING"
     ACTIVE = "ACTIVE"
     SUSPENDED = "SUSPENDED"
+    ERASING = "ERASING"
+    FAILED = "FAILED"
 
 
 @dataclass(frozen=True, slots=True)

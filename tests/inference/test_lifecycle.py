@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import asyncpg
 import grpc
 import orjson
@@ -84,6 +86,48 @@ async def test_the_services_role_sees_no_row_without_a_tenant(world: World, tena
             assert [await connection.fetchval(f"SELECT count(*) FROM inference.{table}") for table in TABLES] == [1, 1, 2]
     finally:
         await connection.close()
+
+
+async def test_nothing_is_written_for_an_erased_tenant_any_more(world: World, tenant: Tenant) -> None:
+    """A call that ends late, a late prompt and a late conversation leave no row; a scan finds the tombstone alone."""
+    conversation_id = await new_conversation(world, tenant)
+    await world.answer(tenant, "the heron lands", conversation_id=conversation_id)
+    before = {store.store: (store.found_count, store.canary_count) for store in await scan(world, tenant)}
+    # The provider's stub repeats the question in its answer.
+    assert before["postgres:inference.turns"] == (2, 2)
+    await erase(world, tenant)
+    for attempt in (put_prompt(world, tenant, "Again."), new_conversation(world, tenant)):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await attempt
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    left = {store.store for store in await scan(world, tenant) if store.found_count or store.canary_count}
+    assert left == {"postgres:inference.erased_tenants"}
+
+
+async def test_a_purge_removes_conversations_without_newer_turns(world: World, tenant: Tenant) -> None:
+    """What had its last turn before the given time goes with its turns; younger conversations and prompts stay."""
+    old = await new_conversation(world, tenant)
+    await world.answer(tenant, "old", conversation_id=old)
+    cut = datetime.now(UTC)
+    young = await new_conversation(world, tenant)
+    await world.answer(tenant, "young", conversation_id=young)
+    request = pb.PurgeTenantRequest()
+    request.older_than.FromDatetime(cut)
+    answers = [await world.lifecycle.PurgeTenant(request, metadata=world.from_tenant_service(tenant)) for _ in range(2)]
+    counts = [{item.kind: item.count for item in answer.purged} for answer in answers]
+    assert counts == [
+        {"postgres:inference.turns": 2, "postgres:inference.conversations": 1},
+        {"postgres:inference.turns": 0, "postgres:inference.conversations": 0},
+    ]
+    assert not any(answer.more for answer in answers)
+    left = {store.store: store.found_count for store in await scan(world, tenant)}
+    assert (left["postgres:inference.turns"], left["postgres:inference.conversations"], left["postgres:inference.prompts"]) == (2, 1, 1)
+
+
+async def scan(world: World, tenant: Tenant) -> list[pb.ScannedStore]:
+    """What the service still finds of the tenant and of a canary."""
+    request = pb.ScanTenantRequest(canaries=["the heron lands"])
+    return list((await world.lifecycle.ScanTenant(request, metadata=world.from_tenant_service(tenant))).stores)
 
 
 async def erase(world: World, tenant: Tenant) -> dict[str, int]:

@@ -60,6 +60,21 @@ CASES: Mapping[str, Case] = {
     "/mesh.tenant.v1.PlacementService/GetPlacement": lambda ids: {"for_tables": True},
     "/mesh.tenant.v1.PlacementService/MoveTenant": lambda ids: {"to": 3},
     "/mesh.tenant.v1.PlacementService/DescribePlacement": _nothing,
+    "/mesh.common.v1.TenantLifecycleService/ScanTenant": lambda ids: {"canaries": [ids.document_key]},
+    "/mesh.common.v1.TenantLifecycleService/PurgeTenant": lambda ids: {"older_than": in_seconds(3600)},
+    "/mesh.tenant.v1.TenantService/WatchProvisioning": lambda ids: {"request_id": ids.call_id},
+    "/mesh.tenant.v1.TenantService/SuspendTenant": lambda ids: {"tenant_id": str(ids.tenant_id)},
+    "/mesh.tenant.v1.TenantService/ResumeTenant": lambda ids: {"tenant_id": str(ids.tenant_id)},
+    "/mesh.tenant.v1.TenantService/ExportTenantArchive": _nothing,
+    "/mesh.tenant.v1.TenantService/EraseTenant": lambda ids: {
+        "request_id": ids.call_id,
+        "tenant_id": str(ids.tenant_id),
+        "confirm_slug": f"slug-{ids.key_id}",
+    },
+    "/mesh.tenant.v1.TenantService/GetErasureReceipt": lambda ids: {"tenant_id": str(ids.tenant_id)},
+    "/mesh.tenant.v1.TenantService/VerifyErasure": lambda ids: {"tenant_id": str(ids.tenant_id), "canaries": [ids.document_key]},
+    "/mesh.tenant.v1.EventService/ListEvents": lambda ids: {"page_size": 1000},
+    "/mesh.tenant.v1.EventService/ReplayEvent": lambda ids: {"tenant_id": str(ids.tenant_id), "event_id": ids.call_id},
     "/mesh.tenant.v1.TenantService/CreateTenant": lambda ids: {
         "request_id": ids.call_id,
         "slug": f"stolen-{ids.key_id}",
@@ -185,7 +200,7 @@ CASES: Mapping[str, Case] = {
 }
 
 # Erasing is aimed at tenants made for it: every other attack must leave its tenants standing.
-ENDS_ITS_TENANT = frozenset({"/mesh.common.v1.TenantLifecycleService/EraseTenant"})
+ENDS_ITS_TENANT = frozenset({"/mesh.common.v1.TenantLifecycleService/EraseTenant", "/mesh.common.v1.TenantLifecycleService/PurgeTenant"})
 
 
 def aimed_at(rpc: Rpc, ids: Ids) -> Message:

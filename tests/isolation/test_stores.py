@@ -49,6 +49,14 @@ TRANSIENT = {
     "retrieval.retrieval_placed_tenants": "INSERT INTO retrieval.retrieval_placed_tenants VALUES ($1, 'silo', 'MOVING')",
     "tenant.placements": "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
     "tenant.move_directory": "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
+    "inference.erased_tenants": "INSERT INTO inference.erased_tenants VALUES ($1)",
+    "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
+    "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
+    "tenant.erasure_receipts": (
+        "INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) "
+        "VALUES ($1, uuidv7(), '{}', decode(repeat('00', 64), 'hex'), 'none')"
+    ),
+    "tenant.purges": "INSERT INTO tenant.purges VALUES ($1, now() + interval '1 day') ON CONFLICT DO NOTHING",
     "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
 }
 APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
@@ -67,6 +75,10 @@ SHARED_TABLES = {
 # What the jobs roles may do, by table and command; everything else must be refused or find nothing.
 JOBS_MAY = {
     "inference.audit_outbox": {"SELECT", "DELETE"},
+    "tenant.tenants": {"SELECT"},
+    "tenant.sagas": {"SELECT"},
+    "tenant.events": {"SELECT", "UPDATE"},
+    "tenant.purges": {"SELECT"},
     "metering.tenant_epochs": {"SELECT"},
     "metering.calls": {"SELECT", "UPDATE"},
     "metering.call_leases": {"SELECT", "DELETE"},

@@ -68,3 +68,23 @@ async def test_erasure_forgets_people_and_keeps_amounts(mesh: Mesh) -> None:
     assert first["cost_nano_usd"] == 350_000
     (late,) = await mesh.settle(bill(calls[1].ref))
     assert late.outcome == ledger_pb.SETTLE_OUTCOME_SETTLED
+
+
+async def test_a_call_opened_late_for_an_erased_tenant_is_billed_without_names(mesh: Mesh) -> None:
+    """After the erasure a call is opened and settled like any other, and no user, feature or prompt name is written with it."""
+    tenant = mesh.new_tenant()
+    await mesh.opened(tenant)
+    await erase(mesh, tenant)
+    late = await mesh.opened(tenant)
+    rows = await mesh.admin.fetch("SELECT DISTINCT user_name, feature, prompt_version FROM metering.calls WHERE tenant_id = $1", tenant.id)
+    assert [tuple(row) for row in rows] == [("", "", "")]
+    (settled,) = await mesh.settle(bill(late.ref))
+    assert settled.outcome == ledger_pb.SETTLE_OUTCOME_SETTLED
+    caller = mesh.tenant_service
+    scan = await caller.channel.unary(
+        caller.lifecycle.ScanTenant, pb.ScanTenantRequest(canaries=["user-1"]), timeout_seconds=20, tenant=tenant.context
+    )
+    found = {(store.store, store.sight): store.found_count for store in scan.stores if store.found_count}
+    assert found[("postgres:metering.calls", "tenant")] == 2
+    assert all(store.kept for store in scan.stores if store.found_count)
+    assert not any(store.canary_count for store in scan.stores if store.sight == "tenant")

@@ -2,8 +2,12 @@
 
 import json
 
+import grpc
+import pytest
+
 from mesh.common.v1 import lifecycle_service_pb2 as lifecycle
 from mesh.common.v1 import lifecycle_service_pb2_grpc
+from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
 from tests.ratelimit.callers import AtService, Service
 
@@ -31,7 +35,10 @@ async def test_erasing_a_tenant_leaves_none_of_its_keys_and_all_of_the_others(se
         "redis:ended": 0,
         "redis:left-behind": 1,
     }
-    assert await service.link.send("KEYS", f"{{{tenant.tenant_id}}}:*") == []
+    # The tombstone alone, for as long as a token of the tenant may still be shown.
+    meta = f"{{{tenant.tenant_id}}}:meta"
+    assert await service.link.send("KEYS", f"{{{tenant.tenant_id}}}:*") == [meta.encode()]
+    assert 300_000 < await service.link.send("PTTL", meta) <= 330_000  # type: ignore[operator] # a number
     assert set((await erase(service, tenant)).values()) == {0}
     assert (await other.limits())["tokens_per_day"].used == 20
 
@@ -66,3 +73,24 @@ async def test_provisioning_makes_nothing_and_can_be_repeated(service: Service) 
         )
         assert not answer.resources
     assert await tenant.store.dump() == [None] * 5
+
+
+async def test_a_late_token_does_not_bring_an_erased_tenants_counters_back(service: Service) -> None:
+    """After the erasure a call with a token from before is NOT_FOUND and makes no key; a scan finds the tombstone and nothing else."""
+    tenant = service.tenant_with(tokens_per_day=100)
+    await tenant.reserve(10)
+    await erase(service, tenant)
+    for attempt in (lambda: tenant.reserve(10), tenant.limits):
+        with pytest.raises(MeshError) as caught:
+            await attempt()
+        assert caught.value.code is grpc.StatusCode.NOT_FOUND
+    assert await scan(service, tenant) == {"redis:keys": 0, "redis:tombstone": 1}
+    await service.link.send("SET", f"{{{tenant.tenant_id}}}:left-behind", "x")
+    assert await scan(service, tenant) == {"redis:keys": 1, "redis:tombstone": 1}
+
+
+async def scan(service: Service, tenant: AtService) -> dict[str, int]:
+    """What the service still finds of the tenant."""
+    stub = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(service.tenant.channel)
+    answer = await service.tenant.unary(stub.ScanTenant, lifecycle.ScanTenantRequest(), timeout_seconds=5, tenant=tenant.context)
+    return {item.store: item.found_count for item in answer.stores}

@@ -79,7 +79,7 @@ async def shelf(request: pytest.FixtureRequest, postgres: PostgresStore, tmp_pat
         shared = QdrantIndex(url, SecretStr(API_KEY), embedder.dimensions)
         index = PlacedIndex(shared, database, embedder.dimensions)
         keys = ScriptedKeys()
-        store = PostgresDocumentStore(database, TenantCipher(keys))
+        store = PostgresDocumentStore(database, jobs, TenantCipher(keys))
         library, owed = Library(store, index, embedder), PostgresOwedWork(jobs, database)
         service_dsn = places.dsn("retrieval_service")
         yield Shelf(

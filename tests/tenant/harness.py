@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
@@ -29,6 +30,7 @@ from mesh.tenant.v1 import (
     configuration_service_pb2_grpc,
     data_key_service_pb2_grpc,
     domain_service_pb2_grpc,
+    event_service_pb2_grpc,
     flag_service_pb2,
     flag_service_pb2_grpc,
     issuer_service_pb2_grpc,
@@ -55,11 +57,16 @@ Response = TypeVar("Response")
 
 
 class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
-    """A service that answers ProvisionTenant as a test wants: it fails, waits or asks back first."""
+    """A service that takes part in a tenant's life as a test wants: it fails, waits, asks back first or keeps something back."""
 
     def __init__(self) -> None:
         self.tenants: list[UUID] = []
         self.failures: list[grpc.StatusCode] = []
+        self.erase_failures: list[grpc.StatusCode] = []
+        self.erased: list[UUID] = []
+        self.exported: list[lifecycle_service_pb2.ExportTenantResponse] = []
+        self.left_over: list[str] = []
+        self.purged: list[tuple[UUID, datetime]] = []
         self.entered = asyncio.Event()
         self.gate: asyncio.Event | None = None
         self.before_answer: Callable[[str], Any] | None = None
@@ -73,6 +80,11 @@ class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
         self.failures.clear()
         self.reencrypted.clear()
         self.pages_left = 0
+        self.erase_failures.clear()
+        self.erased.clear()
+        self.exported.clear()
+        self.left_over.clear()
+        self.purged.clear()
         self.entered = asyncio.Event()
         self.gate = None
         self.before_answer = None
@@ -98,11 +110,29 @@ class ScriptedPeer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
         return lifecycle_service_pb2.ReencryptTenantResponse(resealed_count=sealed_now, done=not self.pages_left)
 
     async def EraseTenant(self, request: Any, context: Any) -> Any:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "creating a tenant erases nothing")
+        tenant_id = UUID(dict(context.invocation_metadata())["x-tenant-id"])
+        if self.erase_failures:
+            await context.abort(self.erase_failures.pop(0), "scripted")
+        found = self.tenants.count(tenant_id)
+        self.tenants[:] = [kept for kept in self.tenants if kept != tenant_id]
+        self.erased.append(tenant_id)
+        erased = [lifecycle_service_pb2.ErasedRecords(kind="scripted:tenants", count=found)]
+        return lifecycle_service_pb2.EraseTenantResponse(erased=erased)
 
     async def ExportTenant(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "creating a tenant exports nothing")
-        yield
+        for record in self.exported:
+            yield record
+
+    async def ScanTenant(self, request: Any, context: Any) -> Any:
+        tenant_id = UUID(dict(context.invocation_metadata())["x-tenant-id"])
+        store = lifecycle_service_pb2.ScannedStore(store="scripted:tenants", found_count=self.tenants.count(tenant_id), sight="all")
+        store.canary_count = sum(canary in text for text in self.left_over for canary in request.canaries)
+        return lifecycle_service_pb2.ScanTenantResponse(stores=[store])
+
+    async def PurgeTenant(self, request: Any, context: Any) -> Any:
+        self.purged.append((UUID(dict(context.invocation_metadata())["x-tenant-id"]), request.older_than.ToDatetime(UTC)))
+        more = len(self.purged) % 2 == 1
+        return lifecycle_service_pb2.PurgeTenantResponse(purged=[lifecycle_service_pb2.ErasedRecords(kind="k", count=3)], more=more)
 
 
 @asynccontextmanager
@@ -144,6 +174,7 @@ class Harness:
         self.flags = flag_service_pb2_grpc.FlagServiceStub(self.channel)
         self.data_keys = data_key_service_pb2_grpc.DataKeyServiceStub(self.channel)
         self.secrets = secret_service_pb2_grpc.SecretServiceStub(self.channel)
+        self.events = event_service_pb2_grpc.EventServiceStub(self.channel)
         self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel)
 
     def as_operator(self, tenant_id: str | None = None, reason: str | None = "customer call 4711") -> Metadata:
@@ -322,6 +353,7 @@ def settings_for(
         service_token=SecretStr(SERVICE_TOKENS["tenant"]),
         peer_token_hashes=hashes,
         postgres_dsn=SecretStr(service_dsn),
+        postgres_jobs_dsn=SecretStr(service_dsn.replace("tenant_service", "tenant_jobs")),
         postgres_admin_dsn=SecretStr(admin_dsn),
         context_signing_key=SecretStr(base64.b64encode(secrets.token_bytes(32)).decode()),
         base_domains=BASE_DOMAIN,

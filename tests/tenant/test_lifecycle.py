@@ -43,6 +43,8 @@ async def test_an_erased_tenant_leaves_only_its_audit_log(harness: Harness) -> N
         "postgres:tenant.provider_keys": 0,
         "postgres:tenant.users": 1,
         "postgres:tenant.tenant_settings": 1,
+        "postgres:tenant.purges": 0,
+        "postgres:tenant.sagas": 1,
         "postgres:tenant.provisioning": 1,
         "postgres:tenant.slug_directory": 1,
         "postgres:tenant.tenants": 1,
@@ -83,7 +85,10 @@ async def test_the_export_holds_every_record_and_no_secret(harness: Harness) -> 
     stream = harness.lifecycle.ExportTenant(lifecycle_service_pb2.ExportTenantRequest(), metadata=metadata, timeout=10)
     records = [(item.kind, json.loads(item.record_json)) async for item in stream]
     kinds = {kind for kind, _ in records}
-    assert kinds == {f"postgres:tenant.{name}" for name in ("tenants", "tenant_settings", "provisioning", "users", "api_keys", "audit")}
+    assert kinds == {
+        f"postgres:tenant.{name}"
+        for name in ("tenants", "tenant_settings", "provisioning", "users", "api_keys", "sagas", "saga_steps", "events", "audit")
+    }
     assert {record["tenant_id"] for _, record in records} == {created.tenant.tenant_id}
     text = json.dumps(records)
     key = taken_apart(created.api_key)

@@ -16,10 +16,12 @@ from services.inference.conversation import Conversation, KeptTurn, Prompt
 from services.inference.prompt_assembly import Turn
 from services.kernel.errors import NotFound
 from services.kernel.ids import CallId, TenantId
+from services.kernel.placement import HOME
 from services.kernel.sealed_writes import write_sealed
 from services.kernel.sealing import TenantKeys
 from services.kernel.tenant_cipher import TenantCipher
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import Connection, TenantDatabase
+from services.kernel.tenant_scan import ScannedStore, scan_schema
 
 RECALL = (
     "SELECT prompt_version, prompt_text, conversation_known, roles, texts, sealed_texts, call_ids, call_positions FROM recall($1, $2, $3)"
@@ -43,6 +45,25 @@ ERASE = {
     "postgres:inference.prompts": "DELETE FROM prompts WHERE tenant_id = $1",
     "postgres:inference.inference_sealing": "DELETE FROM inference_sealing WHERE tenant_id = $1",
 }
+# Alone in its transaction with the removal: writers that passed are waited for, later ones find the tombstone.
+LOCK_ERASURE = "SELECT pg_advisory_xact_lock(inference.erasure_lock($1))"
+INSERT_TOMBSTONE = "INSERT INTO inference.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+LOCK_OLD = """
+SELECT c.conversation_id FROM conversations c
+WHERE c.tenant_id = $1 AND c.create_time < $2
+  AND NOT EXISTS (SELECT FROM turns t WHERE t.tenant_id = $1 AND t.conversation_id = c.conversation_id AND t.create_time >= $2)
+ORDER BY c.conversation_id LIMIT $3 FOR UPDATE
+"""
+# Looks again, now under the locks that writers of turns wait for: a conversation that got a turn meanwhile stays.
+PURGE_TURNS = """
+DELETE FROM turns d WHERE d.tenant_id = $1 AND d.conversation_id = ANY ($3::text[])
+  AND NOT EXISTS (SELECT FROM turns t WHERE t.tenant_id = $1 AND t.conversation_id = d.conversation_id AND t.create_time >= $2)
+"""
+PURGE_CONVERSATIONS = """
+DELETE FROM conversations c WHERE c.tenant_id = $1 AND c.conversation_id = ANY ($2::text[])
+  AND NOT EXISTS (SELECT FROM turns t WHERE t.tenant_id = $1 AND t.conversation_id = c.conversation_id)
+"""
+_PURGE_BATCH = 500
 EXPORT_PROMPTS = "SELECT version, text, create_time FROM prompts WHERE tenant_id = $1 AND version > $2 ORDER BY version LIMIT $3"
 EXPORT_CONVERSATIONS = (
     "SELECT conversation_id, user_name, create_time, sealed_user_name FROM conversations "
@@ -135,10 +156,28 @@ class PostgresMemory:
             await connection.execute(DELETE_CONVERSATION, tenant_id, conversation_id)
 
     async def erase(self, tenant_id: TenantId) -> Mapping[str, int]:
-        """Removes everything of the tenant and returns how many rows of each table. Idempotent."""
+        """Removes everything of the tenant, for ever, wherever it lives; returns how many rows of each table. Idempotent."""
+        # The tombstone stands at home, whose tables are all that outlives the tenant: a place of its own is dropped whole.
+        async with self._database.transaction_at(HOME, tenant_id, walled=False) as connection:
+            await connection.execute(LOCK_ERASURE, tenant_id)
+            await connection.execute(INSERT_TOMBSTONE, tenant_id)
+            removed = await _remove(connection, tenant_id)
         async with self._database.transaction(tenant_id) as connection:
-            # The driver answers with the command's tag, such as "DELETE 3".
-            return {kind: int((await connection.execute(sql, tenant_id)).split()[-1]) for kind, sql in ERASE.items()}
+            elsewhere = await _remove(connection, tenant_id)
+        return {kind: count + elsewhere[kind] for kind, count in removed.items()}
+
+    async def purge(self, tenant_id: TenantId, older_than: datetime) -> tuple[Mapping[str, int], bool]:
+        """Removes a batch of conversations without a turn since then; returns counts by kind, and whether there may be more."""
+        async with self._database.transaction(tenant_id) as connection:
+            ids = [row["conversation_id"] for row in await connection.fetch(LOCK_OLD, tenant_id, older_than, _PURGE_BATCH)]
+            turns = await connection.execute(PURGE_TURNS, tenant_id, older_than, ids)
+            conversations = await connection.execute(PURGE_CONVERSATIONS, tenant_id, ids)
+        tags = {"postgres:inference.turns": turns, "postgres:inference.conversations": conversations}
+        return {kind: int(tag.split()[-1]) for kind, tag in tags.items()}, len(ids) == _PURGE_BATCH
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts what holds the tenant's id or one of the strings, in the tenant's own rows: no role of this service sees others'."""
+        return await scan_schema(self._database, None, "inference", tenant_id, canaries, kept=frozenset({"erased_tenants"}))
 
     async def export(self, tenant_id: TenantId) -> AsyncGenerator[tuple[str, bytes], None]:
         """Yields every record of the tenant as its kind and one JSON object."""
@@ -187,3 +226,8 @@ class PostgresMemory:
         items = [(value, identity) for value, identity in zip(sealed, identities, strict=True) if value is not None]
         opened = iter(await self._cipher.open_all(tenant_id, items))
         return [text if value is None else next(opened).decode() for text, value in zip(texts, sealed, strict=True)]
+
+
+async def _remove(connection: Connection, tenant_id: TenantId) -> dict[str, int]:
+    # The driver answers with the command's tag, such as "DELETE 3".
+    return {kind: int((await connection.execute(sql, tenant_id)).split()[-1]) for kind, sql in ERASE.items()}

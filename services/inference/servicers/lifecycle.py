@@ -12,6 +12,8 @@ from services.kernel.sealed_writes import SealedRows, reseal_for_a_while
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import PlaceMissing
 from services.kernel.tenant_moving import TenantMover
+from services.kernel.tenant_scan import scan_response
+from services.kernel.timestamps import parse_timestamp
 
 
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
@@ -63,3 +65,12 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         half = self._mover.move if request.phase == pb.MOVE_PHASE_COPY else self._mover.drop_left
         moved = await half(current_tenant())
         return pb.MoveTenantResponse(moved=[pb.MovedRecords(kind=kind, count=count) for kind, count in sorted(moved.items())])
+
+    async def ScanTenant(self, request: pb.ScanTenantRequest, context: object) -> pb.ScanTenantResponse:
+        """Looks through this service's tables."""
+        return scan_response(await self._store.scan(current_tenant_id(), list(request.canaries)))
+
+    async def PurgeTenant(self, request: pb.PurgeTenantRequest, context: object) -> pb.PurgeTenantResponse:
+        """Removes a batch of old conversations."""
+        purged, more = await self._store.purge(current_tenant_id(), parse_timestamp(request.older_than, "older_than"))
+        return pb.PurgeTenantResponse(purged=[pb.ErasedRecords(kind=kind, count=count) for kind, count in purged.items()], more=more)

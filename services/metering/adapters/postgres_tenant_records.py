@@ -1,10 +1,11 @@
 """Provisions, pseudonymises and exports a tenant in Postgres, many rows at a time, never all at once."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from uuid import UUID
 
 from services.kernel.ids import TenantId
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.tenant_scan import ScannedStore, scan_schema
 from services.metering.tenant_records import CALLS, ENTRIES
 
 CHUNK = 500
@@ -24,6 +25,11 @@ WITH chosen AS MATERIALIZED (
 )
 SELECT reservation_id FROM blanked ORDER BY reservation_id
 """
+# Exclusive against batches that open calls: what was opened before is blanked below, what is opened later is blanked by its trigger.
+LOCK_TENANT = "SELECT pg_advisory_xact_lock(metering.tenant_lock($1))"
+INSERT_TOMBSTONE = "INSERT INTO metering.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+# The books stay, with the id and without names; what is still under way ends in them.
+KEPT = frozenset({"calls", "entries", "tenant_epochs", "call_leases", "outbox", "erased_tenants"})
 EXPORT_CALLS = """
 SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
     SELECT tenant_id, reservation_id, state, call_id, attempt, open_epoch, reserve_time, open_time, dispatch_deadline, bound_tokens,
@@ -45,8 +51,9 @@ SELECT r.reservation_id, r.number, row_to_json(r)::text AS record FROM (
 class PostgresTenantRecords:
     """Works as the service role, each step in a short transaction of its tenant."""
 
-    def __init__(self, database: TenantDatabase) -> None:
+    def __init__(self, database: TenantDatabase, jobs: JobsDatabase) -> None:
         self._database = database
+        self._jobs = jobs
 
     async def provision(self, tenant_id: TenantId) -> None:
         """Makes the tenant's first epoch, unless it is there."""
@@ -54,7 +61,10 @@ class PostgresTenantRecords:
             await connection.execute(INSERT_EPOCH, tenant_id)
 
     async def pseudonymise(self, tenant_id: TenantId) -> int:
-        """Blanks users, features and prompt names of all its calls; returns how many calls had any."""
+        """Blanks users, features and prompt names of all its calls, and of those to come; returns how many calls had any."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(LOCK_TENANT, tenant_id)
+            await connection.execute(INSERT_TOMBSTONE, tenant_id)
         blanked, after = 0, _BEFORE_ALL
         while True:
             async with self._database.transaction(tenant_id) as connection:
@@ -63,6 +73,10 @@ class PostgresTenantRecords:
             if len(rows) < CHUNK:
                 return blanked
             after = rows[-1]["reservation_id"]
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts what holds the tenant's id or one of the strings; the jobs role sees the books of every tenant."""
+        return await scan_schema(self._database, self._jobs, "metering", tenant_id, canaries, kept=KEPT)
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
         """Yields each record's kind and its JSON object."""

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.kernel.request_context import current_tenant_id
+from services.kernel.tenant_scan import scan_response
 from services.metering.tenant_records import CALLS, EPOCHS, TenantRecords
 
 
@@ -37,3 +38,11 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
     async def MoveTenant(self, request: pb.MoveTenantRequest, context: object) -> pb.MoveTenantResponse:
         """Moves nothing: the ledger stays in the shared store wherever the content lives."""
         return pb.MoveTenantResponse()
+
+    async def ScanTenant(self, request: pb.ScanTenantRequest, context: object) -> pb.ScanTenantResponse:
+        """Looks through the books."""
+        return scan_response(await self._records.scan(current_tenant_id(), list(request.canaries)))
+
+    async def PurgeTenant(self, request: pb.PurgeTenantRequest, context: object) -> pb.PurgeTenantResponse:
+        """Purges nothing: amounts are kept for ever."""
+        return pb.PurgeTenantResponse()

@@ -10,6 +10,7 @@ from redis.exceptions import NoScriptError
 
 from services.kernel.errors import Unavailable
 from services.kernel.ids import ReservationId, TenantId
+from services.kernel.tenant_scan import ScannedStore, spellings
 from services.ratelimit.adapters.redis_link import Link
 from services.ratelimit.adapters.scripts import Script, load_script
 from services.ratelimit.fencing import ExpiredHolds, FenceVerdict
@@ -33,6 +34,8 @@ _CALLS_A_SCRIPT = 100
 # Another's request for a snapshot is respected this long; an unanswered one lives this long.
 _YOUNG_NONCE_US = MICROSECONDS
 _NONCE_LIFE_MILLISECONDS = 10_000
+# Longer than a context token of the tenant can still be shown, with room for clocks that differ.
+_TOMBSTONE_MILLISECONDS = 330_000
 
 
 class RedisStore:
@@ -172,17 +175,44 @@ class RedisStore:
         await self._link.send("PING")
 
     async def erase(self, tenant_id: TenantId) -> dict[str, int]:
-        """Removes all that is kept of the tenant, whatever its key is called; returns what was found by kind."""
-        counts = cast("list[int]", await self._run("erase", tenant_id, bulk=True))
+        """Removes all that is kept of the tenant, whatever its key is called; returns what was found by kind.
+
+        A tombstone stays for 330 s: until then a token of the tenant could have its counters rebuilt.
+        """
+        counts = cast("list[int]", await self._run("erase", tenant_id, _TOMBSTONE_MILLISECONDS, bulk=True))
         erased = dict(zip(KINDS, counts, strict=True))
         cursor: object = None
         while True:
             cursor, found = await self._bulk.scan(f"{_prefix(tenant_id)}*", cursor)
             for key in found:
                 kind = key.decode().removeprefix(_prefix(tenant_id))
+                if kind == "meta":
+                    continue
                 erased[kind] = erased.get(kind, 0) + cast("int", await self._bulk.send("DEL", key))
             if cursor is None:
                 return erased
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> list[ScannedStore]:
+        """Counts keys of the whole store that carry the tenant's id, and those of them that hold one of the strings."""
+        needles, found, hits, tombstones = [text.encode() for text in canaries], set[bytes](), 0, 0
+        for spelling in spellings(tenant_id):
+            cursor: object = None
+            while True:
+                cursor, keys = await self._bulk.scan(f"*{spelling}*", cursor)
+                found.update(keys)
+                if cursor is None:
+                    break
+        for key in found:
+            if key == f"{_prefix(tenant_id)}meta".encode() and await self._bulk.send("HEXISTS", key, "erased") == 1:
+                tombstones += 1
+                continue
+            # The store's own serialisation holds short strings as they are.
+            dump = cast("bytes | None", await self._bulk.send("DUMP", key)) or b""
+            hits += any(needle in dump or needle in key for needle in needles)
+        return [
+            ScannedStore("redis:keys", len(found) - tombstones, hits, kept=False, sight="all"),
+            ScannedStore("redis:tombstone", tombstones, 0, kept=True, sight="all"),
+        ]
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, dict[str, str]]]:
         """Yields every record: its kind, and its fields in words. Reads only."""

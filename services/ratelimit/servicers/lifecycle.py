@@ -1,13 +1,14 @@
 """TenantLifecycleService of the limits: nothing to make, everything to erase, all of it readable."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from mesh.common.v1 import lifecycle_service_pb2 as messages
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.kernel.ids import TenantId
 from services.kernel.request_context import current_tenant_id
+from services.kernel.tenant_scan import ScannedStore, scan_response
 
 
 class TenantRecords(Protocol):
@@ -19,6 +20,10 @@ class TenantRecords(Protocol):
 
     async def erase(self, tenant_id: TenantId) -> dict[str, int]:
         """Removes all of a tenant; returns what was found, by kind."""
+        ...
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts what carries the tenant's id or holds one of the strings."""
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, dict[str, str]]]:
@@ -68,3 +73,19 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
     async def MoveTenant(self, request: messages.MoveTenantRequest, context: object) -> messages.MoveTenantResponse:
         """Moves nothing: counters stay in the shared store wherever the content lives."""
         return messages.MoveTenantResponse()
+
+    async def ScanTenant(
+        self,
+        request: messages.ScanTenantRequest,
+        context: object,
+    ) -> messages.ScanTenantResponse:
+        """Looks through the keys of the whole store."""
+        return scan_response(await self._records.scan(current_tenant_id(), list(request.canaries)))
+
+    async def PurgeTenant(
+        self,
+        request: messages.PurgeTenantRequest,
+        context: object,
+    ) -> messages.PurgeTenantResponse:
+        """Purges nothing: counters forget by themselves."""
+        return messages.PurgeTenantResponse()

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from pydantic import SecretStr
 
@@ -12,6 +13,7 @@ from services.kernel.lending import Lending
 from services.kernel.placement import Place
 from services.kernel.settings import DEFAULT_SILO_POOLS
 from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_scan import ScannedStore
 from services.retrieval.adapters.qdrant import QdrantIndex
 from services.retrieval.document import Hit
 
@@ -78,6 +80,15 @@ class PlacedIndex:
         """Removes the collection."""
         async with self._of(tenant_id) as index:
             return await index.erase(tenant_id)
+
+    async def scan(self, tenant_id: TenantId) -> Sequence[ScannedStore]:
+        """Counts collections and aliases that carry the tenant's id, in the shared Qdrant and in its own."""
+        found = list(await self._home.scan(tenant_id))
+        place = await self._database.find_place(tenant_id)
+        if place.qdrant_url:
+            async with self.at(place) as index:
+                found += [replace(item, store=f"silo:{item.store}") for item in await index.scan(tenant_id)]
+        return found
 
     @asynccontextmanager
     async def _of(self, tenant_id: TenantId) -> AsyncIterator[QdrantIndex]:

@@ -8,11 +8,12 @@ import structlog
 
 from services.kernel.errors import MeshError
 from services.kernel.ids import DocumentId, TenantId, new_uuid7
-from services.kernel.placement import Place, PlacementKind
+from services.kernel.placement import HOME, Place, PlacementKind
 from services.kernel.sealed_writes import write_sealed
 from services.kernel.sealing import TenantKeys
 from services.kernel.tenant_cipher import TenantCipher
 from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
+from services.kernel.tenant_scan import ScannedStore, scan_schema
 from services.retrieval.adapters.postgres_sealing import REQUIRE_VERSION
 from services.retrieval.adapters.sealed_values import RowReader, chunk_identity, document_columns, is_unchanged
 from services.retrieval.chunking import Chunk
@@ -70,6 +71,10 @@ FIND_CHUNKS = """
 SELECT chunk_id, document_id, document_key, title, "position", start_offset, end_offset, content, sealed_header, sealed_content
 FROM find_chunks($1, $2, $3)
 """
+# Alone in its transaction with the removal: writers that passed are waited for, later ones find the tombstone.
+LOCK_ERASURE = "SELECT pg_advisory_xact_lock(retrieval.erasure_lock($1))"
+INSERT_TOMBSTONE = "INSERT INTO retrieval.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+GET_TOMBSTONE = "SELECT true FROM retrieval.erased_tenants WHERE tenant_id = $1"
 COUNT_AND_DELETE = (
     ("chunks", "WITH gone AS (DELETE FROM chunks WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
     ("documents", "WITH gone AS (DELETE FROM documents WHERE tenant_id = $1 RETURNING 1) SELECT count(*) FROM gone"),
@@ -107,8 +112,9 @@ WHERE remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $1
 class PostgresDocumentStore:
     """The documents of every tenant, one tenant a transaction. Sealed when its context says so, opened whenever sealed."""
 
-    def __init__(self, database: TenantDatabase, cipher: TenantCipher) -> None:
+    def __init__(self, database: TenantDatabase, jobs: JobsDatabase, cipher: TenantCipher) -> None:
         self._database = database
+        self._jobs = jobs
         self._cipher = cipher
         self._reader = RowReader(cipher)
 
@@ -231,9 +237,24 @@ class PostgresDocumentStore:
         return await self._reader.chunks(tenant_id, rows)
 
     async def erase(self, tenant_id: TenantId) -> dict[str, int]:
-        """Removes everything of the tenant."""
+        """Removes everything of the tenant, for ever, wherever it lives."""
+        # The tombstone stands at home, whose tables are all that outlives the tenant: a place of its own is dropped whole.
+        async with self._database.transaction_at(HOME, tenant_id, walled=False) as connection:
+            await connection.execute(LOCK_ERASURE, tenant_id)
+            await connection.execute(INSERT_TOMBSTONE, tenant_id)
+            removed = await _remove(connection, tenant_id)
         async with self._database.transaction(tenant_id) as connection:
-            return {table: await connection.fetchval(statement, tenant_id) for table, statement in COUNT_AND_DELETE}
+            elsewhere = await _remove(connection, tenant_id)
+        return {table: count + elsewhere[table] for table, count in removed.items()}
+
+    async def is_erased(self, tenant_id: TenantId) -> bool:
+        """Tells whether the tenant was erased."""
+        async with self._database.transaction_at(HOME, tenant_id, walled=False) as connection:
+            return bool(await connection.fetchval(GET_TOMBSTONE, tenant_id))
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Counts what holds the tenant's id or one of the strings; the jobs role sees every tenant's ids and digests, no texts."""
+        return await scan_schema(self._database, self._jobs, "retrieval", tenant_id, canaries, kept=frozenset({"erased_tenants"}))
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, dict[str, object]]]:
         """Yields the documents with their texts; chunks can be cut again."""
@@ -288,3 +309,7 @@ class PostgresOwedWork:
             except MeshError as error:
                 log.warning("repair_skips_place", tenant_id=str(tenant_id), reason=error.reason_name)
         return found
+
+
+async def _remove(connection: Connection, tenant_id: TenantId) -> dict[str, int]:
+    return {table: await connection.fetchval(statement, tenant_id) for table, statement in COUNT_AND_DELETE}

@@ -17,6 +17,7 @@ from qdrant_client import grpc as q
 from services.kernel.errors import Unavailable
 from services.kernel.ids import DocumentId, TenantId
 from services.kernel.request_context import remaining_seconds
+from services.kernel.tenant_scan import ScannedStore
 from services.retrieval.adapters.qdrant_token import CollectionTokens
 from services.retrieval.document import Hit
 from services.retrieval.sparse_terms import SparseVector, document_terms, query_terms
@@ -172,6 +173,17 @@ class QdrantIndex:
         chosen = q.PointsSelector(points=q.PointsIdsList(ids=[q.PointId(uuid=str(point_id)) for point_id in ids]))
         request = q.DeletePoints(collection_name=alias_name(tenant_id), wait=True, points=chosen)
         await self._write(tenant_id, self._points.Delete, request)
+
+    async def scan(self, tenant_id: TenantId) -> Sequence[ScannedStore]:
+        """Counts collections and aliases that carry the tenant's id, as the key with every right sees them."""
+        with _refusals():
+            collections: q.ListCollectionsResponse = await self._administer(self._collections.List, q.ListCollectionsRequest())
+            aliases: q.ListAliasesResponse = await self._administer(self._collections.ListAliases, q.ListAliasesRequest())
+        found = {
+            "qdrant:collections": sum(tenant_id.hex in item.name for item in collections.collections),
+            "qdrant:aliases": sum(tenant_id.hex in item.alias_name + item.collection_name for item in aliases.aliases),
+        }
+        return [ScannedStore(store, count, 0, kept=False, sight="all") for store, count in found.items()]
 
     async def _create(self, name: str) -> None:
         request = q.CreateCollection(

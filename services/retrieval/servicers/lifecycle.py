@@ -6,11 +6,13 @@ import orjson
 
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.common.v1 import lifecycle_service_pb2_grpc
+from services.kernel.errors import WrongState
 from services.kernel.place_making import PlaceMaker
 from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.sealed_writes import SealedRows, reseal_for_a_while
 from services.kernel.tenant_database import PlaceMissing
 from services.kernel.tenant_moving import TenantMover
+from services.kernel.tenant_scan import scan_response
 from services.retrieval.document import DocumentStore, VectorIndex
 
 
@@ -25,12 +27,16 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         self._sealed_rows = sealed_rows
 
     async def ProvisionTenant(self, request: pb.ProvisionTenantRequest, context: object) -> pb.ProvisionTenantResponse:
-        """Makes the tables of a tenant that has its own, and the collection."""
+        """Makes the tables of a tenant that has its own, and the collection; never again for an erased one."""
+        if await self._store.is_erased(current_tenant_id()):
+            raise WrongState("tenant", "ERASED", "the tenant was erased and gets no collection any more")
         made = await self._places.make(current_tenant())
         return pb.ProvisionTenantResponse(resources=[*made, f"qdrant collection {await self._index.provision(current_tenant_id())}"])
 
     async def EraseTenant(self, request: pb.EraseTenantRequest, context: object) -> pb.EraseTenantResponse:
-        """Drops the collection, then removes the rows: a repeated call after a crash finds whichever is left."""
+        """Removes the rows, then drops the collection: what is indexed late goes with it, and nothing makes it again."""
+        removed = await self._store.erase(current_tenant_id())
+        erased = [pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count) for table, count in removed.items()]
         points = await self._index.erase(current_tenant_id())
         erased = [pb.ErasedRecords(kind="qdrant:points", count=points)]
         try:
@@ -58,3 +64,12 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         half = self._mover.move if request.phase == pb.MOVE_PHASE_COPY else self._mover.drop_left
         moved = await half(current_tenant())
         return pb.MoveTenantResponse(moved=[pb.MovedRecords(kind=kind, count=count) for kind, count in sorted(moved.items())])
+
+    async def ScanTenant(self, request: pb.ScanTenantRequest, context: object) -> pb.ScanTenantResponse:
+        """Looks through the tables and the vector store."""
+        tables = await self._store.scan(current_tenant_id(), list(request.canaries))
+        return scan_response([*tables, *await self._index.scan(current_tenant_id())])
+
+    async def PurgeTenant(self, request: pb.PurgeTenantRequest, context: object) -> pb.PurgeTenantResponse:
+        """Purges nothing: documents are what the tenant knows, and stay until it removes them."""
+        return pb.PurgeTenantResponse()

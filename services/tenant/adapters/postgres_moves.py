@@ -9,6 +9,7 @@ from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_placements import ANNOUNCE, LOCK_TENANT, SAY_IN_TOKENS, PostgresPlacements
+from services.tenant.adapters.postgres_secrets import lock_secrets
 from services.tenant.moving import Left
 from services.tenant.placement import Placement, StoredPlace
 
@@ -29,6 +30,8 @@ SET left_kind = kind, kind = following_kind, stores = following_stores, made = f
 WHERE tenant_id = $1 AND following_kind IS NOT NULL
 RETURNING left_kind, kind
 """
+# What is in force may follow from the place: a silo's content is encrypted unless somebody said otherwise.
+RAISE_VERSION = "UPDATE tenant.tenant_settings SET config_version = config_version + 1 WHERE tenant_id = $1"
 SELECT_LEFT = "SELECT left_kind FROM tenant.placements WHERE tenant_id = $1"
 FORGET_LEFT = "UPDATE tenant.placements SET left_kind = NULL WHERE tenant_id = $1"
 LOOK_AGAIN = """
@@ -48,8 +51,9 @@ class PostgresMoves:
 
     async def begin_move(self, tenant_id: TenantId, following: StoredPlace, look_again_seconds: float) -> Placement:
         """Writes where to, unless a move is under way."""
-        sealed = self._placements.seal(tenant_id, following)
         async with self._database.transaction(tenant_id) as connection:
+            await lock_secrets(connection, tenant_id)
+            sealed = await self._placements.seal(tenant_id, following)
             if not await connection.fetchval(LOCK_TENANT, tenant_id):
                 raise NotFound("tenant")
             await connection.execute(BEGIN_MOVE, tenant_id, following.kind.value, sealed, following.made)
@@ -74,6 +78,7 @@ class PostgresMoves:
             if moved is None:
                 return
             await connection.execute(SAY_IN_TOKENS, tenant_id, moved["kind"])
+            await connection.execute(RAISE_VERSION, tenant_id)
             await connection.execute(LOOK_AGAIN, tenant_id, grace_seconds)
             await append_audit(connection, tenant_id, "TENANT_MOVED", f"placement:{moved['left_kind']}:{moved['kind']}", actor)
             await connection.execute(ANNOUNCE, tenant_id)

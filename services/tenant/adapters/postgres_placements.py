@@ -6,6 +6,7 @@ from dataclasses import asdict
 from services.kernel.ids import TenantId
 from services.kernel.placement import PlacementKind
 from services.kernel.tenant_database import TenantDatabase
+from services.tenant.adapters.postgres_secrets import PLACEMENT_PURPOSE, lock_secrets
 from services.tenant.placement import POOLED, Placement, SiloStores, StoredPlace
 from services.tenant.secret_box import SecretBox
 
@@ -21,8 +22,6 @@ INSERT INTO tenant.placements (tenant_id, kind, stores, made) VALUES ($1, $2, $3
 SAY_IN_TOKENS = "UPDATE tenant.tenants SET placement = $2 WHERE tenant_id = $1 AND placement <> $2"
 ANNOUNCE = "SELECT tenant.announce($1, 'PLACEMENT')"
 DELETE_FROM_DIRECTORY = "DELETE FROM tenant.move_directory WHERE tenant_id = $1"
-# What the sealed addresses are for: they open as nothing else.
-PURPOSE = "placement"
 DELETE_PLACEMENT = "DELETE FROM tenant.placements WHERE tenant_id = $1"
 
 
@@ -52,8 +51,9 @@ class PostgresPlacements:
 
     async def settle(self, tenant_id: TenantId, place: StoredPlace) -> StoredPlace:
         """Writes the place unless there is one, and what tokens say."""
-        sealed = await self.seal(tenant_id, place)
         async with self._database.transaction(tenant_id) as connection:
+            await lock_secrets(connection, tenant_id)
+            sealed = await self.seal(tenant_id, place)
             await connection.execute(LOCK_TENANT, tenant_id)
             await connection.execute(INSERT_PLACEMENT, tenant_id, place.kind.value, sealed, place.made)
             row = await connection.fetchrow(SELECT_PLACEMENT, tenant_id)
@@ -71,8 +71,8 @@ class PostgresPlacements:
         """Returns the sealed addresses; None where there are none."""
         if place.stores == SiloStores():
             return None
-        return await self._box.seal(tenant_id, PURPOSE, json.dumps(asdict(place.stores)).encode())
+        return await self._box.seal(tenant_id, PLACEMENT_PURPOSE, json.dumps(asdict(place.stores)).encode())
 
     async def _place(self, tenant_id: TenantId, kind: str, sealed: bytes | None, made: bool) -> StoredPlace:
-        stores = SiloStores() if sealed is None else SiloStores(**json.loads(await self._box.open(tenant_id, PURPOSE, sealed)))
+        stores = SiloStores() if sealed is None else SiloStores(**json.loads(await self._box.open(tenant_id, PLACEMENT_PURPOSE, sealed)))
         return StoredPlace(PlacementKind(kind), stores, made)

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 
 from services.kernel.ids import TenantId
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_changes import announce
@@ -29,6 +29,8 @@ DELETES = {
     "postgres:tenant.configuration_changes": "DELETE FROM tenant.configuration_changes WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
     "postgres:tenant.placements": "DELETE FROM tenant.placements WHERE tenant_id = $1",
+    "postgres:tenant.purges": "DELETE FROM tenant.purges WHERE tenant_id = $1",
+    "postgres:tenant.sagas": "DELETE FROM tenant.sagas WHERE tenant_id = $1 AND kind = 'PROVISION'",
     "postgres:tenant.provisioning": "DELETE FROM tenant.provisioning WHERE tenant_id = $1",
     "postgres:tenant.slug_directory": "DELETE FROM tenant.slug_directory WHERE tenant_id = $1",
     "postgres:tenant.tenants": "DELETE FROM tenant.tenants WHERE tenant_id = $1",
@@ -67,6 +69,18 @@ EXPORTS = {
     "postgres:tenant.provider_keys": """
         SELECT tenant_id::text AS position, (to_jsonb(p) - 'sealed_key')::text AS record FROM tenant.provider_keys p
         WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
+    "postgres:tenant.sagas": """
+        SELECT kind AS position, (to_jsonb(s) - '{content_digest,lease_holder,lease_until}'::text[])::text AS record FROM tenant.sagas s
+        WHERE tenant_id = $1 AND kind > $2 ORDER BY kind LIMIT $3""",
+    "postgres:tenant.saga_steps": """
+        SELECT kind || to_char(step, 'FM00000') AS position, to_jsonb(s)::text AS record FROM tenant.saga_steps s
+        WHERE tenant_id = $1 AND kind || to_char(step, 'FM00000') > $2 ORDER BY 1 LIMIT $3""",
+    "postgres:tenant.events": """
+        SELECT event_id::text AS position, to_jsonb(e)::text AS record FROM tenant.events e
+        WHERE tenant_id = $1 AND ($2 = '' OR event_id > nullif($2, '')::uuid) ORDER BY event_id LIMIT $3""",
+    "postgres:tenant.purges": """
+        SELECT tenant_id::text AS position, to_jsonb(p)::text AS record FROM tenant.purges p
+        WHERE tenant_id = $1 AND tenant_id::text > $2 ORDER BY tenant_id LIMIT $3""",
     "postgres:tenant.audit": """
         SELECT audit_id::text AS position, to_jsonb(a)::text AS record FROM tenant.audit a
         WHERE tenant_id = $1 AND ($2 = '' OR audit_id > nullif($2, '')::uuid) ORDER BY audit_id LIMIT $3""",
@@ -84,29 +98,12 @@ class PostgresRemains:
     async def revoke_all_keys(self, tenant_id: TenantId, actor: Actor) -> None:
         """Revokes every live key and issuer, durably."""
         async with self._database.transaction(tenant_id) as connection:
-            revoked = await connection.fetch(REVOKE_ALL, tenant_id)
-            for row in revoked:
-                await append_audit(connection, tenant_id, "KEY_REVOKED", f"key:{row['key_id']}", actor)
-            issuers = await connection.fetch(REVOKE_ISSUERS, tenant_id)
-            for row in issuers:
-                await append_audit(connection, tenant_id, "ISSUER_REVOKED", f"issuer:{row['issuer_id']}", actor)
-            if revoked:
-                await announce(connection, tenant_id, ChangeKind.KEY)
-            if issuers:
-                await announce(connection, tenant_id, ChangeKind.ISSUER)
+            await revoke_keys(connection, tenant_id, actor)
 
     async def remove(self, tenant_id: TenantId, actor: Actor) -> Sequence[RemovedRecords]:
         """Removes everything but the audit log in one transaction; a repeated call finds nothing."""
         async with self._database.transaction(tenant_id) as connection:
-            # Without the lock a key made at this moment could outlive its tenant's removal, or stop it half-way.
-            await connection.execute(LOCK_TENANT, tenant_id)
-            removed = [RemovedRecords(kind, _count(await connection.execute(sql, tenant_id))) for kind, sql in DELETES.items()]
-            removed.append(RemovedRecords("postgres:tenant.flags", await connection.fetchval(FORGET_IN_FLAGS, tenant_id)))
-            if any(records.count for records in removed):
-                await append_audit(connection, tenant_id, "TENANT_ERASED", f"tenant:{tenant_id}", actor)
-                await announce(connection, tenant_id, ChangeKind.STATE)
-                await announce(connection, tenant_id, ChangeKind.DOMAIN)
-            return removed
+            return await remove_records(connection, tenant_id, actor)
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[ExportedRecord]:
         """Reads everything, page by page: no transaction stays open while a slow reader thinks."""
@@ -120,6 +117,32 @@ class PostgresRemains:
                 if len(rows) < self._page_size:
                     break
                 position = rows[-1]["position"]
+
+
+async def revoke_keys(connection: Connection, tenant_id: TenantId, actor: Actor) -> None:
+    """Revokes every live key and issuer, each with its audit record."""
+    revoked, issuers = await connection.fetch(REVOKE_ALL, tenant_id), await connection.fetch(REVOKE_ISSUERS, tenant_id)
+    for row in revoked:
+        await append_audit(connection, tenant_id, "KEY_REVOKED", f"key:{row['key_id']}", actor)
+    for row in issuers:
+        await append_audit(connection, tenant_id, "ISSUER_REVOKED", f"issuer:{row['issuer_id']}", actor)
+    if revoked:
+        await announce(connection, tenant_id, ChangeKind.KEY)
+    if issuers:
+        await announce(connection, tenant_id, ChangeKind.ISSUER)
+
+
+async def remove_records(connection: Connection, tenant_id: TenantId, actor: Actor) -> list[RemovedRecords]:
+    """Removes everything but the audit log and the books of the erasure itself."""
+    # Without the lock a key made at this moment could outlive its tenant's removal, or stop it half-way.
+    await connection.execute(LOCK_TENANT, tenant_id)
+    removed = [RemovedRecords(kind, _count(await connection.execute(sql, tenant_id))) for kind, sql in DELETES.items()]
+    removed.append(RemovedRecords("postgres:tenant.flags", await connection.fetchval(FORGET_IN_FLAGS, tenant_id)))
+    if any(records.count for records in removed):
+        await append_audit(connection, tenant_id, "TENANT_ERASED", f"tenant:{tenant_id}", actor)
+        await announce(connection, tenant_id, ChangeKind.STATE)
+        await announce(connection, tenant_id, ChangeKind.DOMAIN)
+    return removed
 
 
 def _count(command_tag: str) -> int:

@@ -38,12 +38,24 @@ class SealedColumn:
     update: str
 
 
+# The addresses of a tenant's own stores open as nothing else.
+PLACEMENT_PURPOSE = "placement"
 # Every secret sealed with the SecretBox has its line here: without it a rotation would leave it behind unreadable.
 SEALED_COLUMNS = (
     SealedColumn(
         PURPOSE,
         "SELECT sealed_key FROM tenant.provider_keys WHERE tenant_id = $1 FOR UPDATE",
         "UPDATE tenant.provider_keys SET sealed_key = $2 WHERE tenant_id = $1",
+    ),
+    SealedColumn(
+        PLACEMENT_PURPOSE,
+        "SELECT stores FROM tenant.placements WHERE tenant_id = $1 FOR UPDATE",
+        "UPDATE tenant.placements SET stores = $2 WHERE tenant_id = $1",
+    ),
+    SealedColumn(
+        PLACEMENT_PURPOSE,
+        "SELECT following_stores FROM tenant.placements WHERE tenant_id = $1 FOR UPDATE",
+        "UPDATE tenant.placements SET following_stores = $2 WHERE tenant_id = $1",
     ),
 )
 

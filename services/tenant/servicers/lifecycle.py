@@ -1,10 +1,12 @@
 """TenantLifecycleService on the wire, for what the tenant service itself keeps."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from mesh.common.v1 import lifecycle_service_pb2 as messages
 from mesh.common.v1 import lifecycle_service_pb2_grpc
+from services.kernel.ids import TenantId
 from services.kernel.request_context import current_tenant_id
+from services.kernel.tenant_scan import ScannedStore, scan_response
 from services.tenant.key_rotation import KeyRotation
 from services.tenant.servicers.caller import acting_subject
 from services.tenant.tenant_remains import TenantRemains
@@ -13,9 +15,15 @@ from services.tenant.tenant_remains import TenantRemains
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
     """The beginning and end of a tenant here."""
 
-    def __init__(self, remains: TenantRemains, rotation: KeyRotation) -> None:
+    def __init__(
+        self,
+        remains: TenantRemains,
+        rotation: KeyRotation,
+        scan: Callable[[TenantId, Sequence[str]], Awaitable[Sequence[ScannedStore]]],
+    ) -> None:
         self._remains = remains
         self._rotation = rotation
+        self._scan = scan
 
     async def ProvisionTenant(self, request: messages.ProvisionTenantRequest, context: object) -> messages.ProvisionTenantResponse:
         """Makes nothing: creating the tenant made all that this service keeps of it."""
@@ -38,3 +46,11 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
     async def MoveTenant(self, request: messages.MoveTenantRequest, context: object) -> messages.MoveTenantResponse:
         """Moves nothing: what this service keeps stays in the shared store wherever the content lives."""
         return messages.MoveTenantResponse()
+
+    async def ScanTenant(self, request: messages.ScanTenantRequest, context: object) -> messages.ScanTenantResponse:
+        """Looks through this service's tables."""
+        return scan_response(await self._scan(current_tenant_id(), list(request.canaries)))
+
+    async def PurgeTenant(self, request: messages.PurgeTenantRequest, context: object) -> messages.PurgeTenantResponse:
+        """Purges nothing: nothing here is kept by time."""
+        return messages.PurgeTenantResponse()

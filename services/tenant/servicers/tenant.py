@@ -1,17 +1,24 @@
 """TenantService on the wire."""
 
+from collections.abc import AsyncIterator
+
 from mesh.tenant.v1 import tenant_service_pb2 as messages
 from mesh.tenant.v1 import tenant_service_pb2_grpc
 from services.kernel.cell import Cell
 from services.kernel.errors import NotFound
-from services.kernel.ids import parse_uuid
+from services.kernel.ids import TenantId, parse_uuid
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size
 from services.kernel.request_context import current_tenant_id
+from services.kernel.tenant_scan import scan_response
 from services.kernel.timestamps import to_timestamp
+from services.tenant.archive import TenantArchive
+from services.tenant.erasure import ErasureWish, TenantErasure, is_clean
 from services.tenant.provisioning import TenantProvisioning, TenantWish
 from services.tenant.servicers.caller import acting_subject
+from services.tenant.servicers.life_messages import progress, receipt_message
 from services.tenant.servicers.placement import placement_wish
 from services.tenant.servicers.plan import ai_settings, feature_terms, plan_limits
+from services.tenant.tenant_life import TenantLife
 from services.tenant.tenant_record import Tenant, TenantConfig, TenantDirectory, TenantState
 from services.tenant.text import printable
 
@@ -20,15 +27,28 @@ STATES = {
     TenantState.PROVISIONING: messages.TENANT_STATE_PROVISIONING,
     TenantState.ACTIVE: messages.TENANT_STATE_ACTIVE,
     TenantState.SUSPENDED: messages.TENANT_STATE_SUSPENDED,
+    TenantState.ERASING: messages.TENANT_STATE_ERASING,
+    TenantState.FAILED: messages.TENANT_STATE_FAILED,
 }
 
 
 class TenantServicer(tenant_service_pb2_grpc.TenantServiceServicer):
-    """Makes and reads tenants."""
+    """Makes, reads, suspends, exports and erases tenants."""
 
-    def __init__(self, provisioning: TenantProvisioning, directory: TenantDirectory, cell: Cell) -> None:
+    def __init__(
+        self,
+        provisioning: TenantProvisioning,
+        directory: TenantDirectory,
+        life: TenantLife,
+        erasure: TenantErasure,
+        archive: TenantArchive,
+        cell: Cell,
+    ) -> None:
         self._provisioning = provisioning
         self._directory = directory
+        self._life = life
+        self._erasure = erasure
+        self._archive = archive
         self._cell = cell
 
     async def CreateTenant(self, request: messages.CreateTenantRequest, context: object) -> messages.CreateTenantResponse:
@@ -66,6 +86,50 @@ class TenantServicer(tenant_service_pb2_grpc.TenantServiceServicer):
         if config is None:
             raise NotFound("tenant")
         return messages.GetTenantConfigResponse(config=config_message(config))
+
+    async def WatchProvisioning(
+        self, request: messages.WatchProvisioningRequest, context: object
+    ) -> AsyncIterator[messages.WatchProvisioningResponse]:
+        """Streams how a creation goes."""
+        async for saga in self._life.watch(parse_uuid(request.request_id, "request_id")):
+            yield progress(saga)
+
+    async def SuspendTenant(self, request: messages.SuspendTenantRequest, context: object) -> messages.SuspendTenantResponse:
+        """Suspends a tenant."""
+        tenant = await self._life.suspend(_named(request.tenant_id), acting_subject())
+        return messages.SuspendTenantResponse(tenant=_tenant(tenant))
+
+    async def ResumeTenant(self, request: messages.ResumeTenantRequest, context: object) -> messages.ResumeTenantResponse:
+        """Resumes a tenant."""
+        tenant = await self._life.resume(_named(request.tenant_id), acting_subject())
+        return messages.ResumeTenantResponse(tenant=_tenant(tenant))
+
+    async def ExportTenantArchive(
+        self, request: messages.ExportTenantArchiveRequest, context: object
+    ) -> AsyncIterator[messages.ExportTenantArchiveResponse]:
+        """Streams the archive of the call's tenant."""
+        async for chunk in self._archive.chunks(current_tenant_id()):
+            yield messages.ExportTenantArchiveResponse(chunk=chunk)
+
+    async def EraseTenant(self, request: messages.EraseTenantRequest, context: object) -> messages.EraseTenantResponse:
+        """Erases a tenant."""
+        request_id = parse_uuid(request.request_id, "request_id")
+        wish = ErasureWish(_named(request.tenant_id), request_id, request.confirm_slug, tuple(request.canaries))
+        return messages.EraseTenantResponse(receipt=receipt_message(await self._erasure.erase(wish, acting_subject())))
+
+    async def GetErasureReceipt(self, request: messages.GetErasureReceiptRequest, context: object) -> messages.GetErasureReceiptResponse:
+        """Returns a receipt."""
+        receipt = await self._erasure.receipt(_named(request.tenant_id))
+        return messages.GetErasureReceiptResponse(receipt=receipt_message(receipt))
+
+    async def VerifyErasure(self, request: messages.VerifyErasureRequest, context: object) -> messages.VerifyErasureResponse:
+        """Looks for what is left of an erased tenant."""
+        found = await self._erasure.verify(_named(request.tenant_id), list(request.canaries))
+        return messages.VerifyErasureResponse(verified=is_clean(found), stores=scan_response(found).stores)
+
+
+def _named(tenant_id: str) -> TenantId:
+    return TenantId(parse_uuid(tenant_id, "tenant_id"))
 
 
 def _tenant(tenant: Tenant) -> messages.Tenant:

@@ -1,5 +1,9 @@
 -- Writes down whose snapshot may be loaded. ARGV: nonce, how long another's nonce is respected, how long an unanswered one lives (ms).
--- Answers "ready" (there is an epoch) | "pending" (another has asked just now) | "begun".
+-- Answers "ready" (there is an epoch) | "pending" (another has asked just now) | "begun" |
+-- "erased" (it must not come back).
+if call('HEXISTS', meta, 'erased') == 1 then
+  return 'erased'
+end
 local m = current('epoch', 'nonce', 'nonce_us')
 if m[1] then
   return 'ready'

@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/common/v1/lifecycle_service.proto\x12\x0emesh.common.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bmesh/common/v1/policy.proto\"\x18\n\x16ProvisionTenantRequest\",\n\x17ProvisionTenantResponse\x12\x11\n\tresources\x18\x01 \x03(\t\"\x14\n\x12\x45raseTenantRequest\"D\n\x13\x45raseTenantResponse\x12-\n\x06\x65rased\x18\x01 \x03(\x0b\x32\x1d.mesh.common.v1.ErasedRecords\",\n\rErasedRecords\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x15\n\x13\x45xportTenantRequest\"9\n\x14\x45xportTenantResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0brecord_json\x18\x02 \x01(\x0c\"9\n\x16ReencryptTenantRequest\x12\x1f\n\x0e\x61\x63tive_version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01\"?\n\x17ReencryptTenantResponse\x12\x16\n\x0eresealed_count\x18\x01 \x01(\x03\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\"I\n\x11MoveTenantRequest\x12\x34\n\x05phase\x18\x01 \x01(\x0e\x32\x19.mesh.common.v1.MovePhaseB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\"A\n\x12MoveTenantResponse\x12+\n\x05moved\x18\x01 \x03(\x0b\x32\x1c.mesh.common.v1.MovedRecords\"+\n\x0cMovedRecords\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03*Q\n\tMovePhase\x12\x1a\n\x16MOVE_PHASE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMOVE_PHASE_COPY\x10\x01\x12\x13\n\x0fMOVE_PHASE_DROP\x10\x02\x32\xba\x04\n\x16TenantLifecycleService\x12r\n\x0fProvisionTenant\x12&.mesh.common.v1.ProvisionTenantRequest\x1a\'.mesh.common.v1.ProvisionTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x66\n\x0b\x45raseTenant\x12\".mesh.common.v1.EraseTenantRequest\x1a#.mesh.common.v1.EraseTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12k\n\x0c\x45xportTenant\x12#.mesh.common.v1.ExportTenantRequest\x1a$.mesh.common.v1.ExportTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant0\x01\x12r\n\x0fReencryptTenant\x12&.mesh.common.v1.ReencryptTenantRequest\x1a\'.mesh.common.v1.ReencryptTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x63\n\nMoveTenant\x12!.mesh.common.v1.MoveTenantRequest\x1a\".mesh.common.v1.MoveTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenantb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/common/v1/lifecycle_service.proto\x12\x0emesh.common.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x18\n\x16ProvisionTenantRequest\",\n\x17ProvisionTenantResponse\x12\x11\n\tresources\x18\x01 \x03(\t\"\x14\n\x12\x45raseTenantRequest\"D\n\x13\x45raseTenantResponse\x12-\n\x06\x65rased\x18\x01 \x03(\x0b\x32\x1d.mesh.common.v1.ErasedRecords\",\n\rErasedRecords\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x15\n\x13\x45xportTenantRequest\"9\n\x14\x45xportTenantResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0brecord_json\x18\x02 \x01(\x0c\"9\n\x16ReencryptTenantRequest\x12\x1f\n\x0e\x61\x63tive_version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01\"?\n\x17ReencryptTenantResponse\x12\x16\n\x0eresealed_count\x18\x01 \x01(\x03\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\"I\n\x11MoveTenantRequest\x12\x34\n\x05phase\x18\x01 \x01(\x0e\x32\x19.mesh.common.v1.MovePhaseB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\"A\n\x12MoveTenantResponse\x12+\n\x05moved\x18\x01 \x03(\x0b\x32\x1c.mesh.common.v1.MovedRecords\"+\n\x0cMovedRecords\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"<\n\x11ScanTenantRequest\x12\'\n\x08\x63\x61naries\x18\x01 \x03(\tB\x15\xbaH\x12\x92\x01\x0f\x10\x14\"\x0br\t \x04(\xc8\x01\xba\x01\x01\x00\"B\n\x12ScanTenantResponse\x12,\n\x06stores\x18\x01 \x03(\x0b\x32\x1c.mesh.common.v1.ScannedStore\"e\n\x0cScannedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12\x13\n\x0b\x66ound_count\x18\x02 \x01(\x03\x12\x14\n\x0c\x63\x61nary_count\x18\x03 \x01(\x03\x12\x0c\n\x04kept\x18\x04 \x01(\x08\x12\r\n\x05sight\x18\x05 \x01(\t\"L\n\x12PurgeTenantRequest\x12\x36\n\nolder_than\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\xbaH\x03\xc8\x01\x01\"R\n\x13PurgeTenantResponse\x12-\n\x06purged\x18\x01 \x03(\x0b\x32\x1d.mesh.common.v1.ErasedRecords\x12\x0c\n\x04more\x18\x02 \x01(\x08*Q\n\tMovePhase\x12\x1a\n\x16MOVE_PHASE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMOVE_PHASE_COPY\x10\x01\x12\x13\n\x0fMOVE_PHASE_DROP\x10\x02\x32\x87\x06\n\x16TenantLifecycleService\x12r\n\x0fProvisionTenant\x12&.mesh.common.v1.ProvisionTenantRequest\x1a\'.mesh.common.v1.ProvisionTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x66\n\x0b\x45raseTenant\x12\".mesh.common.v1.EraseTenantRequest\x1a#.mesh.common.v1.EraseTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12k\n\x0c\x45xportTenant\x12#.mesh.common.v1.ExportTenantRequest\x1a$.mesh.common.v1.ExportTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant0\x01\x12r\n\x0fReencryptTenant\x12&.mesh.common.v1.ReencryptTenantRequest\x1a\'.mesh.common.v1.ReencryptTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x63\n\nScanTenant\x12!.mesh.common.v1.ScanTenantRequest\x1a\".mesh.common.v1.ScanTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x63\n\nMoveTenant\x12!.mesh.common.v1.MoveTenantRequest\x1a\".mesh.common.v1.MoveTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenant\x12\x66\n\x0bPurgeTenant\x12\".mesh.common.v1.PurgeTenantRequest\x1a#.mesh.common.v1.PurgeTenantResponse\"\x0e\xca\xf3\x18\n\x08\x01\x12\x06tenantb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +38,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REENCRYPTTENANTREQUEST'].fields_by_name['active_version']._serialized_options = b'\272H\004\032\002(\001'
   _globals['_MOVETENANTREQUEST'].fields_by_name['phase']._loaded_options = None
   _globals['_MOVETENANTREQUEST'].fields_by_name['phase']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
+  _globals['_SCANTENANTREQUEST'].fields_by_name['canaries']._loaded_options = None
+  _globals['_SCANTENANTREQUEST'].fields_by_name['canaries']._serialized_options = b'\272H\022\222\001\017\020\024\"\013r\t \004(\310\001\272\001\001\000'
+  _globals['_PURGETENANTREQUEST'].fields_by_name['older_than']._loaded_options = None
+  _globals['_PURGETENANTREQUEST'].fields_by_name['older_than']._serialized_options = b'\272H\003\310\001\001'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ProvisionTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ProvisionTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['EraseTenant']._loaded_options = None
@@ -45,34 +50,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ExportTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ReencryptTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ReencryptTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ScanTenant']._loaded_options = None
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['ScanTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['MoveTenant']._loaded_options = None
   _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['MoveTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
-  _globals['_MOVEPHASE']._serialized_start=719
-  _globals['_MOVEPHASE']._serialized_end=800
-  _globals['_PROVISIONTENANTREQUEST']._serialized_start=116
-  _globals['_PROVISIONTENANTREQUEST']._serialized_end=140
-  _globals['_PROVISIONTENANTRESPONSE']._serialized_start=142
-  _globals['_PROVISIONTENANTRESPONSE']._serialized_end=186
-  _globals['_ERASETENANTREQUEST']._serialized_start=188
-  _globals['_ERASETENANTREQUEST']._serialized_end=208
-  _globals['_ERASETENANTRESPONSE']._serialized_start=210
-  _globals['_ERASETENANTRESPONSE']._serialized_end=278
-  _globals['_ERASEDRECORDS']._serialized_start=280
-  _globals['_ERASEDRECORDS']._serialized_end=324
-  _globals['_EXPORTTENANTREQUEST']._serialized_start=326
-  _globals['_EXPORTTENANTREQUEST']._serialized_end=347
-  _globals['_EXPORTTENANTRESPONSE']._serialized_start=349
-  _globals['_EXPORTTENANTRESPONSE']._serialized_end=406
-  _globals['_REENCRYPTTENANTREQUEST']._serialized_start=408
-  _globals['_REENCRYPTTENANTREQUEST']._serialized_end=465
-  _globals['_REENCRYPTTENANTRESPONSE']._serialized_start=467
-  _globals['_REENCRYPTTENANTRESPONSE']._serialized_end=530
-  _globals['_MOVETENANTREQUEST']._serialized_start=532
-  _globals['_MOVETENANTREQUEST']._serialized_end=605
-  _globals['_MOVETENANTRESPONSE']._serialized_start=607
-  _globals['_MOVETENANTRESPONSE']._serialized_end=672
-  _globals['_MOVEDRECORDS']._serialized_start=674
-  _globals['_MOVEDRECORDS']._serialized_end=717
-  _globals['_TENANTLIFECYCLESERVICE']._serialized_start=803
-  _globals['_TENANTLIFECYCLESERVICE']._serialized_end=1373
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['PurgeTenant']._loaded_options = None
+  _globals['_TENANTLIFECYCLESERVICE'].methods_by_name['PurgeTenant']._serialized_options = b'\312\363\030\n\010\001\022\006tenant'
+  _globals['_MOVEPHASE']._serialized_start=1147
+  _globals['_MOVEPHASE']._serialized_end=1228
+  _globals['_PROVISIONTENANTREQUEST']._serialized_start=149
+  _globals['_PROVISIONTENANTREQUEST']._serialized_end=173
+  _globals['_PROVISIONTENANTRESPONSE']._serialized_start=175
+  _globals['_PROVISIONTENANTRESPONSE']._serialized_end=219
+  _globals['_ERASETENANTREQUEST']._serialized_start=221
+  _globals['_ERASETENANTREQUEST']._serialized_end=241
+  _globals['_ERASETENANTRESPONSE']._serialized_start=243
+  _globals['_ERASETENANTRESPONSE']._serialized_end=311
+  _globals['_ERASEDRECORDS']._serialized_start=313
+  _globals['_ERASEDRECORDS']._serialized_end=357
+  _globals['_EXPORTTENANTREQUEST']._serialized_start=359
+  _globals['_EXPORTTENANTREQUEST']._serialized_end=380
+  _globals['_EXPORTTENANTRESPONSE']._serialized_start=382
+  _globals['_EXPORTTENANTRESPONSE']._serialized_end=439
+  _globals['_REENCRYPTTENANTREQUEST']._serialized_start=441
+  _globals['_REENCRYPTTENANTREQUEST']._serialized_end=498
+  _globals['_REENCRYPTTENANTRESPONSE']._serialized_start=500
+  _globals['_REENCRYPTTENANTRESPONSE']._serialized_end=563
+  _globals['_MOVETENANTREQUEST']._serialized_start=565
+  _globals['_MOVETENANTREQUEST']._serialized_end=638
+  _globals['_MOVETENANTRESPONSE']._serialized_start=640
+  _globals['_MOVETENANTRESPONSE']._serialized_end=705
+  _globals['_MOVEDRECORDS']._serialized_start=707
+  _globals['_MOVEDRECORDS']._serialized_end=750
+  _globals['_SCANTENANTREQUEST']._serialized_start=752
+  _globals['_SCANTENANTREQUEST']._serialized_end=812
+  _globals['_SCANTENANTRESPONSE']._serialized_start=814
+  _globals['_SCANTENANTRESPONSE']._serialized_end=880
+  _globals['_SCANNEDSTORE']._serialized_start=882
+  _globals['_SCANNEDSTORE']._serialized_end=983
+  _globals['_PURGETENANTREQUEST']._serialized_start=985
+  _globals['_PURGETENANTREQUEST']._serialized_end=1061
+  _globals['_PURGETENANTRESPONSE']._serialized_start=1063
+  _globals['_PURGETENANTRESPONSE']._serialized_end=1145
+  _globals['_TENANTLIFECYCLESERVICE']._serialized_start=1231
+  _globals['_TENANTLIFECYCLESERVICE']._serialized_end=2006
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ What every service does for a tenant's beginning and end."""
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -313,3 +314,141 @@ class MovedRecords(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MovedRecords: _TypeAlias = MovedRecords  # noqa: Y015
+
+@_typing.final
+class ScanTenantRequest(_message.Message):
+    """What to look for beside the tenant's id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CANARIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def canaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Strings that only this tenant's data would hold: at most 20, each 4–200 bytes."""
+
+    def __init__(
+        self,
+        *,
+        canaries: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canaries", b"canaries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScanTenantRequest: _TypeAlias = ScanTenantRequest  # noqa: Y015
+
+@_typing.final
+class ScanTenantResponse(_message.Message):
+    """What is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def stores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScannedStore]:
+        """Every store that was looked at, also where nothing was found."""
+
+    def __init__(
+        self,
+        *,
+        stores: _abc.Iterable[Global___ScannedStore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stores", b"stores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScanTenantResponse: _TypeAlias = ScanTenantResponse  # noqa: Y015
+
+@_typing.final
+class ScannedStore(_message.Message):
+    """What one store holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORE_FIELD_NUMBER: _builtins.int
+    FOUND_COUNT_FIELD_NUMBER: _builtins.int
+    CANARY_COUNT_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    SIGHT_FIELD_NUMBER: _builtins.int
+    store: _builtins.str
+    """The store and kind, such as "postgres:inference.turns" or "redis:keys"."""
+    found_count: _builtins.int
+    """Records that hold the tenant's id, in any of its spellings."""
+    canary_count: _builtins.int
+    """Records that hold one of the strings."""
+    kept: _builtins.bool
+    """True for what is kept of an erased tenant on purpose: pseudonymised books, the audit log, tombstones."""
+    sight: _builtins.str
+    """How much the look could see: "tenant" for the tenant's own rows, "all" for every tenant's."""
+    def __init__(
+        self,
+        *,
+        store: _builtins.str = ...,
+        found_count: _builtins.int = ...,
+        canary_count: _builtins.int = ...,
+        kept: _builtins.bool = ...,
+        sight: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary_count", b"canary_count", "found_count", b"found_count", "kept", b"kept", "sight", b"sight", "store", b"store"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScannedStore: _TypeAlias = ScannedStore  # noqa: Y015
+
+@_typing.final
+class PurgeTenantRequest(_message.Message):
+    """Until when to keep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OLDER_THAN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def older_than(self) -> _timestamp_pb2.Timestamp:
+        """Conversations whose newest turn, or whose beginning where there is none, is older are removed."""
+
+    def __init__(
+        self,
+        *,
+        older_than: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["older_than", b"older_than"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["older_than", b"older_than"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeTenantRequest: _TypeAlias = PurgeTenantRequest  # noqa: Y015
+
+@_typing.final
+class PurgeTenantResponse(_message.Message):
+    """What was removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PURGED_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    more: _builtins.bool
+    """True when there may be more: call again."""
+    @_builtins.property
+    def purged(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasedRecords]:
+        """Counts by kind; empty where the service keeps nothing by time."""
+
+    def __init__(
+        self,
+        *,
+        purged: _abc.Iterable[Global___ErasedRecords] | None = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more", b"more", "purged", b"purged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeTenantResponse: _TypeAlias = PurgeTenantResponse  # noqa: Y015

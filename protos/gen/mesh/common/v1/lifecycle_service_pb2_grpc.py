@@ -55,10 +55,20 @@ class TenantLifecycleServiceStub:
                 request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantRequest.SerializeToString,
                 response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantResponse.FromString,
                 _registered_method=True)
+        self.ScanTenant = channel.unary_unary(
+                '/mesh.common.v1.TenantLifecycleService/ScanTenant',
+                request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantResponse.FromString,
+                _registered_method=True)
         self.MoveTenant = channel.unary_unary(
                 '/mesh.common.v1.TenantLifecycleService/MoveTenant',
                 request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantRequest.SerializeToString,
                 response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantResponse.FromString,
+                _registered_method=True)
+        self.PurgeTenant = channel.unary_unary(
+                '/mesh.common.v1.TenantLifecycleService/PurgeTenant',
+                request_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantResponse.FromString,
                 _registered_method=True)
 
 
@@ -98,10 +108,26 @@ class TenantLifecycleServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScanTenant(self, request, context):
+        """Counts what every store of this service still holds of the tenant, its id and the given strings. Reads only; safe to repeat.
+        Errors: UNAVAILABLE when a store cannot be reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MoveTenant(self, request, context):
         """Moves what this service keeps of the tenant to another place while it is used, or removes what a finished move left behind.
         Reads and writes go on during the copy; no acknowledged write is lost. Idempotent: a repeated call goes on or finds nothing to do.
         Errors: UNAVAILABLE when a store cannot be reached, or the tenant writes faster than can be copied: repeat the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeTenant(self, request, context):
+        """Removes what the tenant's retention does not keep any more: conversations without a turn since the given time. Documents stay.
+        Bounded: `more` asks for another call. Idempotent. Errors: UNAVAILABLE when the service's store cannot be reached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,10 +156,20 @@ def add_TenantLifecycleServiceServicer_to_server(servicer, server):
                     request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantRequest.FromString,
                     response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ReencryptTenantResponse.SerializeToString,
             ),
+            'ScanTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScanTenant,
+                    request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantRequest.FromString,
+                    response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantResponse.SerializeToString,
+            ),
             'MoveTenant': grpc.unary_unary_rpc_method_handler(
                     servicer.MoveTenant,
                     request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantRequest.FromString,
                     response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantResponse.SerializeToString,
+            ),
+            'PurgeTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeTenant,
+                    request_deserializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantRequest.FromString,
+                    response_serializer=mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -256,6 +292,33 @@ class TenantLifecycleService:
             _registered_method=True)
 
     @staticmethod
+    def ScanTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.common.v1.TenantLifecycleService/ScanTenant',
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantRequest.SerializeToString,
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.ScanTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def MoveTenant(request,
             target,
             options=(),
@@ -272,6 +335,33 @@ class TenantLifecycleService:
             '/mesh.common.v1.TenantLifecycleService/MoveTenant',
             mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantRequest.SerializeToString,
             mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.MoveTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.common.v1.TenantLifecycleService/PurgeTenant',
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantRequest.SerializeToString,
+            mesh_dot_common_dot_v1_dot_lifecycle__service__pb2.PurgeTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,10 +32,18 @@ class TenantLifecycleServiceStub:
     """Seals a bounded number of the tenant's records again under the active data key, online; repeated until `done`. Idempotent.
     A service that seals nothing answers done and 0. Errors: UNAVAILABLE when the service's store or the keys cannot be reached.
     """
+    ScanTenant: _aio.UnaryUnaryMultiCallable[_lifecycle_service_pb2.ScanTenantRequest, _lifecycle_service_pb2.ScanTenantResponse]
+    """Counts what every store of this service still holds of the tenant, its id and the given strings. Reads only; safe to repeat.
+    Errors: UNAVAILABLE when a store cannot be reached.
+    """
     MoveTenant: _aio.UnaryUnaryMultiCallable[_lifecycle_service_pb2.MoveTenantRequest, _lifecycle_service_pb2.MoveTenantResponse]
     """Moves what this service keeps of the tenant to another place while it is used, or removes what a finished move left behind.
     Reads and writes go on during the copy; no acknowledged write is lost. Idempotent: a repeated call goes on or finds nothing to do.
     Errors: UNAVAILABLE when a store cannot be reached, or the tenant writes faster than can be copied: repeat the call.
+    """
+    PurgeTenant: _aio.UnaryUnaryMultiCallable[_lifecycle_service_pb2.PurgeTenantRequest, _lifecycle_service_pb2.PurgeTenantResponse]
+    """Removes what the tenant's retention does not keep any more: conversations without a turn since the given time. Documents stay.
+    Bounded: `more` asks for another call. Idempotent. Errors: UNAVAILABLE when the service's store cannot be reached.
     """
 
 class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -82,6 +90,16 @@ class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ScanTenant(
+        self,
+        request: _lifecycle_service_pb2.ScanTenantRequest,
+        context: _aio.ServicerContext[_lifecycle_service_pb2.ScanTenantRequest, _abc.Awaitable[_lifecycle_service_pb2.ScanTenantResponse]],
+    ) -> _abc.Awaitable[_lifecycle_service_pb2.ScanTenantResponse]:
+        """Counts what every store of this service still holds of the tenant, its id and the given strings. Reads only; safe to repeat.
+        Errors: UNAVAILABLE when a store cannot be reached.
+        """
+
+    @_abc_1.abstractmethod
     def MoveTenant(
         self,
         request: _lifecycle_service_pb2.MoveTenantRequest,
@@ -90,6 +108,16 @@ class TenantLifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
         """Moves what this service keeps of the tenant to another place while it is used, or removes what a finished move left behind.
         Reads and writes go on during the copy; no acknowledged write is lost. Idempotent: a repeated call goes on or finds nothing to do.
         Errors: UNAVAILABLE when a store cannot be reached, or the tenant writes faster than can be copied: repeat the call.
+        """
+
+    @_abc_1.abstractmethod
+    def PurgeTenant(
+        self,
+        request: _lifecycle_service_pb2.PurgeTenantRequest,
+        context: _aio.ServicerContext[_lifecycle_service_pb2.PurgeTenantRequest, _abc.Awaitable[_lifecycle_service_pb2.PurgeTenantResponse]],
+    ) -> _abc.Awaitable[_lifecycle_service_pb2.PurgeTenantResponse]:
+        """Removes what the tenant's retention does not keep any more: conversations without a turn since the given time. Documents stay.
+        Bounded: `more` asks for another call. Idempotent. Errors: UNAVAILABLE when the service's store cannot be reached.
         """
 
 def add_TenantLifecycleServiceServicer_to_server(servicer: TenantLifecycleServiceServicer, server: _aio.Server) -> None: ...

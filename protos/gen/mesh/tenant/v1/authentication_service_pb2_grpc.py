@@ -76,9 +76,6 @@ class AuthenticationServiceServicer:
         says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
         all others. Reads only.
         Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
-        """Resolves a credential (API key or operator key) and mints a context token for it. Safe to repeat.
-        Errors: UNAUTHENTICATED CREDENTIAL_INVALID | CREDENTIAL_EXPIRED; PERMISSION_DENIED TENANT_MISMATCH | TENANT_SUSPENDED | OPERATOR_REASON_MISSING;
-        FAILED_PRECONDITION WRONG_CELL for a tenant of another region.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

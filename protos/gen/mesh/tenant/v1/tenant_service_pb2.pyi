@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from mesh.common.v1 import lifecycle_service_pb2 as _lifecycle_service_pb2
 from mesh.tenant.v1 import placement_service_pb2 as _placement_service_pb2
 import builtins as _builtins
 import sys
@@ -35,6 +36,10 @@ class _TenantStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TenantSta
     """In use."""
     TENANT_STATE_SUSPENDED: _TenantState.ValueType  # 3
     """Its credentials are refused; its data is kept."""
+    TENANT_STATE_ERASING: _TenantState.ValueType  # 4
+    """Being erased: it cannot be used any more."""
+    TENANT_STATE_FAILED: _TenantState.ValueType  # 5
+    """Its creation failed for good and was undone."""
 
 class TenantState(_TenantState, metaclass=_TenantStateEnumTypeWrapper):
     """Where a tenant is in its life."""
@@ -47,7 +52,75 @@ TENANT_STATE_ACTIVE: TenantState.ValueType  # 2
 """In use."""
 TENANT_STATE_SUSPENDED: TenantState.ValueType  # 3
 """Its credentials are refused; its data is kept."""
+TENANT_STATE_ERASING: TenantState.ValueType  # 4
+"""Being erased: it cannot be used any more."""
+TENANT_STATE_FAILED: TenantState.ValueType  # 5
+"""Its creation failed for good and was undone."""
 Global___TenantState: _TypeAlias = TenantState  # noqa: Y015
+
+class _SagaState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SagaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SagaState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SAGA_STATE_UNSPECIFIED: _SagaState.ValueType  # 0
+    """Never answered."""
+    SAGA_STATE_RUNNING: _SagaState.ValueType  # 1
+    """Going on, or waiting for its next attempt."""
+    SAGA_STATE_COMPENSATING: _SagaState.ValueType  # 2
+    """Failed for good; what was done is being undone."""
+    SAGA_STATE_DONE: _SagaState.ValueType  # 3
+    """Ended well."""
+    SAGA_STATE_FAILED: _SagaState.ValueType  # 4
+    """Failed, and undone."""
+
+class SagaState(_SagaState, metaclass=_SagaStateEnumTypeWrapper):
+    """Where a creation or erasure is."""
+
+SAGA_STATE_UNSPECIFIED: SagaState.ValueType  # 0
+"""Never answered."""
+SAGA_STATE_RUNNING: SagaState.ValueType  # 1
+"""Going on, or waiting for its next attempt."""
+SAGA_STATE_COMPENSATING: SagaState.ValueType  # 2
+"""Failed for good; what was done is being undone."""
+SAGA_STATE_DONE: SagaState.ValueType  # 3
+"""Ended well."""
+SAGA_STATE_FAILED: SagaState.ValueType  # 4
+"""Failed, and undone."""
+Global___SagaState: _TypeAlias = SagaState  # noqa: Y015
+
+class _SagaStepState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SagaStepStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SagaStepState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SAGA_STEP_STATE_UNSPECIFIED: _SagaStepState.ValueType  # 0
+    """Never answered."""
+    SAGA_STEP_STATE_PENDING: _SagaStepState.ValueType  # 1
+    """Not begun."""
+    SAGA_STEP_STATE_BEGUN: _SagaStepState.ValueType  # 2
+    """Begun, perhaps more than once."""
+    SAGA_STEP_STATE_DONE: _SagaStepState.ValueType  # 3
+    """Done, durably."""
+    SAGA_STEP_STATE_UNDONE: _SagaStepState.ValueType  # 4
+    """Undone after a failure."""
+
+class SagaStepState(_SagaStepState, metaclass=_SagaStepStateEnumTypeWrapper):
+    """Where a step is."""
+
+SAGA_STEP_STATE_UNSPECIFIED: SagaStepState.ValueType  # 0
+"""Never answered."""
+SAGA_STEP_STATE_PENDING: SagaStepState.ValueType  # 1
+"""Not begun."""
+SAGA_STEP_STATE_BEGUN: SagaStepState.ValueType  # 2
+"""Begun, perhaps more than once."""
+SAGA_STEP_STATE_DONE: SagaStepState.ValueType  # 3
+"""Done, durably."""
+SAGA_STEP_STATE_UNDONE: SagaStepState.ValueType  # 4
+"""Undone after a failure."""
+Global___SagaStepState: _TypeAlias = SagaStepState  # noqa: Y015
 
 @_typing.final
 class Tenant(_message.Message):
@@ -528,3 +601,430 @@ class AiSettings(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AiSettings: _TypeAlias = AiSettings  # noqa: Y015
+
+@_typing.final
+class WatchProvisioningRequest(_message.Message):
+    """Which creation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request id given to CreateTenant, a UUID."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchProvisioningRequest: _TypeAlias = WatchProvisioningRequest  # noqa: Y015
+
+@_typing.final
+class WatchProvisioningResponse(_message.Message):
+    """How the creation stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """The tenant that is being made, 36 characters."""
+    state: Global___SagaState.ValueType
+    """How the whole stands."""
+    cause: _builtins.str
+    """Why the last attempt stopped; empty when none did."""
+    attempts: _builtins.int
+    """How many attempts stopped."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___SagaStep]:
+        """Every step in order, also those that have not begun."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        state: Global___SagaState.ValueType = ...,
+        steps: _abc.Iterable[Global___SagaStep] | None = ...,
+        cause: _builtins.str = ...,
+        attempts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cause", b"cause", "state", b"state", "steps", b"steps", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchProvisioningResponse: _TypeAlias = WatchProvisioningResponse  # noqa: Y015
+
+@_typing.final
+class SagaStep(_message.Message):
+    """One step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    BEGIN_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, such as "INFERENCE"."""
+    state: Global___SagaStepState.ValueType
+    """Where it is."""
+    @_builtins.property
+    def begin_time(self) -> _timestamp_pb2.Timestamp:
+        """When it first began."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was done or undone."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        state: Global___SagaStepState.ValueType = ...,
+        begin_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "end_time", b"end_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "end_time", b"end_time", "name", b"name", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SagaStep: _TypeAlias = SagaStep  # noqa: Y015
+
+@_typing.final
+class SuspendTenantRequest(_message.Message):
+    """Which tenant to suspend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """The tenant, 36 characters."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuspendTenantRequest: _TypeAlias = SuspendTenantRequest  # noqa: Y015
+
+@_typing.final
+class SuspendTenantResponse(_message.Message):
+    """The suspended tenant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tenant(self) -> Global___Tenant:
+        """SUSPENDED."""
+
+    def __init__(
+        self,
+        *,
+        tenant: Global___Tenant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuspendTenantResponse: _TypeAlias = SuspendTenantResponse  # noqa: Y015
+
+@_typing.final
+class ResumeTenantRequest(_message.Message):
+    """Which tenant to resume."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """The tenant, 36 characters."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTenantRequest: _TypeAlias = ResumeTenantRequest  # noqa: Y015
+
+@_typing.final
+class ResumeTenantResponse(_message.Message):
+    """The resumed tenant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tenant(self) -> Global___Tenant:
+        """ACTIVE."""
+
+    def __init__(
+        self,
+        *,
+        tenant: Global___Tenant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTenantResponse: _TypeAlias = ResumeTenantResponse  # noqa: Y015
+
+@_typing.final
+class ExportTenantArchiveRequest(_message.Message):
+    """Asks for the archive of the call's tenant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTenantArchiveRequest: _TypeAlias = ExportTenantArchiveRequest  # noqa: Y015
+
+@_typing.final
+class ExportTenantArchiveResponse(_message.Message):
+    """A piece of the archive."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next bytes of the tar file, at most 65,536."""
+    def __init__(
+        self,
+        *,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTenantArchiveResponse: _TypeAlias = ExportTenantArchiveResponse  # noqa: Y015
+
+@_typing.final
+class EraseTenantRequest(_message.Message):
+    """What to erase."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    CONFIRM_SLUG_FIELD_NUMBER: _builtins.int
+    CANARIES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Names this erasure, a UUID: repeat it to wait for the receipt."""
+    tenant_id: _builtins.str
+    """The tenant, 36 characters."""
+    confirm_slug: _builtins.str
+    """The tenant's slug, typed again: an erasure cannot be taken back."""
+    @_builtins.property
+    def canaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Strings that only this tenant's data holds, looked for afterwards: at most 20, each 4–200 bytes. Only their digests are kept."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant_id: _builtins.str = ...,
+        confirm_slug: _builtins.str = ...,
+        canaries: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canaries", b"canaries", "confirm_slug", b"confirm_slug", "request_id", b"request_id", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseTenantRequest: _TypeAlias = EraseTenantRequest  # noqa: Y015
+
+@_typing.final
+class EraseTenantResponse(_message.Message):
+    """What came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___ErasureReceipt:
+        """The receipt."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___ErasureReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseTenantResponse: _TypeAlias = EraseTenantResponse  # noqa: Y015
+
+@_typing.final
+class ErasureReceipt(_message.Message):
+    """A signed statement of what was found and removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BODY_JSON_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    VERIFIED_FIELD_NUMBER: _builtins.int
+    body_json: _builtins.str
+    """The statement: one JSON object, signed as these very bytes."""
+    signature: _builtins.bytes
+    """Ed25519 over "tenantry.erasure-receipt.v1\\n" and the body: 64 bytes."""
+    key_id: _builtins.str
+    """Names the key among AuthenticationService.GetContextKeys."""
+    verified: _builtins.bool
+    """True when nothing was left that should not be."""
+    def __init__(
+        self,
+        *,
+        body_json: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
+        key_id: _builtins.str = ...,
+        verified: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_json", b"body_json", "key_id", b"key_id", "signature", b"signature", "verified", b"verified"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErasureReceipt: _TypeAlias = ErasureReceipt  # noqa: Y015
+
+@_typing.final
+class GetErasureReceiptRequest(_message.Message):
+    """Whose receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """The erased tenant, 36 characters."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetErasureReceiptRequest: _TypeAlias = GetErasureReceiptRequest  # noqa: Y015
+
+@_typing.final
+class GetErasureReceiptResponse(_message.Message):
+    """The receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___ErasureReceipt:
+        """As it was signed."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___ErasureReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetErasureReceiptResponse: _TypeAlias = GetErasureReceiptResponse  # noqa: Y015
+
+@_typing.final
+class VerifyErasureRequest(_message.Message):
+    """What to look for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    CANARIES_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """The erased tenant, 36 characters."""
+    @_builtins.property
+    def canaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Strings as for EraseTenant."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        canaries: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canaries", b"canaries", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyErasureRequest: _TypeAlias = VerifyErasureRequest  # noqa: Y015
+
+@_typing.final
+class VerifyErasureResponse(_message.Message):
+    """What is left."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERIFIED_FIELD_NUMBER: _builtins.int
+    STORES_FIELD_NUMBER: _builtins.int
+    verified: _builtins.bool
+    """True when nothing is left that should not be."""
+    @_builtins.property
+    def stores(self) -> _containers.RepeatedCompositeFieldContainer[_lifecycle_service_pb2.ScannedStore]:
+        """Every store that was looked at."""
+
+    def __init__(
+        self,
+        *,
+        verified: _builtins.bool = ...,
+        stores: _abc.Iterable[_lifecycle_service_pb2.ScannedStore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stores", b"stores", "verified", b"verified"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyErasureResponse: _TypeAlias = VerifyErasureResponse  # noqa: Y015

@@ -55,6 +55,41 @@ class TenantServiceStub:
                 request_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetTenantConfigRequest.SerializeToString,
                 response_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetTenantConfigResponse.FromString,
                 _registered_method=True)
+        self.WatchProvisioning = channel.unary_stream(
+                '/mesh.tenant.v1.TenantService/WatchProvisioning',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.WatchProvisioningRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.WatchProvisioningResponse.FromString,
+                _registered_method=True)
+        self.SuspendTenant = channel.unary_unary(
+                '/mesh.tenant.v1.TenantService/SuspendTenant',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.SuspendTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.SuspendTenantResponse.FromString,
+                _registered_method=True)
+        self.ResumeTenant = channel.unary_unary(
+                '/mesh.tenant.v1.TenantService/ResumeTenant',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ResumeTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ResumeTenantResponse.FromString,
+                _registered_method=True)
+        self.ExportTenantArchive = channel.unary_stream(
+                '/mesh.tenant.v1.TenantService/ExportTenantArchive',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ExportTenantArchiveRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ExportTenantArchiveResponse.FromString,
+                _registered_method=True)
+        self.EraseTenant = channel.unary_unary(
+                '/mesh.tenant.v1.TenantService/EraseTenant',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.EraseTenantRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.EraseTenantResponse.FromString,
+                _registered_method=True)
+        self.GetErasureReceipt = channel.unary_unary(
+                '/mesh.tenant.v1.TenantService/GetErasureReceipt',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetErasureReceiptRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetErasureReceiptResponse.FromString,
+                _registered_method=True)
+        self.VerifyErasure = channel.unary_unary(
+                '/mesh.tenant.v1.TenantService/VerifyErasure',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.VerifyErasureRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.VerifyErasureResponse.FromString,
+                _registered_method=True)
 
 
 class TenantServiceServicer:
@@ -94,6 +129,62 @@ class TenantServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchProvisioning(self, request, context):
+        """Tells how the creation with this request id goes: the whole of it at once, again at every change, and the end when it ends.
+        Reads only; any number of watchers. Errors: NOT_FOUND for a request id that made nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SuspendTenant(self, request, context):
+        """Refuses the tenant's credentials everywhere within a second; its data is kept. Idempotent.
+        Errors: NOT_FOUND; WRONG_STATE unless the tenant is ACTIVE or SUSPENDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTenant(self, request, context):
+        """Lets a suspended tenant in again. Idempotent. Errors: NOT_FOUND; WRONG_STATE unless the tenant is ACTIVE or SUSPENDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportTenantArchive(self, request, context):
+        """Streams one tar archive of everything the mesh keeps of the tenant: JSON lines by kind, and a manifest with counts and SHA-256 last.
+        Without secrets. Reads only. Errors: UNAVAILABLE when a service cannot be reached: begin again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseTenant(self, request, context):
+        """Erases the tenant everywhere, for ever, and returns the signed receipt. Its keys are dead before anything is removed.
+        Idempotent by `request_id`; goes on by itself once begun, whether the caller waits or not.
+        Errors: NOT_FOUND; INVALID_REQUEST when `confirm_slug` is not the tenant's; WRONG_STATE while it is being made; CONTENT_CONFLICT when
+        another request erases it; UNAVAILABLE when a service cannot be reached: the erasure goes on, repeat the call for its receipt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetErasureReceipt(self, request, context):
+        """Returns the receipt of an erasure. Reads only. Errors: NOT_FOUND when the tenant was never erased or is being erased.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyErasure(self, request, context):
+        """Looks again, in every store of every service, for what is left of an erased tenant. Reads only.
+        Errors: NOT_FOUND when the tenant was never erased; UNAVAILABLE when a service cannot be reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -116,6 +207,41 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.GetTenantConfig,
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetTenantConfigRequest.FromString,
                     response_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetTenantConfigResponse.SerializeToString,
+            ),
+            'WatchProvisioning': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchProvisioning,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.WatchProvisioningRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.WatchProvisioningResponse.SerializeToString,
+            ),
+            'SuspendTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.SuspendTenant,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.SuspendTenantRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.SuspendTenantResponse.SerializeToString,
+            ),
+            'ResumeTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTenant,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ResumeTenantRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ResumeTenantResponse.SerializeToString,
+            ),
+            'ExportTenantArchive': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportTenantArchive,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ExportTenantArchiveRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ExportTenantArchiveResponse.SerializeToString,
+            ),
+            'EraseTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseTenant,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.EraseTenantRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.EraseTenantResponse.SerializeToString,
+            ),
+            'GetErasureReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetErasureReceipt,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetErasureReceiptRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetErasureReceiptResponse.SerializeToString,
+            ),
+            'VerifyErasure': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyErasure,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.VerifyErasureRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.VerifyErasureResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -227,6 +353,195 @@ class TenantService:
             '/mesh.tenant.v1.TenantService/GetTenantConfig',
             mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetTenantConfigRequest.SerializeToString,
             mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetTenantConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchProvisioning(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mesh.tenant.v1.TenantService/WatchProvisioning',
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.WatchProvisioningRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.WatchProvisioningResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SuspendTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.TenantService/SuspendTenant',
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.SuspendTenantRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.SuspendTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.TenantService/ResumeTenant',
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ResumeTenantRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ResumeTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportTenantArchive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mesh.tenant.v1.TenantService/ExportTenantArchive',
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ExportTenantArchiveRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.ExportTenantArchiveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.TenantService/EraseTenant',
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.EraseTenantRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.EraseTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetErasureReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.TenantService/GetErasureReceipt',
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetErasureReceiptRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.GetErasureReceiptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyErasure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.TenantService/VerifyErasure',
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.VerifyErasureRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_tenant__service__pb2.VerifyErasureResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,6 +31,32 @@ class TenantServiceStub:
     """Returns what the services need to serve the tenant: its plan's limits, models and AI settings, of the newest version. Reads only.
     Errors: NOT_FOUND when the tenant is gone.
     """
+    WatchProvisioning: _aio.UnaryStreamMultiCallable[_tenant_service_pb2.WatchProvisioningRequest, _tenant_service_pb2.WatchProvisioningResponse]
+    """Tells how the creation with this request id goes: the whole of it at once, again at every change, and the end when it ends.
+    Reads only; any number of watchers. Errors: NOT_FOUND for a request id that made nothing.
+    """
+    SuspendTenant: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.SuspendTenantRequest, _tenant_service_pb2.SuspendTenantResponse]
+    """Refuses the tenant's credentials everywhere within a second; its data is kept. Idempotent.
+    Errors: NOT_FOUND; WRONG_STATE unless the tenant is ACTIVE or SUSPENDED.
+    """
+    ResumeTenant: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.ResumeTenantRequest, _tenant_service_pb2.ResumeTenantResponse]
+    """Lets a suspended tenant in again. Idempotent. Errors: NOT_FOUND; WRONG_STATE unless the tenant is ACTIVE or SUSPENDED."""
+    ExportTenantArchive: _aio.UnaryStreamMultiCallable[_tenant_service_pb2.ExportTenantArchiveRequest, _tenant_service_pb2.ExportTenantArchiveResponse]
+    """Streams one tar archive of everything the mesh keeps of the tenant: JSON lines by kind, and a manifest with counts and SHA-256 last.
+    Without secrets. Reads only. Errors: UNAVAILABLE when a service cannot be reached: begin again.
+    """
+    EraseTenant: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.EraseTenantRequest, _tenant_service_pb2.EraseTenantResponse]
+    """Erases the tenant everywhere, for ever, and returns the signed receipt. Its keys are dead before anything is removed.
+    Idempotent by `request_id`; goes on by itself once begun, whether the caller waits or not.
+    Errors: NOT_FOUND; INVALID_REQUEST when `confirm_slug` is not the tenant's; WRONG_STATE while it is being made; CONTENT_CONFLICT when
+    another request erases it; UNAVAILABLE when a service cannot be reached: the erasure goes on, repeat the call for its receipt.
+    """
+    GetErasureReceipt: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.GetErasureReceiptRequest, _tenant_service_pb2.GetErasureReceiptResponse]
+    """Returns the receipt of an erasure. Reads only. Errors: NOT_FOUND when the tenant was never erased or is being erased."""
+    VerifyErasure: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.VerifyErasureRequest, _tenant_service_pb2.VerifyErasureResponse]
+    """Looks again, in every store of every service, for what is left of an erased tenant. Reads only.
+    Errors: NOT_FOUND when the tenant was never erased; UNAVAILABLE when a service cannot be reached.
+    """
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
     """Makes and reads tenants."""
@@ -72,6 +98,74 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_tenant_service_pb2.GetTenantConfigResponse]:
         """Returns what the services need to serve the tenant: its plan's limits, models and AI settings, of the newest version. Reads only.
         Errors: NOT_FOUND when the tenant is gone.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchProvisioning(
+        self,
+        request: _tenant_service_pb2.WatchProvisioningRequest,
+        context: _aio.ServicerContext[_tenant_service_pb2.WatchProvisioningRequest, _abc.AsyncIterator[_tenant_service_pb2.WatchProvisioningResponse]],
+    ) -> _abc.AsyncIterator[_tenant_service_pb2.WatchProvisioningResponse]:
+        """Tells how the creation with this request id goes: the whole of it at once, again at every change, and the end when it ends.
+        Reads only; any number of watchers. Errors: NOT_FOUND for a request id that made nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def SuspendTenant(
+        self,
+        request: _tenant_service_pb2.SuspendTenantRequest,
+        context: _aio.ServicerContext[_tenant_service_pb2.SuspendTenantRequest, _abc.Awaitable[_tenant_service_pb2.SuspendTenantResponse]],
+    ) -> _abc.Awaitable[_tenant_service_pb2.SuspendTenantResponse]:
+        """Refuses the tenant's credentials everywhere within a second; its data is kept. Idempotent.
+        Errors: NOT_FOUND; WRONG_STATE unless the tenant is ACTIVE or SUSPENDED.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeTenant(
+        self,
+        request: _tenant_service_pb2.ResumeTenantRequest,
+        context: _aio.ServicerContext[_tenant_service_pb2.ResumeTenantRequest, _abc.Awaitable[_tenant_service_pb2.ResumeTenantResponse]],
+    ) -> _abc.Awaitable[_tenant_service_pb2.ResumeTenantResponse]:
+        """Lets a suspended tenant in again. Idempotent. Errors: NOT_FOUND; WRONG_STATE unless the tenant is ACTIVE or SUSPENDED."""
+
+    @_abc_1.abstractmethod
+    def ExportTenantArchive(
+        self,
+        request: _tenant_service_pb2.ExportTenantArchiveRequest,
+        context: _aio.ServicerContext[_tenant_service_pb2.ExportTenantArchiveRequest, _abc.AsyncIterator[_tenant_service_pb2.ExportTenantArchiveResponse]],
+    ) -> _abc.AsyncIterator[_tenant_service_pb2.ExportTenantArchiveResponse]:
+        """Streams one tar archive of everything the mesh keeps of the tenant: JSON lines by kind, and a manifest with counts and SHA-256 last.
+        Without secrets. Reads only. Errors: UNAVAILABLE when a service cannot be reached: begin again.
+        """
+
+    @_abc_1.abstractmethod
+    def EraseTenant(
+        self,
+        request: _tenant_service_pb2.EraseTenantRequest,
+        context: _aio.ServicerContext[_tenant_service_pb2.EraseTenantRequest, _abc.Awaitable[_tenant_service_pb2.EraseTenantResponse]],
+    ) -> _abc.Awaitable[_tenant_service_pb2.EraseTenantResponse]:
+        """Erases the tenant everywhere, for ever, and returns the signed receipt. Its keys are dead before anything is removed.
+        Idempotent by `request_id`; goes on by itself once begun, whether the caller waits or not.
+        Errors: NOT_FOUND; INVALID_REQUEST when `confirm_slug` is not the tenant's; WRONG_STATE while it is being made; CONTENT_CONFLICT when
+        another request erases it; UNAVAILABLE when a service cannot be reached: the erasure goes on, repeat the call for its receipt.
+        """
+
+    @_abc_1.abstractmethod
+    def GetErasureReceipt(
+        self,
+        request: _tenant_service_pb2.GetErasureReceiptRequest,
+        context: _aio.ServicerContext[_tenant_service_pb2.GetErasureReceiptRequest, _abc.Awaitable[_tenant_service_pb2.GetErasureReceiptResponse]],
+    ) -> _abc.Awaitable[_tenant_service_pb2.GetErasureReceiptResponse]:
+        """Returns the receipt of an erasure. Reads only. Errors: NOT_FOUND when the tenant was never erased or is being erased."""
+
+    @_abc_1.abstractmethod
+    def VerifyErasure(
+        self,
+        request: _tenant_service_pb2.VerifyErasureRequest,
+        context: _aio.ServicerContext[_tenant_service_pb2.VerifyErasureRequest, _abc.Awaitable[_tenant_service_pb2.VerifyErasureResponse]],
+    ) -> _abc.Awaitable[_tenant_service_pb2.VerifyErasureResponse]:
+        """Looks again, in every store of every service, for what is left of an erased tenant. Reads only.
+        Errors: NOT_FOUND when the tenant was never erased; UNAVAILABLE when a service cannot be reached.
         """
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _aio.Server) -> None: ...

@@ -1,0 +1,105 @@
+"""The tenant service's own part of an erasure, and the receipts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from uuid import UUID
+
+from services.kernel.ids import TenantId
+from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.tenant_scan import ScannedStore, scan_schema
+from services.tenant.actor import Actor
+from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_events import append_events
+from services.tenant.adapters.postgres_remains import remove_records, revoke_keys
+from services.tenant.adapters.saga_steps import end_saga, mark_done
+from services.tenant.erasure import EraseStep, ErasureWish, slug_refused
+from services.tenant.receipt import ErasureReceipt
+from services.tenant.tenant_record import TenantState
+
+LOCK_TENANT = "SELECT slug, state FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE"
+CLOSE = "UPDATE tenant.tenants SET state = 'ERASING' WHERE tenant_id = $1 AND state IN ('ACTIVE', 'SUSPENDED', 'FAILED')"
+INSERT_SAGA = """
+INSERT INTO tenant.sagas (tenant_id, kind, request_id, content_digest, content, subject, reason, due_time)
+VALUES ($1, 'ERASE', $2, $3, $4::text::jsonb, $5, $6, clock_timestamp() + interval '2 seconds') ON CONFLICT DO NOTHING
+"""
+ANNOUNCE_STATE = "SELECT tenant.announce($1, 'STATE')"
+ANNOUNCE_KEY = "SELECT tenant.announce($1, 'KEY')"
+# What waits to be told of an erased tenant names it by its id alone; what was told already tells nothing any more.
+DELETE_EVENTS = "DELETE FROM tenant.events WHERE tenant_id = $1 AND (state <> 'PENDING' OR sink = 'mail')"
+INSERT_RECEIPT = """
+INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
+"""
+GET_RECEIPT = "SELECT body, signature, key_id FROM tenant.erasure_receipts WHERE tenant_id = $1"
+# Kept of an erased tenant, and of it the id alone: the log, the spent request id, the feed, the erasure itself and what is told of it.
+KEPT = frozenset({"audit", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts"})
+_KIND = "ERASE"
+
+
+class PostgresErasure:
+    """The erasure store on the service's own role; the jobs role looks where a tenant's policy hides others."""
+
+    def __init__(self, database: TenantDatabase, jobs: JobsDatabase) -> None:
+        self._database = database
+        self._jobs = jobs
+
+    async def begin(self, wish: ErasureWish, actor: Actor) -> TenantState | None:
+        """Makes the tenant ERASING with its saga; returns the state it found."""
+        async with self._database.transaction(wish.tenant_id) as connection:
+            row = await connection.fetchrow(LOCK_TENANT, wish.tenant_id)
+            if row is None:
+                return None
+            if row["slug"] != wish.confirm_slug:
+                raise slug_refused()
+            state = TenantState(row["state"])
+            if await connection.execute(CLOSE, wish.tenant_id) == "UPDATE 1":
+                content = json.dumps({"canaries": json.dumps(wish.canaries)})
+                await connection.execute(INSERT_SAGA, wish.tenant_id, wish.request_id, wish.digest(), content, actor.subject, actor.reason)
+                await append_audit(connection, wish.tenant_id, "TENANT_CLOSED", f"tenant:{wish.tenant_id}", actor)
+                await mark_done(connection, wish.tenant_id, _KIND, EraseStep.CLOSED)
+                await connection.execute(ANNOUNCE_STATE, wish.tenant_id)
+            return state
+
+    async def finish_step(self, tenant_id: TenantId, step: EraseStep, detail: str) -> None:
+        """Notes that the step is done, and what it found."""
+        async with self._database.transaction(tenant_id) as connection:
+            await mark_done(connection, tenant_id, _KIND, step, detail)
+
+    async def revoke_keys(self, tenant_id: TenantId, step: EraseStep, actor: Actor) -> None:
+        """Revokes every key, durably."""
+        async with self._database.transaction(tenant_id) as connection:
+            await revoke_keys(connection, tenant_id, actor)
+            await connection.execute(ANNOUNCE_KEY, tenant_id)
+            await mark_done(connection, tenant_id, _KIND, step)
+
+    async def remove_own(self, tenant_id: TenantId, step: EraseStep, actor: Actor) -> None:
+        """Removes the records, and notes how many, in one transaction: a repeated step finds the first one's count."""
+        async with self._database.transaction(tenant_id) as connection:
+            removed = await remove_records(connection, tenant_id, actor)
+            await connection.execute(DELETE_EVENTS, tenant_id)
+            await mark_done(connection, tenant_id, _KIND, step, json.dumps([asdict(records) for records in removed]))
+
+    async def keep_receipt(self, tenant_id: TenantId, request_id: UUID, receipt: ErasureReceipt, step: EraseStep) -> None:
+        """Stores the receipt, tells of the erasure and ends the saga."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(INSERT_RECEIPT, tenant_id, request_id, receipt.body, receipt.signature, receipt.key_id)
+            await mark_done(connection, tenant_id, _KIND, step)
+            if await end_saga(connection, tenant_id, _KIND, "DONE"):
+                await append_events(connection, tenant_id, "tenant.erased", {"verified": receipt.verified})
+
+    async def receipt(self, tenant_id: TenantId) -> ErasureReceipt | None:
+        """Returns the receipt."""
+        async with self._database.transaction(tenant_id) as connection:
+            row = await connection.fetchrow(GET_RECEIPT, tenant_id)
+        return None if row is None else ErasureReceipt(row["body"], row["signature"], row["key_id"])
+
+    async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
+        """Looks through this service's own tables; the saga's own wish holds the canaries and is emptied with its end."""
+        found = await scan_schema(self._database, self._jobs, "tenant", tenant_id, canaries, kept=KEPT)
+        return [_without_own_wish(item) for item in found]
+
+
+def _without_own_wish(item: ScannedStore) -> ScannedStore:
+    if item.store != "postgres:tenant.sagas" or item.sight != "tenant":
+        return item
+    return ScannedStore(item.store, item.found, 0, item.kept, item.sight)

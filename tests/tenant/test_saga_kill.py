@@ -1,0 +1,185 @@
+"""The tenant service is killed at every step of a creation and an erasure, right before and after its commit, and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+import grpc
+import pytest
+from pydantic import SecretStr
+
+from devstack.ports import answers, free_port
+from mesh.tenant.v1 import tenant_service_pb2
+from services.kernel.errors import MeshError
+from services.tenant.api_key import new_operator_key
+from services.tenant.app import migrate_schema
+from services.tenant.erasure import ERASE_ORDER, EraseStep
+from services.tenant.provisioning import ORDER, Step
+from services.tenant.settings import TenantSettings
+from tests.support.stores import PostgresStore
+from tests.support.waiting import eventually
+from tests.tenant.harness import PEERS, Harness, call, running_peer, settings_for, taken_apart, wish, with_key
+
+SAGA_STATE = "SELECT state FROM tenant.sagas WHERE request_id = $1"
+PATIENCE_SECONDS = 40.0
+
+
+@dataclass
+class Mortal:
+    """A tenant service in a process of its own, and everything to look at what it left."""
+
+    harness: Harness
+    environment: dict[str, str]
+    death_wish: Path
+    port: int
+    process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Starts the process and returns when it listens."""
+        if self.process is not None and self.process.returncode is None:
+            return
+        log = (self.death_wish.parent / "tenant.log").open("ab")
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.support.dying_tenant", env=self.environment, stdout=log, stderr=log
+        )
+        log.close()
+
+        async def listens() -> bool:
+            return await asyncio.to_thread(answers, self.port)
+
+        await eventually(listens, within_seconds=PATIENCE_SECONDS)
+
+    async def dies(self) -> None:
+        """Returns when the process has died as it was told to."""
+        assert self.process is not None
+        assert await asyncio.wait_for(self.process.wait(), PATIENCE_SECONDS) == -signal.SIGKILL
+        assert not self.death_wish.exists()
+
+    async def stop(self) -> None:
+        """Ends the process."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+
+    async def saga_is(self, request_id: str, state: str) -> None:
+        """Returns once the saga of a request has the state."""
+
+        async def there() -> bool:
+            return bool(await self.harness.value(SAGA_STATE, UUID(request_id)) == state)
+
+        await eventually(there, within_seconds=PATIENCE_SECONDS)
+
+
+@pytest.fixture(scope="module")
+async def mortal(postgres: PostgresStore, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mortal]:
+    """A migrated database, scripted peers, and the process."""
+    async with running_peer() as retrieval, running_peer() as inference, running_peer() as ratelimit, running_peer() as metering:
+        peers = dict(zip(PEERS, (retrieval, inference, ratelimit, metering), strict=True))
+        admin_dsn = await postgres.fresh_database()
+        service_dsn = postgres.dsn(urlsplit(admin_dsn).path.lstrip("/"), "tenant_service", "service-password")
+        operator, port = new_operator_key(), free_port()
+        settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()})
+        settings = settings.model_copy(update={"listen_address": f"127.0.0.1:{port}", "saga_lease_seconds": 1.0, "saga_poll_seconds": 0.2})
+        await migrate_schema(settings)
+        death_wish = tmp_path_factory.mktemp("mortal") / "wish"
+        channel = grpc.aio.insecure_channel(
+            settings.listen_address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 300)]
+        )
+        # The process is another one: what is looked at here is its database and its answers.
+        harness = Harness(None, settings, channel, admin_dsn, operator, peers)  # type: ignore[arg-type]
+        found = Mortal(harness, environment_of(settings) | {"DEATH_WISH": str(death_wish)}, death_wish, port)
+        yield found
+        await found.stop()
+        await channel.close()
+
+
+def environment_of(settings: TenantSettings) -> dict[str, str]:
+    """The settings as variables."""
+    values = {name: getattr(settings, name) for name in TenantSettings.model_fields}
+    plain = {name: value.get_secret_value() if isinstance(value, SecretStr) else str(value) for name, value in values.items()}
+    return dict(os.environ) | {f"TENANTRY_{name.upper()}": value for name, value in plain.items()}
+
+
+async def until_answered(mortal: Mortal, method: object, request: object) -> object:
+    """Repeats a call while the service is coming back, as a caller would."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            try:
+                return await call(method, request, mortal.harness.as_operator())  # type: ignore[arg-type]
+            except MeshError as error:
+                if error.code is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                await asyncio.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", ORDER, ids=lambda step: step.name)
+async def test_a_creation_killed_at_any_step_ends_by_itself(mortal: Mortal, step: Step, moment: str) -> None:
+    """Whenever the service dies, the next one ends the creation without its caller, whose repeat gets the one tenant and a working key."""
+    await mortal.start()
+    request, harness = wish(), mortal.harness
+    mortal.death_wish.write_text(f"PROVISION {step.name} {moment}")
+    with pytest.raises(MeshError):
+        await call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=PATIENCE_SECONDS)
+    await mortal.dies()
+    await mortal.start()
+    if (step, moment) != (Step.RECORDED, "before"):
+        await mortal.saga_is(request.request_id, "DONE")
+    answer = await until_answered(mortal, harness.tenants.CreateTenant, request)
+    assert isinstance(answer, tenant_service_pb2.CreateTenantResponse)
+    tenant_id = UUID(answer.tenant.tenant_id)
+    assert answer.tenant.state == tenant_service_pb2.TENANT_STATE_ACTIVE
+    for table in ("tenants", "users", "tenant_settings", "provisioning", "slug_directory", "sagas", "events"):
+        assert await harness.value(f"SELECT count(*) FROM tenant.{table} WHERE tenant_id = $1", tenant_id) == 1, table
+    assert await harness.value("SELECT count(*) FROM tenant.tenants WHERE slug = $1", request.slug) == 1
+    live = "SELECT count(*) FROM tenant.api_keys WHERE tenant_id = $1 AND revoke_time IS NULL"
+    assert await harness.value(live, tenant_id) == 1
+    assert await harness.value("SELECT content::text FROM tenant.sagas WHERE tenant_id = $1", tenant_id) == "{}"
+    assert all(tenant_id in peer.tenants for peer in harness.peers.values())
+    got = await call(harness.tenants.GetTenant, tenant_service_pb2.GetTenantRequest(), with_key(answer.api_key))
+    assert got.tenant == answer.tenant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", ERASE_ORDER, ids=lambda step: step.name)
+async def test_an_erasure_killed_at_any_step_ends_by_itself(mortal: Mortal, step: EraseStep, moment: str) -> None:
+    """Whenever the service dies, the next one ends the erasure without its caller, whose repeat gets the receipt; nothing is left."""
+    await mortal.start()
+    harness = mortal.harness
+    created = await until_answered(mortal, harness.tenants.CreateTenant, wish())
+    assert isinstance(created, tenant_service_pb2.CreateTenantResponse)
+    request = tenant_service_pb2.EraseTenantRequest(
+        request_id=str(uuid4()), tenant_id=created.tenant.tenant_id, confirm_slug=created.tenant.slug, canaries=["canary-of-this"]
+    )
+    mortal.death_wish.write_text(f"ERASE {step.name} {moment}")
+    with pytest.raises(MeshError):
+        await call(harness.tenants.EraseTenant, request, harness.as_operator(), timeout_seconds=PATIENCE_SECONDS)
+    await mortal.dies()
+    await mortal.start()
+    if (step, moment) != (EraseStep.CLOSED, "before"):
+        await mortal.saga_is(request.request_id, "DONE")
+    answer = await until_answered(mortal, harness.tenants.EraseTenant, request)
+    assert isinstance(answer, tenant_service_pb2.EraseTenantResponse)
+    assert answer.receipt.verified
+    statement = json.loads(answer.receipt.body_json)
+    assert {item["store"] for item in statement["removed"]} >= {"scripted:tenants", "postgres:tenant.tenants", "postgres:tenant.users"}
+    tenant_id = UUID(created.tenant.tenant_id)
+    for table in ("tenants", "users", "tenant_settings", "provisioning", "slug_directory", "api_keys", "api_key_directory", "purges"):
+        assert await harness.value(f"SELECT count(*) FROM tenant.{table} WHERE tenant_id = $1", tenant_id) == 0, table
+    assert await harness.value("SELECT count(*) FROM tenant.events WHERE tenant_id = $1 AND event_type = 'tenant.erased'", tenant_id) == 1
+    assert not any(tenant_id in peer.tenants for peer in harness.peers.values())
+    assert taken_apart(created.api_key).key_id not in json.dumps(statement)
+    again = replace(mortal, process=None).harness
+    receipt = tenant_service_pb2.GetErasureReceiptRequest(tenant_id=created.tenant.tenant_id)
+    assert (await call(again.tenants.GetErasureReceipt, receipt, again.as_operator())).receipt == answer.receipt
