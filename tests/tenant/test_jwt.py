@@ -227,7 +227,7 @@ async def test_a_key_is_used_for_nothing_but_what_it_is_for(harness: Harness, al
 
 
 async def test_a_new_key_is_found_and_an_old_one_dies_with_its_place_in_the_set(harness: Harness) -> None:
-    """After the issuer rotates, a token of the new key makes the set be fetched again, and tokens of the removed key are refused."""
+    """After the issuer rotates, tokens of the new key are taken and tokens of the removed key are refused."""
     async with bench(harness) as b:
         old, b.key = b.key, SigningKey("ES256")
         b.server.keys = [b.key.public_jwk()]

@@ -68,8 +68,12 @@ async def test_the_last_owner_stays(harness: Harness) -> None:
             return error
         return None
 
-    async with asyncio.TaskGroup() as group:
+    async with asyncio.TaskGroup() as group, harness.superuser() as connection, connection.transaction():
+        await connection.execute("SELECT FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE", UUID(created.tenant.tenant_id))
         tasks = [group.create_task(attempt_removal(user_id)) for user_id in (owner.user_id, second.user_id)]
+        # Both wait for the tenant's row, so that whichever comes second sees what the first has done.
+        done, _ = await asyncio.wait(tasks, timeout=1.0)
+        assert not done
     assert sorted(task.result() is None for task in tasks) == [False, True]
     assert [user.role for user in (await listed(harness, created.api_key)).users] == [OWNER]
 
