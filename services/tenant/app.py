@@ -307,7 +307,12 @@ def _key_registrations(vault: DataKeyVault, rotation: KeyRotation, provider_keys
 
 
 async def _key_store(settings: TenantSettings, stack: AsyncExitStack) -> PostgresDataKeys:
-    database = await TenantDatabase.open(settings.key_store_dsn.get_secret_value(), max_size=4, application_name="tenantry-tenant-keys")
+    database = await TenantDatabase.open(
+        settings.key_store_dsn.get_secret_value(),
+        max_size=4,
+        application_name="tenantry-tenant-keys",
+        transaction_pooling=settings.postgres_transaction_pooling,
+    )
     stack.push_async_callback(database.close)
     return PostgresDataKeys(database)
 
