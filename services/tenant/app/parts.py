@@ -63,7 +63,9 @@ async def build_parts(settings: TenantSettings, stack: AsyncExitStack) -> Parts:
         settings.postgres_jobs_dsn.get_secret_value(), max_size=3, application_name="tenantry-tenant-jobs", transaction_pooling=pooling
     )
     stack.push_async_callback(jobs.close)
-    key_store = await TenantDatabase.open(settings.key_store_dsn.get_secret_value(), max_size=4, application_name="tenantry-tenant-keys")
+    key_store = await TenantDatabase.open(
+        settings.key_store_dsn.get_secret_value(), max_size=4, application_name="tenantry-tenant-keys", transaction_pooling=pooling
+    )
     stack.push_async_callback(key_store.close)
     credentials = PostgresCredentials(database)
     trail = UsageTrailBuffer(credentials)
