@@ -419,7 +419,7 @@ async def test_a_key_needs_the_scope_of_each_method(harness: Harness) -> None:
 
 
 async def test_changes_at_once_take_turns(harness: Harness) -> None:
-    """Of several changes for the same version that are all under way at once, exactly one is made."""
+    """Of two changes for the same version that are under way at once, exactly one is made."""
     created = await harness.create()
     key = with_key(created.api_key)
     version = (await configuration(harness, key)).effective.version
@@ -435,7 +435,7 @@ async def test_changes_at_once_take_turns(harness: Harness) -> None:
     blocked = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
     async def all_wait() -> bool:
-        return int(await harness.value(blocked)) == 4
+        return int(await harness.value(blocked)) == 2
 
     # Nobody can write while this is held: whoever read the version by then has read the same one.
     async with harness.superuser() as connection:
@@ -443,7 +443,7 @@ async def test_changes_at_once_take_turns(harness: Harness) -> None:
         await held.start()
         await connection.execute("SELECT FROM tenant.tenant_settings WHERE tenant_id = $1 FOR UPDATE", UUID(created.tenant.tenant_id))
         async with asyncio.TaskGroup() as group:
-            tries = [group.create_task(attempt(days)) for days in range(1, 5)]
+            tries = [group.create_task(attempt(days)) for days in (1, 2)]
             await eventually(all_wait, within_seconds=4)
             await held.rollback()
     assert sum(done.result() for done in tries) == 1
