@@ -30,15 +30,16 @@ TRANSIENT = {
         "INSERT INTO metering.outbox (tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd, due_time) "
         "VALUES ($1, uuidv7(), 2, 0, 0, 0, now() + interval '1 day')"
     ),
-    "inference.erased_tenants": "INSERT INTO inference.erased_tenants VALUES ($1)",
-    "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
-    "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
     "tenant.erasure_receipts": (
         "INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) "
         "VALUES ($1, uuidv7(), '{}', decode(repeat('00', 64), 'hex'), 'none')"
     ),
     "tenant.purges": "INSERT INTO tenant.purges VALUES ($1, now() + interval '1 day') ON CONFLICT DO NOTHING",
     "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
+    # Last: what is planted after a tombstone is refused.
+    "inference.erased_tenants": "INSERT INTO inference.erased_tenants VALUES ($1)",
+    "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
+    "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
 }
 APPEND_ONLY = ("metering.entries", "tenant.audit", "metering.prices", "metering.price_versions")
 SHARED_TABLES = {
