@@ -302,5 +302,5 @@ async def watch(
     kept = [] if seen is None else seen
     request = tenant_service_pb2.WatchProvisioningRequest(request_id=request_id)
     async for message in harness.tenants.WatchProvisioning(request, metadata=tuple(harness.as_operator()), timeout=30):
-        kept.append(message)  # noqa: PERF401 - others look at it meanwhile
+        kept.append(message)
     return kept
