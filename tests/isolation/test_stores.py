@@ -49,15 +49,16 @@ TRANSIENT = {
     "retrieval.retrieval_placed_tenants": "INSERT INTO retrieval.retrieval_placed_tenants VALUES ($1, 'silo', 'MOVING')",
     "tenant.placements": "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
     "tenant.move_directory": "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
-    "inference.erased_tenants": "INSERT INTO inference.erased_tenants VALUES ($1)",
-    "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
-    "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
     "tenant.erasure_receipts": (
         "INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) "
         "VALUES ($1, uuidv7(), '{}', decode(repeat('00', 64), 'hex'), 'none')"
     ),
     "tenant.purges": "INSERT INTO tenant.purges VALUES ($1, now() + interval '1 day') ON CONFLICT DO NOTHING",
     "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
+    # Last: what is planted after a tombstone is refused.
+    "inference.erased_tenants": "INSERT INTO inference.erased_tenants VALUES ($1)",
+    "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
+    "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
 }
 APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
 SHARED_TABLES = {
