@@ -90,7 +90,7 @@ async def test_concurrent_calls_ride_in_one_open(world: World, tenant: Tenant) -
             calls.create_task(world.generate(tenant))
         await until(lambda: len(world.script.all("reserve")) == 12)
         # The last reservation's call still has to read its prompt.
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(1.0)
         go_on.set()
     opens = world.script.all("open")
     assert sum(len(request.calls) for request in opens) == 12
