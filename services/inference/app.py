@@ -70,8 +70,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         )
         stack.push_async_callback(database.close)
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
-        places = _follow_placements(stack, settings, database, to_tenant)
-        mover = TenantMover(database, RemotePlaces(to_tenant), places, SCHEMA, TENANT_TABLES)
+        places, mover = _follow_placements(stack, settings, database, to_tenant)
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         documents = RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval"))
@@ -104,18 +103,21 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         )
         configs = TenantConfigCache(to_tenant)
         inference = InferenceService(pipeline, configs, prices, settings.default_call_deadline_seconds)
-        lifecycle = LifecycleServicer(memory, configs, places, mover)
+        servicers = _registrations(inference, memory, LifecycleServicer(memory, configs, places, mover))
         resolver, verifier = remote_trust(to_tenant)
-        server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
+        server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
 
 
-def _follow_placements(stack: AsyncExitStack, settings: InferenceSettings, database: TenantDatabase, to_tenant: MeshChannel) -> PlaceMaker:
+def _follow_placements(
+    stack: AsyncExitStack, settings: InferenceSettings, database: TenantDatabase, to_tenant: MeshChannel
+) -> tuple[PlaceMaker, TenantMover]:
     remote = RemotePlaces(to_tenant)
     silos = SiloPools(settings.max_silo_pools, application_name="inference")
     stack.push_async_callback(silos.close)
     database.follow(SCHEMA, PlaceDirectory(remote), silos)
-    return PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
+    maker = PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
+    return maker, TenantMover(database, remote, maker, SCHEMA, TENANT_TABLES)
 
 
 def _registrations(inference: InferenceService, memory: PostgresMemory, lifecycle: LifecycleServicer) -> list[Registration]:

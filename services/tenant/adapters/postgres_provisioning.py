@@ -12,7 +12,7 @@ from services.tenant.provisioning import Recorded, RecordOutcome, Step, TenantWi
 RECORD_TENANT = """
 SELECT outcome, tenant_id, content_digest, steps_done FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 """
-REQUEST_IS_KNOWN = "SELECT true FROM tenant.request_directory WHERE request_id = $1"
+REQUEST_IS_KNOWN = "SELECT tenant_id FROM tenant.request_directory WHERE request_id = $1"
 # Only ever raised: a slower run of the same request must not take a finished step back.
 FINISH_STEP = "UPDATE tenant.provisioning SET steps_done = $2, update_time = now() WHERE tenant_id = $1 AND steps_done < $2"
 INSERT_SETTINGS = "INSERT INTO tenant.tenant_settings (tenant_id, assistant_name) VALUES ($1, $2) ON CONFLICT DO NOTHING"
