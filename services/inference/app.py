@@ -49,6 +49,7 @@ from services.kernel.tenant_moving import TenantMover
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Of what the tenant service tells, what ends a remembered key.
 KEY_CHANGES = frozenset({"DATA_KEY", "STATE"})
+PLACE_CHANGES = frozenset({"PLACEMENT", "STATE"})
 SCHEMA = "inference"
 # Parents first.
 TENANT_TABLES = (
@@ -79,24 +80,19 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         database, jobs = await _databases(stack, settings)
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         feed = ChangeFeed(to_tenant)
-        places = _follow_placements(stack, settings, database, to_tenant, feed)
-        mover = TenantMover(database, RemotePlaces(to_tenant), places, SCHEMA, TENANT_TABLES)
+        places, mover = _follow_placements(stack, settings, database, to_tenant, feed)
+        cipher, provider_keys = TenantCipher(RemoteDataKeys(to_tenant)), TenantProviderKeys(to_tenant)
+        feed.forget_on(KEY_CHANGES, cipher.forget)
+        feed.forget_on(KEY_CHANGES, provider_keys.forget)
+        memory = PostgresMemory(database, cipher)
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
-        limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
-        documents = RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval"))
-        cipher = TenantCipher(RemoteDataKeys(to_tenant))
-        memory, ledger, prices = PostgresMemory(database, cipher), MeteringLedger(to_metering), MeteringPrices(to_metering)
+        ledger = MeteringLedger(to_metering)
         stack.push_async_callback(ledger.close)
-        provider_keys = TenantProviderKeys(to_tenant)
+        limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         provider = _provider(stack, settings, provider_keys)
-        leases = LeaseKeeper(limits, ledger)
-        background = BackgroundTasks()
+        leases, background = LeaseKeeper(limits, ledger), BackgroundTasks()
         stack.push_async_callback(background.close)
-        background.start("lease_keeper", leases.run)
-        audit = CallAudit(PostgresAuditOutbox(database))
-        background.start("call_audit", audit.run)
-        background.start("audit_relay", AuditRelay(PostgresAuditRelay(jobs), AuditClient(to_tenant).record).run)
-        stack.push_async_callback(audit.close)
+        audit = _start_loops(stack, background, leases, feed, database, jobs, AuditClient(to_tenant))
         # Closed before everything it settles with.
         finishing = Finishing()
         stack.push_async_callback(finishing.close)
@@ -104,7 +100,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         pipeline = AnswerPipeline(
             limits=limits,
             ledger=ledger,
-            documents=documents,
+            documents=RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval")),
             memory=memory,
             provider=TracedProvider(provider),
             gate=gate,
@@ -114,13 +110,28 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         )
         configs = TenantConfigCache(to_tenant)
         lifecycle = LifecycleServicer(memory, configs, places, mover, PostgresSealedRows(database, cipher))
-        inference = InferenceService(pipeline, configs, provider_keys, prices, settings.default_call_deadline_seconds)
-        feed.forget_on(KEY_CHANGES, cipher.forget)
-        feed.forget_on(KEY_CHANGES, provider_keys.forget)
-        background.start("change_feed", feed.run)
+        inference = InferenceService(pipeline, configs, provider_keys, MeteringPrices(to_metering), settings.default_call_deadline_seconds)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
+
+
+def _start_loops(
+    stack: AsyncExitStack,
+    background: BackgroundTasks,
+    leases: LeaseKeeper,
+    feed: ChangeFeed,
+    database: TenantDatabase,
+    jobs: JobsDatabase,
+    log: AuditClient,
+) -> CallAudit:
+    audit = CallAudit(PostgresAuditOutbox(database))
+    background.start("lease_keeper", leases.run)
+    background.start("change_feed", feed.run)
+    background.start("call_audit", audit.run)
+    background.start("audit_relay", AuditRelay(PostgresAuditRelay(jobs), log.record).run)
+    stack.push_async_callback(audit.close)
+    return audit
 
 
 async def _databases(stack: AsyncExitStack, settings: InferenceSettings) -> tuple[TenantDatabase, JobsDatabase]:
@@ -149,14 +160,15 @@ def _provider(stack: AsyncExitStack, settings: InferenceSettings, provider_keys:
 
 def _follow_placements(
     stack: AsyncExitStack, settings: InferenceSettings, database: TenantDatabase, to_tenant: MeshChannel, feed: ChangeFeed
-) -> PlaceMaker:
+) -> tuple[PlaceMaker, TenantMover]:
     remote = RemotePlaces(to_tenant)
     silos = SiloPools(settings.max_silo_pools, application_name="inference")
     stack.push_async_callback(silos.close)
     directory = PlaceDirectory(remote)
-    feed.forget_on({"PLACEMENT", "STATE"}, directory.forget)
+    feed.forget_on(PLACE_CHANGES, directory.forget)
     database.follow(SCHEMA, directory, silos)
-    return PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
+    maker = PlaceMaker(database, remote, SCHEMA, MIGRATIONS, settings.postgres_placement_dsn)
+    return maker, TenantMover(database, remote, maker, SCHEMA, TENANT_TABLES)
 
 
 def _registrations(inference: InferenceService, memory: PostgresMemory, lifecycle: LifecycleServicer) -> list[Registration]:

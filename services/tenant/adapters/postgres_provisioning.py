@@ -17,7 +17,7 @@ from services.tenant.provisioning import Recorded, RecordOutcome, Step, TenantWi
 RECORD_TENANT = """
 SELECT outcome, tenant_id, content_digest, steps_done FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 """
-REQUEST_IS_KNOWN = "SELECT true FROM tenant.request_directory WHERE request_id = $1"
+REQUEST_IS_KNOWN = "SELECT tenant_id FROM tenant.request_directory WHERE request_id = $1"
 INSERT_SAGA = """
 INSERT INTO tenant.sagas (tenant_id, kind, request_id, content_digest, content, subject, reason, due_time)
 VALUES ($1, 'PROVISION', $2, $3, $4::text::jsonb, $5, $6, clock_timestamp() + interval '2 seconds')

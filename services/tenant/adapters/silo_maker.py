@@ -16,7 +16,6 @@ _CONNECT_SECONDS = 5.0
 _STATEMENT_SECONDS = 30.0
 _LOCK_KEY = 7_400_000_002
 DATABASE_EXISTS = "SELECT true FROM pg_database WHERE datname = $1"
-ROLE_EXISTS = "SELECT true FROM pg_roles WHERE rolname = $1"
 
 
 class PostgresSiloMaker:
