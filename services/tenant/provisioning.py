@@ -25,6 +25,7 @@ from services.tenant.api_key import ApiKeyText, new_api_key
 from services.tenant.context_minting import PROVISIONING_SUBJECT, ContextMinter, Grant
 from services.tenant.life_ports import DataKeyStore, PlaceKeeper, SecretSeal
 from services.tenant.placement import PlacementWish, SiloStores
+from services.tenant.plan import PlanDirectory
 from services.tenant.saga import Saga, SagaEngine, SagaKind, SagaState, SagaStore
 from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
@@ -312,6 +313,7 @@ class TenantProvisioning:
         plan: ProvisioningPlan,
         engine: SagaEngine,
         directory: TenantDirectory,
+        plans: PlanDirectory,
         places: PlaceKeeper,
         *,
         region: str,
@@ -321,6 +323,7 @@ class TenantProvisioning:
         self._plan = plan
         self._engine = engine
         self._directory = directory
+        self._plans = plans
         self._places = places
         self._region = region
         self._runs: SharedFlight[tuple[UUID, bytes], CreatedTenant] = SharedFlight()
@@ -337,6 +340,7 @@ class TenantProvisioning:
 
     async def _create(self, request_id: UUID, wish: TenantWish, actor: Actor) -> CreatedTenant:
         if not await self._store.is_known(request_id):
+            await self._refuse_unoffered(wish)
             await self._places.refuse_impossible(wish.placement)
         tenant_id = _accepted(await self._record(request_id, wish, actor), wish)
         with self._plan.wanting_key(tenant_id) as issued:
@@ -347,6 +351,12 @@ class TenantProvisioning:
         if tenant is None:
             raise NotFound("tenant")
         return CreatedTenant(tenant, api_key)
+
+    async def _refuse_unoffered(self, wish: TenantWish) -> None:
+        for plan in await self._plans.list_plans():
+            if plan.name == wish.plan and wish.placement.kind not in plan.isolation:
+                kind = wish.placement.kind.upper()
+                raise WrongState("plan", kind, f"the plan {plan.name} offers {', '.join(plan.isolation)}; choose one, or another plan")
 
     async def _record(self, request_id: UUID, wish: TenantWish, actor: Actor) -> Recorded:
         tenant_id = TenantId(new_uuid7())

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -13,16 +12,14 @@ import pytest
 from mesh.common.v1 import error_reason_pb2
 from mesh.tenant.v1 import api_key_service_pb2, tenant_service_pb2
 from services.kernel.errors import MeshError
-from services.kernel.rpc.channel import MeshChannel
-from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
-from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
+from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
-from services.tenant.adapters.postgres_sagas import PostgresSagas
-from services.tenant.adapters.postgres_tenants import PostgresTenants
-from services.tenant.context_minting import ContextMinter, read_signing_key
-from services.tenant.life_ports import PoolPlacement
-from services.tenant.provisioning import ORDER, LifecyclePeer, ProvisioningPlan, Step, TenantProvisioning, TenantWish
+from services.tenant.adapters.schema_maker import PostgresSchemaMaker
+from services.tenant.adapters.silo_maker import PostgresSiloMaker
+from services.tenant.app.parts import build_parts
+from services.tenant.placement import Placements
+from services.tenant.provisioning import ORDER, ProvisioningPlan, Step, TenantProvisioning, TenantWish
 from services.tenant.saga import SagaEngine, SagaKind
 from tests.tenant.harness import PEERS, Harness, as_service, call, refusal, taken_apart, wish, with_key
 
@@ -161,19 +158,12 @@ class CrashingStore(PostgresProvisioning):
 async def second_process(harness: Harness) -> AsyncIterator[tuple[TenantProvisioning, CrashingStore]]:
     """Another process's provisioning on the same database and peers."""
     async with AsyncExitStack() as stack:
-        database = await TenantDatabase.open(harness.settings.postgres_dsn.get_secret_value())
-        stack.push_async_callback(database.close)
-        peers: dict[Step, tuple[str, LifecyclePeer]] = {}
-        for name in PEERS:
-            channel = MeshChannel(harness.peers[name].address, settings=harness.settings, target_service=name)
-            stack.push_async_callback(channel.close)
-            peers[Step[name.upper()]] = (name, GrpcLifecyclePeer(channel))
-        signing_key = read_signing_key(harness.settings.context_signing_key.get_secret_value())
-        minter = ContextMinter(signing_key, [], region="local", clock=lambda: datetime.now(UTC))
-        store, tenants, sagas = CrashingStore(database), PostgresTenants(database), PostgresSagas(database)
-        plan = ProvisioningPlan(store, tenants, peers, PoolPlacement(), minter)
-        engine = SagaEngine(sagas, {SagaKind.PROVISION: plan}, lease_seconds=10.0, max_attempts=20)
-        yield TenantProvisioning(store, sagas, plan, engine, tenants, region="local"), store
+        parts = await build_parts(harness.settings, stack)
+        store, peers = CrashingStore(parts.database), {Step[name.upper()]: (name, parts.peers[name]) for name in PEERS}
+        places = Placements(PostgresPlacements(parts.database, parts.box), PostgresSchemaMaker("", 0), PostgresSiloMaker(""))
+        plan = ProvisioningPlan(store, parts.tenants, peers, places, parts.box, parts.vault, parts.minter)
+        engine = SagaEngine(parts.sagas, {SagaKind.PROVISION: plan}, lease_seconds=10.0, max_attempts=20)
+        yield TenantProvisioning(store, parts.sagas, plan, engine, parts.tenants, parts.tenants, places, region="local"), store
 
 
 def content_of(request: tenant_service_pb2.CreateTenantRequest) -> TenantWish:

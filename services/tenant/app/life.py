@@ -109,7 +109,9 @@ def _sagas(parts: Parts, placements: Placements, erasure_store: PostgresErasure)
         lease_seconds=settings.saga_lease_seconds,
         max_attempts=settings.saga_max_attempts,
     )
-    provisioning = TenantProvisioning(store, parts.sagas, creation, engine, parts.tenants, placements, region=settings.region)
+    provisioning = TenantProvisioning(
+        store, parts.sagas, creation, engine, parts.tenants, parts.tenants, placements, region=settings.region
+    )
     return provisioning, TenantErasure(erasure_store, parts.sagas, ending, engine), engine
 
 

@@ -53,7 +53,6 @@ async def build_trust(parts: Parts) -> tuple[Authenticator, ChangeHub, list[Regi
     settings, database = parts.settings, parts.database
     changes = await _changes(parts)
     flags = FlagSetCache(PostgresFlags(database))
-    parts.background.start("flag_set", flags.run)
     jwks = HttpJwksSource()
     parts.stack.push_async_callback(jwks.close)
     names = NameResolution(PostgresDomains(database), parts.tenants, settings.base_domain_names())

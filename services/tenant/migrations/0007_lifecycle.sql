@@ -124,9 +124,22 @@ LANGUAGE sql STABLE SECURITY INVOKER AS $$
     SELECT d.tenant_id FROM tenant.request_directory d WHERE d.request_id = p_request_id
 $$;
 
--- Days a conversation without newer turns is kept; 0 keeps it for ever. The one place that reads the plan's term.
+-- Days a conversation without newer turns is kept; 0 keeps it for ever. As services/tenant/effective_config.py has it: an operator's word
+-- stands, a tenant's own may only shorten what its plan says.
 CREATE FUNCTION tenant.retention_days(p_tenant_id uuid) RETURNS integer
-LANGUAGE sql STABLE SECURITY INVOKER AS $$ SELECT 0 $$;
+LANGUAGE sql STABLE SECURITY INVOKER AS $$
+    SELECT CASE
+        WHEN s.data_retention_days IS NULL THEN v.data_retention_days
+        WHEN 'data_retention_days' = ANY (s.operator_fields) OR v.data_retention_days = 0 THEN s.data_retention_days
+        WHEN s.data_retention_days = 0 THEN v.data_retention_days
+        ELSE least(s.data_retention_days, v.data_retention_days)
+    END
+    FROM tenant.tenants t
+    JOIN tenant.plans p ON p.plan = t.plan
+    JOIN tenant.plan_versions v ON v.plan = p.plan AND v.version = p.version
+    LEFT JOIN tenant.tenant_settings s ON s.tenant_id = t.tenant_id
+    WHERE t.tenant_id = p_tenant_id
+$$;
 
 REVOKE EXECUTE ON FUNCTION tenant.find_request(uuid), tenant.retention_days(uuid) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION tenant.find_request(uuid), tenant.retention_days(uuid) TO :service;
