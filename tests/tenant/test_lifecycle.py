@@ -38,6 +38,8 @@ async def test_an_erased_tenant_leaves_only_its_audit_log(harness: Harness) -> N
         "postgres:tenant.api_keys": 1,
         "postgres:tenant.users": 1,
         "postgres:tenant.tenant_settings": 1,
+        "postgres:tenant.placements": 0,
+        "postgres:tenant.move_directory": 0,
         "postgres:tenant.provisioning": 1,
         "postgres:tenant.slug_directory": 1,
         "postgres:tenant.tenants": 1,

@@ -17,10 +17,15 @@ from services.kernel.rpc.channel import MeshChannel
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
+from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_tenants import PostgresTenants
+from services.tenant.adapters.schema_maker import PostgresSchemaMaker
+from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.context_minting import ContextMinter, read_signing_key
+from services.tenant.placement import Placements
 from services.tenant.provisioning import LifecyclePeer, Step, TenantProvisioning, TenantWish
+from services.tenant.secret_box import SecretBox
 from tests.tenant.harness import PEERS, Harness, as_service, call, refusal, taken_apart, wish, with_key
 
 ACTOR = Actor("operator:test", "test", "")
@@ -167,7 +172,8 @@ async def second_process(harness: Harness) -> AsyncIterator[tuple[TenantProvisio
         signing_key = read_signing_key(harness.settings.context_signing_key.get_secret_value())
         minter = ContextMinter(signing_key, [], region="local", clock=lambda: datetime.now(UTC))
         store = CrashingStore(database)
-        yield TenantProvisioning(store, PostgresTenants(database), peers, minter, region="local"), store
+        places = Placements(PostgresPlacements(database, SecretBox("")), PostgresSchemaMaker("", 0), PostgresSiloMaker(""))
+        yield TenantProvisioning(store, PostgresTenants(database), peers, minter, places, region="local"), store
 
 
 def content_of(request: tenant_service_pb2.CreateTenantRequest) -> TenantWish:

@@ -16,6 +16,7 @@ DELETES = {
     "postgres:tenant.api_keys": "DELETE FROM tenant.api_keys WHERE tenant_id = $1",
     "postgres:tenant.users": "DELETE FROM tenant.users WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
+    "postgres:tenant.move_directory": "DELETE FROM tenant.move_directory WHERE tenant_id = $1",
     "postgres:tenant.placements": "DELETE FROM tenant.placements WHERE tenant_id = $1",
     "postgres:tenant.provisioning": "DELETE FROM tenant.provisioning WHERE tenant_id = $1",
     "postgres:tenant.slug_directory": "DELETE FROM tenant.slug_directory WHERE tenant_id = $1",
