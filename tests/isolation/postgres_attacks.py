@@ -30,7 +30,7 @@ SET_LOCAL = "SELECT set_config('app.tenant_id', $1, true)"
 A_ROW = "SELECT to_jsonb(t)::text FROM {table} t WHERE tenant_id = $1 LIMIT 1"
 COLUMNS = """
 SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute
-WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = '' AND attidentity <> 'a'
 """
 ALL_TABLES = """
 SELECT format('%I.%I', n.nspname, c.relname) AS name, n.nspname AS schema FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

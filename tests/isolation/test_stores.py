@@ -138,7 +138,11 @@ def _commands(item: Attacked, victim: UUID) -> list[tuple[str, str, tuple[object
     table, columns = item.table, item.columns
     return [
         ("SELECT", f"SELECT tenant_id FROM {table} LIMIT 1", ()),
-        ("INSERT", f"INSERT INTO {table} SELECT {columns} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)", (item.row,)),
+        (
+            "INSERT",
+            f"INSERT INTO {table} ({columns}) SELECT {columns} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)",
+            (item.row,),
+        ),
         ("UPDATE", f"UPDATE {table} SET tenant_id = tenant_id WHERE tenant_id = $1 RETURNING tenant_id", (victim,)),
         ("DELETE", f"DELETE FROM {table} WHERE tenant_id = $1 RETURNING tenant_id", (victim,)),
     ]
