@@ -8,8 +8,10 @@ import pytest
 from tests.tenant.harness import Harness, taken_apart
 
 TENANT_TABLES = ("tenants", "users", "api_keys", "tenant_settings", "provisioning", "audit")
+# Empty for tenants of the pool.
+PLACED_TABLES = ("placements",)
 # Ids and kinds of changes, read whole by every replica.
-FEEDS = ("changes",)
+FEEDS = ("changes", "move_directory")
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory")
 PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions")
 ENTER = "SELECT set_config('app.tenant_id', $1, true)"
@@ -109,6 +111,7 @@ async def test_directories_hold_names_and_tenant_ids_and_nothing_else(harness: H
         "api_key_directory": ["key_id", "tenant_id"],
         "slug_directory": ["slug", "tenant_id"],
         "request_directory": ["request_id", "tenant_id"],
+        "move_directory": ["tenant_id", "due_time"],
     }
 
 
@@ -119,13 +122,14 @@ async def test_every_table_forces_row_level_security_and_belongs_to_the_owner(ha
             "SELECT relname, relrowsecurity, relforcerowsecurity, pg_get_userbyid(relowner) AS owner FROM pg_class "
             "WHERE relnamespace = 'tenant'::regnamespace AND relkind IN ('r', 'p') AND relname <> 'schema_migrations'"
         )
-        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES}
+        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *PLACED_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES}
         for row in tables:
             assert (row["relrowsecurity"], row["relforcerowsecurity"], row["owner"]) == (True, True, "tenant_owner"), row["relname"]
         policies = await connection.fetch("SELECT tablename, cmd, qual, with_check FROM pg_policies WHERE schemaname = 'tenant'")
         rule = "(tenant_id = ( SELECT (current_setting('app.tenant_id'::text))::uuid AS current_setting))"
-        found = {row["tablename"]: (row["cmd"], row["qual"], row["with_check"]) for row in policies if row["tablename"] in TENANT_TABLES}
-        assert found == dict.fromkeys(TENANT_TABLES, ("ALL", rule, rule))
+        confined = (*TENANT_TABLES, *PLACED_TABLES)
+        found = {row["tablename"]: (row["cmd"], row["qual"], row["with_check"]) for row in policies if row["tablename"] in confined}
+        assert found == dict.fromkeys(confined, ("ALL", rule, rule))
         roles = await connection.fetch(
             "SELECT rolname, rolcanlogin, rolsuper, rolbypassrls FROM pg_roles WHERE rolname IN ('tenant_owner', 'tenant_service')"
         )
