@@ -20,9 +20,10 @@ TENANT_TABLES = (
     "domains",
     "configuration_changes",
     "provider_keys",
+    "placements",
 )
 # Ids and kinds of changes, read whole by every replica.
-FEEDS = ("changes",)
+FEEDS = ("changes", "move_directory")
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory", "issuer_directory", "domain_directory")
 PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions", "plan_features")
 FLAG_TABLES = ("flags", "flag_changes")
@@ -180,6 +181,7 @@ async def test_directories_hold_names_and_tenant_ids_and_nothing_else(harness: H
         "request_directory": ["request_id", "tenant_id"],
         "issuer_directory": ["issuer", "audience", "tenant_id"],
         "domain_directory": ["domain", "tenant_id"],
+        "move_directory": ["tenant_id", "due_time"],
     }
 
 
