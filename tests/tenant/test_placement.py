@@ -22,8 +22,8 @@ from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.placement import PlacementWish, SiloStores, StoredPlace, refuse_malformed
-from services.tenant.provisioning import TenantWish
 from services.tenant.secret_box import SecretBox
+from services.tenant.tenant_wish import TenantWish
 from tests.support.places import KnownPlaces
 from tests.support.stores import PostgresStore
 from tests.tenant.harness import Harness, as_service, call, refusal, wish
