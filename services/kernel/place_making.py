@@ -76,6 +76,7 @@ class PlaceMaker:
             )
 
     async def forget(self, tenant_id: TenantId) -> None:
-        """Takes an erased tenant off the list. Idempotent."""
+        """Takes an erased tenant off the list, and out of memory: its place is dropped next. Idempotent."""
         async with self._database.transaction_at(HOME, tenant_id, walled=False) as connection:
             await connection.execute(f"DELETE FROM {self._home}_placed_tenants WHERE tenant_id = $1", tenant_id)  # noqa: S608 - as above
+        self._database.forget_place(tenant_id)

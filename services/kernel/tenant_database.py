@@ -224,7 +224,7 @@ class TenantDatabase(Database):
             except _PLACE_MISSING as error:
                 if place.kind is PlacementKind.POOL:
                     raise
-                self._forget(tenant_id)
+                self.forget_place(tenant_id)
                 raise PlaceMissing from error
             yield connection
 
@@ -279,7 +279,8 @@ class TenantDatabase(Database):
             begin += f"; SELECT {schema}.{self._home_schema}_assert_here('{UUID(int=tenant_id.int)}')"
         return begin
 
-    def _forget(self, tenant_id: TenantId) -> None:
+    def forget_place(self, tenant_id: TenantId) -> None:
+        """Forgets where the tenant lives: the next call asks again."""
         if self._places is not None:
             self._places.forget(tenant_id)
 

@@ -5,19 +5,17 @@ What was asked for is stored with the request, so a creation that stopped anywhe
 
 import asyncio
 import base64
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import Enum, IntEnum
 from typing import Protocol, assert_never
 from uuid import UUID
 
 from services.kernel.errors import AlreadyExists, ContentConflict, InvalidRequest, MeshError, NotFound, Unavailable, WrongState
 from services.kernel.ids import TenantId, new_uuid7
-from services.kernel.placement import PlacementKind
 from services.kernel.request_context import remaining_seconds
 from services.kernel.tenant_context import TenantContext
 from services.tenant.actor import Actor
@@ -31,12 +29,12 @@ from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
 from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantDirectory
 from services.tenant.tenant_remains import RemovedRecords
+from services.tenant.tenant_wish import SEALED_STORES, TenantWish, read_wish
 
 FIRST_KEY_NAME = "First key"
 MAX_SLUG_LENGTH = 63
 LONGEST_WAIT_SECONDS = 60.0
 LOOK_SECONDS = 0.05
-SEALED_STORES = "sealed_stores"
 
 
 class Step(IntEnum):
@@ -68,37 +66,6 @@ ORDER = (
     Step.FIRST_KEY,
     Step.ACTIVE,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TenantWish:
-    """What tenant to make."""
-
-    slug: str
-    display_name: str
-    plan: str
-    owner_email: str
-    assistant_name: str
-    placement: PlacementWish = field(default_factory=PlacementWish)
-
-    def digest(self) -> bytes:
-        """Returns the SHA-256 of the content: a repeated request must have the same."""
-        content = asdict(self)
-        if self.placement == PlacementWish():
-            # A wish that says nothing of its place has the digest it had before places could be chosen.
-            del content["placement"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
-
-    def content(self, sealed_stores: str) -> dict[str, str]:
-        """Returns what is stored with the request, its secrets sealed; `read_wish` is the way back."""
-        named = {name: value for name, value in asdict(self).items() if name != "placement"}
-        return named | {"placement": self.placement.kind.value, SEALED_STORES: sealed_stores}
-
-
-def read_wish(content: Mapping[str, str]) -> TenantWish:
-    """Reads a stored wish, without the secrets of its place."""
-    named = {name: value for name, value in content.items() if name not in ("placement", SEALED_STORES)}
-    return TenantWish(**named, placement=PlacementWish(PlacementKind(content.get("placement", PlacementKind.POOL))))
 
 
 class RecordOutcome(Enum):
@@ -339,10 +306,11 @@ class TenantProvisioning:
         return await self._runs.run((request_id, wish.digest()), lambda: self._create(request_id, wish, actor))
 
     async def _create(self, request_id: UUID, wish: TenantWish, actor: Actor) -> CreatedTenant:
-        if not await self._store.is_known(request_id):
+        known = await self._store.is_known(request_id)
+        if not known:
             await self._refuse_unoffered(wish)
             await self._places.refuse_impossible(wish.placement)
-        tenant_id = _accepted(await self._record(request_id, wish, actor), wish)
+        tenant_id = _accepted(await self._record(request_id, wish, actor, sealing=not known), wish)
         with self._plan.wanting_key(tenant_id) as issued:
             await self._until_done(tenant_id)
             # Looked at in every run: an answer that never arrived took the key's text with it.
@@ -358,9 +326,10 @@ class TenantProvisioning:
                 kind = wish.placement.kind.upper()
                 raise WrongState("plan", kind, f"the plan {plan.name} offers {', '.join(plan.isolation)}; choose one, or another plan")
 
-    async def _record(self, request_id: UUID, wish: TenantWish, actor: Actor) -> Recorded:
+    async def _record(self, request_id: UUID, wish: TenantWish, actor: Actor, *, sealing: bool) -> Recorded:
         tenant_id = TenantId(new_uuid7())
-        sealed_stores = await self._plan.seal_stores(tenant_id, wish)
+        # What is recorded already has its addresses: a repeat makes no keys for a tenant that will never be.
+        sealed_stores = await self._plan.seal_stores(tenant_id, wish) if sealing else ""
         recorded = await self._store.record(tenant_id, request_id, wish, sealed_stores, self._region, actor)
         if sealed_stores and recorded.tenant_id != tenant_id:
             await self._plan.drop_seal(tenant_id)

@@ -5,7 +5,6 @@ import base64
 import io
 import json
 import tarfile
-from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -17,14 +16,8 @@ from google.protobuf import json_format
 
 from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
 from mesh.tenant.v1 import authentication_service_pb2, tenant_service_pb2
-from services.kernel.ids import TenantId
-from services.kernel.rpc.channel import MeshChannel
-from services.kernel.tenant_database import JobsDatabase, TenantDatabase
-from services.tenant.adapters.lifecycle_client import GrpcLifecyclePeer
-from services.tenant.adapters.postgres_life import PostgresRetention
-from services.tenant.context_minting import ContextMinter, read_signing_key
+from services.tenant.context_minting import read_signing_key
 from services.tenant.receipt import DOMAIN, ErasureReceipt, ReceiptRefused, check_file, read_receipt, verify_receipt
-from services.tenant.retention import RetentionRunner
 from tests.support.waiting import eventually
 from tests.tenant.harness import PEERS, Harness, as_service, call, refusal, wish, with_key
 
@@ -140,6 +133,12 @@ async def test_a_planted_leftover_is_found(harness: Harness) -> None:
     assert not left.verified
     assert [store.store for store in left.stores if store.found_count and not store.kept] == ["postgres:tenant.api_key_directory"]
     await harness.execute("DELETE FROM tenant.api_key_directory WHERE tenant_id = $1", tenant_id)
+    for kind, catalog in (("SCHEMA", "pg_namespace"), ("DATABASE", "pg_database")):
+        await harness.execute(f"CREATE {kind} t_{tenant_id.hex}")
+        left = await call(harness.tenants.VerifyErasure, verify, harness.as_operator())
+        await harness.execute(f"DROP {kind} t_{tenant_id.hex}")
+        assert not left.verified
+        assert [store.store for store in left.stores if store.found_count and not store.kept] == [f"postgres:{catalog}"]
     harness.peers["retrieval"].left_over = ["and the heron lands here"]
     assert not (await call(harness.tenants.VerifyErasure, verify, harness.as_operator())).verified
     harness.peers["retrieval"].left_over = []
@@ -202,38 +201,6 @@ async def test_the_archive_holds_everything_with_its_sums_and_no_secret(harness:
     whole = b"".join(content.values())
     assert created.api_key.rpartition("_")[2].encode() not in whole
     assert sum(line.count(b"\n") for line in content.values()) == sum(kind["record_count"] for kind in manifest["kinds"].values())
-
-
-async def test_each_tenant_is_purged_once_a_day_by_its_plans_term(harness: Harness) -> None:
-    """With a term of 30 days services are asked for what is older until nothing is left, with 0 nobody is; once a day either way."""
-    created = await harness.create()
-    tenant_id = UUID(created.tenant.tenant_id)
-    database = await TenantDatabase.open(harness.settings.postgres_dsn.get_secret_value())
-    jobs = await JobsDatabase.open(harness.settings.postgres_jobs_dsn.get_secret_value())
-    channel = MeshChannel(harness.peers["inference"].address, settings=harness.settings, target_service="inference")
-    minter = ContextMinter(
-        read_signing_key(harness.settings.context_signing_key.get_secret_value()), [], region="local", clock=lambda: datetime.now(UTC)
-    )
-    calendar, now = PostgresRetention(database, jobs), datetime.now(UTC)
-    peers = {"inference": GrpcLifecyclePeer(channel)}
-    runner = RetentionRunner(calendar, calendar, peers, minter, clock=lambda: now, poll_seconds=1.0)
-    wanted = "CREATE OR REPLACE FUNCTION tenant.retention_days(p_tenant_id uuid) RETURNS integer LANGUAGE sql STABLE AS $$ SELECT {} $$"
-    try:
-        for days, calls in ((0, []), (30, [tenant_id] * 2)):
-            await harness.execute(wanted.format(days))
-            await harness.execute("DELETE FROM tenant.purges WHERE tenant_id = $1", tenant_id)
-            while await runner.purge_due():
-                continue
-            assert [item for item, _ in harness.peers["inference"].purged if item == tenant_id] == calls
-        times = {older_than for item, older_than in harness.peers["inference"].purged if item == tenant_id}
-        assert all(abs(older_than - (now - timedelta(days=30))) < timedelta(seconds=1) for older_than in times)
-        assert await harness.value("SELECT removed_count FROM tenant.purges WHERE tenant_id = $1", tenant_id) == 6
-        assert not await calendar.take(TenantId(tenant_id))
-    finally:
-        await harness.execute(wanted.format(0))
-        await channel.close()
-        await jobs.close()
-        await database.close()
 
 
 async def test_a_creation_that_fails_for_good_is_undone(harness: Harness) -> None:

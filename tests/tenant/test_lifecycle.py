@@ -43,6 +43,7 @@ async def test_an_erased_tenant_leaves_only_its_audit_log(harness: Harness) -> N
         "postgres:tenant.provider_keys": 0,
         "postgres:tenant.users": 1,
         "postgres:tenant.tenant_settings": 1,
+        "postgres:tenant.placements": 0,
         "postgres:tenant.purges": 0,
         "postgres:tenant.sagas": 1,
         "postgres:tenant.placements": 0,

@@ -1,15 +1,15 @@
 """Which place a tenant gets is decided before anything is recorded, its secrets are sealed, and another region's tenant is sent away."""
 
-import base64
 import hashlib
 import json
-import secrets
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from uuid import UUID, uuid4
 
 import asyncpg
 import grpc
 import pytest
+from pydantic import SecretStr
 
 from mesh.tenant.v1 import placement_service_pb2 as pb
 from mesh.tenant.v1 import placement_service_pb2_grpc
@@ -17,36 +17,70 @@ from services.kernel.cell import Cell
 from services.kernel.errors import InvalidRequest, WrongCell, WrongState
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.placement import PlacementKind
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_cipher import KeyUseFailed
 from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
+from services.tenant.app.parts import build_parts
+from services.tenant.key_management import parse_master_keys
 from services.tenant.placement import PlacementWish, SiloStores, StoredPlace, refuse_malformed
-from services.tenant.provisioning import TenantWish
-from services.tenant.secret_box import SecretBox
+from services.tenant.tenant_wish import TenantWish
 from tests.support.places import KnownPlaces
 from tests.support.stores import PostgresStore
-from tests.tenant.harness import Harness, as_service, call, refusal, wish
+from tests.tenant.harness import Harness, as_service, call, new_master_key, refusal, wish
 
 SILO = SiloStores("postgresql://app:secret@db.example:5432/acme", "postgresql://owner:secret@db.example:5432/acme")
 STATEMENTS_OF_A_SILO = 11
 
 
-def new_key() -> str:
-    """A master key."""
-    return base64.b64encode(secrets.token_bytes(32)).decode()
-
-
 async def test_a_place_that_cannot_be_made_is_refused_before_anything_is_recorded(harness: Harness) -> None:
     """Without a role for schemas or a server for databases the request is refused, says what to set, and leaves its slug free."""
     for isolation, state in ((pb.ISOLATION_BRIDGE, "NO_BRIDGE"), (pb.ISOLATION_SILO, "NO_SILO")):
-        request = wish()
+        request = wish(plan="enterprise")
         request.isolation = isolation
         refused = await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator()))
         assert (refused.reason_name, refused.metadata["state"]) == ("WRONG_STATE", state)
         assert "TENANTRY_" in refused.message
         again = wish(slug=request.slug)
         assert (await call(harness.tenants.CreateTenant, again, harness.as_operator())).tenant.slug == request.slug
+
+
+@pytest.mark.parametrize(
+    ("plan", "isolation", "state"),
+    [("free", pb.ISOLATION_BRIDGE, "BRIDGE"), ("starter", pb.ISOLATION_SILO, "SILO"), ("professional", pb.ISOLATION_SILO, "SILO")],
+)
+async def test_a_place_that_the_plan_does_not_offer_is_refused_and_nothing_recorded(
+    harness: Harness, plan: str, isolation: pb.Isolation, state: str
+) -> None:
+    """The refusal names what the plan offers; no table has a new row, and no key is made for the addresses that came with it."""
+    request = wish(plan=plan)
+    request.isolation = isolation
+    if isolation == pb.ISOLATION_SILO:
+        request.silo.CopyFrom(pb.SiloStores(postgres_dsn=SILO.postgres_dsn, postgres_owner_dsn=SILO.postgres_owner_dsn))
+    before = await row_counts(harness)
+    refused = await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator()))
+    assert (refused.code, refused.reason_name) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE")
+    assert (refused.metadata["resource"], refused.metadata["state"]) == ("plan", state)
+    assert "pool" in refused.message
+    assert "secret" not in refused.message
+    after = await row_counts(harness)
+    # The operator's own access is recorded in any case.
+    assert after.pop("audit") == before.pop("audit") + 1
+    assert after == before
+    again = wish(slug=request.slug, request_id=request.request_id)
+    assert (await call(harness.tenants.CreateTenant, again, harness.as_operator())).tenant.slug == request.slug
+
+
+async def row_counts(harness: Harness) -> dict[str, int]:
+    """How many rows each table of the service has, and how many keys the key store."""
+    async with harness.superuser() as connection:
+        names = [row[0] for row in await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'tenant'")]
+        counts = {name: await connection.fetchval(f"SELECT count(*) FROM tenant.{name}") for name in names}
+    key_store = await asyncpg.connect(harness.settings.key_store_admin_dsn.get_secret_value())
+    try:
+        return counts | {"data_keys": await key_store.fetchval("SELECT count(*) FROM tenant_keys.data_keys")}
+    finally:
+        await key_store.close()
 
 
 async def test_another_regions_tenant_is_not_made_here(harness: Harness) -> None:
@@ -112,29 +146,33 @@ def test_a_wish_hides_its_secrets_and_counts_them() -> None:
 
 
 async def test_addresses_are_sealed_in_the_database(harness: Harness) -> None:
-    """A silo's DSNs do not stand in the table; they open for their own tenant and under their own key alone."""
-    created = await harness.create()
-    tenant_id = TenantId(UUID(created.tenant.tenant_id))
-    other = TenantId(new_uuid7())
-    database, key = await TenantDatabase.open(harness.settings.postgres_dsn.get_secret_value()), new_key()
+    """A silo's DSNs do not stand in the table; they open for their own tenant and under their own key alone, while there is one."""
+    created, bystander = await harness.create(), await harness.create()
+    tenant_id, other = TenantId(UUID(created.tenant.tenant_id)), TenantId(UUID(bystander.tenant.tenant_id))
+    stranger = harness.settings.model_copy(update={"master_keys": SecretStr(new_master_key("first"))})
     place = StoredPlace(PlacementKind.SILO, SILO)
-    await PostgresPlacements(database, SecretBox(key)).settle(tenant_id, place)
-    sealed = await harness.value("SELECT stores FROM tenant.placements WHERE tenant_id = $1", tenant_id)
-    assert b"secret" not in sealed
-    found = await PostgresPlacements(database, SecretBox(key)).get(tenant_id)
-    assert found is not None
-    assert found.place == place
-    box = SecretBox(key)
-    for identity in (b"tenant.placements:" + other.bytes, b"api_keys:" + tenant_id.bytes):
-        with pytest.raises(ValueError, match="does not open"):
-            box.open(sealed, identity)
-    with pytest.raises(ValueError, match="does not open"):
-        await PostgresPlacements(database, SecretBox(new_key())).get(tenant_id)
-    await database.close()
-    with pytest.raises(WrongState):
-        SecretBox("").seal(b"x", b"y")
+    async with AsyncExitStack() as stack:
+        parts = await build_parts(harness.settings, stack)
+        placements = PostgresPlacements(parts.database, parts.box)
+        await placements.settle(tenant_id, place)
+        sealed = await harness.value("SELECT stores FROM tenant.placements WHERE tenant_id = $1", tenant_id)
+        assert b"secret" not in sealed
+        found = await placements.get(tenant_id)
+        assert found is not None
+        assert found.place == place
+        for owner, purpose in ((other, "placement"), (tenant_id, "provider_key")):
+            with pytest.raises(KeyUseFailed):
+                await parts.box.open(owner, purpose, sealed)
+        others = await build_parts(stranger, stack)
+        with pytest.raises(KeyUseFailed):
+            await PostgresPlacements(others.database, others.box).get(tenant_id)
+        await parts.vault.destroy(tenant_id)
+        with pytest.raises(WrongState):
+            await placements.get(tenant_id)
+        with pytest.raises(WrongState):
+            await parts.box.seal(tenant_id, "placement", b"x")
     with pytest.raises(ValueError, match="32 bytes"):
-        SecretBox("c2hvcnQ=")
+        parse_master_keys("first:c2hvcnQ=")
 
 
 async def test_a_database_bears_so_many_schemas(postgres: PostgresStore) -> None:

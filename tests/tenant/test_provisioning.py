@@ -19,8 +19,9 @@ from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.app.parts import build_parts
 from services.tenant.placement import Placements
-from services.tenant.provisioning import ORDER, ProvisioningPlan, Step, TenantProvisioning, TenantWish
+from services.tenant.provisioning import ORDER, ProvisioningPlan, Step, TenantProvisioning
 from services.tenant.saga import SagaEngine, SagaKind
+from services.tenant.tenant_wish import TenantWish
 from tests.tenant.harness import PEERS, Harness, as_service, call, refusal, taken_apart, wish, with_key
 
 ACTOR = Actor("operator:test", "test", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 from pydantic import SecretStr
 
 from devstack.ports import answers, free_port
-from mesh.tenant.v1 import tenant_service_pb2
+from mesh.tenant.v1 import placement_service_pb2, placement_service_pb2_grpc, tenant_service_pb2
 from services.kernel.errors import MeshError
 from services.tenant.api_key import new_operator_key
 from services.tenant.app import migrate_schema
@@ -27,7 +28,7 @@ from services.tenant.provisioning import ORDER, Step
 from services.tenant.settings import TenantSettings
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
-from tests.tenant.harness import PEERS, Harness, call, running_peer, settings_for, taken_apart, wish, with_key
+from tests.tenant.harness import PEERS, Harness, as_service, call, running_peer, settings_for, taken_apart, wish, with_key
 
 SAGA_STATE = "SELECT state FROM tenant.sagas WHERE request_id = $1"
 PATIENCE_SECONDS = 40.0
@@ -86,8 +87,8 @@ async def mortal(postgres: PostgresStore, tmp_path_factory: pytest.TempPathFacto
         peers = dict(zip(PEERS, (retrieval, inference, ratelimit, metering), strict=True))
         admin_dsn = await postgres.fresh_database()
         service_dsn = postgres.dsn(urlsplit(admin_dsn).path.lstrip("/"), "tenant_service", "service-password")
-        operator, port = new_operator_key(), free_port()
-        settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()})
+        operator, front, port = new_operator_key(), new_operator_key(), free_port()
+        settings = settings_for(admin_dsn, service_dsn, operator, {name: peer.address for name, peer in peers.items()}, front)
         settings = settings.model_copy(update={"listen_address": f"127.0.0.1:{port}", "saga_lease_seconds": 1.0, "saga_poll_seconds": 0.2})
         await migrate_schema(settings)
         death_wish = tmp_path_factory.mktemp("mortal") / "wish"
@@ -95,7 +96,7 @@ async def mortal(postgres: PostgresStore, tmp_path_factory: pytest.TempPathFacto
             settings.listen_address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 300)]
         )
         # The process is another one: what is looked at here is its database and its answers.
-        harness = Harness(None, settings, channel, admin_dsn, operator, peers)  # type: ignore[arg-type]
+        harness = Harness(None, settings, channel, admin_dsn, operator, front, peers)  # type: ignore[arg-type]
         found = Mortal(harness, environment_of(settings) | {"DEATH_WISH": str(death_wish)}, death_wish, port)
         yield found
         await found.stop()
@@ -148,6 +149,51 @@ async def test_a_creation_killed_at_any_step_ends_by_itself(mortal: Mortal, step
     assert all(tenant_id in peer.tenants for peer in harness.peers.values())
     got = await call(harness.tenants.GetTenant, tenant_service_pb2.GetTenantRequest(), with_key(answer.api_key))
     assert got.tenant == answer.tenant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "moment"), [(Step.RECORDED, "after"), (Step.PLACEMENT, "before")], ids=["unplaced", "placing"])
+async def test_a_killed_creation_goes_on_with_the_addresses_it_was_given(mortal: Mortal, step: Step, moment: str) -> None:
+    """What a silo's addresses were is known after the death, to whoever has the tenant's key: in plain words they stand in no table."""
+    await mortal.start()
+    request, harness, password = wish(plan="enterprise", isolation=placement_service_pb2.ISOLATION_SILO), mortal.harness, uuid4().hex
+    request.silo.postgres_dsn = f"postgresql://app:{password}@db.example:5432/acme"
+    request.silo.postgres_owner_dsn = f"postgresql://owner:{password}@db.example:5432/acme"
+    mortal.death_wish.write_text(f"PROVISION {step.name} {moment}")
+    with pytest.raises(MeshError):
+        await call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=PATIENCE_SECONDS)
+    await mortal.dies()
+    sealed = "SELECT content ->> 'sealed_stores' FROM tenant.sagas WHERE request_id = $1"
+    assert await harness.value(sealed, UUID(request.request_id))
+    assert await rows_with(harness, password) == {}
+    await mortal.start()
+    await mortal.saga_is(request.request_id, "DONE")
+    answer = await until_answered(mortal, harness.tenants.CreateTenant, request)
+    assert isinstance(answer, tenant_service_pb2.CreateTenantResponse)
+    assert answer.tenant.state == tenant_service_pb2.TENANT_STATE_ACTIVE
+    assert await rows_with(harness, password) == {}
+    assert await harness.value("SELECT count(*) FROM tenant_keys.data_keys WHERE tenant_id = $1", UUID(answer.tenant.tenant_id)) == 1
+    token = (await harness.authenticate(answer.api_key)).context_token
+    places = placement_service_pb2_grpc.PlacementServiceStub(harness.channel)
+    asked = placement_service_pb2.GetPlacementRequest(for_tables=True)
+    found = await call(places.GetPlacement, asked, as_service("inference", token, answer.tenant.tenant_id))
+    assert (found.place.isolation, found.place.postgres_dsn) == (placement_service_pb2.ISOLATION_SILO, request.silo.postgres_dsn)
+    assert found.migration_dsn == request.silo.postgres_owner_dsn
+
+
+async def rows_with(harness: Harness, text: str) -> dict[str, int]:
+    """Every table of the database that has the text somewhere, as it is, in base64 or as bytes, with its count of such rows."""
+    # Of base64 the middle of the three alignments: the ends depend on the neighbours.
+    encoded = [base64.b64encode(b" " * shift + text.encode()).decode()[4:-4] for shift in range(3)]
+    needles = [f"%{needle}%" for needle in (text, text.encode().hex(), *encoded)]
+    async with harness.superuser() as connection:
+        tables = await connection.fetch(
+            "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
+        )
+        counts = {
+            table: await connection.fetchval(f"SELECT count(*) FROM {table} r WHERE r::text LIKE ANY ($1)", needles) for [table] in tables
+        }
+    return {table: count for table, count in counts.items() if count}
 
 
 @pytest.mark.slow

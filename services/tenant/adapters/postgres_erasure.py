@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Protocol
 from uuid import UUID
 
 from services.kernel.ids import TenantId
@@ -31,17 +32,31 @@ INSERT_RECEIPT = """
 INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
 """
 GET_RECEIPT = "SELECT body, signature, key_id FROM tenant.erasure_receipts WHERE tenant_id = $1"
-# Kept of an erased tenant, and of it the id alone: the log, the spent request id, the feed, the erasure itself and what is told of it.
-KEPT = frozenset({"audit", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts"})
+# Kept of an erased tenant, and of it the id alone: log and its index, the spent request id, the feed, the erasure itself and what is told of it.
+KEPT = frozenset({"audit", "audit_documents", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts"})
+# A schema or a database named for the tenant is a store of its own, whoever can read in it.
+COUNT_NAMED = {
+    "postgres:pg_namespace": "SELECT count(*) FROM pg_namespace WHERE nspname = $1",
+    "postgres:pg_database": "SELECT count(*) FROM pg_database WHERE datname = $1",
+}
 _KIND = "ERASE"
+
+
+class SiloServer(Protocol):
+    """The server that tenants' own databases are made on."""
+
+    async def scan(self, tenant_id: TenantId) -> Sequence[ScannedStore]:
+        """Counts what is named for the tenant there. Raises: Unavailable."""
+        ...
 
 
 class PostgresErasure:
     """The erasure store on the service's own role; the jobs role looks where a tenant's policy hides others."""
 
-    def __init__(self, database: TenantDatabase, jobs: JobsDatabase) -> None:
+    def __init__(self, database: TenantDatabase, jobs: JobsDatabase, silos: SiloServer) -> None:
         self._database = database
         self._jobs = jobs
+        self._silos = silos
 
     async def begin(self, wish: ErasureWish, actor: Actor) -> TenantState | None:
         """Makes the tenant ERASING with its saga; returns the state it found."""
@@ -94,9 +109,15 @@ class PostgresErasure:
         return None if row is None else ErasureReceipt(row["body"], row["signature"], row["key_id"])
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
-        """Looks through this service's own tables; the saga's own wish holds the canaries and is emptied with its end."""
+        """Looks through this service's own tables, and for a schema or database that bears the tenant's name.
+
+        The saga's own wish holds the canaries and is emptied with its end.
+        """
         found = await scan_schema(self._database, self._jobs, "tenant", tenant_id, canaries, kept=KEPT)
-        return [_without_own_wish(item) for item in found]
+        async with self._database.transaction(tenant_id) as connection:
+            named = {store: await connection.fetchval(sql, f"t_{tenant_id.hex}") for store, sql in COUNT_NAMED.items()}
+        places = [ScannedStore(store, count, 0, False, "all") for store, count in named.items()]
+        return [*map(_without_own_wish, found), *places, *await self._silos.scan(tenant_id)]
 
 
 def _without_own_wish(item: ScannedStore) -> ScannedStore:

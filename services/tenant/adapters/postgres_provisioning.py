@@ -12,7 +12,8 @@ from services.tenant.adapters.postgres_events import append_events
 from services.tenant.adapters.saga_steps import end_saga, mark_done, mark_undone
 from services.tenant.api_key import ApiKeyText
 from services.tenant.change_hub import ChangeKind
-from services.tenant.provisioning import Recorded, RecordOutcome, Step, TenantWish
+from services.tenant.provisioning import Recorded, RecordOutcome, Step
+from services.tenant.tenant_wish import TenantWish
 
 RECORD_TENANT = """
 SELECT outcome, tenant_id, content_digest, steps_done FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)

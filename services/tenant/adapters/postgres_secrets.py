@@ -11,6 +11,7 @@ from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.provider_keys import PURPOSE, ProviderKeyInfo, Seal
+from services.tenant.tenant_wish import SEALED_STORES
 
 # Shared by writers and readers, exclusive for the sealing anew. Taken before the keys are asked for: who comes after a rotation began
 # seals with its key, and who came before it is committed when the rotation looks.
@@ -56,6 +57,13 @@ SEALED_COLUMNS = (
         PLACEMENT_PURPOSE,
         "SELECT following_stores FROM tenant.placements WHERE tenant_id = $1 FOR UPDATE",
         "UPDATE tenant.placements SET following_stores = $2 WHERE tenant_id = $1",
+    ),
+    SealedColumn(
+        SEALED_STORES,
+        """SELECT decode(nullif(content ->> 'sealed_stores', ''), 'base64') FROM tenant.sagas
+        WHERE tenant_id = $1 AND kind = 'PROVISION' FOR UPDATE""",
+        """UPDATE tenant.sagas SET content = content || jsonb_build_object('sealed_stores', encode($2, 'base64'))
+        WHERE tenant_id = $1 AND kind = 'PROVISION'""",
     ),
 )
 

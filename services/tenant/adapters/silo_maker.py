@@ -10,11 +10,14 @@ import asyncpg
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.migrate import ensure_role
+from services.kernel.tenant_scan import ScannedStore
 from services.tenant.placement import SiloStores, no_silo_server
 
 _CONNECT_SECONDS = 5.0
 _STATEMENT_SECONDS = 30.0
 _LOCK_KEY = 7_400_000_002
+COUNT_DATABASES = "SELECT count(*) FROM pg_database WHERE datname = $1"
+COUNT_ROLES = "SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1 || '_')"
 DATABASE_EXISTS = "SELECT true FROM pg_database WHERE datname = $1"
 
 
@@ -56,6 +59,17 @@ class PostgresSiloMaker:
             await connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
             for role in (f"{name}_placement", f"{name}_service", f"{name}_owner"):
                 await connection.execute(f"DROP ROLE IF EXISTS {role}")
+
+    async def scan(self, tenant_id: TenantId) -> list[ScannedStore]:
+        """Counts the tenant's databases and roles on the server; without one there are none."""
+        if not self._admin_dsn:
+            return []
+        async with self._administrator() as connection:
+            counts = {
+                "silo:pg_database": await connection.fetchval(COUNT_DATABASES, _name(tenant_id)),
+                "silo:pg_roles": await connection.fetchval(COUNT_ROLES, _name(tenant_id)),
+            }
+        return [ScannedStore(store, count, 0, False, "all") for store, count in counts.items()]
 
     @asynccontextmanager
     async def _administrator(self) -> AsyncIterator[asyncpg.Connection]:

@@ -38,9 +38,10 @@ ERASURE_PEERS = ("inference", "retrieval", "metering", "ratelimit")
 
 def build_life(parts: Parts, rotation: KeyRotation) -> list[Registration]:
     """Builds what makes, places and ends tenants, and starts its loops."""
-    placements, moves = _placements(parts)
+    silos = PostgresSiloMaker(parts.settings.silo_admin_dsn.get_secret_value())
+    placements, moves = _placements(parts, silos)
     parts.background.start("moves", moves.sweep_forever)
-    erasure_store = PostgresErasure(parts.database, parts.jobs)
+    erasure_store = PostgresErasure(parts.database, parts.jobs, silos)
     provisioning, erasure, engine = _sagas(parts, placements, erasure_store)
     runner = SagaRunner(PostgresDueSagas(parts.jobs), engine, poll_seconds=parts.settings.saga_poll_seconds)
     parts.background.start("saga_runner", runner.run)
@@ -69,12 +70,12 @@ def build_life(parts: Parts, rotation: KeyRotation) -> list[Registration]:
     ]
 
 
-def _placements(parts: Parts) -> tuple[Placements, TenantMoves]:
+def _placements(parts: Parts, silos: PostgresSiloMaker) -> tuple[Placements, TenantMoves]:
     settings, store = parts.settings, PostgresPlacements(parts.database, parts.box)
     placements = Placements(
         store,
         PostgresSchemaMaker(settings.postgres_placement_dsn.get_secret_value(), settings.max_bridge_schemas),
-        PostgresSiloMaker(settings.silo_admin_dsn.get_secret_value()),
+        silos,
     )
     moves = TenantMoves(
         placements,

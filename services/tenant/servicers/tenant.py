@@ -13,13 +13,14 @@ from services.kernel.tenant_scan import scan_response
 from services.kernel.timestamps import to_timestamp
 from services.tenant.archive import TenantArchive
 from services.tenant.erasure import ErasureWish, TenantErasure, is_clean
-from services.tenant.provisioning import TenantProvisioning, TenantWish
+from services.tenant.provisioning import TenantProvisioning
 from services.tenant.servicers.caller import acting_subject
 from services.tenant.servicers.life_messages import progress, receipt_message
 from services.tenant.servicers.placement import placement_wish
 from services.tenant.servicers.plan import ai_settings, feature_terms, plan_limits
 from services.tenant.tenant_life import TenantLife
 from services.tenant.tenant_record import Tenant, TenantConfig, TenantDirectory, TenantState
+from services.tenant.tenant_wish import TenantWish
 from services.tenant.text import printable
 
 _LISTING = "tenants"
