@@ -45,7 +45,6 @@ async def furnished(harness: Harness) -> str:
     await update(harness, with_key(created.api_key), ["ai.assistant_name"], ai={"assistant_name": "Bo"})
     put = secret_service_pb2.PutProviderKeyRequest(api_key="sk-ant-of-its-own")
     await call(harness.secrets.PutProviderKey, put, with_key(created.api_key))
-    await harness.execute("INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')", UUID(tenant_id))
     unique = uuid4().hex
     for sql in (
         "INSERT INTO tenant.domains (tenant_id, domain) VALUES ($1, $2)",
