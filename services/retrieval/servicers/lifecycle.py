@@ -35,16 +35,13 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
 
     async def EraseTenant(self, request: pb.EraseTenantRequest, context: object) -> pb.EraseTenantResponse:
         """Removes the rows, then drops the collection: what is indexed late goes with it, and nothing makes it again."""
-        removed = await self._store.erase(current_tenant_id())
-        erased = [pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count) for table, count in removed.items()]
-        points = await self._index.erase(current_tenant_id())
-        erased = [pb.ErasedRecords(kind="qdrant:points", count=points)]
         try:
             rows = await self._store.erase(current_tenant_id())
         except PlaceMissing:
             # A repeated call after the tenant's own place was dropped: nothing is left to count.
             rows = {}
-        erased += [pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count) for table, count in rows.items()]
+        erased = [pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count) for table, count in rows.items()]
+        erased.append(pb.ErasedRecords(kind="qdrant:points", count=await self._index.erase(current_tenant_id())))
         await self._mover.erase_copies(current_tenant())
         await self._places.forget(current_tenant_id())
         return pb.EraseTenantResponse(erased=erased)

@@ -32,7 +32,7 @@ INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key
 """
 GET_RECEIPT = "SELECT body, signature, key_id FROM tenant.erasure_receipts WHERE tenant_id = $1"
 # Kept of an erased tenant, and of it the id alone: the log, the spent request id, the feed, the erasure itself and what is told of it.
-KEPT = frozenset({"audit", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts"})
+KEPT = frozenset({"audit", "audit_documents", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts"})
 _KIND = "ERASE"
 
 
