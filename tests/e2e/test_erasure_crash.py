@@ -9,7 +9,6 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-import asyncpg
 import grpc
 import pytest
 
@@ -17,7 +16,7 @@ from devstack.environment import DATABASE
 from devstack.mesh_client import credentials, refusal
 from mesh.tenant.v1 import tenant_service_pb2
 from services.tenant.erasure import ERASE_ORDER, EraseStep
-from tests.e2e.test_erasure import Used, as_operator, erasing, nothing_is_left, use
+from tests.e2e.test_erasure import Used, administrator, as_operator, erasing, nothing_is_left, use
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import eventually
 from tests.tenant.receivers import Receiver, running_receiver
@@ -66,9 +65,8 @@ async def kill(mesh: Mesh, name: str) -> None:
 
 async def is_past(mesh: Mesh, used: Used, steps: Sequence[EraseStep]) -> bool:
     """Tells whether the erasure has done these steps."""
-    connection = await asyncpg.connect(mesh.stack.postgres.dsn(DATABASE))
-    done = await connection.fetchval(DONE_STEPS, used.tenant_id)
-    await connection.close()
+    async with administrator(mesh, DATABASE) as connection:
+        done = await connection.fetchval(DONE_STEPS, used.tenant_id)
     return set(steps) <= set(done or [])
 
 

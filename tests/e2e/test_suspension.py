@@ -45,7 +45,7 @@ def calls_of(mesh: Mesh, api_key: str) -> dict[str, Call]:
 
 
 async def test_a_suspended_tenant_is_refused_everywhere_until_it_is_resumed(mesh: Mesh, capsys: pytest.CaptureFixture[str]) -> None:
-    """Services that know a key refuse it once its tenant is suspended, and say why; resumed it is served again; no other tenant is refused."""
+    """Services that know a key refuse it once its tenant is suspended, and say why; resumed it is served again, and no other is refused."""
     tenant, other = await mesh.tenant(), await mesh.tenant()
     operator = operator_credentials(mesh.stack.state.secrets.operator_key, "an unpaid bill")
     calls = calls_of(mesh, tenant.api_key)
