@@ -118,7 +118,8 @@ class Protocol:
 async def test_a_batch_opens_only_what_its_own_token_proves(surface: Surface, inside: Inside, victim: Target, attacker: Target) -> None:
     """An item whose token is of another tenant, forged or absent is TENANT_NOT_PROVEN and leaves no row; its neighbours are opened."""
     protocol = Protocol(surface, inside)
-    good, other = await protocol.reserve(attacker), await protocol.reserve(victim)
+    # The one that is opened last: on a busy machine its lease would end while the other is taken.
+    other, good = await protocol.reserve(victim), await protocol.reserve(attacker)
     stolen = replace(other, context=good.context)
     damaged = replace(other, context=other.context[:-4] + "AAAA")
     outcomes = await protocol.open(stolen, good, damaged, replace(other, context=""), replace(good, tenant_id=victim.tenant_id))
