@@ -40,8 +40,8 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         except PlaceMissing:
             # A repeated call after the tenant's own place was dropped: nothing is left to count.
             rows = {}
-        erased = [pb.ErasedRecords(kind="qdrant:points", count=await self._index.erase(current_tenant_id()))]
-        erased += [pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count) for table, count in rows.items()]
+        erased = [pb.ErasedRecords(kind=f"postgres:retrieval.{table}", count=count) for table, count in rows.items()]
+        erased.append(pb.ErasedRecords(kind="qdrant:points", count=await self._index.erase(current_tenant_id())))
         await self._mover.erase_copies(current_tenant())
         await self._places.forget(current_tenant_id())
         return pb.EraseTenantResponse(erased=erased)
