@@ -28,7 +28,6 @@ class Secrets:
     master_keys: str
     role_passwords: dict[str, str]
     service_tokens: dict[str, str]
-    master_key: str
 
     @classmethod
     def generate(cls) -> "Secrets":
@@ -43,7 +42,6 @@ class Secrets:
             master_keys="local-1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
             role_passwords={name: secrets.token_hex(24) for name in (*SERVICES, "tenant_keys")},
             service_tokens={service: secrets.token_urlsafe(32) for service in SERVICES},
-            master_key=base64.b64encode(secrets.token_bytes(32)).decode(),
         )
 
     @property
@@ -99,8 +97,6 @@ class StackState:
         try:
             kept = json.loads(path.read_text())
             tenants = {name: DemoTenant(**tenant) for name, tenant in kept.pop("tenants").items()}
-            # A folder that was begun before secrets were sealed gets its key now; nothing in it is sealed yet.
-            kept.setdefault("master_key", base64.b64encode(secrets.token_bytes(32)).decode())
             return cls(folder, Secrets(**kept), tenants)
         except FileNotFoundError:
             raise ProcessFailedError(f"{path} is not there: the stack that runs here was started from another folder") from None

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -83,13 +83,20 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
         return sorted(self._traces.get(trace_id, ()), key=lambda span: span.start_ns)
 
     async def wait_for(self, trace_id: str, services: frozenset[str], *, timeout_seconds: float) -> list[Span]:
-        """Waits until spans of all the named services arrived, or the time passed; returns what is there."""
+        """Waits until spans of all the named services arrived and they hang together, or the time passed; returns what is there."""
         try:
             async with asyncio.timeout(timeout_seconds), self._arrived:
-                await self._arrived.wait_for(lambda: services <= {span.service for span in self._traces.get(trace_id, ())})
+                await self._arrived.wait_for(lambda: _is_whole(self._traces.get(trace_id, ()), services))
         except TimeoutError:
             pass
         return self.spans(trace_id)
+
+
+def _is_whole(spans: Collection[Span], services: frozenset[str]) -> bool:
+    # Each service sends what has ended when it likes: a child may be here long before its parent. Only the root's parent, which is the
+    # caller's own span, never comes.
+    known = {span.span_id for span in spans}
+    return services <= {span.service for span in spans} and sum(span.parent_span_id not in known for span in spans) == 1
 
 
 def _text(value: AnyValue) -> str:

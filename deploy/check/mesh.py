@@ -19,11 +19,9 @@ PREFIX = "TENANTRY_"
 # Bearers of services are for loopback; with TLS they would only be secrets to lose.
 LOOPBACK_ONLY = frozenset({"service_token", "peer_token_hashes"})
 MIGRATIONS_ONLY = frozenset({"postgres_admin_dsn", "key_store_admin_dsn", "silo_migration_dsn"})
-# Sinks of events: a mesh without them is whole.
-OPTIONAL = frozenset({"event_webhook_url", "event_webhook_secret", "smtp_url"})
+# A mesh is whole without sinks of events, and without front ends that ask for tenants.
+OPTIONAL = frozenset({"event_webhook_url", "event_webhook_secret", "smtp_url", "front_key_sha256"})
 _REGISTERED = re.compile(r"mesh\.\w+\.v\d+\.\w+Service")
-# A deployment without front ends has no keys for them.
-_OPTIONAL = frozenset({"front_key_sha256"})
 _ALWAYS_REQUIRED = frozenset({"listen_address", "health_address", "tls_cert_file", "tls_key_file", "tls_ca_file"})
 _STREAM_LIMIT = re.compile(r"\w*call_deadline_seconds")
 
@@ -121,9 +119,10 @@ def callers_of(service: str, all_edges: Iterable[tuple[str, str]]) -> tuple[froz
     return frozenset(callers - {EXTERNAL}), EXTERNAL in callers
 
 
-def registered_services(app: Path) -> frozenset[str]:
-    """Reads the full names a composition root registers, without building it: building opens stores."""
-    constants = (node.value for node in ast.walk(ast.parse(app.read_text())) if isinstance(node, ast.Constant))
+def registered_services(root: Path) -> frozenset[str]:
+    """Reads the full names a composition root, a module or a package, registers without building it: building opens stores."""
+    trees = [ast.parse(module.read_text()) for module in (sorted(root.glob("*.py")) if root.is_dir() else [root])]
+    constants = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
     return frozenset(value for value in constants if isinstance(value, str) and _REGISTERED.fullmatch(value))
 
 
@@ -132,7 +131,9 @@ def _service(name: str) -> Service:
     module = importlib.import_module(f"services.{name}.settings")
     types = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, ServiceSettings)]
     settings = next(item for item in types if item.service_name == name)
-    return Service(name, settings, registered_services(package / "app.py"), any((package / "migrations").glob("*.sql")))
+    app = package / "app"
+    registered = registered_services(app if app.is_dir() else app.with_suffix(".py"))
+    return Service(name, settings, registered, any((package / "migrations").glob("*.sql")))
 
 
 def _load_contracts() -> None:

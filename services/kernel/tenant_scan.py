@@ -4,13 +4,15 @@ What it can see is what its role may: under a tenant's policy that tenant's own 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from mesh.common.v1.lifecycle_service_pb2 import ScannedStore as ScannedStoreMessage
 from mesh.common.v1.lifecycle_service_pb2 import ScanTenantResponse
+from services.kernel.errors import NotFound
 from services.kernel.ids import TenantId
 from services.kernel.placement import HOME, PlacementKind
-from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
+from services.kernel.tenant_database import Connection, JobsDatabase, PlaceMissing, TenantDatabase
 
 SCAN_SECONDS = 60.0
 LIST_TABLES = """
@@ -60,11 +62,13 @@ async def scan_schema(
     """Counts in every table the roles may read, at home and where the tenant lives; `kept` names what an erased one leaves on purpose."""
     async with database.transaction_at(HOME, tenant_id, walled=False) as connection:
         found = await _scan(connection, schema, tenant_id, canaries, kept, "tenant")
-    place = await database.find_place(tenant_id)
-    if place.kind is not PlacementKind.POOL:
-        async with database.transaction_at(place, tenant_id) as connection:
-            placed = await _scan(connection, place.schema or schema, tenant_id, canaries, frozenset(), "tenant")
-        found += [replace(item, store=f"{place.kind.value}:{item.store}") for item in placed]
+    # A place of its own that is gone, or that nobody knows any more, holds nothing.
+    with suppress(PlaceMissing, NotFound):
+        place = await database.find_place(tenant_id)
+        if place.kind is not PlacementKind.POOL:
+            async with database.transaction_at(place, tenant_id) as connection:
+                placed = await _scan(connection, place.schema or schema, tenant_id, canaries, frozenset(), "tenant")
+            found += [replace(item, store=f"{place.kind.value}:{item.store}") for item in placed]
     if jobs is not None:
         async with jobs.transaction() as connection:
             found += await _scan(connection, schema, tenant_id, canaries, kept, "all")

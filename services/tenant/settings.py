@@ -60,7 +60,6 @@ class TenantSettings(ServiceSettings):
         default=SecretStr(""),
         description="master keys as id:base64 of 32 bytes, comma separated: the first wraps new data keys, the others only unwrap",
     )
-    region: str = Field(default="local", description="where this cell keeps its tenants' data")
     postgres_placement_dsn: PostgresPlacementDsn = SecretStr("")
     silo_admin_dsn: SiloAdminDsn = SecretStr("")
     move_grace_seconds: float = Field(

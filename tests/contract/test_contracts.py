@@ -33,7 +33,9 @@ def test_every_method_says_who_may_call_it(method: MethodDescriptor) -> None:
 def test_every_service_is_served_by_its_own_app() -> None:
     """Each service's composition root registers every rpc service of its package, and the lifecycle."""
     for name in ("tenant", "ratelimit", "inference", "retrieval", "metering"):
-        app = (ROOT / "services" / name / "app.py").read_text()
+        root = ROOT / "services" / name / "app"
+        modules = sorted(root.glob("*.py")) if root.is_dir() else [root.with_suffix(".py")]
+        app = "\n".join(module.read_text() for module in modules)
         for service in services():
             if service.file.package == f"mesh.{name}.v1":
                 assert f"add_{service.name}Servicer_to_server" in app, service.full_name

@@ -13,9 +13,19 @@ from tests.support.tools import tool
 SERVICES_LISTED = {
     "tenant": {
         "mesh.tenant.v1.ApiKeyService",
+        "mesh.tenant.v1.AuditService",
         "mesh.tenant.v1.AuthenticationService",
+        "mesh.tenant.v1.ConfigurationService",
+        "mesh.tenant.v1.DataKeyService",
+        "mesh.tenant.v1.DomainService",
+        "mesh.tenant.v1.EventService",
+        "mesh.tenant.v1.FlagService",
+        "mesh.tenant.v1.IssuerService",
+        "mesh.tenant.v1.PlacementService",
         "mesh.tenant.v1.PlanService",
+        "mesh.tenant.v1.SecretService",
         "mesh.tenant.v1.TenantService",
+        "mesh.tenant.v1.UserService",
     },
     "ratelimit": {"mesh.ratelimit.v1.RateLimitService"},
     "inference": {

@@ -18,7 +18,7 @@ from devstack.stack import HEALTH_SERVICE_NAMES, certificates_in, is_serving, ru
 from devstack.state import SERVICES, DemoTenant
 from mesh.metering.v1 import usage_service_pb2
 from tests.e2e.test_grpcurl import SERVICES_LISTED, SHARED, run
-from tests.support.mesh import Mesh, running_mesh
+from tests.support.mesh import Mesh, running_mesh, state_folder
 from tests.support.tls import serial_in, served_serial
 from tests.support.tools import tool
 from tests.support.waiting import eventually
@@ -122,18 +122,17 @@ async def _shows_the_newest(mesh: Mesh, name: str) -> bool:
 
 
 @pytest.mark.slow
-async def test_the_state_goes_on_with_and_without_tls(tmp_path: Path) -> None:
+async def test_the_state_goes_on_with_and_without_tls() -> None:
     """What was made on TLS is there without it and the other way round: how the parts speak is chosen anew at each start."""
-    tmp_path.chmod(0o755)
     tenant: DemoTenant | None = None
-    for wiring in (Wiring(certificates_in(tmp_path / "state")), PLAIN, Wiring(certificates_in(tmp_path / "state"))):
-        ports = Ports.free()
-        async with running_stack(tmp_path / "state", ports, wiring=wiring) as stack, MeshClient.connect(ports, stack.client_leaf) as client:
-            if tenant is None:
-                tenant = await create_tenant(stack, client, LUMEN)
-            report = usage_service_pb2.GetUsageReportRequest()
-            await client.usage.GetUsageReport(report, metadata=credentials(tenant.api_key), timeout=20)
-            assert await is_serving(ports, "inference", stack.client_leaf)
-            assert not await is_serving(
-                ports, "inference", None if wiring.certificates else certificates_in(tmp_path / "state").files(CLIENT)
-            )
+    with state_folder() as state:
+        certificates = certificates_in(state)
+        for wiring in (Wiring(certificates), PLAIN, Wiring(certificates)):
+            ports = Ports.free()
+            async with running_stack(state, ports, wiring=wiring) as stack, MeshClient.connect(ports, stack.client_leaf) as client:
+                if tenant is None:
+                    tenant = await create_tenant(stack, client, LUMEN)
+                report = usage_service_pb2.GetUsageReportRequest()
+                await client.usage.GetUsageReport(report, metadata=credentials(tenant.api_key), timeout=20)
+                assert await is_serving(ports, "inference", stack.client_leaf)
+                assert not await is_serving(ports, "inference", None if wiring.certificates else certificates.files(CLIENT))

@@ -1,6 +1,6 @@
 """Prompts and conversations over a real Postgres: the same store answers alike in the pool, in a bridge and in a silo."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, ItemsView
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +12,9 @@ from services.kernel.errors import NotFound, Unavailable
 from services.kernel.ids import CallId, TenantId, new_uuid7
 from services.kernel.place_making import PlaceMaker
 from services.kernel.placement import PlacementKind
+from services.kernel.sealing import TenantKeys
+from services.kernel.tenant_cipher import TenantCipher
+from services.kernel.tenant_context import TenantContext
 from services.kernel.tenant_database import PlaceMissing, TenantDatabase
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
@@ -19,6 +22,13 @@ from tests.support.places import PLACEMENTS, KnownPlaces
 from tests.support.stores import PostgresStore
 
 QUESTION, ANSWER = Turn(USER, "How are you?"), Turn(ASSISTANT, "Fine.")
+
+
+class NoKeys:
+    """Nothing here is sealed: who asks for keys is wrong."""
+
+    async def fetch(self, context: TenantContext, tenant_id: TenantId) -> TenantKeys:
+        raise AssertionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ async def desk(request: pytest.FixtureRequest, postgres: PostgresStore) -> Async
     await places.migrate()
     database = await TenantDatabase.open(places.dsn("inference_service"))
     maker, silos, _ = places.follow(database)
-    yield Desk(PostgresMemory(database), database, places, maker, request.param)
+    yield Desk(PostgresMemory(database, TenantCipher(NoKeys())), database, places, maker, request.param)
     await silos.close()
     await database.close()
 
@@ -99,6 +109,7 @@ async def test_a_deleted_conversation_takes_its_turns(desk: Desk) -> None:
         "postgres:inference.turns": 0,
         "postgres:inference.conversations": 0,
         "postgres:inference.prompts": 1,
+        "postgres:inference.inference_sealing": 0,
     }
 
 
@@ -110,6 +121,32 @@ async def test_everything_is_exported_and_erased(desk: Desk) -> None:
     assert sorted(kinds) == ["conversations", "prompts", "turns", "turns"]
     assert sum((await desk.memory.erase(tenant_id)).values()) == 4
     assert sum((await desk.memory.erase(tenant_id)).values()) == 0
+
+
+async def test_a_scan_after_an_erasure_finds_the_tombstone_alone(desk: Desk) -> None:
+    """Rows go where the tenant lives, the tombstone stands at home; nothing else is found, before and after the place itself is dropped."""
+    tenant_id = await desk.new_tenant()
+    await desk.conversation(tenant_id)
+    away = {PlacementKind.BRIDGE: f"bridge:postgres:t_{tenant_id.hex}.turns", PlacementKind.SILO: "silo:postgres:inference.turns"}
+    assert await left_of(desk, tenant_id) >= {away.get(desk.kind, "postgres:inference.turns"): (2, 1)}.items()
+    await desk.memory.erase(tenant_id)
+    await desk.maker.forget(tenant_id)
+    tombstone = {"postgres:inference.erased_tenants": (1, 0)}.items()
+    assert await left_of(desk, tenant_id) == tombstone
+    await desk.places.drop(tenant_id)
+    if desk.kind is PlacementKind.SILO:
+        # Still holds a connection that was cut with the database.
+        with pytest.raises(Unavailable):
+            await desk.memory.newest_prompt(tenant_id)
+    assert await left_of(desk, tenant_id) == tombstone
+    with pytest.raises(NotFound):
+        await desk.memory.put_prompt(tenant_id, "Too late.", only_first=False)
+
+
+async def left_of(desk: Desk, tenant_id: TenantId) -> ItemsView[str, tuple[int, int]]:
+    """What a scan finds of the tenant and of its answer's words, store by store."""
+    found = await desk.memory.scan(tenant_id, [ANSWER.text])
+    return {item.store: (item.found, item.canaries) for item in found if item.found or item.canaries}.items()
 
 
 async def test_making_a_place_again_keeps_what_is_in_it(desk: Desk) -> None:
@@ -135,10 +172,8 @@ async def test_a_dropped_place_is_missing_and_not_empty(desk: Desk) -> None:
     if desk.kind is PlacementKind.POOL:
         return
     tenant_id = await desk.new_tenant()
-    in_bridge = desk.kind is PlacementKind.BRIDGE
-    drop = PostgresSchemaMaker(desk.places.dsn("tenant_placement"), 1) if in_bridge else PostgresSiloMaker(desk.places.admin_dsn)
     for _ in range(2):
-        await drop.drop(tenant_id)
+        await desk.places.drop(tenant_id)
     # The first call may still hold a connection that was cut with the database.
     with pytest.raises(Unavailable):
         await desk.memory.newest_prompt(tenant_id)

@@ -6,11 +6,39 @@ import pytest
 
 from devstack.environment import WITH_POSTGRES, role_dsn
 from tests.isolation.credentials_forged import Inside
-from tests.isolation.rounds import MTLS, PGBOUNCER, PLAIN, ROUNDS
+from tests.isolation.rounds import BRIDGE, MTLS, PGBOUNCER, PLAIN, POOL, ROUNDS, SILO
 from tests.isolation.surface import Surface
 from tests.isolation.target import Target, plant
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.pooler import leave_behind, require_pgbouncer
+
+
+class Planted:
+    """One attacked tenant for each kind of place, made when it is first asked for."""
+
+    def __init__(self, mesh: Mesh, surface: Surface) -> None:
+        self._mesh = mesh
+        self._surface = surface
+        self._targets: dict[str, Target] = {}
+
+    async def in_place(self, isolation: str) -> Target:
+        """The one that lives there. Behind a pooler a faulty client has just left it on every session there is."""
+        if isolation not in self._targets:
+            # Sealed in the silo alone: what leaks out of another place must be readable, or nobody would notice.
+            self._targets[isolation] = await plant(self._mesh, self._surface, isolation=isolation, sealed=isolation == SILO)
+        await self._leave_on_sessions(self._targets[isolation], isolation)
+        return self._targets[isolation]
+
+    async def _leave_on_sessions(self, target: Target, isolation: str) -> None:
+        wiring = self._mesh.stack.wiring
+        if not wiring.pgbouncer:
+            return
+        left = {"app.tenant_id": str(target.tenant_id)}
+        if isolation == BRIDGE:
+            left["search_path"] = f"t_{target.tenant_id.hex}"
+        for service in sorted(WITH_POSTGRES):
+            dsn = role_dsn(self._mesh.stack.state, self._mesh.stack.ports, service, "service", wiring=wiring)
+            await leave_behind(dsn, left)
 
 
 @pytest.hookimpl(trylast=True)
@@ -51,28 +79,22 @@ def inside(mesh: Mesh, surface: Surface) -> Inside:
     return Inside(mesh.stack.state, surface)
 
 
-@pytest.fixture(scope="session", params=["pool", "bridge", "silo"])
-async def victim(request: pytest.FixtureRequest, mesh: Mesh, surface: Surface) -> Target:
-    """The attacked tenant, in each kind of place. Behind a pooler a faulty client has left it on every session there is."""
-    target = await plant(mesh, surface, isolation=request.param)
-    await _leave_on_sessions(mesh, target)
-    return target
-
-
 @pytest.fixture(scope="session")
-async def resident(mesh: Mesh, surface: Surface) -> Target:
+def planted(mesh: Mesh, surface: Surface) -> Planted:
+    """The attacked tenants of this mesh, by the kind of place they live in."""
+    return Planted(mesh, surface)
+
+
+@pytest.fixture
+async def victim(request: pytest.FixtureRequest, planted: Planted) -> Target:
+    """The attacked tenant: in a silo and sealed, unless a test or its module names another place."""
+    return await planted.in_place(getattr(request, "param", SILO))
+
+
+@pytest.fixture
+async def resident(planted: Planted) -> Target:
     """An attacked tenant of the pool, for attacks that have nothing to do with where content lives."""
-    target = await plant(mesh, surface)
-    await _leave_on_sessions(mesh, target)
-    return target
-
-
-async def _leave_on_sessions(mesh: Mesh, target: Target) -> None:
-    wiring = mesh.stack.wiring
-    if wiring.pgbouncer:
-        for service in sorted(WITH_POSTGRES):
-            dsn = role_dsn(mesh.stack.state, mesh.stack.ports, service, "service", wiring=wiring)
-            await leave_behind(dsn, {"app.tenant_id": str(target.tenant_id)})
+    return await planted.in_place(POOL)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.isolation.mutations import MUTATIONS, Mutation
+from tests.isolation.placement_mutations import PLACEMENT_MUTATIONS
 
 ROOT = Path(__file__).parents[2]
 RUN_SECONDS = 600.0
@@ -178,7 +179,7 @@ def main() -> int:
     parser.add_argument("--skip-unchanged", action="store_true", help="do not run the tests on the unchanged tree first")
     parser.add_argument("--list", action="store_true", help="name the mutations and check that they fit")
     chosen = parser.parse_args()
-    mutations = [mutation for mutation in MUTATIONS if re.search(chosen.only, mutation.name)]
+    mutations = [mutation for mutation in (*MUTATIONS, *PLACEMENT_MUTATIONS) if re.search(chosen.only, mutation.name)]
     try:
         check(mutations)
     except StaleMutation as stale:

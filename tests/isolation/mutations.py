@@ -93,9 +93,9 @@ _POLICIES = (
     ),
     _one(
         "inference.recall runs as its owner",
-        _INFERENCE,
-        "roles text[], texts text[])\nLANGUAGE plpgsql SECURITY INVOKER",
-        "roles text[], texts text[])\nLANGUAGE plpgsql SECURITY DEFINER",
+        "services/inference/migrations/0003_keys.sql",
+        "call_positions integer[]\n)\nLANGUAGE plpgsql SECURITY INVOKER",
+        "call_positions integer[]\n)\nLANGUAGE plpgsql SECURITY DEFINER",
         RULES,
     ),
     _one(
@@ -125,8 +125,8 @@ _FILTERS = (
     _one(
         "a statement forgets its tenant",
         "services/inference/adapters/postgres.py",
-        'DELETE_CONVERSATION = "DELETE FROM inference.conversations WHERE tenant_id = $1 AND conversation_id = $2"',
-        'DELETE_CONVERSATION = "DELETE FROM inference.conversations WHERE $1::uuid IS NOT NULL AND conversation_id = $2"',
+        'DELETE_CONVERSATION = "DELETE FROM conversations WHERE tenant_id = $1 AND conversation_id = $2"',
+        'DELETE_CONVERSATION = "DELETE FROM conversations WHERE $1::uuid IS NOT NULL AND conversation_id = $2"',
         "tests/contract/test_house.py::test_every_statement_on_tenant_data_names_the_tenant",
     ),
     Mutation(
@@ -134,9 +134,9 @@ _FILTERS = (
         (REACHES, RULES),
         (
             Edit(
-                _RETRIEVAL,
-                "WHERE c.tenant_id = p_tenant_id AND c.chunk_id = ANY (p_chunk_ids);",
-                "WHERE c.chunk_id = ANY (p_chunk_ids);",
+                "services/retrieval/migrations/0003_keys.sql",
+                "WHERE c.tenant_id = p_tenant_id AND c.chunk_id = ANY (p_chunk_ids)\n",
+                "WHERE c.chunk_id = ANY (p_chunk_ids)\n",
             ),
             Edit(
                 _RETRIEVAL,

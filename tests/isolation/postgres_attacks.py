@@ -13,7 +13,7 @@ import asyncpg
 from devstack.environment import DATABASE, WITH_JOBS_ROLE
 from devstack.ports import LOOPBACK
 from devstack.stack import Stack
-from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
+from tests.isolation.fingerprint import SCHEMAS, superuser
 
 # Names looked up before a tenant is known, and the feed of changes: a tenant id and nothing of its tenant, so they may be read whole.
 # Every column is named here, so that one that tells more cannot come along unnoticed.
@@ -43,6 +43,11 @@ WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped AND attgenerat
 ALL_TABLES = """
 SELECT format('%I.%I', n.nspname, c.relname) AS name, n.nspname AS schema FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = ANY($1) AND c.relkind IN ('r', 'p') ORDER BY 1
+"""
+# Everything with rows that a name can be said of: partitions and views of all kinds, and tenants' own schemas.
+READABLE = """
+SELECT format('%I.%I', n.nspname, c.relname) AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE (n.nspname = ANY($1) OR n.nspname ~ '^t_[0-9a-f]{32}$') AND c.relkind IN ('r', 'p', 'v', 'm', 'f') ORDER BY 1
 """
 
 
@@ -79,25 +84,17 @@ async def as_role(stack: Stack, schema: str, role: str = "service", *, through_p
         await connection.close()
 
 
-async def attacked_rows(admin: asyncpg.Connection, tenant_id: UUID, *, must_be_in_all: bool = True) -> list[Attacked]:
-    """Every tenant table with a row of the attacked tenant. Raises: AssertionError for a table without one, unless that is no matter."""
+async def attacked_rows(
+    admin: asyncpg.Connection, tables: Iterable[str], tenant_id: UUID, *, must_be_in_all: bool = True
+) -> list[Attacked]:
+    """Each of the tables with a row of the attacked tenant. Raises: AssertionError for a table without one, unless that is no matter."""
     found: list[Attacked] = []
-    for table in await tenant_tables(admin):
+    for table in tables:
         row = await admin.fetchval(A_ROW.format(table=table), tenant_id)
         if row is None and not must_be_in_all:
             continue
         assert row is not None, f"{table} holds nothing of the attacked tenant: plant a row, or the attack on it proves nothing"
         found.append(Attacked(table, await admin.fetchval(COLUMNS, table), row))
-    return found
-
-
-async def attacked_rows_in(admin: asyncpg.Connection, tables: Iterable[str], tenant_id: UUID) -> list[Attacked]:
-    """The tables among these that hold something of the attacked tenant, each with a row."""
-    found: list[Attacked] = []
-    for table in tables:
-        row = await admin.fetchval(A_ROW.format(table=table), tenant_id)
-        if row is not None:
-            found.append(Attacked(table, await admin.fetchval(COLUMNS, table), row))
     return found
 
 
@@ -211,6 +208,22 @@ async def around_the_policies(stack: Stack, admin: asyncpg.Connection, attacker:
                         ]
                 for other in (f"{schema}_owner", "tenantry_admin", *(f"{name}_service" for name in SCHEMAS if name != schema)):
                     through += [f"{schema}_{role}: {found}" for found in await _answers(connection, f"SET ROLE {other}")]
+    return through
+
+
+async def read_directly(stack: Stack, admin: asyncpg.Connection, attacker: UUID, words: Sequence[str]) -> list[str]:
+    """Reads whatever there is to read, partitions and views by their own names, the server's statistics too; returns what held a word."""
+    names = [row["name"] for row in await admin.fetch(READABLE, list(SCHEMAS)) if row["name"] not in DIRECTORIES]
+    through: list[str] = []
+    for schema in SCHEMAS:
+        for role in ("service", "jobs"):
+            async with as_role(stack, schema, role) as connection:
+                await connection.fetch(SET_SESSION, str(attacker))
+                for name in (*names, "pg_catalog.pg_stats", "pg_catalog.pg_stats_ext_exprs"):
+                    # What the jobs role reads of everybody is the subject of a test of its own.
+                    if role == "service" or name.partition(".")[0] != schema:
+                        sql = f"SELECT 1 FROM {name} r WHERE r::text LIKE ANY ($1) LIMIT 1"
+                        through += [f"{schema}_{role}: {found}" for found in await tries(connection, sql, [f"%{word}%" for word in words])]
     return through
 
 

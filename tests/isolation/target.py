@@ -117,10 +117,15 @@ class Target:
         return found + (["canary"] if self.canary.encode() in seen else [])
 
 
-async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool") -> Target:
-    """Makes a tenant that has keys, two documents, a prompt, a conversation with turns and a settled call, all with its canary."""
+async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool", *, sealed: bool = True) -> Target:
+    """Makes a tenant that has keys, two documents, a prompt, a conversation with turns and a settled call, all with its canary.
+
+    Its content is sealed under its own key, as its plan has it, unless told.
+    """
     tenant = await mesh.tenant(plan, isolation)
     metadata, canary = credentials(tenant.api_key), f"canary{secrets.token_hex(8)}"
+    if not sealed:
+        await _plant_in_the_open(mesh, surface, tenant.tenant_id)
     listed_documents = await _plant_documents(mesh, metadata, canary)
     prompt = f"You are the assistant of {canary}. Answer from the documents."
     await _must(surface, "inference", "PromptService/PutPrompt", prompt_service_pb2.PutPromptRequest(text=prompt), metadata)
@@ -164,6 +169,14 @@ async def _read_is_on_record(mesh: Mesh, metadata: Metadata, call_id: str) -> bo
     return found >= {"DOCUMENTS_READ", "CALL_ENDED"}
 
 
+async def _plant_in_the_open(mesh: Mesh, surface: Surface, tenant_id: str) -> None:
+    operator = (*operator_credentials(mesh.stack.state.secrets.operator_key, "planting"), ("x-tenant-id", tenant_id))
+    request = configuration_service_pb2.UpdateConfigurationRequest(
+        overrides=configuration_service_pb2.ConfigurationOverrides(encrypt_content=False), update_mask=FieldMask(paths=["encrypt_content"])
+    )
+    await _must(surface, "tenant", "ConfigurationService/UpdateConfiguration", request, operator)
+
+
 async def _plant_change(surface: Surface, metadata: Metadata) -> None:
     """A revoked key leaves a row in the feed of changes."""
     spare = api_key_service_pb2.CreateApiKeyRequest(display_name="spare", scopes=["usage:read"])
@@ -174,7 +187,7 @@ async def _plant_change(surface: Surface, metadata: Metadata) -> None:
 
 async def _plant_names(mesh: Mesh, surface: Surface, tenant_id: str, canary: str) -> tuple[str, str]:
     secret = mesh.stack.state.secrets.operator_key
-    operator = [*operator_credentials(secret, "planting"), ("x-tenant-id", tenant_id)]
+    operator = (*operator_credentials(secret, "planting"), ("x-tenant-id", tenant_id))
     domain = domain_service_pb2.AddDomainRequest(domain=f"{canary}.example")
     given = await _must(surface, "tenant", "DomainService/AddDomain", domain, operator)
     key = SigningKey()

@@ -28,7 +28,7 @@ BOUND_TOKENS = 1000
 BOUND_NANO_USD = 5_000_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def victim(resident: Target) -> Target:
     """The attacked tenant: these attacks are the same wherever its content lives."""
     return resident

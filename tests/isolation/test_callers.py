@@ -11,7 +11,7 @@ from tests.isolation.credentials_forged import Inside, bearer
 from tests.isolation.fingerprint import fingerprint, superuser
 from tests.isolation.rounds import MTLS, PLAIN, over
 from tests.isolation.surface import Answer, Metadata, Rpc, Surface
-from tests.isolation.target import Target
+from tests.isolation.target import Target, plant
 from tests.support.mesh import Mesh
 
 NOT_ALLOWED = ("PERMISSION_DENIED", "CALLER_NOT_ALLOWED")
@@ -165,22 +165,22 @@ async def test_an_operator_names_its_tenant_and_spends_none_of_its_money(surface
     assert not attempts.wrong, "\n".join(attempts.wrong)
 
 
-async def test_whatever_an_operator_does_is_in_the_tenants_audit_log(
-    mesh: Mesh, surface: Surface, inside: Inside, attacker: Target
-) -> None:
+async def test_whatever_an_operator_does_is_in_the_tenants_audit_log(mesh: Mesh, surface: Surface, inside: Inside) -> None:
     """At every rpc open to operators, the act, who did it and why are on record under the tenant they acted for."""
+    # A tenant for this alone: the operator really moves, suspends and resumes it.
+    target = await plant(mesh, surface)
     reasons = {
-        rpc: f"ticket {number} of {attacker.canary}'; DROP TABLE tenant.audit; --"
+        rpc: f"ticket {number} of {target.canary}'; DROP TABLE tenant.audit; --"
         for number, rpc in enumerate(surface.rpcs)
         if rpc.is_external
     }
     for rpc, reason in reasons.items():
-        metadata = inside.as_operator(reason, tenant_id="" if rpc.tenant == OPERATOR else attacker.tenant_id)
-        answer = await surface.call(rpc, aimed_at(rpc, attacker.ids), metadata)
+        metadata = inside.as_operator(reason, tenant_id="" if rpc.tenant == OPERATOR else target.tenant_id)
+        answer = await surface.call(rpc, aimed_at(rpc, target.ids), metadata)
         assert answer.reason not in ("INTERNAL", "CREDENTIAL_INVALID"), (rpc, answer)
     connection = await superuser(mesh.stack)
     try:
-        own, nobodys = [await _operators(connection, tenant_id) for tenant_id in (attacker.tenant_id, NIL_TENANT)]
+        own, nobodys = [await _operators(connection, tenant_id) for tenant_id in (target.tenant_id, NIL_TENANT)]
     finally:
         await connection.close()
     for rpc, reason in reasons.items():

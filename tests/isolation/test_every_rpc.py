@@ -14,26 +14,26 @@ from tests.contract import contracts
 from tests.isolation.attack_cases import CASES, ENDS_ITS_TENANT, aimed_at, names_an_id
 from tests.isolation.credentials_forged import Inside, bearer
 from tests.isolation.fingerprint import fingerprint
-from tests.isolation.rounds import MTLS, PGBOUNCER, PLAIN, over
+from tests.isolation.rounds import MTLS, PGBOUNCER, PLAIN, POOL, SILO, against, over
 from tests.isolation.surface import Answer, Metadata, Rpc, Surface
 from tests.isolation.target import Ids, Target, plant
 from tests.support.mesh import Mesh
 
-# Through PgBouncer as well: on the paths of the services, what a faulty client left on the sessions must not matter.
-pytestmark = over(PLAIN, MTLS, PGBOUNCER)
 
-
+@over(PLAIN, MTLS)
 async def test_every_served_rpc_has_an_attack(surface: Surface) -> None:
     """No rpc is served that nobody has thought of attacking, and no attack aims at an rpc that is not there."""
     assert {rpc.path for rpc in surface.rpcs} == set(CASES)
 
 
+@over(PLAIN, MTLS)
 async def test_nothing_but_the_mesh_health_and_reflection_is_served(surface: Surface) -> None:
     """A port answers to the mesh's own contracts and to the named exceptions, and to nothing a library brought along."""
     strangers = {name for name in surface.service_names if not name.startswith("mesh.")}
     assert strangers <= EXEMPT_SERVICES
 
 
+@over(PLAIN, MTLS)
 async def test_reflection_hides_no_rpc(surface: Surface) -> None:
     """Every method of every contract is found by asking the ports: what is attacked is all there is."""
     assert {rpc.path for rpc in surface.rpcs} == {f"/{method.containing_service.full_name}/{method.name}" for method in contracts.methods()}
@@ -47,6 +47,8 @@ def _as_attacker(rpc: Rpc, inside: Inside, attacker: Target, context: str) -> It
             yield inside.as_service(service, context=context, tenant_id=attacker.tenant_id)
 
 
+# Through PgBouncer as well: what a faulty client left on the sessions must not matter to the services.
+@against()
 async def test_another_tenants_ids_open_nothing(mesh: Mesh, surface: Surface, inside: Inside, victim: Target, attacker: Target) -> None:
     """Whatever id of another tenant a request names, the answer holds nothing of that tenant, and nothing of it changes."""
     before = await fingerprint(mesh.stack, TenantId(victim.tenant_id))
@@ -71,6 +73,7 @@ def _shape(answer: Answer, asked: Ids) -> tuple[object, ...]:
     return answer.code, answer.reason, text, [message.ByteSize() > 0 for message in answer.messages]
 
 
+@against()
 async def test_a_foreign_id_answers_as_one_that_never_existed(mesh: Mesh, surface: Surface, inside: Inside, victim: Target) -> None:
     """Status, reason, words and details are the same for another tenant's id and for one that nobody ever had."""
     # A newcomer: an attacker who has tried the ids before has made some of them its own.
@@ -91,6 +94,8 @@ async def test_a_foreign_id_answers_as_one_that_never_existed(mesh: Mesh, surfac
     assert compared >= 10
 
 
+# The books of calls and the comparison of claims are the same wherever content lives.
+@against((PLAIN, SILO), (MTLS, SILO), (PGBOUNCER, POOL))
 async def test_a_call_id_of_another_tenant_is_free_to_use(mesh: Mesh, surface: Surface, victim: Target) -> None:
     """Call ids belong to their tenant: a foreign one neither collides nor tells that it exists."""
     attacker = await plant(mesh, surface)
@@ -106,6 +111,7 @@ async def test_a_call_id_of_another_tenant_is_free_to_use(mesh: Mesh, surface: S
     assert victim.traces_in(mine, asked_with=replace(Ids.never_existed(), call_id=victim.ids.call_id)) == []
 
 
+@over(PLAIN, MTLS)
 async def test_a_claimed_tenant_beside_ones_own_key_is_refused(surface: Surface, victim: Target, attacker: Target) -> None:
     """`x-tenant-id` of another tenant beside a real key is TENANT_MISMATCH at every rpc, whether that tenant exists or not."""
     wrong: list[str] = []
@@ -117,6 +123,7 @@ async def test_a_claimed_tenant_beside_ones_own_key_is_refused(surface: Surface,
     assert not wrong, "\n".join(wrong)
 
 
+@against()
 async def test_erasing_and_exporting_a_tenant_touch_no_other(mesh: Mesh, surface: Surface, inside: Inside, victim: Target) -> None:
     """All five services export and erase exactly the tenant of the call's context."""
     before = await fingerprint(mesh.stack, TenantId(victim.tenant_id))
@@ -124,7 +131,7 @@ async def test_erasing_and_exporting_a_tenant_touch_no_other(mesh: Mesh, surface
     context = await inside.context_of(doomed.tenant.api_key)
     metadata = inside.as_service("tenant", context=context, tenant_id=doomed.tenant_id)
     for rpc in sorted(surface.rpcs, key=lambda rpc: (rpc.port == "tenant", not rpc.streams)):
-        if rpc.path.endswith(("/ExportTenant", "/EraseTenant")):
+        if rpc.path.endswith(("LifecycleService/ExportTenant", "LifecycleService/EraseTenant")):
             answer = await surface.call(rpc, rpc.request_type(), metadata)
             wrong += [f"{rpc}: {answer}"] if answer.code != "OK" else []
             wrong += [f"{rpc}: {found}" for found in victim.traces_in(answer)]

@@ -39,7 +39,7 @@ DIMENSIONS = 384
 Attack = Callable[[], Awaitable[Any]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def victim(resident: Target) -> Target:
     """The attacked tenant: these attacks are the same wherever its content lives."""
     return resident
@@ -54,13 +54,18 @@ async def known_tenants(stack: Stack) -> set[UUID]:
         await connection.close()
 
 
+async def _is_tombstone(redis: Redis, key: bytes) -> bool:
+    # An erased tenant's counters stay away for some minutes: a mark with an end, and nothing that was counted.
+    return key.endswith(b":meta") and set(await redis.hkeys(key)) == {b"erased", b"history"} and await redis.ttl(key) > 0
+
+
 async def misplaced_keys(redis: Redis, tenants: set[UUID]) -> list[str]:
     """Names each key that does not start with a known tenant's slot, or whose value names another tenant."""
     wrong: list[str] = []
     async for key in redis.scan_iter(count=1000):
         match = KEY.match(key)
         if match is None or UUID(match[1].decode()) not in tenants:
-            wrong.append(f"{key!r} belongs to no known tenant")
+            wrong += [] if match and await _is_tombstone(redis, key) else [f"{key!r} belongs to no known tenant"]
             continue
         value = await redis.dump(key) or b""
         foreign = [tenant for tenant in tenants if str(tenant).encode() in value and str(tenant).encode() != match[1]]

@@ -63,7 +63,7 @@ REFUSED = ("INVALID_ARGUMENT", "INVALID_REQUEST")
 Kept = Callable[[str], Awaitable[tuple[Answer, str]]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def victim(resident: Target) -> Target:
     """The attacked tenant: these attacks are the same wherever its content lives."""
     return resident

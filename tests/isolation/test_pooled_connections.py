@@ -4,7 +4,6 @@ Through PgBouncer every session has been left with the attacked tenant on it by 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -12,33 +11,27 @@ from devstack.environment import role_dsn
 from devstack.mesh_client import credentials
 from mesh.retrieval.v1 import document_service_pb2
 from services.kernel.ids import TenantId
+from services.kernel.placement import Place, PlacementKind, Whereabouts
 from services.kernel.tenant_database import TenantDatabase
-from services.retrieval.adapters.postgres import PostgresDocumentStore
-from tests.isolation.fingerprint import superuser
+from tests.isolation.fingerprint import superuser, tenant_tables
+from tests.isolation.places import following
 from tests.isolation.postgres_attacks import attacked_rows, cross_tenant
-from tests.isolation.rounds import PGBOUNCER, PLAIN, over
+from tests.isolation.rounds import BRIDGE, PGBOUNCER, PLAIN, POOL, against
 from tests.isolation.target import Target
 from tests.support.mesh import Mesh
 from tests.support.pooler import leave_behind
 
 CALLS = 2_000
 READS = 10_000
+# No filter: nothing but the tenant and the schema that are set for the transaction stands between the two.
+EVERYTHING = "SELECT document_id FROM documents"
 AT_ONCE = 16
 GIVE_UP_EVERY = 50
 LEAVE_BEHIND_EVERY = 1_000
 
 
-@pytest.fixture
-async def one_connection(mesh: Mesh) -> AsyncIterator[TenantDatabase]:
-    """The retrieval service's own role and code on a single connection, so that the tenants meet on it at every step."""
-    wiring = mesh.stack.wiring
-    dsn = role_dsn(mesh.stack.state, mesh.stack.ports, "retrieval", "service", wiring=wiring)
-    database = await TenantDatabase.open(dsn, max_size=1, application_name="interleaved", transaction_pooling=wiring.pgbouncer)
-    yield database
-    await database.close()
-
-
-@over(PLAIN, PGBOUNCER)
+# On the paths of the services a bridge and the pool share the pooled connections; through a pooler the sessions as well.
+@against((PLAIN, BRIDGE), (PGBOUNCER, POOL))
 async def test_two_thousand_interleaved_lists_never_mix(mesh: Mesh, victim: Target, attacker: Target) -> None:
     """Alternating lists of two tenants each hold exactly their own tenant's documents, also right after a cancelled one."""
     own = {target.canary: await _listed(mesh, target) for target in (victim, attacker)}
@@ -68,29 +61,29 @@ async def test_two_thousand_interleaved_lists_never_mix(mesh: Mesh, victim: Targ
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@over(PLAIN, PGBOUNCER)
-async def test_ten_thousand_turns_on_one_connection_never_mix(
-    mesh: Mesh, one_connection: TenantDatabase, victim: Target, attacker: Target
-) -> None:
-    """Two tenants in turn on one pooled connection, with a faulty client's tenant SET for the session: each reads its own alone."""
-    store, mixed = PostgresDocumentStore(one_connection), list[str]()
-    own = {target.canary: {title for _, title in await _listed(mesh, target)} for target in (victim, attacker)}
-    for number in range(READS):
-        target, other = ((victim, attacker), (attacker, victim))[number % 2]
-        if number % LEAVE_BEHIND_EVERY == 0:
-            await _leave_tenant(mesh, one_connection, other)
-        found = await store.list_page(TenantId(target.tenant_id), "", 1_000)
-        if {document.title for document in found} != own[target.canary]:
-            mixed.append(f"turn {number} of {target.tenant_id}: {[document.title for document in found]}")
+@against((PLAIN, POOL), (PGBOUNCER, BRIDGE))
+async def test_ten_thousand_turns_on_one_connection_never_mix(mesh: Mesh, victim: Target, attacker: Target) -> None:
+    """Two tenants in turn on one pooled connection, with the other's place SET for the session: each sees its own rows, unfiltered."""
+    own = {target.canary: {document_id for document_id, _ in await _listed(mesh, target)} for target in (victim, attacker)}
+    bridge, mixed = f"t_{victim.tenant_id.hex}", list[str]()
+    async with following(mesh.stack, "retrieval", Whereabouts(Place(PlacementKind.BRIDGE, schema=bridge))) as database:
+        for number in range(READS):
+            target, other = ((victim, attacker), (attacker, victim))[number % 2]
+            if number % LEAVE_BEHIND_EVERY == 0:
+                await _leave_tenant(mesh, database, other)
+            async with database.transaction(TenantId(target.tenant_id)) as connection:
+                found = {str(row["document_id"]) for row in await connection.fetch(EVERYTHING)}
+            if found != own[target.canary]:
+                mixed.append(f"turn {number} of {target.tenant_id}: {found}")
     assert not mixed, "\n".join(mixed)
 
 
-@over(PGBOUNCER)
+@against((PGBOUNCER, POOL))
 async def test_a_role_behind_a_pooler_reaches_only_the_tenant_that_is_set(mesh: Mesh, victim: Target, attacker: Target) -> None:
     """Each service's role, through PgBouncer and with the attacked tenant left on the session, gets nothing of that tenant."""
     admin = await superuser(mesh.stack)
     try:
-        attacked = await attacked_rows(admin, victim.tenant_id, must_be_in_all=False)
+        attacked = await attacked_rows(admin, await tenant_tables(admin), victim.tenant_id, must_be_in_all=False)
     finally:
         await admin.close()
     assert len(attacked) >= 10
@@ -98,12 +91,13 @@ async def test_a_role_behind_a_pooler_reaches_only_the_tenant_that_is_set(mesh: 
 
 
 async def _leave_tenant(mesh: Mesh, database: TenantDatabase, target: Target) -> None:
+    left = {"app.tenant_id": str(target.tenant_id)}
     if mesh.stack.wiring.pgbouncer:
         dsn = role_dsn(mesh.stack.state, mesh.stack.ports, "retrieval", "service", wiring=mesh.stack.wiring)
-        await leave_behind(dsn, {"app.tenant_id": str(target.tenant_id)})
+        await leave_behind(dsn, left | {"search_path": f"t_{target.tenant_id.hex}"})
         return
     async with database._acquire() as connection:
-        await connection.execute(f"SET app.tenant_id = '{target.tenant_id}'")
+        await connection.execute(f"SET app.tenant_id = '{left['app.tenant_id']}'")
 
 
 async def _listed(mesh: Mesh, target: Target) -> frozenset[tuple[str, str]]:

@@ -10,6 +10,7 @@ from devstack.environment import DATABASE, KEY_DATABASE, KEY_ROLE
 from services.kernel import catalog
 from services.tenant.change_hub import ChangeKind
 from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
+from tests.isolation.places import TRANSIENT, transient_rows
 from tests.isolation.postgres_attacks import (
     DIRECTORIES,
     DIRECTORY_COLUMNS,
@@ -20,6 +21,7 @@ from tests.isolation.postgres_attacks import (
     as_role,
     attacked_rows,
     cross_tenant,
+    read_directly,
     tries,
     without_tenant,
 )
@@ -30,36 +32,6 @@ from tests.support.mesh import Mesh
 # The database is attacked directly, by its roles: no transport is in the way. Through PgBouncer: test_pooled_connections.
 pytestmark = over(PLAIN)
 
-# Rows of tables that are empty while nothing is under way: far in the future, so that no sweep and no relay takes them up meanwhile.
-TRANSIENT = {
-    "metering.call_leases": "INSERT INTO metering.call_leases VALUES ($1, uuidv7(), now() + interval '1 day')",
-    "metering.outbox": (
-        "INSERT INTO metering.outbox (tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd, due_time) "
-        "VALUES ($1, uuidv7(), 2, 0, 0, 0, now() + interval '1 day')"
-    ),
-    "inference.audit_outbox": (
-        "INSERT INTO inference.audit_outbox (tenant_id, audit_id, action, call_id, occur_time, user_name, document_ids, detail, "
-        "peer_address, context_token, due_time) "
-        "VALUES ($1, uuidv7(), 'CALL_ENDED', uuidv7(), now(), '', '{}', '{}', '', '', now() + interval '1 day')"
-    ),
-    "inference.inference_sealing": "INSERT INTO inference.inference_sealing VALUES ($1, 1) ON CONFLICT DO NOTHING",
-    "retrieval.retrieval_sealing": "INSERT INTO retrieval.retrieval_sealing VALUES ($1, 1) ON CONFLICT DO NOTHING",
-    # On their way elsewhere and still here: who was away would be refused.
-    "inference.inference_placed_tenants": "INSERT INTO inference.inference_placed_tenants VALUES ($1, 'silo', 'MOVING')",
-    "retrieval.retrieval_placed_tenants": "INSERT INTO retrieval.retrieval_placed_tenants VALUES ($1, 'silo', 'MOVING')",
-    "tenant.placements": "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
-    "tenant.move_directory": "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
-    "tenant.erasure_receipts": (
-        "INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) "
-        "VALUES ($1, uuidv7(), '{}', decode(repeat('00', 64), 'hex'), 'none')"
-    ),
-    "tenant.purges": "INSERT INTO tenant.purges VALUES ($1, now() + interval '1 day') ON CONFLICT DO NOTHING",
-    "retrieval.removed_documents": "INSERT INTO retrieval.removed_documents VALUES ($1, uuidv7(), now() + interval '1 day')",
-    # Last: what is planted after a tombstone is refused.
-    "inference.erased_tenants": "INSERT INTO inference.erased_tenants VALUES ($1)",
-    "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
-    "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
-}
 APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
 SHARED_TABLES = {
     "metering": ("prices", "price_versions"),
@@ -91,7 +63,7 @@ JOBS_MAY = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def victim(resident: Target) -> Target:
     """The attacked tenant: these attacks are the same wherever its content lives."""
     return resident
@@ -108,12 +80,8 @@ async def admin(mesh: Mesh) -> AsyncIterator[asyncpg.Connection]:
 @pytest.fixture
 async def attacked(admin: asyncpg.Connection, victim: Target, attacker: Target) -> AsyncIterator[list[Attacked]]:
     """Every tenant table, each with a row of the attacked tenant and one of the attacker."""
-    for sql in TRANSIENT.values():
-        for target in (victim, attacker):
-            await admin.execute(sql, target.tenant_id)
-    yield await attacked_rows(admin, victim.tenant_id)
-    for table in TRANSIENT:
-        await admin.execute(f"DELETE FROM {table} WHERE tenant_id = ANY($1)", [victim.tenant_id, attacker.tenant_id])
+    async with transient_rows(admin, TRANSIENT, [victim.tenant_id, attacker.tenant_id]):
+        yield await attacked_rows(admin, await tenant_tables(admin), victim.tenant_id)
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["session", "transaction"])
@@ -133,6 +101,16 @@ async def test_without_a_tenant_there_are_errors_and_no_rows(mesh: Mesh, attacke
 async def test_no_role_gets_around_the_policies(mesh: Mesh, admin: asyncpg.Connection, attacker: Target) -> None:
     """No service or jobs role truncates, alters, grants, drops, becomes another role or reads another service's schema."""
     assert await around_the_policies(mesh.stack, admin, attacker.tenant_id) == []
+
+
+async def test_no_partition_view_or_statistic_answers_for_its_table(
+    mesh: Mesh, admin: asyncpg.Connection, attacked: list[Attacked], victim: Target, attacker: Target
+) -> None:
+    """Whatever has rows, read by its own name by every role with another tenant set, says nothing of the attacked tenant."""
+    assert attacked
+    await admin.execute("ANALYZE")
+    words = [str(victim.tenant_id), victim.canary, victim.ids.conversation_id, victim.ids.document_key]
+    assert await read_directly(mesh.stack, admin, attacker.tenant_id, words) == []
 
 
 async def test_a_directory_tells_names_and_ids_alone(admin: asyncpg.Connection) -> None:

@@ -13,7 +13,7 @@ from services.kernel.ids import TenantId
 from services.retrieval.adapters.qdrant import alias_name
 from tests.isolation.canaries import written_down
 from tests.isolation.fingerprint import fingerprint, payload_of, qdrant, redis_of, scroll, superuser
-from tests.isolation.postgres_attacks import Attacked, cross_tenant, without_tenant
+from tests.isolation.postgres_attacks import Attacked, cross_tenant, read_directly, without_tenant
 from tests.isolation.rounds import PLAIN, over
 from tests.isolation.target import Target
 from tests.isolation.test_key_stores import foreign_points, known_tenants, misplaced_keys
@@ -37,9 +37,20 @@ BROKEN = {
         f"ALTER POLICY {POLICY} ON {TABLE} USING ({OWN_TENANT})",
     ),
 }
+GRANT = "GRANT SELECT ON inference.door TO inference_service"
+DOORS = {
+    "view": (f"CREATE VIEW inference.door AS SELECT * FROM {TABLE}; {GRANT}", "DROP VIEW inference.door"),
+    "copy": (f"CREATE MATERIALIZED VIEW inference.door AS SELECT * FROM {TABLE}; {GRANT}", "DROP MATERIALIZED VIEW inference.door"),
+    "partition": (
+        f"CREATE TABLE inference.whole (LIKE {TABLE}) PARTITION BY LIST (tenant_id);"
+        "ALTER TABLE inference.whole ENABLE ROW LEVEL SECURITY; CREATE TABLE inference.door PARTITION OF inference.whole DEFAULT;"
+        f"INSERT INTO inference.whole SELECT * FROM {TABLE}; {GRANT}",
+        "DROP TABLE inference.whole",
+    ),
+}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def victim(resident: Target) -> Target:
     """The attacked tenant: these attacks are the same wherever its content lives."""
     return resident
@@ -76,6 +87,14 @@ async def test_a_missing_policy_is_noticed(mesh: Mesh, wall: str, victim: Target
     finally:
         await again.close()
     assert await cross_tenant(mesh.stack, [item], victim.tenant_id, attacker.tenant_id, local=True) == []
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_way_around_a_table_is_noticed(mesh: Mesh, door: str, victim: Target, attacker: Target) -> None:
+    """A view that runs as its owner, a copy that is kept, and a partition that may be read by itself give the other tenant away."""
+    async with broken(mesh, *DOORS[door]) as connection:
+        assert await read_directly(mesh.stack, connection, attacker.tenant_id, [victim.canary])
+        assert await catalog.violations(connection, "inference")
 
 
 async def test_a_changed_row_changes_the_fingerprint(mesh: Mesh, attacker: Target) -> None:

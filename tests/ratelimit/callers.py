@@ -90,6 +90,11 @@ class AtStore:
         keys = [f"{{{self.tenant_id}}}:{kind}" for kind in KINDS]
         return [await self.link.send("DUMP", key) for key in keys]
 
+    async def lose(self) -> None:
+        """Takes every key of the tenant away, as a Redis does that lost its data; an erasure would leave its tombstone."""
+        for kind in KINDS:
+            await self.link.send("DEL", f"{{{self.tenant_id}}}:{kind}")
+
     async def state(self, reservation_id: UUID) -> str | None:
         """The state of a reservation, None when there is no record of it."""
         packed = await self.link.send("HGET", f"{{{self.tenant_id}}}:reservations", reservation_id.hex)

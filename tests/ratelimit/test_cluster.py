@@ -69,6 +69,11 @@ async def test_every_script_runs_on_a_cluster(cluster_url: str) -> None:
         assert (await tenant.store.expired([tenant.tenant_id], 10))[0].lease_count == 1
         assert len([record async for record in tenant.store.export(tenant.tenant_id)]) == 5
         assert (await tenant.store.erase(tenant.tenant_id))["reservations"] == 4
+        # The tombstone is all that is left, and goes by itself.
+        meta = f"{{{tenant.tenant_id}}}:meta"
+        assert await tenant.link.send("HEXISTS", meta, "erased") == 1
+        assert 0 < int(str(await tenant.link.send("PTTL", meta))) <= 330_000
+        await tenant.link.send("DEL", meta)
         assert await tenant.dump() == [None] * 5
     finally:
         await cluster.close()

@@ -181,7 +181,7 @@ async def test_a_commit_to_older_data_is_done_and_left_to_the_snapshot(durable: 
 
 async def test_a_request_for_a_snapshot_does_not_outlive_a_restart(durable: DurableRedis, tenant: AtStore) -> None:
     """The answer to a request of before the restart is not loaded, holds no commit up, and another may be asked for at once."""
-    await tenant.store.erase(tenant.tenant_id)
+    await tenant.lose()
     assert await tenant.store.begin(tenant.tenant_id, "before") is Begin.BEGUN
     assert not await tenant.commit(ReservationId(new_uuid7()))
     await durable.restart()

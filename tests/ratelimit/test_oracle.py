@@ -85,7 +85,7 @@ class Run:
             self.oracle.end(self.pick(number), "released", 0, 0, counted=False, only_held=True)
 
     async def lose(self) -> None:
-        await self.tenant.store.erase(self.tenant.tenant_id)
+        await self.tenant.lose()
         self.oracle.lose()
 
     async def load(self, tokens: int, cost: int) -> None:

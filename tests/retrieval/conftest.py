@@ -53,6 +53,7 @@ class Shelf:
     qdrant_api_key: str
     keys: ScriptedKeys
     database: TenantDatabase
+    jobs: JobsDatabase
     embedder: HashingEmbedder
     service_dsn: str
 
@@ -95,6 +96,7 @@ async def shelf(request: pytest.FixtureRequest, postgres: PostgresStore, tmp_pat
             qdrant_api_key=API_KEY,
             keys=keys,
             database=database,
+            jobs=jobs,
             embedder=embedder,
             service_dsn=service_dsn,
         )

@@ -153,7 +153,7 @@ async def test_erasing_a_tenant_leaves_nothing(shelf: Shelf) -> None:
     tenant_id = await shelf.new_tenant()
     await shelf.library.put(tenant_id, [HOLIDAYS, EXPENSES])
     assert await shelf.index.erase(tenant_id) == 2
-    assert await shelf.store.erase(tenant_id) == {"chunks": 2, "documents": 2, "removed_documents": 0, "sealing": 0}
+    assert await shelf.store.erase(tenant_id) == {"chunks": 2, "documents": 2, "removed_documents": 0, "retrieval_sealing": 0}
     assert await shelf.index.erase(tenant_id) == 0
 
 

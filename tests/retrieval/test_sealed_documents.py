@@ -39,7 +39,9 @@ def calling(tenant_id: TenantId, *, encrypts: bool = True) -> Iterator[None]:
 def replica(shelf: Shelf) -> tuple[Library, PostgresSealedRows]:
     """Another process's worth of caches on the same stores."""
     cipher = TenantCipher(shelf.keys)
-    return Library(PostgresDocumentStore(shelf.database, cipher), shelf.index, shelf.embedder), PostgresSealedRows(shelf.database, cipher)
+    return Library(PostgresDocumentStore(shelf.database, shelf.jobs, cipher), shelf.index, shelf.embedder), PostgresSealedRows(
+        shelf.database, cipher
+    )
 
 
 async def reseal_all(shelf: Shelf, tenant_id: TenantId, version: int) -> int:

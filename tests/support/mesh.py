@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,12 +45,19 @@ class Mesh:
         return known[company.slug]
 
 
+@contextlib.contextmanager
+def state_folder() -> Iterator[Path]:
+    """A place for a stack's state, gone at the end. Not pytest's: nobody but its owner passes there, and PostgreSQL refuses to be root."""
+    with tempfile.TemporaryDirectory(prefix="tenantry-mesh-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder) / "state"
+
+
 @contextlib.asynccontextmanager
 async def running_mesh(*, trace_sample_ratio: float = 1.0, tls: bool = False, pgbouncer: bool = False) -> AsyncIterator[Mesh]:
     """A mesh on free ports with an empty state, gone at the end; its connections on mutual TLS, or Postgres behind PgBouncer, if told."""
-    with tempfile.TemporaryDirectory(prefix="tenantry-mesh-") as folder:
-        Path(folder).chmod(0o755)
-        ports, state = Ports.free(), Path(folder) / "state"
+    with state_folder() as state:
+        ports = Ports.free()
         wiring = Wiring(certificates_in(state) if tls else None, pgbouncer=pgbouncer)
         async with (
             running_stack(state, ports, trace_sample_ratio=trace_sample_ratio, wiring=wiring) as stack,

@@ -74,6 +74,16 @@ class KnownPlaces:
                 await silos.make(tenant_id, stores)
                 return Whereabouts(Place(kind, dsn=SecretStr(stores.postgres_dsn)), None, SecretStr(stores.postgres_owner_dsn))
 
+    async def drop(self, tenant_id: TenantId) -> None:
+        """Drops schema or database, as the tenant service does at the end; there is none for a tenant of the pool."""
+        match self.where[tenant_id].place.kind:
+            case PlacementKind.POOL:
+                return
+            case PlacementKind.BRIDGE:
+                await PostgresSchemaMaker(self.dsn("tenant_placement"), 10_000).drop(tenant_id)
+            case PlacementKind.SILO:
+                await PostgresSiloMaker(self.admin_dsn).drop(tenant_id)
+
     def dsn(self, role: str) -> str:
         """The shared database as a role with the tests' password."""
         parts = urlsplit(self.admin_dsn)

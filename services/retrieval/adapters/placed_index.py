@@ -2,17 +2,17 @@
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 from pydantic import SecretStr
 
-from services.kernel.errors import Unavailable
+from services.kernel.errors import NotFound, Unavailable
 from services.kernel.ids import DocumentId, TenantId
 from services.kernel.lending import Lending
 from services.kernel.placement import Place
 from services.kernel.settings import DEFAULT_SILO_POOLS
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import PlaceMissing, TenantDatabase
 from services.kernel.tenant_scan import ScannedStore
 from services.retrieval.adapters.qdrant import QdrantIndex
 from services.retrieval.document import Hit
@@ -84,10 +84,12 @@ class PlacedIndex:
     async def scan(self, tenant_id: TenantId) -> Sequence[ScannedStore]:
         """Counts collections and aliases that carry the tenant's id, in the shared Qdrant and in its own."""
         found = list(await self._home.scan(tenant_id))
-        place = await self._database.find_place(tenant_id)
-        if place.qdrant_url:
-            async with self.at(place) as index:
-                found += [replace(item, store=f"silo:{item.store}") for item in await index.scan(tenant_id)]
+        # Its own Qdrant is known through its own place: once that is dropped, there is none to ask.
+        with suppress(PlaceMissing, NotFound):
+            place = await self._database.find_place(tenant_id)
+            if place.qdrant_url:
+                async with self.at(place) as index:
+                    found += [replace(item, store=f"silo:{item.store}") for item in await index.scan(tenant_id)]
         return found
 
     @asynccontextmanager

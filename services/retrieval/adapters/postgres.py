@@ -89,8 +89,9 @@ SELECT document_id, document_key, title, content, content_sha256, chunk_count, i
        sealed_header, sealed_content
 FROM documents WHERE tenant_id = $1 AND document_key > $2 ORDER BY document_key LIMIT 100
 """
+# Over all tenants of the pool: the jobs role finds no table without its schema.
 SELECT_UNINDEXED = """
-SELECT tenant_id, document_id, content_sha256 FROM documents
+SELECT tenant_id, document_id, content_sha256 FROM retrieval.documents
 WHERE NOT indexed AND update_time < now() - interval '10 seconds' ORDER BY update_time LIMIT $1
 """
 # Of one tenant outside the pool, read as that tenant: nobody works there over all tenants.
@@ -102,9 +103,9 @@ SELECT_ITS_UNDELETED = """
 SELECT tenant_id, document_id FROM removed_documents
 WHERE tenant_id = $1 AND remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $2
 """
-SELECT_PLACED = "SELECT tenant_id, kind FROM retrieval_placed_tenants WHERE state = 'AWAY' ORDER BY tenant_id"
+SELECT_PLACED = "SELECT tenant_id, kind FROM retrieval.retrieval_placed_tenants WHERE state = 'AWAY' ORDER BY tenant_id"
 SELECT_UNDELETED = """
-SELECT tenant_id, document_id FROM removed_documents
+SELECT tenant_id, document_id FROM retrieval.removed_documents
 WHERE remove_time < now() - interval '10 seconds' ORDER BY remove_time LIMIT $1
 """
 

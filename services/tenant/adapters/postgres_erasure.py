@@ -26,13 +26,14 @@ VALUES ($1, 'ERASE', $2, $3, $4::text::jsonb, $5, $6, clock_timestamp() + interv
 """
 ANNOUNCE_STATE = "SELECT tenant.announce($1, 'STATE')"
 ANNOUNCE_KEY = "SELECT tenant.announce($1, 'KEY')"
-# What waits to be told of an erased tenant names it by its id alone; what was told already tells nothing any more.
+# What waits to be told of an erased tenant names it by its id alone: for want of a receiver it may wait for ever. What was told goes.
 DELETE_EVENTS = "DELETE FROM tenant.events WHERE tenant_id = $1 AND (state <> 'PENDING' OR sink = 'mail')"
+FORGET_IN_EVENTS = "UPDATE tenant.events SET data = data - 'slug' WHERE tenant_id = $1"
 INSERT_RECEIPT = """
 INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
 """
 GET_RECEIPT = "SELECT body, signature, key_id FROM tenant.erasure_receipts WHERE tenant_id = $1"
-# Kept of an erased tenant, and of it the id alone: the log, the spent request id, the feed, the erasure itself and what is told of it.
+# Kept of an erased tenant, and of it the id alone: the log and its index, the spent request id, the feed, and the erasure's own books.
 KEPT = frozenset({"audit", "audit_documents", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts"})
 # A schema or a database named for the tenant is a store of its own, whoever can read in it.
 COUNT_NAMED = {
@@ -92,6 +93,7 @@ class PostgresErasure:
         async with self._database.transaction(tenant_id) as connection:
             removed = await remove_records(connection, tenant_id, actor)
             await connection.execute(DELETE_EVENTS, tenant_id)
+            await connection.execute(FORGET_IN_EVENTS, tenant_id)
             await mark_done(connection, tenant_id, _KIND, step, json.dumps([asdict(records) for records in removed]))
 
     async def keep_receipt(self, tenant_id: TenantId, request_id: UUID, receipt: ErasureReceipt, step: EraseStep) -> None:
