@@ -34,7 +34,7 @@ class TimedCache(Generic[Key, Value]):
         known = self._known.get(key)
         if known is None:
             return None
-        if self._monotonic() - known.asked_at >= 10**9:
+        if self._monotonic() - known.asked_at >= self._trusted_seconds:
             del self._known[key]
             return None
         self._known.move_to_end(key)

@@ -71,8 +71,11 @@ POOLED = Placement(StoredPlace(PlacementKind.POOL))
 class PlacementStore(Protocol):
     """Where placements are kept. Every method is one transaction and safe to repeat."""
 
-    async def get(self, tenant_id: TenantId) -> Placement | None:
-        """Returns the tenant's placement: the pool for one without a row; None for a tenant that is not there."""
+    async def get(self, tenant_id: TenantId, *, with_stores: bool = True) -> Placement | None:
+        """Returns the tenant's placement: the pool for one without a row; None for a tenant that is not there.
+
+        Without the stores no address is opened, whose key may be gone.
+        """
         ...
 
     async def settle(self, tenant_id: TenantId, place: StoredPlace) -> StoredPlace:
@@ -169,7 +172,8 @@ class Placements:
 
     async def drop(self, tenant_id: TenantId) -> list[str]:
         """Drops the places of a tenant that ends, once the services have removed what they keep; returns what was dropped. Idempotent."""
-        placement = await self._store.get(tenant_id) or POOLED
+        # A repeated call may come after the keys: names and kinds are enough to drop by.
+        placement = await self._store.get(tenant_id, with_stores=False) or POOLED
         dropped: list[str] = []
         left = None if placement.left_kind is None else StoredPlace(placement.left_kind)
         for place in (placement.place, placement.following, left):

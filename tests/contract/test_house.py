@@ -17,7 +17,7 @@ LONGEST_FUNCTION = 45
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|NotImplementedError")
 SQL = re.compile(r"^\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", re.IGNORECASE)
 # Reference data of all tenants: nothing in them belongs to one.
-# Reference data, and the catalog's lists of schemas and databases.
+# Reference data, and the catalog's lists of schemas, databases and roles.
 SHARED_TABLES = {
     "plans",
     "plan_versions",
@@ -30,6 +30,7 @@ SHARED_TABLES = {
     "schema_migrations",
     "pg_namespace",
     "pg_database",
+    "pg_roles",
 }
 
 

@@ -138,6 +138,7 @@ async def test_calls_go_on_past_the_end_of_a_leaf_that_was_renewed(pair: Pair) -
     fresh = pair.connect("tenant")
     await pair.call(fresh)
     await fresh.close()
+    assert x509.load_pem_x509_certificate((pair.folder / "tenant.pem").read_bytes()).not_valid_after_utc > end
 
 
 async def test_a_call_under_way_ends_on_the_connection_it_began_on(pair: Pair) -> None:

@@ -22,7 +22,9 @@ from services.kernel.migrate import Destination, MigrationRefused, fill, home_of
 from services.kernel.place_making import PlaceMaker
 from services.kernel.placement import HOME, Place, PlaceDirectory, PlacementKind, RemotePlaces, Whereabouts
 from services.kernel.request_context import bind_tenant
+from services.kernel.sealing import TenantKeys
 from services.kernel.silo_pools import SiloPools
+from services.kernel.tenant_cipher import TenantCipher
 from services.kernel.tenant_context import TenantContext
 from services.kernel.tenant_database import TenantDatabase
 from services.kernel.tenant_moving import MoveNotVerified, TenantMover
@@ -42,6 +44,14 @@ class Replica:
     maker: PlaceMaker
     silos: SiloPools
     mover: TenantMover
+
+
+class NoKeys:
+    """Has none: what these tenants keep is not sealed."""
+
+    async def fetch(self, context: TenantContext, tenant_id: TenantId) -> TenantKeys:
+        """Refuses."""
+        raise Unavailable("data_key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,7 @@ async def replica(places: KnownPlaces) -> Replica:
     database = await TenantDatabase.open(places.dsn("inference_service"))
     maker, silos, directory = places.follow(database)
     mover = TenantMover(database, places, maker, "inference", TENANT_TABLES)
-    return Replica(database, PostgresMemory(database), directory, maker, silos, mover)
+    return Replica(database, PostgresMemory(database, TenantCipher(NoKeys())), directory, maker, silos, mover)
 
 
 def context_of(tenant_id: TenantId, placement: str = "pool") -> TenantContext:
@@ -143,7 +153,7 @@ async def test_the_shared_connection_keeps_no_tenants_schema(world: World) -> No
     """Tenants of the pool and of bridges take turns on one connection without meeting."""
     database = await TenantDatabase.open(world.places.dsn("inference_service"), max_size=1)
     world.places.follow(database)
-    memory = PostgresMemory(database)
+    memory = PostgresMemory(database, TenantCipher(NoKeys()))
     tenants = [TenantId(new_uuid7()) for _ in range(4)]
     for number, tenant_id in enumerate(tenants):
         if number % 2:

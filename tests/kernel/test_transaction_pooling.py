@@ -85,7 +85,7 @@ async def test_what_a_faulty_client_left_behind_does_not_matter(pooled_dsn: str,
         async with database.transaction(mine) as connection:
             await connection.execute(INSERT_NOTE, mine, number, "mine")
             assert await connection.fetchval("SELECT current_setting('transaction_isolation')") == "read committed"
-            assert "public" in await connection.fetchval("SELECT current_setting('search_path')")
+            assert await connection.fetchval("SELECT current_setting('search_path')") == "sample, pg_temp"
             await connection.execute("SELECT pg_sleep(0.2)")
             assert {row["tenant_id"] for row in await connection.fetch(SELECT_ALL)} == {mine}
         assert await database.fetch_value(mine, "SELECT sample.add_note($1, $2, 'by function')", mine, 100 + number) == 100 + number

@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from mesh.tenant.v1 import placement_service_pb2 as pb
-from mesh.tenant.v1 import placement_service_pb2_grpc
+from mesh.tenant.v1 import placement_service_pb2_grpc, tenant_service_pb2
 from services.kernel.cell import Cell
 from services.kernel.errors import InvalidRequest, WrongCell, WrongState
 from services.kernel.ids import TenantId, new_uuid7
@@ -23,7 +23,7 @@ from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.app.parts import build_parts
 from services.tenant.key_management import parse_master_keys
-from services.tenant.placement import PlacementWish, SiloStores, StoredPlace, refuse_malformed
+from services.tenant.placement import Placements, PlacementWish, SiloStores, StoredPlace, refuse_malformed
 from services.tenant.tenant_wish import TenantWish
 from tests.support.places import KnownPlaces
 from tests.support.stores import PostgresStore
@@ -81,6 +81,22 @@ async def row_counts(harness: Harness) -> dict[str, int]:
         return counts | {"data_keys": await key_store.fetchval("SELECT count(*) FROM tenant_keys.data_keys")}
     finally:
         await key_store.close()
+
+
+async def test_a_creation_that_fails_gives_its_place_up_and_can_be_erased(harness: Harness) -> None:
+    """Once a service has refused a silo's tenant for good, its addresses and keys are gone; the FAILED tenant is erased like any other."""
+    request = wish(plan="enterprise")
+    request.isolation = pb.ISOLATION_SILO
+    request.silo.CopyFrom(pb.SiloStores(postgres_dsn=SILO.postgres_dsn, postgres_owner_dsn=SILO.postgres_owner_dsn))
+    harness.peers["retrieval"].failures = [grpc.StatusCode.INVALID_ARGUMENT]
+    await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator()))
+    found = "SELECT tenant_id FROM tenant.request_directory WHERE request_id = $1"
+    tenant_id = await harness.value(found, UUID(request.request_id))
+    assert await harness.value("SELECT state FROM tenant.tenants WHERE tenant_id = $1", tenant_id) == "FAILED"
+    assert await harness.value("SELECT count(*) FROM tenant.placements WHERE tenant_id = $1", tenant_id) == 0
+    assert await harness.value("SELECT content::text FROM tenant.sagas WHERE tenant_id = $1", tenant_id) == "{}"
+    erase = tenant_service_pb2.EraseTenantRequest(request_id=str(uuid4()), tenant_id=str(tenant_id), confirm_slug=request.slug)
+    assert (await call(harness.tenants.EraseTenant, erase, harness.as_operator())).receipt.verified
 
 
 async def test_another_regions_tenant_is_not_made_here(harness: Harness) -> None:
@@ -169,6 +185,9 @@ async def test_addresses_are_sealed_in_the_database(harness: Harness) -> None:
         await parts.vault.destroy(tenant_id)
         with pytest.raises(WrongState):
             await placements.get(tenant_id)
+        # What is dropped is known without its addresses: an undoing that was stopped behind the keys still ends.
+        kept = Placements(placements, PostgresSchemaMaker("", 0), PostgresSiloMaker(""))
+        assert await kept.drop(tenant_id) == []
         with pytest.raises(WrongState):
             await parts.box.seal(tenant_id, "placement", b"x")
     with pytest.raises(ValueError, match="32 bytes"):

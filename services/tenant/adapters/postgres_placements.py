@@ -30,17 +30,18 @@ class PostgresPlacements:
         self._database = database
         self._box = box
 
-    async def get(self, tenant_id: TenantId) -> Placement | None:
-        """Returns the tenant's placement, with its secrets opened."""
+    async def get(self, tenant_id: TenantId, *, with_stores: bool = True) -> Placement | None:
+        """Returns the tenant's placement, with its secrets opened or left out."""
         async with self._database.transaction(tenant_id) as connection:
             row = await connection.fetchrow(SELECT_PLACEMENT, tenant_id)
             if row is None:
                 return POOLED if await connection.fetchval(TENANT_EXISTS, tenant_id) else None
+        stores, following_stores = (row["stores"], row["following_stores"]) if with_stores else (None, None)
         following = None
         if row["following_kind"] is not None:
-            following = await self._place(tenant_id, row["following_kind"], row["following_stores"], row["following_made"])
+            following = await self._place(tenant_id, row["following_kind"], following_stores, row["following_made"])
         return Placement(
-            place=await self._place(tenant_id, row["kind"], row["stores"], row["made"]),
+            place=await self._place(tenant_id, row["kind"], stores, row["made"]),
             following=following,
             moved_services=frozenset(row["moved_services"]),
             left_kind=None if row["left_kind"] is None else PlacementKind(row["left_kind"]),

@@ -50,6 +50,7 @@ UPDATE tenant.tenants SET state = 'ACTIVE' WHERE tenant_id = $1 AND state = 'PRO
 ANNOUNCE_STATE = "SELECT tenant.announce($1, 'STATE')"
 DELETE_OWNER = "DELETE FROM tenant.users WHERE tenant_id = $1"
 DELETE_SETTINGS = "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1"
+DELETE_PLACEMENT = "DELETE FROM tenant.placements WHERE tenant_id = $1"
 FORGET_FIRST_KEY = "UPDATE tenant.provisioning SET first_key_id = NULL WHERE tenant_id = $1"
 DELETE_KEY_NAMES = "DELETE FROM tenant.api_key_directory WHERE tenant_id = $1"
 DELETE_KEYS = "DELETE FROM tenant.api_keys WHERE tenant_id = $1"
@@ -57,6 +58,7 @@ RELEASE_SLUG = "DELETE FROM tenant.slug_directory WHERE tenant_id = $1"
 GIVE_UP = "UPDATE tenant.tenants SET state = 'FAILED' WHERE tenant_id = $1 AND state = 'PROVISIONING'"
 # What a step wrote here. Nobody can have used any of it: the tenant was never ACTIVE.
 UNDO = {
+    Step.PLACEMENT: (DELETE_PLACEMENT,),
     Step.DEFAULTS: (DELETE_SETTINGS,),
     Step.OWNER: (DELETE_OWNER,),
     Step.FIRST_KEY: (FORGET_FIRST_KEY, DELETE_KEY_NAMES, DELETE_KEYS),

@@ -52,22 +52,10 @@ async def build_trust(parts: Parts) -> tuple[Authenticator, ChangeHub, list[Regi
     """Builds what answers who is calling."""
     settings, database = parts.settings, parts.database
     changes = await _changes(parts)
-    flags = FlagSetCache(PostgresFlags(database))
     jwks = HttpJwksSource()
     parts.stack.push_async_callback(jwks.close)
     names = NameResolution(PostgresDomains(database), parts.tenants, settings.base_domain_names())
-    authenticator = Authenticator(
-        parts.credentials,
-        parts.trail,
-        parts.minter,
-        JwtProof(PostgresIssuers(database), JwksCache(jwks), clock=now),
-        names,
-        flags=flags,
-        operator_key_hashes=settings.operator_key_hashes(),
-        front_key_hashes=settings.front_key_hashes(),
-        clock=now,
-        cell=cell_of(settings),
-    )
+    authenticator = _authenticator(parts, jwks, names)
     registrations: list[Registration] = [
         (
             authentication_service_pb2_grpc.add_AuthenticationServiceServicer_to_server,
@@ -97,6 +85,22 @@ async def build_trust(parts: Parts) -> tuple[Authenticator, ChangeHub, list[Regi
         (audit_service_pb2_grpc.add_AuditServiceServicer_to_server, AuditServicer(_audit_log(parts)), "mesh.tenant.v1.AuditService"),
     ]
     return authenticator, changes, registrations
+
+
+def _authenticator(parts: Parts, jwks: HttpJwksSource, names: NameResolution) -> Authenticator:
+    settings = parts.settings
+    return Authenticator(
+        parts.credentials,
+        parts.trail,
+        parts.minter,
+        JwtProof(PostgresIssuers(parts.database), JwksCache(jwks), clock=now),
+        names,
+        flags=FlagSetCache(PostgresFlags(parts.database)),
+        operator_key_hashes=settings.operator_key_hashes(),
+        front_key_hashes=settings.front_key_hashes(),
+        clock=now,
+        cell=cell_of(settings),
+    )
 
 
 async def _changes(parts: Parts) -> ChangeHub:
