@@ -29,6 +29,11 @@ AWAY = "127.0.0.1:1"
 SECRETS = {
     "TENANTRY_POSTGRES_DSN": f"postgresql://someone:word@{AWAY}/tenantry",
     "TENANTRY_POSTGRES_JOBS_DSN": f"postgresql://someone:word@{AWAY}/tenantry",
+    "TENANTRY_POSTGRES_PLACEMENT_DSN": f"postgresql://someone:word@{AWAY}/tenantry",
+    "TENANTRY_SILO_ADMIN_DSN": f"postgresql://someone:word@{AWAY}/postgres",
+    "TENANTRY_KEY_STORE_DSN": f"postgresql://someone:word@{AWAY}/keys",
+    "TENANTRY_MASTER_KEYS": "first:" + base64.b64encode(bytes(range(32))).decode(),
+    "TENANTRY_FRONT_KEY_SHA256": "0" * 64,
     "TENANTRY_REDIS_URL": f"redis://{AWAY}/0",
     "TENANTRY_QDRANT_URL": f"http://{AWAY}",
     "TENANTRY_QDRANT_API_KEY": "word",

@@ -5,8 +5,9 @@ import hashlib
 import json
 import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -56,26 +57,40 @@ async def reseal_all(shelf: Shelf, tenant_id: TenantId, version: int) -> int:
         await asyncio.sleep(0.02)
 
 
+@asynccontextmanager
+async def rows_of(shelf: Shelf, tenant_id: TenantId) -> AsyncIterator[asyncpg.Connection]:
+    """A connection past every policy to where the tenant's rows are."""
+    place = shelf.places.where[tenant_id].place
+    own = urlsplit(place.dsn.get_secret_value()).path
+    dsn = urlunsplit(urlsplit(shelf.admin_dsn)._replace(path=own)) if own else shelf.admin_dsn
+    connection = await asyncpg.connect(dsn, server_settings={"search_path": place.schema or "retrieval"})
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def dsn_at(shelf: Shelf, tenant_id: TenantId) -> str:
+    """The service's own way to where the tenant's rows are."""
+    place = shelf.places.where[tenant_id].place
+    return f"{place.dsn.get_secret_value() or shelf.service_dsn}?options=-csearch_path%3D{place.schema or 'retrieval'}"
+
+
 async def raw(shelf: Shelf, tenant_id: TenantId) -> str:
     """Every value of the tenant's rows, as text and as the text of their bytes."""
-    connection = await asyncpg.connect(shelf.admin_dsn)
-    try:
-        values = []
+    values = []
+    async with rows_of(shelf, tenant_id) as connection:
         for table in ("documents", "chunks"):
-            for row in await connection.fetch(f"SELECT * FROM retrieval.{table} t WHERE tenant_id = $1", tenant_id):
+            for row in await connection.fetch(f"SELECT * FROM {table} t WHERE tenant_id = $1", tenant_id):
                 values += [value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in row.values()]
-        return "\n".join(values)
-    finally:
-        await connection.close()
+    assert values
+    return "\n".join(values)
 
 
-async def execute(shelf: Shelf, sql: str, *arguments: object) -> None:
-    """Changes rows past every policy."""
-    connection = await asyncpg.connect(shelf.admin_dsn)
-    try:
-        await connection.execute(sql, *arguments)
-    finally:
-        await connection.close()
+async def execute(shelf: Shelf, sql: str, tenant_id: TenantId, *arguments: object) -> None:
+    """Changes a tenant's rows past every policy."""
+    async with rows_of(shelf, tenant_id) as connection:
+        await connection.execute(sql, tenant_id, *arguments)
 
 
 async def test_sealed_documents_read_like_any_others(shelf: Shelf) -> None:
@@ -130,8 +145,8 @@ async def test_only_what_a_search_returns_is_opened(shelf: Shelf) -> None:
     tenant_id = await shelf.new_tenant()
     with calling(tenant_id):
         await shelf.library.put(tenant_id, [HOLIDAYS, EXPENSES])
-        named = "(SELECT document_id FROM retrieval.documents WHERE tenant_id = $1 AND document_key = $2)"
-        altered = "UPDATE retrieval.chunks SET sealed_content = sealed_content || '\\x00' WHERE tenant_id = $1 AND document_id = "
+        named = "(SELECT document_id FROM documents WHERE tenant_id = $1 AND document_key = $2)"
+        altered = "UPDATE chunks SET sealed_content = sealed_content || '\\x00' WHERE tenant_id = $1 AND document_id = "
         await execute(shelf, altered + named, tenant_id, "expenses.md")
         [hit] = await shelf.library.search(tenant_id, "How many days of paid holiday?", 1)
         assert hit.chunk.document_key == "holidays.md"
@@ -153,9 +168,12 @@ async def test_what_is_moved_does_not_open(shelf: Shelf, capsys: pytest.CaptureF
         ("sealed_header", owner, ids[owner][0], thief, ids[thief][1]),
     )
     for column, from_tenant, from_id, to_tenant, to_id in moves:
-        stolen = f"(SELECT {column} FROM retrieval.documents WHERE tenant_id = $1 AND document_id = $2)"
-        move = f"UPDATE retrieval.documents SET sealed_content = {stolen} WHERE tenant_id = $3 AND document_id = $4"
-        await execute(shelf, move, from_tenant, from_id, to_tenant, to_id)
+        async with rows_of(shelf, from_tenant) as connection:
+            read = f"SELECT {column} FROM documents WHERE tenant_id = $1 AND document_id = $2"
+            stolen = await connection.fetchval(read, from_tenant, from_id)
+        assert stolen
+        move = "UPDATE documents SET sealed_content = $3 WHERE tenant_id = $1 AND document_id = $2"
+        await execute(shelf, move, to_tenant, to_id, stolen)
         with calling(to_tenant), pytest.raises(KeyUseFailed) as caught:
             await shelf.library.get(to_tenant, to_id)
         assert "27 days" not in caught.value.message
@@ -230,7 +248,7 @@ async def test_a_resealing_killed_in_the_middle_goes_on(shelf: Shelf) -> None:
             await shelf.store.put(tenant_id, draft, cut(draft.text))
         shelf.keys.of[tenant_id][2] = secrets.token_bytes(32)
         keys = {str(version): key.hex() for version, key in shelf.keys.of[tenant_id].items()}
-        told = json.dumps({"dsn": shelf.service_dsn, "tenant_id": str(tenant_id), "keys": keys})
+        told = json.dumps({"dsn": dsn_at(shelf, tenant_id), "tenant_id": str(tenant_id), "keys": keys})
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tests.retrieval.reseal_process", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
@@ -242,15 +260,14 @@ async def test_a_resealing_killed_in_the_middle_goes_on(shelf: Shelf) -> None:
                 pass
         process.kill()
         await process.wait()
-        connection = await asyncpg.connect(shelf.admin_dsn)
-        counted = "SELECT count(*) FROM retrieval.documents WHERE tenant_id = $1 AND key_version = $2"
-        before = [await connection.fetchval(counted, tenant_id, version) for version in (1, 2)]
-        assert sum(before) == 60
-        assert before[1] >= 10
-        left = await reseal_all(shelf, tenant_id, 2)
-        assert left >= before[0]
-        assert [await connection.fetchval(counted, tenant_id, version) for version in (1, 2)] == [0, 60]
-        await connection.close()
+        async with rows_of(shelf, tenant_id) as connection:
+            counted = "SELECT count(*) FROM documents WHERE tenant_id = $1 AND key_version = $2"
+            before = [await connection.fetchval(counted, tenant_id, version) for version in (1, 2)]
+            assert sum(before) == 60
+            assert before[1] >= 10
+            left = await reseal_all(shelf, tenant_id, 2)
+            assert left >= before[0]
+            assert [await connection.fetchval(counted, tenant_id, version) for version in (1, 2)] == [0, 60]
         del shelf.keys.of[tenant_id][1]
         library, _ = replica(shelf)
         page = await library.list_page(tenant_id, "", 100)
@@ -262,17 +279,18 @@ async def test_rows_of_a_backup_do_not_open_once_the_keys_are_gone(shelf: Shelf)
     tenant_id = await shelf.new_tenant()
     with calling(tenant_id):
         [document], _ = await shelf.library.put(tenant_id, [HOLIDAYS])
-        connection = await asyncpg.connect(shelf.admin_dsn)
-        tables = ("documents", "chunks")
-        read = "SELECT to_jsonb(t)::text AS row FROM retrieval.{} t WHERE tenant_id = $1"
-        dump = {table: [row["row"] for row in await connection.fetch(read.format(table), tenant_id)] for table in tables}
-        await shelf.store.erase(tenant_id)
-        shelf.keys.of[tenant_id] = {1: secrets.token_bytes(32)}
-        for table, kept in dump.items():
-            for row in kept:
-                restore = f"INSERT INTO retrieval.{table} SELECT * FROM jsonb_populate_record(NULL::retrieval.{table}, $1::text::jsonb)"
-                await connection.execute(restore, row)
-        await connection.close()
+        async with rows_of(shelf, tenant_id) as connection:
+            tables = ("documents", "chunks")
+            read = "SELECT to_jsonb(t)::text AS row FROM {} t WHERE tenant_id = $1"
+            dump = {table: [row["row"] for row in await connection.fetch(read.format(table), tenant_id)] for table in tables}
+            await shelf.store.erase(tenant_id)
+            shelf.keys.of[tenant_id] = {1: secrets.token_bytes(32)}
+            # As a restore does: without triggers, or the tombstone would refuse the rows.
+            await connection.execute("SET session_replication_role = replica")
+            for table, kept in dump.items():
+                for row in kept:
+                    restore = f"INSERT INTO {table} SELECT * FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb)"
+                    await connection.execute(restore, row)
         with pytest.raises(KeyUseFailed):
             await replica(shelf)[0].get(tenant_id, document.document_id)
 
@@ -283,7 +301,7 @@ async def test_half_done_sealed_documents_are_repaired_once_the_tenant_calls(she
     library, _ = replica(shelf)
     with calling(tenant_id):
         await shelf.store.put(tenant_id, HOLIDAYS, cut(HOLIDAYS.text))
-    await execute(shelf, "UPDATE retrieval.documents SET update_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
+    await execute(shelf, "UPDATE documents SET update_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
     with pytest.raises(Unavailable):
         await library._store.chunks_of(tenant_id, next(iter([item[1] for item in await shelf.owed.unindexed(100) if item[0] == tenant_id])))
     await repair_once(shelf.owed, library)

@@ -47,9 +47,9 @@ ERASE = {
 }
 # Alone in its transaction with the removal: writers that passed are waited for, later ones find the tombstone.
 LOCK_ERASURE = "SELECT pg_advisory_xact_lock(inference.erasure_lock($1))"
+# Of an erased tenant: its tombstone, and what is on its way to the audit log, which keeps it.
+KEPT = frozenset({"erased_tenants", "audit_outbox"})
 INSERT_TOMBSTONE = "INSERT INTO inference.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
-# The tombstone; and what is still on its way to the audit log, which outlives the tenant.
-LEFT_ON_PURPOSE = frozenset({"erased_tenants", "audit_outbox"})
 LOCK_OLD = """
 SELECT c.conversation_id FROM conversations c
 WHERE c.tenant_id = $1 AND c.create_time < $2
@@ -179,7 +179,7 @@ class PostgresMemory:
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
         """Counts what holds the tenant's id or one of the strings, in the tenant's own rows: no role of this service sees others'."""
-        return await scan_schema(self._database, None, "inference", tenant_id, canaries, kept=LEFT_ON_PURPOSE)
+        return await scan_schema(self._database, None, "inference", tenant_id, canaries, kept=KEPT)
 
     async def export(self, tenant_id: TenantId) -> AsyncGenerator[tuple[str, bytes], None]:
         """Yields every record of the tenant as its kind and one JSON object."""
