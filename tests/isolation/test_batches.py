@@ -34,6 +34,12 @@ def victim(resident: Target) -> Target:
     return resident
 
 
+@pytest.fixture
+async def attacker(mesh: Mesh, surface: Surface) -> Target:
+    """A newcomer: who has begun epochs that its limits did not hear of is told STALE_EPOCH until they catch up."""
+    return await plant(mesh, surface)
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A call of a tenant that is reserved at the limits and, once opened, recorded in the ledger."""

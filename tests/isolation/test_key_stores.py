@@ -56,7 +56,9 @@ async def known_tenants(stack: Stack) -> set[UUID]:
 
 async def _is_tombstone(redis: Redis, key: bytes) -> bool:
     # An erased tenant's counters stay away for some minutes: a mark with an end, and nothing that was counted.
-    return key.endswith(b":meta") and set(await redis.hkeys(key)) == {b"erased", b"history"} and await redis.ttl(key) > 0
+    if not key.endswith(b":meta") or await redis.type(key) != b"hash":
+        return False
+    return set(await redis.hkeys(key)) == {b"erased", b"history"} and await redis.ttl(key) > 0
 
 
 async def misplaced_keys(redis: Redis, tenants: set[UUID]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from devstack.environment import BASE_DOMAIN
 from services.kernel.ids import TenantId
 from services.retrieval.adapters.qdrant import alias_name
 from tests.isolation.credentials_forged import Inside
@@ -124,6 +125,40 @@ async def test_slugs_that_are_not_plain_are_refused(surface: Surface, inside: In
     answer = await surface.call(rpc, create_request(rpc.request_type, slug), inside.as_operator("look-alikes"))
     assert answer.refused_as == REFUSED, answer
     assert answer.metadata["field"] == "slug"
+
+
+async def test_a_look_alike_of_a_name_is_not_its_tenants(surface: Surface, inside: Inside, victim: Target) -> None:
+    """Host and path find a tenant by its very slug: no separator, letter of another script, pattern or line break makes another of it."""
+    rpc, slug = surface.find("tenant", "AuthenticationService/ResolveTenant"), victim.tenant.slug
+
+    async def found(**names: str) -> tuple[str, str]:
+        answer = await surface.call(rpc, rpc.request_type(**names), inside.as_operator("look-alikes"))
+        resolved: Any = answer.messages[0] if answer.messages else None
+        return answer.reason, resolved.tenant_id if resolved else ""
+
+    for names in both_ways(slug):
+        assert await found(**names) == ("", str(victim.tenant_id)), names
+    others = [slug.replace("-", between) for between in ("", "_", ".", "--", "\u2010", "\u00ad-")]
+    others += [
+        slug.replace("e", "\u0435"),
+        slug.replace("t", "\uff54"),
+        f"{slug}\n",
+        f"{slug}\u200b",
+        slug[:-1],
+        "%",
+        "*",
+        f"{slug}' OR ''='",
+    ]
+    for other in others:
+        for names in both_ways(other):
+            reason, tenant_id = await found(**names)
+            assert reason in ("NOT_FOUND", "INVALID_REQUEST", "RESOURCE_NOT_FOUND"), (names, reason)
+            assert not tenant_id
+
+
+def both_ways(slug: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The two names that a front end may have been called by."""
+    return {"host": f"{slug}.{BASE_DOMAIN}"}, {"path": f"/t/{slug}/home"}
 
 
 async def test_hostile_text_is_kept_to_the_letter_or_refused(mesh: Mesh, surface: Surface, inside: Inside, victim: Target) -> None:
