@@ -128,7 +128,10 @@ async def _words(connection: Connection, table: TenantTable) -> _Words:
         ),
         keys=f"SELECT {key} AS key, {content} AS digest FROM {table.name} t WHERE t.tenant_id = $1 AND {bucket} = ANY($2::integer[])",  # noqa: S608
         read=f"SELECT jsonb_agg(to_jsonb(t))::text FROM {table.name} t WHERE t.tenant_id = $1 AND ({qualified}) IN ({wanted})",  # noqa: S608
-        write=f"INSERT INTO {table.name} ({columns}) SELECT {columns} FROM jsonb_populate_recordset(NULL::{table.name}, $1::text::jsonb)",  # noqa: S608
+        write=(
+            f"INSERT INTO {table.name} ({columns}) OVERRIDING SYSTEM VALUE "  # noqa: S608
+            f"SELECT {columns} FROM jsonb_populate_recordset(NULL::{table.name}, $1::text::jsonb)"
+        ),
         remove=f"DELETE FROM {table.name} t WHERE t.tenant_id = $1 AND ({qualified}) IN ({wanted})",  # noqa: S608
     )
 

@@ -79,10 +79,6 @@ class PlacementStore(Protocol):
         """Writes a new tenant's place unless it has one, and returns the one it has; what tokens say of it changes with it."""
         ...
 
-    async def remove(self, tenant_id: TenantId) -> None:
-        """Removes the tenant's row."""
-        ...
-
 
 class SchemaMaker(Protocol):
     """Makes and drops bridge schemas in the shared database. Idempotent."""
@@ -183,7 +179,6 @@ class Placements:
             elif place is not None and place.made:
                 await self._silos.drop(tenant_id)
                 dropped.append(f"postgres database t_{tenant_id.hex}")
-        await self._store.remove(tenant_id)
         return dropped
 
 

@@ -14,9 +14,10 @@ import pytest
 from devstack.environment import DATABASE
 from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
+from mesh.common.v1 import lifecycle_service_pb2, lifecycle_service_pb2_grpc
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2
 from mesh.retrieval.v1 import document_service_pb2, search_service_pb2
-from mesh.tenant.v1 import placement_service_pb2
+from mesh.tenant.v1 import authentication_service_pb2, authentication_service_pb2_grpc, placement_service_pb2
 from services.kernel import catalog
 from services.kernel.migrate import Destination, home_of
 from tests.support.mesh import Mesh
@@ -247,3 +248,48 @@ async def all_turns(mesh: Mesh, metadata: Metadata, conversation_id: str) -> lis
     """Every turn of a conversation, oldest first."""
     request = conversation_service_pb2.ListTurnsRequest(conversation_id=conversation_id, page_size=1000)
     return list((await mesh.client.conversations.ListTurns(request, metadata=metadata, timeout=30)).turns)
+
+
+@pytest.mark.parametrize("isolation", ["bridge", "silo"])
+async def test_erasing_a_tenant_takes_its_place_with_it(mesh: Mesh, isolation: str) -> None:
+    """Every service counts what it removes in the tenant's own place, then the place is dropped, roles too; a repeat finds nothing."""
+    tenant = await mesh.tenant("enterprise", isolation=isolation)
+    await talk(mesh, tenant)
+    metadata = await as_tenant_service(mesh, tenant)
+    first = [await erase(mesh, port, metadata) for port in ("retrieval", "inference", "tenant")]
+    assert (first[0]["postgres:retrieval.documents"], first[0]["qdrant:points"]) == (1, 1)
+    assert (first[1]["postgres:inference.turns"], first[1]["postgres:inference.prompts"]) == (2, 1)
+    assert any(kind.endswith(name_of(tenant)) for kind in first[2])
+    connection = await asyncpg.connect(mesh.stack.postgres.dsn(DATABASE))
+    for sql in (
+        "SELECT count(*) FROM pg_namespace WHERE nspname = $1",
+        "SELECT count(*) FROM pg_database WHERE datname = $1",
+        "SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)",
+    ):
+        assert await connection.fetchval(sql, name_of(tenant)) == 0, sql
+    for home in ("inference", "retrieval"):
+        sql = f"SELECT count(*) FROM {home}.{home}_placed_tenants WHERE tenant_id = $1"
+        assert await connection.fetchval(sql, uuid.UUID(tenant.tenant_id)) == 0
+    await connection.close()
+    assert not any((await erase(mesh, "tenant", metadata)).values())
+
+
+async def as_tenant_service(mesh: Mesh, tenant: DemoTenant) -> Metadata:
+    """What the tenant service sends when it acts for a tenant."""
+    tokens = mesh.stack.state.secrets.service_tokens
+    async with grpc.aio.insecure_channel(mesh.stack.ports.address("tenant")) as channel:
+        stub = authentication_service_pb2_grpc.AuthenticationServiceStub(channel)
+        asked = authentication_service_pb2.AuthenticateRequest(credential=tenant.api_key)
+        known = await stub.Authenticate(
+            asked, metadata=(("x-mesh-service", "inference"), ("x-mesh-service-token", tokens["inference"])), timeout=30
+        )
+    pairs = (("x-mesh-service", "tenant"), ("x-mesh-service-token", tokens["tenant"]))
+    return (*pairs, ("x-tenant-context", known.context_token), ("x-tenant-id", tenant.tenant_id))
+
+
+async def erase(mesh: Mesh, port: str, metadata: Metadata) -> dict[str, int]:
+    """Asks one service to erase the tenant; returns its counts by kind."""
+    async with grpc.aio.insecure_channel(mesh.stack.ports.address(port)) as channel:
+        stub = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(channel)
+        answer = await stub.EraseTenant(lifecycle_service_pb2.EraseTenantRequest(), metadata=metadata, timeout=60)
+    return {item.kind: item.count for item in answer.erased}

@@ -48,6 +48,7 @@ TRANSIENT = {
     "inference.inference_placed_tenants": "INSERT INTO inference.inference_placed_tenants VALUES ($1, 'silo', 'MOVING')",
     "retrieval.retrieval_placed_tenants": "INSERT INTO retrieval.retrieval_placed_tenants VALUES ($1, 'silo', 'MOVING')",
     "tenant.placements": "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
+    "tenant.changes": "INSERT INTO tenant.changes (tenant_id, kind) VALUES ($1, 'PLACEMENT')",
     "tenant.move_directory": "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
     "tenant.erasure_receipts": (
         "INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) "

@@ -20,9 +20,10 @@ TENANT_TABLES = (
     "domains",
     "configuration_changes",
     "provider_keys",
+    "placements",
 )
 # Ids and kinds of changes, read whole by every replica.
-FEEDS = ("changes",)
+FEEDS = ("changes", "move_directory")
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory", "issuer_directory", "domain_directory")
 PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions", "plan_features")
 FLAG_TABLES = ("flags", "flag_changes")
@@ -37,6 +38,7 @@ async def furnished(harness: Harness) -> str:
     await update(harness, with_key(created.api_key), ["ai.assistant_name"], ai={"assistant_name": "Bo"})
     put = secret_service_pb2.PutProviderKeyRequest(api_key="sk-ant-of-its-own")
     await call(harness.secrets.PutProviderKey, put, with_key(created.api_key))
+    await harness.execute("INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')", UUID(tenant_id))
     unique = uuid4().hex
     for sql in (
         "INSERT INTO tenant.domains (tenant_id, domain) VALUES ($1, $2)",
@@ -180,6 +182,7 @@ async def test_directories_hold_names_and_tenant_ids_and_nothing_else(harness: H
         "request_directory": ["request_id", "tenant_id"],
         "issuer_directory": ["issuer", "audience", "tenant_id"],
         "domain_directory": ["domain", "tenant_id"],
+        "move_directory": ["tenant_id", "due_time"],
     }
 
 

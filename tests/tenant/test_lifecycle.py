@@ -45,6 +45,8 @@ async def test_an_erased_tenant_leaves_only_its_audit_log(harness: Harness) -> N
         "postgres:tenant.tenant_settings": 1,
         "postgres:tenant.purges": 0,
         "postgres:tenant.sagas": 1,
+        "postgres:tenant.placements": 0,
+        "postgres:tenant.move_directory": 0,
         "postgres:tenant.provisioning": 1,
         "postgres:tenant.slug_directory": 1,
         "postgres:tenant.tenants": 1,

@@ -21,8 +21,6 @@ INSERT INTO tenant.placements (tenant_id, kind, stores, made) VALUES ($1, $2, $3
 """
 SAY_IN_TOKENS = "UPDATE tenant.tenants SET placement = $2 WHERE tenant_id = $1 AND placement <> $2"
 ANNOUNCE = "SELECT tenant.announce($1, 'PLACEMENT')"
-DELETE_FROM_DIRECTORY = "DELETE FROM tenant.move_directory WHERE tenant_id = $1"
-DELETE_PLACEMENT = "DELETE FROM tenant.placements WHERE tenant_id = $1"
 
 
 class PostgresPlacements:
@@ -60,12 +58,6 @@ class PostgresPlacements:
             await connection.execute(SAY_IN_TOKENS, tenant_id, row["kind"])
             await connection.execute(ANNOUNCE, tenant_id)
         return await self._place(tenant_id, row["kind"], row["stores"], row["made"])
-
-    async def remove(self, tenant_id: TenantId) -> None:
-        """Removes the row."""
-        async with self._database.transaction(tenant_id) as connection:
-            await connection.execute(DELETE_FROM_DIRECTORY, tenant_id)
-            await connection.execute(DELETE_PLACEMENT, tenant_id)
 
     async def seal(self, tenant_id: TenantId, place: StoredPlace) -> bytes | None:
         """Returns the sealed addresses; None where there are none."""

@@ -28,6 +28,7 @@ DELETES = {
     "postgres:tenant.users": "DELETE FROM tenant.users WHERE tenant_id = $1",
     "postgres:tenant.configuration_changes": "DELETE FROM tenant.configuration_changes WHERE tenant_id = $1",
     "postgres:tenant.tenant_settings": "DELETE FROM tenant.tenant_settings WHERE tenant_id = $1",
+    "postgres:tenant.move_directory": "DELETE FROM tenant.move_directory WHERE tenant_id = $1",
     "postgres:tenant.placements": "DELETE FROM tenant.placements WHERE tenant_id = $1",
     "postgres:tenant.purges": "DELETE FROM tenant.purges WHERE tenant_id = $1",
     "postgres:tenant.sagas": "DELETE FROM tenant.sagas WHERE tenant_id = $1 AND kind = 'PROVISION'",
