@@ -8,7 +8,8 @@ from pydantic import SecretStr
 from qdrant_client import grpc as q
 
 from services.kernel.errors import InvalidRequest, NotFound
-from services.kernel.ids import DocumentId, TenantId
+from services.kernel.ids import DocumentId, TenantId, new_uuid7
+from services.kernel.placement import PlacementKind
 from services.retrieval.adapters.qdrant import alias_name
 from services.retrieval.adapters.qdrant_token import CollectionTokens
 from services.retrieval.chunking import cut
@@ -115,6 +116,19 @@ async def test_a_crash_before_indexing_is_repaired(shelf: Shelf) -> None:
     await _age(shelf, "UPDATE documents SET update_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
     assert await repair_once(shelf.owed, shelf.library) == 1
     assert await found_keys(shelf.library, tenant_id, "holiday") == ["holidays.md"]
+
+
+async def test_a_place_without_tables_holds_up_nobodys_repairs(shelf: Shelf) -> None:
+    """A tenant is on the list of those elsewhere before its tables are made: the repairing job goes past it to the others."""
+    tenant_id, half_made = await shelf.new_tenant(), TenantId(new_uuid7())
+    if shelf.kind is not PlacementKind.POOL:
+        await shelf.maker.note_away(half_made, (await shelf.places.make(half_made, shelf.kind)).place)
+    await shelf.store.put(tenant_id, HOLIDAYS, cut(HOLIDAYS.text))
+    await _age(shelf, "UPDATE documents SET update_time = now() - interval '1 minute' WHERE tenant_id = $1", tenant_id)
+    try:
+        assert await repair_once(shelf.owed, shelf.library) == 1
+    finally:
+        await shelf.maker.forget(half_made)
 
 
 async def test_a_crash_before_removing_points_is_repaired(shelf: Shelf) -> None:
