@@ -8,7 +8,7 @@ CREDENTIALS = "tests/isolation/test_credentials.py"
 WALLS = "tests/isolation/test_each_wall_alone.py"
 RULES = f"{STORES}::test_every_schema_keeps_the_isolation_rules"
 # One of the two ways of setting a tenant is enough to notice.
-REACHES = f"{STORES}::test_a_service_role_reaches_only_the_tenant_that_is_set[transaction]"
+REACHES = f"{STORES}::test_a_service_role_reaches_only_the_tenant_that_is_set[transaction-plain]"
 
 _OWN = "(tenant_id = (SELECT current_setting('app.tenant_id')::uuid))"
 _OWN_ON_TWO_LINES = f"\n    USING {_OWN}\n    WITH CHECK {_OWN}"
