@@ -108,7 +108,8 @@ class PlaceDirectory:
         while True:
             self.forget(tenant_id)
             whereabouts = await self._source.fetch(tenant_id, context)
-            for place in (whereabouts.following, whereabouts.place):
+            # Where it lives first: what it is moving to is only a copy until its own place refuses it as well.
+            for place in (whereabouts.place, whereabouts.following):
                 if place is not None and place != left:
                     log.info("tenant_found_elsewhere", tenant_id=str(tenant_id), kind=place.kind.value)
                     return await self._known.get(tenant_id, lambda found=place: _at_once(found))  # type: ignore[misc] # bound per turn

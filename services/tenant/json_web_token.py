@@ -42,7 +42,7 @@ def parse_token(text: str) -> JsonWebToken | None:
     audiences = _audiences(claims.get("aud"))
     if not isinstance(algorithm, str) or not isinstance(key_id, str) or not isinstance(issuer, str):
         return None
-    if not 1 <= len(key_id) <= _MAX_KEY_ID_LENGTH or not audiences or "\x00" in issuer:
+    if not 1 <= len(key_id) <= _MAX_KEY_ID_LENGTH or not audiences or not issuer.isprintable():
         return None
     return JsonWebToken(text, algorithm, key_id, issuer, audiences, claims)
 

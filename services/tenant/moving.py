@@ -25,6 +25,7 @@ SWEEP_SECONDS = 2.0
 TENANTS_AT_ONCE = 10
 # A caller who began a move is left to it for this long before the sweep goes on with it.
 HANDS_OFF_SECONDS = 30.0
+POSTPONED_SECONDS = 10.0
 MOVABLE = frozenset((TenantState.ACTIVE, TenantState.SUSPENDED))
 
 
@@ -60,6 +61,10 @@ class MoveStore(Protocol):
 
     async def due(self, limit: int) -> Sequence[TenantId]:
         """Returns tenants with a move to go on with or something to remove, now."""
+        ...
+
+    async def postpone(self, tenant_id: TenantId, seconds: float) -> None:
+        """Makes the tenant due again after that time."""
         ...
 
 
@@ -125,6 +130,8 @@ class TenantMoves:
                 log.warning("sweep_postponed", reason=error.reason_name)
             for tenant_id in due:
                 try:
+                    # Before it is tried: one that fails again and again must not keep the others from their turn.
+                    await self._store.postpone(tenant_id, POSTPONED_SECONDS)
                     await self.go_on(tenant_id)
                 except MeshError as error:
                     log.warning("move_postponed", tenant_id=str(tenant_id), reason=error.reason_name)
@@ -142,9 +149,12 @@ class TenantMoves:
 
     async def _go_on(self, tenant_id: TenantId, placement: Placement, actor: Actor) -> Placement:
         if placement.following is not None:
+            # Looked at again and again: a tenant that is being erased gets no new place.
+            await self._refuse_unmovable(tenant_id)
             await self._placements.make(tenant_id, placement.following)
             for service in CONTENT_SERVICES:
                 if service not in placement.moved_services:
+                    await self._refuse_unmovable(tenant_id)
                     await self._peers[service].move(await self._context(tenant_id))
                     await self._store.part_moved(tenant_id, service)
             await self._store.finish_move(tenant_id, actor, self._grace_seconds)

@@ -46,7 +46,7 @@ async def test_a_tenant_answers_wherever_it_lives(mesh: Mesh, isolation: str, ca
 
 async def test_places_keep_the_isolation_rules(mesh: Mesh) -> None:
     """The catalog of a bridge schema and of a silo database shows the same walls as the shared tables."""
-    bridge, silo = await mesh.tenant(isolation="bridge"), await mesh.tenant(isolation="silo")
+    bridge, silo = await mesh.tenant("enterprise", "bridge"), await mesh.tenant("enterprise", "silo")
     shared = await asyncpg.connect(mesh.stack.postgres.dsn(DATABASE))
     name = name_of(bridge)
     homes = [Destination(home, name, home_of(home).owner, home_of(home).service) for home in ("inference", "retrieval")]

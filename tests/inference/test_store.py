@@ -134,10 +134,8 @@ async def test_a_scan_after_an_erasure_finds_the_tombstone_alone(desk: Desk) -> 
     tombstone = {"postgres:inference.erased_tenants": (1, 0)}.items()
     assert await left_of(desk, tenant_id) == tombstone
     await desk.places.drop(tenant_id)
-    if desk.kind is PlacementKind.SILO:
-        # Still holds a connection that was cut with the database.
-        with pytest.raises(Unavailable):
-            await desk.memory.newest_prompt(tenant_id)
+    with pytest.raises(NotFound):
+        await desk.memory.newest_prompt(tenant_id)
     assert await left_of(desk, tenant_id) == tombstone
     with pytest.raises(NotFound):
         await desk.memory.put_prompt(tenant_id, "Too late.", only_first=False)

@@ -361,3 +361,23 @@ async def administer(world: World, *statements: str) -> None:
     for sql in statements:
         await connection.execute(sql)
     await connection.close()
+
+
+class Told:
+    """Knows a tenant that lives in a bridge and is being copied to a silo."""
+
+    def __init__(self, lives_at: Place, following: Place) -> None:
+        self._whereabouts = Whereabouts(lives_at, following)
+
+    async def fetch(self, tenant_id: TenantId, context: TenantContext | None) -> Whereabouts:
+        """Tells both."""
+        return self._whereabouts
+
+
+async def test_who_comes_late_is_sent_where_the_tenant_lives_and_not_to_its_copy() -> None:
+    """A place that is still being filled is nobody's until the one before it refuses: what was written there would be lost."""
+    tenant_id, bridge = TenantId(new_uuid7()), Place(PlacementKind.BRIDGE, schema="t_one")
+    silo = Place(PlacementKind.SILO, dsn=SecretStr("postgresql://app@db.example/own"))
+    directory = PlaceDirectory(Told(bridge, silo))
+    assert await directory.moved(tenant_id, HOME) == bridge
+    assert await directory.moved(tenant_id, bridge) == silo

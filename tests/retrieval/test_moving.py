@@ -12,8 +12,9 @@ from pydantic import SecretStr
 
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.placement import HOME, PlacementKind, Whereabouts
+from services.kernel.tenant_cipher import TenantCipher
 from services.kernel.tenant_context import TenantContext
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.tenant_moving import TenantMover
 from services.retrieval.adapters.moving_points import MovingPoints
 from services.retrieval.adapters.placed_index import PlacedIndex
@@ -24,6 +25,7 @@ from services.retrieval.document import DocumentDraft
 from services.retrieval.embedding import HashingEmbedder
 from services.retrieval.library import Library
 from tests.devstack.qdrant_front.front import API_KEY, running_front
+from tests.retrieval.conftest import ScriptedKeys
 from tests.support.places import KnownPlaces
 from tests.support.stores import PostgresStore
 
@@ -83,7 +85,10 @@ async def replica(places: KnownPlaces, url: str, stack: AsyncExitStack) -> Repli
     stack.push_async_callback(silos.close)
     shared = QdrantIndex(url, SecretStr(API_KEY), embedder.dimensions)
     stack.push_async_callback(shared.close)
-    index, store = PlacedIndex(shared, database, embedder.dimensions), PostgresDocumentStore(database)
+    jobs = await JobsDatabase.open(places.dsn("retrieval_jobs"))
+    stack.push_async_callback(jobs.close)
+    index = PlacedIndex(shared, database, embedder.dimensions)
+    store = PostgresDocumentStore(database, jobs, TenantCipher(ScriptedKeys()))
     stack.push_async_callback(index.close)
     mover = TenantMover(database, places, maker, "retrieval", TENANT_TABLES, MovingPoints(index))
     return Replica(Library(store, index, embedder), store, index, mover)

@@ -148,6 +148,7 @@ FORGERIES: dict[str, Forgery] = {
     "its own key in the header": lambda b: SigningKey("ES256", b.key.kid).sign(b.claims(), jwk=OTHER.public_jwk()),
     "crit": lambda b: b.key.sign(b.claims(), crit=["exp"]),
     "wrong issuer": lambda b: b.token(iss="https://login.example/nobody"),
+    "an issuer of half a character": lambda b: b.key.sign_text(json.dumps(b.claims() | {"iss": "\ud800"}).encode()),
     "no issuer": lambda b: b.token(iss=None),
     "wrong audience": lambda b: b.token(aud="another-api"),
     "no audience": lambda b: b.token(aud=None),

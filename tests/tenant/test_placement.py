@@ -122,12 +122,21 @@ async def test_a_tenant_of_the_pool_has_no_secrets_to_tell(harness: Harness) -> 
     created = await harness.create()
     token = (await harness.authenticate(created.api_key)).context_token
     stub = placement_service_pb2_grpc.PlacementServiceStub(harness.channel)
-    request = pb.GetPlacementRequest(for_tables=True)
+    request = pb.GetPlacementRequest()
     answer = await call(stub.GetPlacement, request, as_service("inference", token, created.tenant.tenant_id))
     assert answer == pb.GetPlacementResponse(place=pb.Place(isolation=pb.ISOLATION_POOL))
     for caller in ("metering", "ratelimit"):
         refused = await refusal(call(stub.GetPlacement, request, as_service(caller, token, created.tenant.tenant_id)))
         assert refused.reason_name == "CALLER_NOT_ALLOWED"
+
+
+async def test_what_tables_are_made_with_is_told_in_no_callers_name(harness: Harness) -> None:
+    """A service with the token of a tenant's own call is not told the owner's DSN: only work the tenant service began is."""
+    created = await harness.create()
+    token = (await harness.authenticate(created.api_key)).context_token
+    stub = placement_service_pb2_grpc.PlacementServiceStub(harness.channel)
+    asked = call(stub.GetPlacement, pb.GetPlacementRequest(for_tables=True), as_service("retrieval", token, created.tenant.tenant_id))
+    assert (await refusal(asked)).reason_name == "CALLER_NOT_ALLOWED"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 from services.tenant.authentication import AuditAction
-from services.tenant.usage_trail import AuditEvent, KeyUse, UsageTrailBuffer
+from services.tenant.usage_trail import EVENTS_AT_ONCE, AuditEvent, KeyUse, UsageTrailBuffer
 
 TENANT = TenantId(UUID(int=7))
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -135,3 +135,23 @@ async def test_a_full_trail_refuses_to_grow(monkeypatch: pytest.MonkeyPatch) -> 
     refused(trail)
     await trail.flush(everything=True)
     assert [(event.subject, count) for event, count in store.events] == [("key:k", 2)]
+
+
+async def test_a_flood_is_written_in_pieces_a_tenants_together() -> None:
+    """Thousands of different refusals are many statements, each small, and a piece holds up none that was written before it."""
+    store = Store()
+    sizes: list[int] = []
+    write = store.append_audit
+
+    async def counted(events: Sequence[tuple[AuditEvent, int]]) -> None:
+        sizes.append(len(events))
+        await write(events)
+
+    store.append_audit = counted  # type: ignore[method-assign] # watched, not replaced
+    trail = UsageTrailBuffer(store)
+    for number in range(3 * EVENTS_AT_ONCE):
+        tenant = TenantId(UUID(int=number % 2))
+        trail.audit(tenant, AuditAction.TENANT_MISMATCH, "key:k", f"tenant:{number}", "192.0.2.7")
+    await trail.flush()
+    assert sizes == [EVENTS_AT_ONCE] * 3
+    assert [event.tenant_id for event, _ in store.events] == sorted(event.tenant_id for event, _ in store.events)

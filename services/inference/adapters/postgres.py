@@ -164,9 +164,13 @@ class PostgresMemory:
             await connection.execute(LOCK_ERASURE, tenant_id)
             await connection.execute(INSERT_TOMBSTONE, tenant_id)
             removed = await _remove(connection, tenant_id)
-        async with self._database.transaction(tenant_id) as connection:
-            elsewhere = await _remove(connection, tenant_id)
-        return {kind: count + elsewhere[kind] for kind, count in removed.items()}
+        try:
+            async with self._database.transaction(tenant_id) as connection:
+                elsewhere = await _remove(connection, tenant_id)
+        except NotFound:
+            # Nobody knows a place of its own any more: it was dropped with all that was in it.
+            elsewhere = {}
+        return {kind: count + elsewhere.get(kind, 0) for kind, count in removed.items()}
 
     async def purge(self, tenant_id: TenantId, older_than: datetime) -> tuple[Mapping[str, int], bool]:
         """Removes a batch of conversations without a turn since then; returns counts by kind, and whether there may be more."""

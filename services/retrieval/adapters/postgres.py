@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 import asyncpg
 import structlog
 
-from services.kernel.errors import MeshError
+from services.kernel.errors import MeshError, NotFound
 from services.kernel.ids import DocumentId, TenantId, new_uuid7
 from services.kernel.placement import HOME, Place, PlacementKind
 from services.kernel.sealed_writes import write_sealed
@@ -244,9 +244,13 @@ class PostgresDocumentStore:
             await connection.execute(LOCK_ERASURE, tenant_id)
             await connection.execute(INSERT_TOMBSTONE, tenant_id)
             removed = await _remove(connection, tenant_id)
-        async with self._database.transaction(tenant_id) as connection:
-            elsewhere = await _remove(connection, tenant_id)
-        return {table: count + elsewhere[table] for table, count in removed.items()}
+        try:
+            async with self._database.transaction(tenant_id) as connection:
+                elsewhere = await _remove(connection, tenant_id)
+        except NotFound:
+            # Nobody knows a place of its own any more: it was dropped with all that was in it.
+            elsewhere = {}
+        return {table: count + elsewhere.get(table, 0) for table, count in removed.items()}
 
     async def is_erased(self, tenant_id: TenantId) -> bool:
         """Tells whether the tenant was erased."""

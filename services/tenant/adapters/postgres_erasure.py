@@ -33,8 +33,11 @@ INSERT_RECEIPT = """
 INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
 """
 GET_RECEIPT = "SELECT body, signature, key_id FROM tenant.erasure_receipts WHERE tenant_id = $1"
-# Kept of an erased tenant, and of it the id alone: the log and its index, the spent request id, the feed, and the erasure's own books.
-KEPT = frozenset({"audit", "audit_documents", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts"})
+# Kept of an erased tenant, and of it the id alone: the log and its index, the spent request id, the feed, the erasure's own books, and
+# what flags once said, which is the operator's history.
+KEPT = frozenset(
+    {"audit", "audit_documents", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts", "flag_changes"}
+)
 # A schema or a database named for the tenant is a store of its own, whoever can read in it.
 COUNT_NAMED = {
     "postgres:pg_namespace": "SELECT count(*) FROM pg_namespace WHERE nspname = $1",

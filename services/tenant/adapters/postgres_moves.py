@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
-from services.kernel.errors import NotFound
+from services.kernel.errors import NotFound, WrongState
 from services.kernel.ids import TenantId
 from services.kernel.placement import PlacementKind
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
-from services.tenant.adapters.postgres_placements import ANNOUNCE, LOCK_TENANT, SAY_IN_TOKENS, PostgresPlacements
+from services.tenant.adapters.postgres_placements import ANNOUNCE, SAY_IN_TOKENS, PostgresPlacements
 from services.tenant.adapters.postgres_secrets import lock_secrets
-from services.tenant.moving import Left
+from services.tenant.moving import MOVABLE, Left
 from services.tenant.placement import Placement, StoredPlace
+from services.tenant.tenant_record import TenantState
 
 BEGIN_MOVE = """
 INSERT INTO tenant.placements AS p (tenant_id, kind, following_kind, following_stores, following_made) VALUES ($1, 'pool', $2, $3, $4)
@@ -32,6 +33,7 @@ RETURNING left_kind, kind
 """
 # What is in force may follow from the place: a silo's content is encrypted unless somebody said otherwise.
 RAISE_VERSION = "UPDATE tenant.tenant_settings SET config_version = config_version + 1 WHERE tenant_id = $1"
+LOCK_STATE = "SELECT state FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE"
 SELECT_LEFT = "SELECT left_kind FROM tenant.placements WHERE tenant_id = $1"
 FORGET_LEFT = "UPDATE tenant.placements SET left_kind = NULL WHERE tenant_id = $1"
 LOOK_AGAIN = """
@@ -39,6 +41,7 @@ INSERT INTO tenant.move_directory (tenant_id, due_time) VALUES ($1, now() + make
 ON CONFLICT (tenant_id) DO UPDATE SET due_time = excluded.due_time
 """
 LOOK_NO_MORE = "DELETE FROM tenant.move_directory WHERE tenant_id = $1"
+POSTPONE = "UPDATE tenant.move_directory SET due_time = now() + make_interval(secs => $2) WHERE tenant_id = $1"
 SELECT_DUE = "SELECT tenant_id FROM tenant.move_directory WHERE due_time <= now() ORDER BY due_time LIMIT $1"
 
 
@@ -54,8 +57,11 @@ class PostgresMoves:
         async with self._database.transaction(tenant_id) as connection:
             await lock_secrets(connection, tenant_id)
             sealed = await self._placements.seal(tenant_id, following)
-            if not await connection.fetchval(LOCK_TENANT, tenant_id):
+            state = await connection.fetchval(LOCK_STATE, tenant_id)
+            if state is None:
                 raise NotFound("tenant")
+            if TenantState(state) not in MOVABLE:
+                raise WrongState("tenant", state, "only a tenant that is in use can be moved")
             await connection.execute(BEGIN_MOVE, tenant_id, following.kind.value, sealed, following.made)
             await connection.execute(LOOK_AGAIN, tenant_id, look_again_seconds)
             await connection.execute(ANNOUNCE, tenant_id)
@@ -73,7 +79,8 @@ class PostgresMoves:
     async def finish_move(self, tenant_id: TenantId, actor: Actor, grace_seconds: float) -> None:
         """Makes the new place the tenant's place; a repeated call finds no move and changes nothing."""
         async with self._database.transaction(tenant_id) as connection:
-            await connection.execute(LOCK_TENANT, tenant_id)
+            if await connection.fetchval(LOCK_STATE, tenant_id) not in MOVABLE:
+                return
             moved = await connection.fetchrow(FINISH_MOVE, tenant_id)
             if moved is None:
                 return
@@ -98,3 +105,8 @@ class PostgresMoves:
     async def due(self, limit: int) -> Sequence[TenantId]:
         """Returns tenants to look at now: the directory holds ids and times alone, and is read over all of them."""
         return [TenantId(row["tenant_id"]) for row in await self._database.call(None, SELECT_DUE, limit)]
+
+    async def postpone(self, tenant_id: TenantId, seconds: float) -> None:
+        """Makes the tenant due again after that time."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(POSTPONE, tenant_id, seconds)

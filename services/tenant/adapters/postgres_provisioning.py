@@ -164,9 +164,9 @@ class PostgresProvisioning:
                 return
             await connection.execute(RELEASE_SLUG, tenant_id)
             await connection.execute(GIVE_UP, tenant_id)
-            await connection.execute(ANNOUNCE_STATE, tenant_id)
             await append_audit(connection, tenant_id, "TENANT_FAILED", f"tenant:{tenant_id}", actor)
             await mark_undone(connection, tenant_id, _KIND, step)
+            await connection.execute(ANNOUNCE_STATE, tenant_id)
 
 
 async def _finish(connection: Connection, tenant_id: TenantId, step: Step) -> None:

@@ -138,9 +138,12 @@ async def remove_records(connection: Connection, tenant_id: TenantId, actor: Act
     # Without the lock a key made at this moment could outlive its tenant's removal, or stop it half-way.
     await connection.execute(LOCK_TENANT, tenant_id)
     removed = [RemovedRecords(kind, _count(await connection.execute(sql, tenant_id))) for kind, sql in DELETES.items()]
-    removed.append(RemovedRecords("postgres:tenant.flags", await connection.fetchval(FORGET_IN_FLAGS, tenant_id)))
-    if any(records.count for records in removed):
+    gone = any(records.count for records in removed)
+    if gone:
         await append_audit(connection, tenant_id, "TENANT_ERASED", f"tenant:{tenant_id}", actor)
+    # After the log, because it announces: in the other order two changes could wait for each other.
+    removed.append(RemovedRecords("postgres:tenant.flags", await connection.fetchval(FORGET_IN_FLAGS, tenant_id)))
+    if gone:
         await announce(connection, tenant_id, ChangeKind.STATE)
         await announce(connection, tenant_id, ChangeKind.DOMAIN)
     return removed

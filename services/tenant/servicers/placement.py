@@ -1,11 +1,13 @@
 """PlacementService on the wire."""
 
+from mesh.common.v1 import error_reason_pb2
 from mesh.tenant.v1 import placement_service_pb2 as messages
 from mesh.tenant.v1 import placement_service_pb2_grpc
-from services.kernel.errors import NotFound
+from services.kernel.errors import Forbidden, NotFound
 from services.kernel.placement import PlacementKind
-from services.kernel.request_context import current_caller, current_tenant_id
+from services.kernel.request_context import current_caller, current_tenant, current_tenant_id
 from services.kernel.timestamps import to_timestamp
+from services.tenant.context_minting import PROVISIONING_SUBJECT
 from services.tenant.moving import TenantMoves
 from services.tenant.placement import Placement, Placements, PlacementWish, SiloStores, StoredPlace
 from services.tenant.servicers.caller import acting_subject
@@ -35,6 +37,7 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
         if following is not None:
             response.following.CopyFrom(_place(following, schema_name))
         if request.for_tables:
+            _refuse_but_the_makers()
             response.migration_dsn = (following or place).stores.postgres_owner_dsn
         return response
 
@@ -53,6 +56,17 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
         if placement is None:
             raise NotFound("tenant")
         return placement
+
+
+def _refuse_but_the_makers() -> None:
+    # With it a service could take down the tenant's walls: only work that this service itself began gets the owner's DSN.
+    if current_tenant().subject != PROVISIONING_SUBJECT:
+        raise Forbidden(
+            error_reason_pb2.ERROR_REASON_CALLER_NOT_ALLOWED,
+            "for_tables is for work the tenant service began; ask without it",
+            caller=current_caller(),
+            method="GetPlacement",
+        )
 
 
 def placement_wish(isolation: int, silo: messages.SiloStores) -> PlacementWish:
