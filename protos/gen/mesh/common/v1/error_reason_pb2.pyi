@@ -80,12 +80,24 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT. The request alone exceeds a cap of the plan. {"rule": "max_context_tokens", "limit": "8000", "requested": "90000"}"""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 36
     """RESOURCE_EXHAUSTED, with RetryInfo. The call could not start in time behind others; nothing was held. {"expected_wait_ms": "1200"}"""
+    ERROR_REASON_BURST_LIMIT: _ErrorReason.ValueType  # 37
+    """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. Too much at once, though the plan's longer windows have room. Metadata as PLAN_LIMIT."""
+    ERROR_REASON_ABUSE_GUARD: _ErrorReason.ValueType  # 38
+    """RESOURCE_EXHAUSTED, with RetryInfo. The tenant went on after refusals, or offered wrong credentials, and is kept out for a while; an operator can lift it.
+    {"cause": "REFUSALS", "reset_time": "2026-01-01T00:00:30Z"}
+    """
+    ERROR_REASON_FEATURE: _ErrorReason.ValueType  # 39
+    """PERMISSION_DENIED. The plan does not include the feature or unit. {"feature": "advanced_analytics"}"""
     ERROR_REASON_DEPENDENCY_UNAVAILABLE: _ErrorReason.ValueType  # 40
     """UNAVAILABLE, with RetryInfo. A store or a service that this call needs does not answer. {"dependency": "redis"}"""
     ERROR_REASON_LIMITS_REBUILDING: _ErrorReason.ValueType  # 41
     """UNAVAILABLE, with RetryInfo. Limits are being rebuilt from the ledger. {}"""
     ERROR_REASON_RESERVATION_LOST: _ErrorReason.ValueType  # 42
     """ABORTED. The reservation ended, or is older than the last rebuild: start the call again with a new one. {"reservation_id": "…"}"""
+    ERROR_REASON_RETRY_BUDGET: _ErrorReason.ValueType  # 43
+    """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. The tenant's further attempts at the provider are used up; the first attempt is not affected. Metadata as PLAN_LIMIT."""
+    ERROR_REASON_PROVIDER_SHARE: _ErrorReason.ValueType  # 44
+    """RESOURCE_EXHAUSTED, with RetryInfo. The tenant's fair share of the provider's account is in use. {"account": "…", "limit": "…", "used": "…"}"""
     ERROR_REASON_PROVIDER_UNAVAILABLE: _ErrorReason.ValueType  # 50
     """UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing. Where it may have billed all the same, the call is listed as unresolved. {"provider": "anthropic", "http_status": "529"}"""
     ERROR_REASON_PROVIDER_REFUSED: _ErrorReason.ValueType  # 51
@@ -160,12 +172,24 @@ ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 35
 """INVALID_ARGUMENT. The request alone exceeds a cap of the plan. {"rule": "max_context_tokens", "limit": "8000", "requested": "90000"}"""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 36
 """RESOURCE_EXHAUSTED, with RetryInfo. The call could not start in time behind others; nothing was held. {"expected_wait_ms": "1200"}"""
+ERROR_REASON_BURST_LIMIT: ErrorReason.ValueType  # 37
+"""RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. Too much at once, though the plan's longer windows have room. Metadata as PLAN_LIMIT."""
+ERROR_REASON_ABUSE_GUARD: ErrorReason.ValueType  # 38
+"""RESOURCE_EXHAUSTED, with RetryInfo. The tenant went on after refusals, or offered wrong credentials, and is kept out for a while; an operator can lift it.
+{"cause": "REFUSALS", "reset_time": "2026-01-01T00:00:30Z"}
+"""
+ERROR_REASON_FEATURE: ErrorReason.ValueType  # 39
+"""PERMISSION_DENIED. The plan does not include the feature or unit. {"feature": "advanced_analytics"}"""
 ERROR_REASON_DEPENDENCY_UNAVAILABLE: ErrorReason.ValueType  # 40
 """UNAVAILABLE, with RetryInfo. A store or a service that this call needs does not answer. {"dependency": "redis"}"""
 ERROR_REASON_LIMITS_REBUILDING: ErrorReason.ValueType  # 41
 """UNAVAILABLE, with RetryInfo. Limits are being rebuilt from the ledger. {}"""
 ERROR_REASON_RESERVATION_LOST: ErrorReason.ValueType  # 42
 """ABORTED. The reservation ended, or is older than the last rebuild: start the call again with a new one. {"reservation_id": "…"}"""
+ERROR_REASON_RETRY_BUDGET: ErrorReason.ValueType  # 43
+"""RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. The tenant's further attempts at the provider are used up; the first attempt is not affected. Metadata as PLAN_LIMIT."""
+ERROR_REASON_PROVIDER_SHARE: ErrorReason.ValueType  # 44
+"""RESOURCE_EXHAUSTED, with RetryInfo. The tenant's fair share of the provider's account is in use. {"account": "…", "limit": "…", "used": "…"}"""
 ERROR_REASON_PROVIDER_UNAVAILABLE: ErrorReason.ValueType  # 50
 """UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing. Where it may have billed all the same, the call is listed as unresolved. {"provider": "anthropic", "http_status": "529"}"""
 ERROR_REASON_PROVIDER_REFUSED: ErrorReason.ValueType  # 51

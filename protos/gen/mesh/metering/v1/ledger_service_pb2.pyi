@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from mesh.common.v1 import limit_rule_pb2 as _limit_rule_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -183,6 +184,66 @@ FENCE_OUTCOME_SETTLED: FenceOutcome.ValueType  # 3
 FENCE_OUTCOME_SETTLED_BEFORE: FenceOutcome.ValueType  # 4
 """Settled before this epoch: the rebuild counted it; let the hold go."""
 Global___FenceOutcome: _TypeAlias = FenceOutcome  # noqa: Y015
+
+class _ExtendOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExtendOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExtendOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXTEND_OUTCOME_UNSPECIFIED: _ExtendOutcome.ValueType  # 0
+    """Never answered."""
+    EXTEND_OUTCOME_EXTENDED: _ExtendOutcome.ValueType  # 1
+    """The bound is at least what was asked for."""
+    EXTEND_OUTCOME_NOT_OPEN: _ExtendOutcome.ValueType  # 2
+    """No open call of that reservation: it must not go on past its old bound."""
+
+class ExtendOutcome(_ExtendOutcome, metaclass=_ExtendOutcomeEnumTypeWrapper):
+    """What came of an extension."""
+
+EXTEND_OUTCOME_UNSPECIFIED: ExtendOutcome.ValueType  # 0
+"""Never answered."""
+EXTEND_OUTCOME_EXTENDED: ExtendOutcome.ValueType  # 1
+"""The bound is at least what was asked for."""
+EXTEND_OUTCOME_NOT_OPEN: ExtendOutcome.ValueType  # 2
+"""No open call of that reservation: it must not go on past its old bound."""
+Global___ExtendOutcome: _TypeAlias = ExtendOutcome  # noqa: Y015
+
+class _RecordUnitsOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RecordUnitsOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordUnitsOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RECORD_UNITS_OUTCOME_UNSPECIFIED: _RecordUnitsOutcome.ValueType  # 0
+    """Never answered."""
+    RECORD_UNITS_OUTCOME_RECORDED: _RecordUnitsOutcome.ValueType  # 1
+    """It is recorded, now or before, with this content."""
+    RECORD_UNITS_OUTCOME_STALE_EPOCH: _RecordUnitsOutcome.ValueType  # 2
+    """The limits were rebuilt since the hold was taken."""
+    RECORD_UNITS_OUTCOME_ENDED: _RecordUnitsOutcome.ValueType  # 3
+    """A fence was quicker: the hold is gone, nothing is recorded and never will be."""
+    RECORD_UNITS_OUTCOME_CONFLICT: _RecordUnitsOutcome.ValueType  # 4
+    """The id is taken by other content."""
+    RECORD_UNITS_OUTCOME_TENANT_NOT_PROVEN: _RecordUnitsOutcome.ValueType  # 5
+    """The context token does not prove the tenant."""
+
+class RecordUnitsOutcome(_RecordUnitsOutcome, metaclass=_RecordUnitsOutcomeEnumTypeWrapper):
+    """What came of one use."""
+
+RECORD_UNITS_OUTCOME_UNSPECIFIED: RecordUnitsOutcome.ValueType  # 0
+"""Never answered."""
+RECORD_UNITS_OUTCOME_RECORDED: RecordUnitsOutcome.ValueType  # 1
+"""It is recorded, now or before, with this content."""
+RECORD_UNITS_OUTCOME_STALE_EPOCH: RecordUnitsOutcome.ValueType  # 2
+"""The limits were rebuilt since the hold was taken."""
+RECORD_UNITS_OUTCOME_ENDED: RecordUnitsOutcome.ValueType  # 3
+"""A fence was quicker: the hold is gone, nothing is recorded and never will be."""
+RECORD_UNITS_OUTCOME_CONFLICT: RecordUnitsOutcome.ValueType  # 4
+"""The id is taken by other content."""
+RECORD_UNITS_OUTCOME_TENANT_NOT_PROVEN: RecordUnitsOutcome.ValueType  # 5
+"""The context token does not prove the tenant."""
+Global___RecordUnitsOutcome: _TypeAlias = RecordUnitsOutcome  # noqa: Y015
 
 @_typing.final
 class TokenUsage(_message.Message):
@@ -747,20 +808,106 @@ class BeginEpochRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NONCE_FIELD_NUMBER: _builtins.int
+    PERIODS_FIELD_NUMBER: _builtins.int
+    RECENT_SECONDS_FIELD_NUMBER: _builtins.int
     nonce: _builtins.str
     """Names the request, 1–64 characters; returned with the answer, so that the limits load only what they asked for last."""
+    recent_seconds: _builtins.int
+    """How far back every ended call and consumption is wanted one by one, for sliding windows: 0–3,600; 0 stands for 60."""
+    @_builtins.property
+    def periods(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountedPeriod]:
+        """Which sums are wanted: at most 400. Each is answered by `sums` with its place in this list."""
+
     def __init__(
         self,
         *,
         nonce: _builtins.str = ...,
+        periods: _abc.Iterable[Global___CountedPeriod] | None = ...,
+        recent_seconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "periods", b"periods", "recent_seconds", b"recent_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BeginEpochRequest: _TypeAlias = BeginEpochRequest  # noqa: Y015
+
+@_typing.final
+class CountedPeriod(_message.Message):
+    """What to add up: a unit over the calls reserved within a period."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIT_FIELD_NUMBER: _builtins.int
+    PRODUCT_UNIT_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    unit: _limit_rule_pb2.LimitUnit.ValueType
+    """TOKENS, COST_NANO_USD, REQUESTS, RETRIES or PRODUCT."""
+    product_unit: _builtins.str
+    """Of PRODUCT: which."""
+    scope: _limit_rule_pb2.LimitScope.ValueType
+    """One sum, or one for each user, feature, or user and feature."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Inclusive, by the time of reservation."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Exclusive."""
+
+    def __init__(
+        self,
+        *,
+        unit: _limit_rule_pb2.LimitUnit.ValueType = ...,
+        product_unit: _builtins.str = ...,
+        scope: _limit_rule_pb2.LimitScope.ValueType = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "product_unit", b"product_unit", "scope", b"scope", "start_time", b"start_time", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountedPeriod: _TypeAlias = CountedPeriod  # noqa: Y015
+
+@_typing.final
+class CountedSum(_message.Message):
+    """A sum of settled use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERIOD_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    period: _builtins.int
+    """Which period of the request, from 0."""
+    user: _builtins.str
+    """The user it is of; empty for none or all."""
+    feature: _builtins.str
+    """The feature it is of; empty for none or all."""
+    amount: _builtins.int
+    """How much: never negative."""
+    def __init__(
+        self,
+        *,
+        period: _builtins.int = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        amount: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "feature", b"feature", "period", b"period", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountedSum: _TypeAlias = CountedSum  # noqa: Y015
 
 @_typing.final
 class BeginEpochResponse(_message.Message):
@@ -768,53 +915,12 @@ class BeginEpochResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class SettledTokensByDayEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.int
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    @_typing.final
-    class SettledNanoUsdByMonthEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.int
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     NONCE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     SNAPSHOT_TIME_FIELD_NUMBER: _builtins.int
     RECENT_FIELD_NUMBER: _builtins.int
     OUTSTANDING_FIELD_NUMBER: _builtins.int
-    SETTLED_TOKENS_BY_DAY_FIELD_NUMBER: _builtins.int
-    SETTLED_NANO_USD_BY_MONTH_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
     nonce: _builtins.str
     """As in the request."""
     epoch: _builtins.int
@@ -825,19 +931,15 @@ class BeginEpochResponse(_message.Message):
 
     @_builtins.property
     def recent(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountedCall]:
-        """Every call reserved in the last 60 s that is settled or void, for the sliding windows."""
+        """Every call and consumption reserved in the last `recent_seconds` that is settled, reconciled or void, for the sliding windows."""
 
     @_builtins.property
     def outstanding(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountedCall]:
         """Every open and unresolved call, whenever it was reserved, at its bound."""
 
     @_builtins.property
-    def settled_tokens_by_day(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Tokens settled by UTC day of reservation: today and yesterday, "2026-01-31" → tokens."""
-
-    @_builtins.property
-    def settled_nano_usd_by_month(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Nano-USD settled by UTC month of reservation: this and the last, "2026-01" → nano-USD."""
+    def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountedSum]:
+        """The settled part of each period that was asked for; sums of 0 are left out."""
 
     def __init__(
         self,
@@ -847,12 +949,11 @@ class BeginEpochResponse(_message.Message):
         snapshot_time: _timestamp_pb2.Timestamp | None = ...,
         recent: _abc.Iterable[Global___CountedCall] | None = ...,
         outstanding: _abc.Iterable[Global___CountedCall] | None = ...,
-        settled_tokens_by_day: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
-        settled_nano_usd_by_month: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        sums: _abc.Iterable[Global___CountedSum] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot_time", b"snapshot_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "nonce", b"nonce", "outstanding", b"outstanding", "recent", b"recent", "settled_nano_usd_by_month", b"settled_nano_usd_by_month", "settled_tokens_by_day", b"settled_tokens_by_day", "snapshot_time", b"snapshot_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "nonce", b"nonce", "outstanding", b"outstanding", "recent", b"recent", "snapshot_time", b"snapshot_time", "sums", b"sums"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -869,6 +970,11 @@ class CountedCall(_message.Message):
     RESERVE_TIME_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     COST_NANO_USD_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PRODUCT_UNIT_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
     reservation_id: _builtins.bytes
     """The reservation, 16 bytes."""
     state: Global___CallState.ValueType
@@ -877,6 +983,16 @@ class CountedCall(_message.Message):
     """Settled: what was used. Open and unresolved: the bound. Void: 0."""
     cost_nano_usd: _builtins.int
     """Likewise, in nano-USD."""
+    user: _builtins.str
+    """The user it served; empty: none."""
+    feature: _builtins.str
+    """The feature it served; empty: none."""
+    attempt: _builtins.int
+    """Which attempt; 0 for a consumption."""
+    product_unit: _builtins.str
+    """The product's unit of a consumption; empty for a call."""
+    quantity: _builtins.int
+    """How many units."""
     @_builtins.property
     def reserve_time(self) -> _timestamp_pb2.Timestamp:
         """When it was reserved."""
@@ -889,11 +1005,198 @@ class CountedCall(_message.Message):
         reserve_time: _timestamp_pb2.Timestamp | None = ...,
         tokens: _builtins.int = ...,
         cost_nano_usd: _builtins.int = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        product_unit: _builtins.str = ...,
+        quantity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reserve_time", b"reserve_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_nano_usd", b"cost_nano_usd", "reservation_id", b"reservation_id", "reserve_time", b"reserve_time", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cost_nano_usd", b"cost_nano_usd", "feature", b"feature", "product_unit", b"product_unit", "quantity", b"quantity", "reservation_id", b"reservation_id", "reserve_time", b"reserve_time", "state", b"state", "tokens", b"tokens", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CountedCall: _TypeAlias = CountedCall  # noqa: Y015
+
+@_typing.final
+class ExtendCallsRequest(_message.Message):
+    """Which bounds to raise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExtendCall]:
+        """1–1,000."""
+
+    def __init__(
+        self,
+        *,
+        calls: _abc.Iterable[Global___ExtendCall] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendCallsRequest: _TypeAlias = ExtendCallsRequest  # noqa: Y015
+
+@_typing.final
+class ExtendCall(_message.Message):
+    """One bound to raise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    BOUND_TOKENS_FIELD_NUMBER: _builtins.int
+    BOUND_NANO_USD_FIELD_NUMBER: _builtins.int
+    bound_tokens: _builtins.int
+    """The most tokens it may use: not the difference."""
+    bound_nano_usd: _builtins.int
+    """The most it may cost."""
+    @_builtins.property
+    def ref(self) -> Global___CallRef:
+        """Which call."""
+
+    def __init__(
+        self,
+        *,
+        ref: Global___CallRef | None = ...,
+        bound_tokens: _builtins.int = ...,
+        bound_nano_usd: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_nano_usd", b"bound_nano_usd", "bound_tokens", b"bound_tokens", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendCall: _TypeAlias = ExtendCall  # noqa: Y015
+
+@_typing.final
+class ExtendCallsResponse(_message.Message):
+    """What came of each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedScalarFieldContainer[Global___ExtendOutcome.ValueType]:
+        """One a call, in order."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___ExtendOutcome.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendCallsResponse: _TypeAlias = ExtendCallsResponse  # noqa: Y015
+
+@_typing.final
+class RecordUnitsRequest(_message.Message):
+    """Which units were used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordUnits]:
+        """1–1,000."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___RecordUnits] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordUnitsRequest: _TypeAlias = RecordUnitsRequest  # noqa: Y015
+
+@_typing.final
+class RecordUnits(_message.Message):
+    """One use of units."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKEN_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    RESERVE_TIME_FIELD_NUMBER: _builtins.int
+    PRODUCT_UNIT_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    context_token: _builtins.str
+    """Proves the tenant: a context token whose tenant is `ref.tenant_id`."""
+    epoch: _builtins.int
+    """The epoch the hold was taken in. Older than the ledger's: refused STALE_EPOCH."""
+    product_unit: _builtins.str
+    """The product's unit."""
+    quantity: _builtins.int
+    """How many: 1–1,000,000,000."""
+    user: _builtins.str
+    """The tenant's user it served; empty: none."""
+    feature: _builtins.str
+    """The feature it served; empty: none."""
+    @_builtins.property
+    def ref(self) -> Global___CallRef:
+        """Whose, and the consumption's id in place of a reservation's."""
+
+    @_builtins.property
+    def reserve_time(self) -> _timestamp_pb2.Timestamp:
+        """When the hold was taken, by the limits' clock."""
+
+    def __init__(
+        self,
+        *,
+        ref: Global___CallRef | None = ...,
+        context_token: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        reserve_time: _timestamp_pb2.Timestamp | None = ...,
+        product_unit: _builtins.str = ...,
+        quantity: _builtins.int = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "reserve_time", b"reserve_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_token", b"context_token", "epoch", b"epoch", "feature", b"feature", "product_unit", b"product_unit", "quantity", b"quantity", "ref", b"ref", "reserve_time", b"reserve_time", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordUnits: _TypeAlias = RecordUnits  # noqa: Y015
+
+@_typing.final
+class RecordUnitsResponse(_message.Message):
+    """What came of each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordUnitsOutcome.ValueType]:
+        """One an item, in order."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___RecordUnitsOutcome.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordUnitsResponse: _TypeAlias = RecordUnitsResponse  # noqa: Y015

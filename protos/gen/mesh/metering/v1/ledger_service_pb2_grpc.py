@@ -60,6 +60,16 @@ class LedgerServiceStub:
                 request_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.FenceCallsRequest.SerializeToString,
                 response_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.FenceCallsResponse.FromString,
                 _registered_method=True)
+        self.ExtendCalls = channel.unary_unary(
+                '/mesh.metering.v1.LedgerService/ExtendCalls',
+                request_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.ExtendCallsRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.ExtendCallsResponse.FromString,
+                _registered_method=True)
+        self.RecordUnits = channel.unary_unary(
+                '/mesh.metering.v1.LedgerService/RecordUnits',
+                request_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsResponse.FromString,
+                _registered_method=True)
         self.BeginEpoch = channel.unary_unary(
                 '/mesh.metering.v1.LedgerService/BeginEpoch',
                 request_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.BeginEpochRequest.SerializeToString,
@@ -110,6 +120,22 @@ class LedgerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExtendCalls(self, request, context):
+        """Raises the bounds of open calls, before more than the old bound is used. A batch over tenants; idempotent: a bound that is there already, or a
+        higher one, changes nothing. Only an OPEN call of the reservation's epoch is extended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordUnits(self, request, context):
+        """Records units of the product that were used, as calls that are opened and settled at once: under the same tombstones and epochs, told to the limits by
+        the same outbox. A batch over tenants; idempotent by consumption id for ever; with other content that item is a CONFLICT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BeginEpoch(self, request, context):
         """Begins a new epoch of the call's tenant and returns all that its limits must count, as of that moment, in one transaction.
         Not idempotent: each call begins another epoch; that is safe at any time.
@@ -145,6 +171,16 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.FenceCalls,
                     request_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.FenceCallsRequest.FromString,
                     response_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.FenceCallsResponse.SerializeToString,
+            ),
+            'ExtendCalls': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtendCalls,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.ExtendCallsRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.ExtendCallsResponse.SerializeToString,
+            ),
+            'RecordUnits': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordUnits,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsResponse.SerializeToString,
             ),
             'BeginEpoch': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginEpoch,
@@ -288,6 +324,60 @@ class LedgerService:
             '/mesh.metering.v1.LedgerService/FenceCalls',
             mesh_dot_metering_dot_v1_dot_ledger__service__pb2.FenceCallsRequest.SerializeToString,
             mesh_dot_metering_dot_v1_dot_ledger__service__pb2.FenceCallsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendCalls(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.LedgerService/ExtendCalls',
+            mesh_dot_metering_dot_v1_dot_ledger__service__pb2.ExtendCallsRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_ledger__service__pb2.ExtendCallsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordUnits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.LedgerService/RecordUnits',
+            mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsResponse.FromString,
             options,
             channel_credentials,
             insecure,

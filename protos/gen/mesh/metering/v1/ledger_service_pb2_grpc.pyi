@@ -34,6 +34,14 @@ class LedgerServiceStub:
     """Asked by the limits when a lease ended unrenewed: what is this call? An unknown call gets a tombstone, an open one becomes UNRESOLVED.
     A batch over tenants; idempotent.
     """
+    ExtendCalls: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.ExtendCallsRequest, _ledger_service_pb2.ExtendCallsResponse]
+    """Raises the bounds of open calls, before more than the old bound is used. A batch over tenants; idempotent: a bound that is there already, or a
+    higher one, changes nothing. Only an OPEN call of the reservation's epoch is extended.
+    """
+    RecordUnits: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.RecordUnitsRequest, _ledger_service_pb2.RecordUnitsResponse]
+    """Records units of the product that were used, as calls that are opened and settled at once: under the same tombstones and epochs, told to the limits by
+    the same outbox. A batch over tenants; idempotent by consumption id for ever; with other content that item is a CONFLICT.
+    """
     BeginEpoch: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.BeginEpochRequest, _ledger_service_pb2.BeginEpochResponse]
     """Begins a new epoch of the call's tenant and returns all that its limits must count, as of that moment, in one transaction.
     Not idempotent: each call begins another epoch; that is safe at any time.
@@ -88,6 +96,26 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_ledger_service_pb2.FenceCallsResponse]:
         """Asked by the limits when a lease ended unrenewed: what is this call? An unknown call gets a tombstone, an open one becomes UNRESOLVED.
         A batch over tenants; idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def ExtendCalls(
+        self,
+        request: _ledger_service_pb2.ExtendCallsRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.ExtendCallsRequest, _abc.Awaitable[_ledger_service_pb2.ExtendCallsResponse]],
+    ) -> _abc.Awaitable[_ledger_service_pb2.ExtendCallsResponse]:
+        """Raises the bounds of open calls, before more than the old bound is used. A batch over tenants; idempotent: a bound that is there already, or a
+        higher one, changes nothing. Only an OPEN call of the reservation's epoch is extended.
+        """
+
+    @_abc_1.abstractmethod
+    def RecordUnits(
+        self,
+        request: _ledger_service_pb2.RecordUnitsRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.RecordUnitsRequest, _abc.Awaitable[_ledger_service_pb2.RecordUnitsResponse]],
+    ) -> _abc.Awaitable[_ledger_service_pb2.RecordUnitsResponse]:
+        """Records units of the product that were used, as calls that are opened and settled at once: under the same tombstones and epochs, told to the limits by
+        the same outbox. A batch over tenants; idempotent by consumption id for ever; with other content that item is a CONFLICT.
         """
 
     @_abc_1.abstractmethod

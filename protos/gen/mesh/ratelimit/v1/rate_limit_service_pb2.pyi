@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from mesh.common.v1 import limit_rule_pb2 as _limit_rule_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -75,7 +76,7 @@ Global___CommitOutcome: _TypeAlias = CommitOutcome  # noqa: Y015
 
 @_typing.final
 class Amounts(_message.Message):
-    """What a call needs at most. Each call also needs one request and one concurrent call."""
+    """What a call needs at most. A first attempt also needs one request, every attempt one running call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -101,7 +102,7 @@ Global___Amounts: _TypeAlias = Amounts  # noqa: Y015
 
 @_typing.final
 class LimitStatus(_message.Message):
-    """One limit of a tenant as it stands."""
+    """One rule of a tenant as it stands."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -110,17 +111,31 @@ class LimitStatus(_message.Message):
     USED_FIELD_NUMBER: _builtins.int
     REMAINING_FIELD_NUMBER: _builtins.int
     RESET_TIME_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
     rule: _builtins.str
-    """The rule's name: requests_per_minute, tokens_per_minute, tokens_per_day, cost_nano_usd_per_month or concurrent_calls."""
+    """The rule's name, such as "requests_per_minute"."""
     limit: _builtins.int
     """The most that may be used in the window."""
     used: _builtins.int
     """What is used and held in the window."""
     remaining: _builtins.int
     """limit - used, never below 0."""
+    unit: _limit_rule_pb2.LimitUnit.ValueType
+    """What it counts."""
+    mode: _limit_rule_pb2.LimitMode.ValueType
+    """Whether it refuses."""
+    user: _builtins.str
+    """The user whose use this is; empty for a rule of all users together."""
+    feature: _builtins.str
+    """The feature whose use this is; empty for a rule of all features together."""
     @_builtins.property
     def reset_time(self) -> _timestamp_pb2.Timestamp:
-        """When the window gives back something: the next entry's end of a sliding window, the next window's start of a calendar one. Absent for concurrent_calls."""
+        """When the window gives back something: the next entry's end of a sliding window, the next window's start of a calendar one. Absent where no
+        clock gives anything back.
+        """
 
     def __init__(
         self,
@@ -130,14 +145,94 @@ class LimitStatus(_message.Message):
         used: _builtins.int = ...,
         remaining: _builtins.int = ...,
         reset_time: _timestamp_pb2.Timestamp | None = ...,
+        unit: _limit_rule_pb2.LimitUnit.ValueType = ...,
+        mode: _limit_rule_pb2.LimitMode.ValueType = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reset_time", b"reset_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "remaining", b"remaining", "reset_time", b"reset_time", "rule", b"rule", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "limit", b"limit", "mode", b"mode", "remaining", b"remaining", "reset_time", b"reset_time", "rule", b"rule", "unit", b"unit", "used", b"used", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LimitStatus: _TypeAlias = LimitStatus  # noqa: Y015
+
+@_typing.final
+class Refusal(_message.Message):
+    """Why something was refused, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    NEEDED_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    LIFTING_PLAN_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """The name of an ErrorReason without its prefix, such as "BUDGET"."""
+    needed: _builtins.int
+    """How much was needed."""
+    message: _builtins.str
+    """A sentence for people: what is used up, and what to do."""
+    lifting_plan: _builtins.str
+    """The smallest plan that allows more; empty where none does."""
+    @_builtins.property
+    def status(self) -> Global___LimitStatus:
+        """The rule that keeps it out longest, as it stands. Absent where no rule of the tenant refused."""
+
+    @_builtins.property
+    def retry_after(self) -> _duration_pb2.Duration:
+        """When to try again; absent when waiting does not help."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        status: Global___LimitStatus | None = ...,
+        needed: _builtins.int = ...,
+        retry_after: _duration_pb2.Duration | None = ...,
+        message: _builtins.str = ...,
+        lifting_plan: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after", "status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lifting_plan", b"lifting_plan", "message", b"message", "needed", b"needed", "reason", b"reason", "retry_after", b"retry_after", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
+
+@_typing.final
+class Shorten(_message.Message):
+    """How a call may be made shorter to fit what is left."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    MIN_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_NANO_USD_PER_MILLION_FIELD_NUMBER: _builtins.int
+    max_output_tokens: _builtins.int
+    """The output tokens in `amounts.tokens`: 1–1,000,000. Never more are granted."""
+    min_output_tokens: _builtins.int
+    """The fewest that are of use: 1–`max_output_tokens`. A rule may demand more."""
+    output_nano_usd_per_million: _builtins.int
+    """Nano-USD for 1,000,000 output tokens: 0–1,000,000 USD. `amounts.cost_nano_usd` holds the output at this price, rounded up."""
+    def __init__(
+        self,
+        *,
+        max_output_tokens: _builtins.int = ...,
+        min_output_tokens: _builtins.int = ...,
+        output_nano_usd_per_million: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "output_nano_usd_per_million", b"output_nano_usd_per_million"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shorten: _TypeAlias = Shorten  # noqa: Y015
 
 @_typing.final
 class ReserveRequest(_message.Message):
@@ -147,21 +242,53 @@ class ReserveRequest(_message.Message):
 
     RESERVATION_ID_FIELD_NUMBER: _builtins.int
     AMOUNTS_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    SHORTEN_FIELD_NUMBER: _builtins.int
+    MAX_WAIT_FIELD_NUMBER: _builtins.int
+    PROVIDER_ACCOUNT_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     reservation_id: _builtins.str
     """A UUIDv7 made for this attempt, at most 60 s old."""
+    user: _builtins.str
+    """The tenant's user it serves; empty: none."""
+    feature: _builtins.str
+    """The feature it serves; empty: none."""
+    attempt: _builtins.int
+    """Which attempt of the call: 1–100; 0 stands for 1. From 2 on it counts as a retry and not as a request."""
+    provider_account: _builtins.str
+    """The provider's account it will use, whose own limits are shared among tenants; empty: none that is known."""
+    input_tokens: _builtins.int
+    """Input tokens within `amounts.tokens`, for the limits of the provider's account: 0–10,000,000."""
     @_builtins.property
     def amounts(self) -> Global___Amounts:
         """The worst case."""
+
+    @_builtins.property
+    def shorten(self) -> Global___Shorten:
+        """How it may be shortened where the rules that refuse allow it; absent: not at all."""
+
+    @_builtins.property
+    def max_wait(self) -> _duration_pb2.Duration:
+        """How long it may wait where the rules that refuse allow it, and never past the caller's deadline: 0–60 s. Absent: not at all."""
 
     def __init__(
         self,
         *,
         reservation_id: _builtins.str = ...,
         amounts: Global___Amounts | None = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        shorten: Global___Shorten | None = ...,
+        max_wait: _duration_pb2.Duration | None = ...,
+        provider_account: _builtins.str = ...,
+        input_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts", "max_wait", b"max_wait", "shorten", b"shorten"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts", "reservation_id", b"reservation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts", "attempt", b"attempt", "feature", b"feature", "input_tokens", b"input_tokens", "max_wait", b"max_wait", "provider_account", b"provider_account", "reservation_id", b"reservation_id", "shorten", b"shorten", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,8 +304,20 @@ class ReserveResponse(_message.Message):
     RESERVE_TIME_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    GRANTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    SHORTENED_FIELD_NUMBER: _builtins.int
+    SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The tenant's epoch at the limits; the ledger refuses to open a call under an older one."""
+    granted_output_tokens: _builtins.int
+    """The output tokens within `granted`, of a request with `shorten`; 0 otherwise."""
+    shortened: _builtins.bool
+    """True when fewer output tokens are held than were asked for."""
+    degraded: _builtins.bool
+    """True when it was admitted from a local allowance, because the store did not answer and every rule is open."""
     @_builtins.property
     def reserve_time(self) -> _timestamp_pb2.Timestamp:
         """When the hold was taken, by the store's clock. The ledger keeps it, so that both count the call in the same window."""
@@ -191,6 +330,18 @@ class ReserveResponse(_message.Message):
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitStatus]:
         """The tenant's limits after the hold."""
 
+    @_builtins.property
+    def granted(self) -> Global___Amounts:
+        """What is held: `amounts` of the request, or less where it was shortened."""
+
+    @_builtins.property
+    def shadow_refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:
+        """Rules in shadow mode that would have refused."""
+
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration:
+        """How long it waited; absent when it did not."""
+
     def __init__(
         self,
         *,
@@ -198,14 +349,278 @@ class ReserveResponse(_message.Message):
         reserve_time: _timestamp_pb2.Timestamp | None = ...,
         lease: _duration_pb2.Duration | None = ...,
         limits: _abc.Iterable[Global___LimitStatus] | None = ...,
+        granted: Global___Amounts | None = ...,
+        granted_output_tokens: _builtins.int = ...,
+        shortened: _builtins.bool = ...,
+        shadow_refusals: _abc.Iterable[Global___Refusal] | None = ...,
+        waited: _duration_pb2.Duration | None = ...,
+        degraded: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "reserve_time", b"reserve_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "lease", b"lease", "reserve_time", b"reserve_time", "waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease", b"lease", "limits", b"limits", "reserve_time", b"reserve_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "epoch", b"epoch", "granted", b"granted", "granted_output_tokens", b"granted_output_tokens", "lease", b"lease", "limits", b"limits", "reserve_time", b"reserve_time", "shadow_refusals", b"shadow_refusals", "shortened", b"shortened", "waited", b"waited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReserveResponse: _TypeAlias = ReserveResponse  # noqa: Y015
+
+@_typing.final
+class ReserveBatchItem(_message.Message):
+    """One reservation of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_TOKEN_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    context_token: _builtins.str
+    """Proves the tenant."""
+    @_builtins.property
+    def request(self) -> Global___ReserveRequest:
+        """What to hold."""
+
+    def __init__(
+        self,
+        *,
+        context_token: _builtins.str = ...,
+        request: Global___ReserveRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_token", b"context_token", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReserveBatchItem: _TypeAlias = ReserveBatchItem  # noqa: Y015
+
+@_typing.final
+class ReserveBatchRequest(_message.Message):
+    """Reservations of any tenants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReserveBatchItem]:
+        """1–1,000."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___ReserveBatchItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReserveBatchRequest: _TypeAlias = ReserveBatchRequest  # noqa: Y015
+
+@_typing.final
+class ReserveBatchOutcome(_message.Message):
+    """What came of one reservation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELD_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    ERROR_STATUS_FIELD_NUMBER: _builtins.int
+    error_status: _builtins.bytes
+    """It could not be decided: a serialised google.rpc.Status as `Reserve` would have answered."""
+    @_builtins.property
+    def held(self) -> Global___ReserveResponse:
+        """It is held."""
+
+    @_builtins.property
+    def refused(self) -> Global___Refusal:
+        """It was refused by a limit."""
+
+    def __init__(
+        self,
+        *,
+        held: Global___ReserveResponse | None = ...,
+        refused: Global___Refusal | None = ...,
+        error_status: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error_status", b"error_status", "held", b"held", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_status", b"error_status", "held", b"held", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["held", "refused", "error_status"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___ReserveBatchOutcome: _TypeAlias = ReserveBatchOutcome  # noqa: Y015
+
+@_typing.final
+class ReserveBatchResponse(_message.Message):
+    """What came of each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReserveBatchOutcome]:
+        """One an item, in order."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___ReserveBatchOutcome] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReserveBatchResponse: _TypeAlias = ReserveBatchResponse  # noqa: Y015
+
+@_typing.final
+class ExtendRequest(_message.Message):
+    """What to hold instead."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESERVATION_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    AMOUNTS_FIELD_NUMBER: _builtins.int
+    reservation_id: _builtins.str
+    """The reservation."""
+    epoch: _builtins.int
+    """The epoch it was reserved in. Another epoch: ABORTED RESERVATION_LOST."""
+    @_builtins.property
+    def amounts(self) -> Global___Amounts:
+        """The new worst case, not the difference."""
+
+    def __init__(
+        self,
+        *,
+        reservation_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        amounts: Global___Amounts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts", "epoch", b"epoch", "reservation_id", b"reservation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendRequest: _TypeAlias = ExtendRequest  # noqa: Y015
+
+@_typing.final
+class ExtendResponse(_message.Message):
+    """What is held now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANTED_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def granted(self) -> Global___Amounts:
+        """What is held: at least what was asked for."""
+
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitStatus]:
+        """The tenant's limits after it."""
+
+    def __init__(
+        self,
+        *,
+        granted: Global___Amounts | None = ...,
+        limits: _abc.Iterable[Global___LimitStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "limits", b"limits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendResponse: _TypeAlias = ExtendResponse  # noqa: Y015
+
+@_typing.final
+class ConsumeRequest(_message.Message):
+    """What to use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONSUMPTION_ID_FIELD_NUMBER: _builtins.int
+    PRODUCT_UNIT_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    MAX_WAIT_FIELD_NUMBER: _builtins.int
+    consumption_id: _builtins.str
+    """A UUIDv7 made for this use, at most 60 s old when it is first sent."""
+    product_unit: _builtins.str
+    """The product's unit, such as "ai_interviews"."""
+    quantity: _builtins.int
+    """How many: 1–1,000,000,000."""
+    user: _builtins.str
+    """The tenant's user it serves; empty: none."""
+    feature: _builtins.str
+    """The feature it serves; empty: none."""
+    @_builtins.property
+    def max_wait(self) -> _duration_pb2.Duration:
+        """As in ReserveRequest."""
+
+    def __init__(
+        self,
+        *,
+        consumption_id: _builtins.str = ...,
+        product_unit: _builtins.str = ...,
+        quantity: _builtins.int = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        max_wait: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumption_id", b"consumption_id", "feature", b"feature", "max_wait", b"max_wait", "product_unit", b"product_unit", "quantity", b"quantity", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsumeRequest: _TypeAlias = ConsumeRequest  # noqa: Y015
+
+@_typing.final
+class ConsumeResponse(_message.Message):
+    """It is used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMITS_FIELD_NUMBER: _builtins.int
+    SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    degraded: _builtins.bool
+    """True when it was admitted from a local allowance."""
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitStatus]:
+        """The rules of the unit after it."""
+
+    @_builtins.property
+    def shadow_refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:
+        """Rules in shadow mode that would have refused."""
+
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration:
+        """How long it waited; absent when it did not."""
+
+    def __init__(
+        self,
+        *,
+        limits: _abc.Iterable[Global___LimitStatus] | None = ...,
+        shadow_refusals: _abc.Iterable[Global___Refusal] | None = ...,
+        waited: _duration_pb2.Duration | None = ...,
+        degraded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["waited", b"waited"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "limits", b"limits", "shadow_refusals", b"shadow_refusals", "waited", b"waited"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsumeResponse: _TypeAlias = ConsumeResponse  # noqa: Y015
 
 @_typing.final
 class ReservationRef(_message.Message):
@@ -412,23 +827,39 @@ Global___CommitResponse: _TypeAlias = CommitResponse  # noqa: Y015
 
 @_typing.final
 class CheckRequest(_message.Message):
-    """A call's size."""
+    """What would be used."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     AMOUNTS_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    PRODUCT_UNIT_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """The tenant's user it would serve; empty: none."""
+    feature: _builtins.str
+    """The feature it would serve; empty: none."""
+    product_unit: _builtins.str
+    """The product's unit instead of a call; empty: a call."""
+    quantity: _builtins.int
+    """How many units: 0–1,000,000,000."""
     @_builtins.property
     def amounts(self) -> Global___Amounts:
-        """The worst case."""
+        """The worst case of a call; absent together with `product_unit`: refused."""
 
     def __init__(
         self,
         *,
         amounts: Global___Amounts | None = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        product_unit: _builtins.str = ...,
+        quantity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amounts", b"amounts", "feature", b"feature", "product_unit", b"product_unit", "quantity", b"quantity", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -444,6 +875,8 @@ class CheckResponse(_message.Message):
     REFUSING_RULE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
     admitted: _builtins.bool
     """True when every rule admits it now."""
     refusing_rule: _builtins.str
@@ -456,6 +889,14 @@ class CheckResponse(_message.Message):
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitStatus]:
         """Every limit as it stands."""
 
+    @_builtins.property
+    def refusal(self) -> Global___Refusal:
+        """Why not; absent when admitted."""
+
+    @_builtins.property
+    def shadow_refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:
+        """Rules in shadow mode that would refuse."""
+
     def __init__(
         self,
         *,
@@ -463,10 +904,12 @@ class CheckResponse(_message.Message):
         refusing_rule: _builtins.str = ...,
         retry_after: _duration_pb2.Duration | None = ...,
         limits: _abc.Iterable[Global___LimitStatus] | None = ...,
+        refusal: Global___Refusal | None = ...,
+        shadow_refusals: _abc.Iterable[Global___Refusal] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal", "retry_after", b"retry_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "limits", b"limits", "refusing_rule", b"refusing_rule", "retry_after", b"retry_after"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "limits", b"limits", "refusal", b"refusal", "refusing_rule", b"refusing_rule", "retry_after", b"retry_after", "shadow_refusals", b"shadow_refusals"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,12 +921,21 @@ class ListLimitsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """Also the rules of this user; empty: only rules of all users together."""
+    feature: _builtins.str
+    """Also the rules of this feature; empty: only rules of all features together."""
     def __init__(
         self,
+        *,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -496,18 +948,24 @@ class ListLimitsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LIMITS_FIELD_NUMBER: _builtins.int
+    GUARDED_UNTIL_TIME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitStatus]:
-        """Every limited rule as it stands."""
+        """Every rule as it stands."""
+
+    @_builtins.property
+    def guarded_until_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when the abuse guard keeps the tenant out; absent when it does not."""
 
     def __init__(
         self,
         *,
         limits: _abc.Iterable[Global___LimitStatus] | None = ...,
+        guarded_until_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guarded_until_time", b"guarded_until_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guarded_until_time", b"guarded_until_time", "limits", b"limits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,21 @@ class RateLimitServiceStub:
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveResponse.FromString,
                 _registered_method=True)
+        self.ReserveBatch = channel.unary_unary(
+                '/mesh.ratelimit.v1.RateLimitService/ReserveBatch',
+                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveBatchRequest.SerializeToString,
+                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveBatchResponse.FromString,
+                _registered_method=True)
+        self.Extend = channel.unary_unary(
+                '/mesh.ratelimit.v1.RateLimitService/Extend',
+                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ExtendRequest.SerializeToString,
+                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ExtendResponse.FromString,
+                _registered_method=True)
+        self.Consume = channel.unary_unary(
+                '/mesh.ratelimit.v1.RateLimitService/Consume',
+                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeRequest.SerializeToString,
+                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeResponse.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/mesh.ratelimit.v1.RateLimitService/Renew',
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.RenewRequest.SerializeToString,
@@ -72,11 +87,40 @@ class RateLimitServiceServicer:
     """
 
     def Reserve(self, request, context):
-        """Holds the worst case of a call against every limit of the tenant: all or nothing. A refusal changes no counter.
-        Idempotent by `reservation_id` while the reservation lives. The hold lives by a lease (5 s) that `Renew` prolongs.
-        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ALREADY_EXISTS CONTENT_CONFLICT when the
-        reservation id was used with other amounts; ABORTED RESERVATION_LOST when the
-        reservation has ended or its id is older than 60 s; UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
+        """Holds the worst case of a call against every rule of the tenant: all or nothing. A refusal changes no counter.
+        Idempotent by `reservation_id` while the reservation lives: repeated, it answers the same hold. The hold lives by a lease (5 s) that `Renew`
+        prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served within the tenant.
+        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BURST_LIMIT | BUDGET | CONCURRENCY | RETRY_BUDGET | PROVIDER_SHARE | ABUSE_GUARD naming the rule, what is used and
+        when it resets; INVALID_ARGUMENT REQUEST_TOO_LARGE for a rule of each request by itself; ALREADY_EXISTS CONTENT_CONFLICT when the reservation id
+        was used with other amounts; ABORTED RESERVATION_LOST when the reservation has ended or its id is older than 60 s;
+        UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReserveBatch(self, request, context):
+        """Many reservations in one message, as `Reserve` each, of any tenants. Each item proves its tenant by its own context token and is answered by
+        itself; items of one tenant are decided in their order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Extend(self, request, context):
+        """Raises what a living reservation holds to `amounts`, against every rule: all or nothing. Refused, the hold stays as it was: the stream it
+        stands for must not go past it. Idempotent: amounts that are held already change nothing. The ledger's bound must be raised before they are used.
+        Errors: as Reserve; ABORTED RESERVATION_LOST when the reservation does not live.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Consume(self, request, context):
+        """Uses units of the product, such as one "ai_interviews", against every rule of that unit: all or nothing. A refusal changes no counter.
+        Where a rule of the unit counts days, months or cycles, the use is in the ledger before it is answered. Idempotent by `consumption_id`: repeated, it
+        answers the same and uses nothing more, for as long as the ledger keeps it.
+        Errors: as Reserve; PERMISSION_DENIED FEATURE where the plan does not have the unit at all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,6 +170,21 @@ def add_RateLimitServiceServicer_to_server(servicer, server):
                     servicer.Reserve,
                     request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveRequest.FromString,
                     response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveResponse.SerializeToString,
+            ),
+            'ReserveBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReserveBatch,
+                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveBatchRequest.FromString,
+                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveBatchResponse.SerializeToString,
+            ),
+            'Extend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Extend,
+                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ExtendRequest.FromString,
+                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ExtendResponse.SerializeToString,
+            ),
+            'Consume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Consume,
+                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeRequest.FromString,
+                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeResponse.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -181,6 +240,87 @@ class RateLimitService:
             '/mesh.ratelimit.v1.RateLimitService/Reserve',
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveRequest.SerializeToString,
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReserveBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.ratelimit.v1.RateLimitService/ReserveBatch',
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveBatchRequest.SerializeToString,
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReserveBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Extend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.ratelimit.v1.RateLimitService/Extend',
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ExtendRequest.SerializeToString,
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ExtendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Consume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.ratelimit.v1.RateLimitService/Consume',
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeRequest.SerializeToString,
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

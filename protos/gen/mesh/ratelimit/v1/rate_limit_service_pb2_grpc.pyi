@@ -17,11 +17,28 @@ class RateLimitServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Reserve: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReserveRequest, _rate_limit_service_pb2.ReserveResponse]
-    """Holds the worst case of a call against every limit of the tenant: all or nothing. A refusal changes no counter.
-    Idempotent by `reservation_id` while the reservation lives. The hold lives by a lease (5 s) that `Renew` prolongs.
-    Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ALREADY_EXISTS CONTENT_CONFLICT when the
-    reservation id was used with other amounts; ABORTED RESERVATION_LOST when the
-    reservation has ended or its id is older than 60 s; UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
+    """Holds the worst case of a call against every rule of the tenant: all or nothing. A refusal changes no counter.
+    Idempotent by `reservation_id` while the reservation lives: repeated, it answers the same hold. The hold lives by a lease (5 s) that `Renew`
+    prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served within the tenant.
+    Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BURST_LIMIT | BUDGET | CONCURRENCY | RETRY_BUDGET | PROVIDER_SHARE | ABUSE_GUARD naming the rule, what is used and
+    when it resets; INVALID_ARGUMENT REQUEST_TOO_LARGE for a rule of each request by itself; ALREADY_EXISTS CONTENT_CONFLICT when the reservation id
+    was used with other amounts; ABORTED RESERVATION_LOST when the reservation has ended or its id is older than 60 s;
+    UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
+    """
+    ReserveBatch: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReserveBatchRequest, _rate_limit_service_pb2.ReserveBatchResponse]
+    """Many reservations in one message, as `Reserve` each, of any tenants. Each item proves its tenant by its own context token and is answered by
+    itself; items of one tenant are decided in their order.
+    """
+    Extend: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ExtendRequest, _rate_limit_service_pb2.ExtendResponse]
+    """Raises what a living reservation holds to `amounts`, against every rule: all or nothing. Refused, the hold stays as it was: the stream it
+    stands for must not go past it. Idempotent: amounts that are held already change nothing. The ledger's bound must be raised before they are used.
+    Errors: as Reserve; ABORTED RESERVATION_LOST when the reservation does not live.
+    """
+    Consume: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ConsumeRequest, _rate_limit_service_pb2.ConsumeResponse]
+    """Uses units of the product, such as one "ai_interviews", against every rule of that unit: all or nothing. A refusal changes no counter.
+    Where a rule of the unit counts days, months or cycles, the use is in the ledger before it is answered. Idempotent by `consumption_id`: repeated, it
+    answers the same and uses nothing more, for as long as the ledger keeps it.
+    Errors: as Reserve; PERMISSION_DENIED FEATURE where the plan does not have the unit at all.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.RenewRequest, _rate_limit_service_pb2.RenewResponse]
     """Prolongs the leases of reservations by 5 s. A batch over tenants; idempotent.
@@ -47,11 +64,46 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rate_limit_service_pb2.ReserveRequest,
         context: _aio.ServicerContext[_rate_limit_service_pb2.ReserveRequest, _abc.Awaitable[_rate_limit_service_pb2.ReserveResponse]],
     ) -> _abc.Awaitable[_rate_limit_service_pb2.ReserveResponse]:
-        """Holds the worst case of a call against every limit of the tenant: all or nothing. A refusal changes no counter.
-        Idempotent by `reservation_id` while the reservation lives. The hold lives by a lease (5 s) that `Renew` prolongs.
-        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY naming the rule, what is used and when it resets; ALREADY_EXISTS CONTENT_CONFLICT when the
-        reservation id was used with other amounts; ABORTED RESERVATION_LOST when the
-        reservation has ended or its id is older than 60 s; UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
+        """Holds the worst case of a call against every rule of the tenant: all or nothing. A refusal changes no counter.
+        Idempotent by `reservation_id` while the reservation lives: repeated, it answers the same hold. The hold lives by a lease (5 s) that `Renew`
+        prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served within the tenant.
+        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BURST_LIMIT | BUDGET | CONCURRENCY | RETRY_BUDGET | PROVIDER_SHARE | ABUSE_GUARD naming the rule, what is used and
+        when it resets; INVALID_ARGUMENT REQUEST_TOO_LARGE for a rule of each request by itself; ALREADY_EXISTS CONTENT_CONFLICT when the reservation id
+        was used with other amounts; ABORTED RESERVATION_LOST when the reservation has ended or its id is older than 60 s;
+        UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ReserveBatch(
+        self,
+        request: _rate_limit_service_pb2.ReserveBatchRequest,
+        context: _aio.ServicerContext[_rate_limit_service_pb2.ReserveBatchRequest, _abc.Awaitable[_rate_limit_service_pb2.ReserveBatchResponse]],
+    ) -> _abc.Awaitable[_rate_limit_service_pb2.ReserveBatchResponse]:
+        """Many reservations in one message, as `Reserve` each, of any tenants. Each item proves its tenant by its own context token and is answered by
+        itself; items of one tenant are decided in their order.
+        """
+
+    @_abc_1.abstractmethod
+    def Extend(
+        self,
+        request: _rate_limit_service_pb2.ExtendRequest,
+        context: _aio.ServicerContext[_rate_limit_service_pb2.ExtendRequest, _abc.Awaitable[_rate_limit_service_pb2.ExtendResponse]],
+    ) -> _abc.Awaitable[_rate_limit_service_pb2.ExtendResponse]:
+        """Raises what a living reservation holds to `amounts`, against every rule: all or nothing. Refused, the hold stays as it was: the stream it
+        stands for must not go past it. Idempotent: amounts that are held already change nothing. The ledger's bound must be raised before they are used.
+        Errors: as Reserve; ABORTED RESERVATION_LOST when the reservation does not live.
+        """
+
+    @_abc_1.abstractmethod
+    def Consume(
+        self,
+        request: _rate_limit_service_pb2.ConsumeRequest,
+        context: _aio.ServicerContext[_rate_limit_service_pb2.ConsumeRequest, _abc.Awaitable[_rate_limit_service_pb2.ConsumeResponse]],
+    ) -> _abc.Awaitable[_rate_limit_service_pb2.ConsumeResponse]:
+        """Uses units of the product, such as one "ai_interviews", against every rule of that unit: all or nothing. A refusal changes no counter.
+        Where a rule of the unit counts days, months or cycles, the use is in the ledger before it is answered. Idempotent by `consumption_id`: repeated, it
+        answers the same and uses nothing more, for as long as the ledger keeps it.
+        Errors: as Reserve; PERMISSION_DENIED FEATURE where the plan does not have the unit at all.
         """
 
     @_abc_1.abstractmethod

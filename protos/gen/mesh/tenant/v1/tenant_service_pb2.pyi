@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mesh.common.v1 import lifecycle_service_pb2 as _lifecycle_service_pb2
+from mesh.common.v1 import limit_rule_pb2 as _limit_rule_pb2
 from mesh.tenant.v1 import placement_service_pb2 as _placement_service_pb2
 import builtins as _builtins
 import sys
@@ -427,6 +428,7 @@ class TenantConfig(_message.Message):
     DATA_RETENTION_DAYS_FIELD_NUMBER: _builtins.int
     ENCRYPT_CONTENT_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    LIMIT_RULES_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """The tenant, 36 characters."""
     version: _builtins.int
@@ -453,6 +455,10 @@ class TenantConfig(_message.Message):
     def features(self) -> _containers.MessageMap[_builtins.str, Global___FeatureTerms]:
         """What its plan says of each feature, by the feature's name, such as "ai_interviews"."""
 
+    @_builtins.property
+    def limit_rules(self) -> _limit_rule_pb2.LimitRules:
+        """Every rule it is held to, of plan and overrides together."""
+
     def __init__(
         self,
         *,
@@ -466,10 +472,11 @@ class TenantConfig(_message.Message):
         data_retention_days: _builtins.int = ...,
         encrypt_content: _builtins.bool = ...,
         features: _abc.Mapping[_builtins.str, Global___FeatureTerms] | None = ...,
+        limit_rules: _limit_rule_pb2.LimitRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "limit_rules", b"limit_rules", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "data_retention_days", b"data_retention_days", "display_name", b"display_name", "encrypt_content", b"encrypt_content", "features", b"features", "limits", b"limits", "region", b"region", "tenant_id", b"tenant_id", "tier", b"tier", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "data_retention_days", b"data_retention_days", "display_name", b"display_name", "encrypt_content", b"encrypt_content", "features", b"features", "limit_rules", b"limit_rules", "limits", b"limits", "region", b"region", "tenant_id", b"tenant_id", "tier", b"tier", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
