@@ -18,5 +18,10 @@ def load_script(name: str) -> Script:
     """Reads a script of this package."""
     folder = files(__name__)
     text = "\n".join((folder / file).read_text("utf-8") for file in ("common.lua", f"{name}.lua"))
+    return make_script(name, text)
+
+
+def make_script(name: str, text: str) -> Script:
+    """Names a text as the store will."""
     # SHA-1 because that is how Redis names scripts; nothing is secured by it.
     return Script(name, text, sha1(text.encode(), usedforsecurity=False).hexdigest())
