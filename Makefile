@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PROTOS := $(shell find protos/mesh -name '*.proto' | sort)
+ENVOY := $(shell cd protos/third_party && find envoy -name '*.proto' | sort)
 CODE := services devstack bench deploy tests docs
 TOOLS := $(CURDIR)/.tools
 GRPCURL_VERSION := v1.9.3
@@ -66,6 +67,8 @@ proto: $(INSTALLED) ## generate the stubs of protos/ into protos/gen
 	@$(BIN)/python -m grpc_tools.protoc -I protos -I protos/third_party --python_out=.stubs --grpc_python_out=.stubs \
 	  --mypy_out=quiet:.stubs --mypy_grpc_out=quiet,only_async:.stubs $(PROTOS)
 	@$(BIN)/python -m grpc_tools.protoc -I protos/third_party --python_out=.stubs --mypy_out=quiet:.stubs buf/validate/validate.proto
+	@$(BIN)/python -m grpc_tools.protoc -I protos -I protos/third_party --python_out=.stubs --grpc_python_out=.stubs \
+	  --mypy_out=quiet:.stubs --mypy_grpc_out=quiet,only_async:.stubs $(ENVOY)
 	@rm -rf protos/gen && mv .stubs protos/gen
 
 proto-breaking: $(INSTALLED) ## fail when the contracts break callers of the last release
