@@ -136,7 +136,7 @@ class Oracle:
 
     def load(self, epoch: int, calls: Mapping[ReservationId, OracleCall], sums: Mapping[tuple[Unit, Window], int]) -> None:
         """Takes a snapshot of the ledger: what has ended comes in sums, and once more as recent calls for the windows only."""
-        self.epoch, self.calls, self.sums = epoch, dict(calls), dict(sums)
+        self.epoch, self.calls, self.sums = epoch, dict(calls.items()), dict(sums)
         for call in calls.values():
             call.in_sums, call.shadow = not call.held, call.amounts
 

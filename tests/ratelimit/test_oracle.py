@@ -1,5 +1,6 @@
 """The scripts against the oracle: any run of reserves, extensions, ends, losses and rebuilds gives equal decisions and counters."""
 
+from dataclasses import replace
 from datetime import UTC
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -58,9 +59,8 @@ def a_rule(draw: st.DrawFn) -> LimitRule:
 
 
 rule_sets = st.lists(a_rule(), min_size=1, max_size=8).map(
-    lambda rules: [LimitRule(f"rule_{place}", *(getattr(rule, name) for name in _FIELDS)) for place, rule in enumerate(rules)]
+    lambda rules: [replace(rule, name=f"rule_{place}") for place, rule in enumerate(rules)]
 )
-_FIELDS = [name for name in LimitRule.__slots__ if name != "name"]
 shortenings = st.one_of(st.none(), st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 3_000_000)))
 steps = st.one_of(
     st.tuples(st.just("reserve"), small, small, subjects, st.sampled_from((1, 1, 2)), shortenings),
@@ -177,7 +177,8 @@ class Run:
             amounts = Amounts(0, 0) if state is CountedState.VOID else Amounts(tokens, cost)
             calls[ReservationId(new_uuid7())] = OracleCall(state.value, now, amounts, Demand(amounts), subject)
         self.ids += calls
-        sums, counted = {}, []
+        sums: dict[tuple[Unit, Window], int] = {}
+        counted = []
         for family in dict.fromkeys((*self.tenant.terms.families,)):
             if family.window in CALENDAR and family.scope is Scope.TENANT:
                 amount = sums.setdefault((family.unit, family.window), tokens + 50)
