@@ -22,14 +22,14 @@ class TenantConfigCache:
         self._stub = tenant_service_pb2_grpc.TenantServiceStub(channel.channel)
         self._cache: SingleFlightCache[tuple[TenantId, int], tenant_service_pb2.TenantConfig] = SingleFlightCache(CAPACITY)
 
-    async def get(self, context: TenantContext) -> tenant_service_pb2.TenantConfig:
-        """Returns the configuration of the context's tenant, of its version or newer.
+    async def get(self, context: TenantContext, at_least: int = 0) -> tenant_service_pb2.TenantConfig:
+        """Returns the configuration of the context's tenant, of its version, of `at_least`, or newer.
 
         Raises: NotFound when the tenant is gone; Unavailable when the tenant service does not answer and the version is not in memory.
         """
         if context.tenant_id is None:
             raise Unauthenticated.context_missing()
-        return await self._cache.get((context.tenant_id, context.config_version), lambda: self._fetch(context))
+        return await self._cache.get((context.tenant_id, max(at_least, context.config_version)), lambda: self._fetch(context))
 
     async def _fetch(self, context: TenantContext) -> tenant_service_pb2.TenantConfig:
         response = await self._channel.unary(

@@ -11,16 +11,23 @@ from services.kernel.credential_resolver import remote_trust
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_config import TenantConfigCache
-from services.kernel.tenant_context import TenantContext
 from services.ratelimit.adapters.metering_client import MeteringClient
 from services.ratelimit.adapters.redis_link import ClusterLink, Link, PipelinedLink
+from services.ratelimit.adapters.redis_records import RedisRecords
+from services.ratelimit.adapters.redis_snapshots import RedisSnapshots
 from services.ratelimit.adapters.redis_store import RedisStore
+from services.ratelimit.adapters.tenant_rules import TenantRules
+from services.ratelimit.adapters.tenant_scripts import TenantScripts
+from services.ratelimit.consumption import Consumptions
+from services.ratelimit.extension import Extensions
 from services.ratelimit.fencing import Fencing
-from services.ratelimit.limits import Limits
+from services.ratelimit.look import Looks
+from services.ratelimit.ready_counters import ReadyCounters
 from services.ratelimit.rebuild import Rebuilder
 from services.ratelimit.reservation import Reservations
 from services.ratelimit.servicers.lifecycle import LifecycleServicer
 from services.ratelimit.servicers.rate_limit import RateLimitServicer
+from services.ratelimit.servicers.reserve_batch import ReserveBatches
 from services.ratelimit.settings import RatelimitSettings
 
 # What may take longer than a decision: batches of commits, snapshots, sweeps. Few at a time, so that decisions get between them.
@@ -48,22 +55,29 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         decisions, bulk = _links(settings)
         stack.push_async_callback(bulk.close)
         stack.push_async_callback(decisions.close)
-        store = RedisStore(decisions, bulk, lease_seconds=settings.lease_seconds)
-        configs = TenantConfigCache(to_tenant)
-
-        async def limits_of(context: TenantContext) -> Limits:
-            return Limits.of((await configs.get(context)).limits)
-
-        fencing, rebuilder = Fencing(store, ledger), Rebuilder(store, ledger)
+        scripts = TenantScripts(decisions, bulk)
+        store = RedisStore(scripts, lease_seconds=settings.lease_seconds)
+        fencing = Fencing(store, ledger)
+        rebuilder = Rebuilder(RedisSnapshots(scripts, lease_seconds=settings.lease_seconds), ledger)
         stack.push_async_callback(rebuilder.close)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         background.start("ratelimit.lease_sweep", fencing.run)
-        limits = RateLimitServicer(Reservations(store, limits_of, rebuilder, fencing), settings.lease_seconds)
         feed = ChangeFeed(to_tenant)
         background.start("change_feed", feed.run)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
-        server = MeshServer(settings, servicers=_registrations(limits, LifecycleServicer(store)), resolver=resolver, verifier=verifier)
+        counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant)), rebuilder, fencing)
+        reservations = Reservations(store, counters, fencing)
+        limits = RateLimitServicer(
+            reservations,
+            Extensions(store, counters, fencing),
+            Consumptions(store, ledger, counters, fencing),
+            Looks(store, counters),
+            ReserveBatches(reservations, verifier),
+            lease_seconds=settings.lease_seconds,
+        )
+        lifecycle = LifecycleServicer(RedisRecords(scripts))
+        server = MeshServer(settings, servicers=_registrations(limits, lifecycle), resolver=resolver, verifier=verifier)
         return RatelimitApp(server, stack.pop_all())
 
 

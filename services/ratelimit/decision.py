@@ -1,103 +1,164 @@
-"""Why a call is refused: the rule that binds, when it frees, and a sentence that says what to do. Reads figures, decides nothing itself."""
+"""Why something is refused: the rule that binds, when it frees, and a sentence that says what to do.
+
+Reads figures, decides nothing itself.
+"""
 
 from dataclasses import dataclass
 from math import inf
 from uuid import UUID
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import LimitExceeded, QuotaViolation
-from services.ratelimit.limits import Amounts, Limits, Rule
-from services.ratelimit.window import MICROSECONDS, LimitStatus, Usage, day_end_us, moment, month_end_us, statuses
+from services.kernel.errors import InvalidRequest, LimitExceeded, MeshError, QuotaViolation, reason_name
+from services.ratelimit.calendar_periods import moment
+from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window
+from services.ratelimit.limits import Demand
+from services.ratelimit.standing import Answer, LimitStatus, period_end_us, refusing, reset_us
+from services.ratelimit.terms import Plan
 
 # When a running call will end is unknown: a caller may ask again after this long.
-CONCURRENCY_HINT_US = MICROSECONDS
+CONCURRENCY_HINT_US = SECOND_US
 
-_REASONS = {
-    Rule.COST_NANO_USD_PER_MONTH: error_reason_pb2.ERROR_REASON_BUDGET,
-    Rule.CONCURRENT_CALLS: error_reason_pb2.ERROR_REASON_CONCURRENCY,
-}
-_NAMES = {
-    Rule.REQUESTS_PER_MINUTE: "requests per minute",
-    Rule.TOKENS_PER_MINUTE: "tokens per minute",
-    Rule.TOKENS_PER_DAY: "tokens per day",
-    Rule.COST_NANO_USD_PER_MONTH: "nano-USD per month",
-    Rule.CONCURRENT_CALLS: "concurrent calls",
-}
+_WHOSE = {Scope.TENANT: "", Scope.USER: " of this user", Scope.FEATURE: " of this feature", Scope.USER_FEATURE: " of this user and feature"}
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The rule that frees last. `retry_after_seconds` is None when waiting does not help."""
+    """The rule that frees last. `frees_us` is None when waiting does not help.
+
+    `may_wait`: every rule in the way lets a caller wait for its turn; `for_holds`: for holds that come back, which no clock tells.
+    """
 
     status: LimitStatus
     needed: int
-    retry_after_seconds: float | None
+    now_us: int
+    frees_us: int | None
+    may_wait: bool = False
+    for_holds: bool = False
+
+    @property
+    def retry_after_seconds(self) -> float | None:
+        """How long to wait, rounded up: a caller who waits exactly this long must not find the entry still there."""
+        return None if self.frees_us is None else max(0, -(-(self.frees_us - self.now_us) // 1000)) / 1000
+
+    @property
+    def reason(self) -> error_reason_pb2.ErrorReason.ValueType:
+        """The reason on the wire."""
+        return _reason(self.status.rule)
+
+    @property
+    def reason_name(self) -> str:
+        """The reason's name on the wire."""
+        return reason_name(self.reason)
 
     @property
     def message(self) -> str:
         """A sentence for people: what is used up and what to do next."""
-        status, name = self.status, _NAMES[self.status.rule]
-        if self.retry_after_seconds is None:
-            return (
-                f"This call needs {self.needed} of the plan's {status.limit} {name}, more than waiting can free: "
-                "make the call smaller or move to a larger plan."
-            )
-        used = f"{status.used} of {status.limit} {name} are in use and this call needs {self.needed} more"
-        if status.rule is Rule.CONCURRENT_CALLS:
+        rule, status = self.status.rule, self.status
+        name = named(rule) + _WHOSE[rule.scope]
+        thing = "use" if rule.unit is Unit.PRODUCT else "call"
+        plan = f'move to the plan "{rule.lifting_plan}"' if rule.lifting_plan else "move to a larger plan"
+        wait = self.retry_after_seconds
+        if wait is None:
+            why = f"This {thing} needs {self.needed} of {status.limit} {name}, more than waiting can free"
+            return f"{why}: make the {thing} smaller or {plan}."
+        used = f"{status.used} of {status.limit} {name} are in use and this {thing} needs {self.needed} more"
+        if rule.window is Window.RUNNING:
             return f"{used}: wait for a running call to end, then try again."
-        return f"{used}: try again in {self.retry_after_seconds:.3f} s, or move to a larger plan."
+        return f"{used}: try again in {wait:.3f} s, or {plan}."
 
-    def error(self, tenant_id: UUID) -> LimitExceeded:
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What varies, for programs."""
+        status, rule = self.status, self.status.rule
+        varying = {
+            "reset_time": "" if status.reset_us is None else moment(status.reset_us).isoformat().replace("+00:00", "Z"),
+            "lifting_plan": rule.lifting_plan,
+            "user": status.subject.user,
+            "feature": status.subject.feature,
+        }
+        fixed = {"rule": rule.name, "limit": str(status.limit), "used": str(status.used), "remaining": str(status.remaining)}
+        return fixed | {key: value for key, value in varying.items() if value}
+
+    def error(self, tenant_id: UUID) -> MeshError:
         """The refusal as callers meet it."""
         status = self.status
-        reset = {} if status.reset_us is None else {"reset_time": moment(status.reset_us).isoformat().replace("+00:00", "Z")}
+        if status.rule.window is Window.REQUEST:
+            return InvalidRequest("amounts", self.message, reason=self.reason, metadata=self.metadata)
+        violation = f"{status.rule.name}: {status.used} of {status.limit} in use, {self.needed} needed"
         return LimitExceeded(
-            _REASONS.get(status.rule, error_reason_pb2.ERROR_REASON_PLAN_LIMIT),
-            self.message,
-            self.retry_after_seconds,
-            [QuotaViolation(f"tenant:{tenant_id}", f"{status.rule}: {status.used} of {status.limit} in use, {self.needed} needed")],
-            rule=status.rule.value,
-            limit=str(status.limit),
-            used=str(status.used),
-            remaining=str(status.remaining),
-            **reset,
+            self.reason, self.message, self.retry_after_seconds, [QuotaViolation(f"tenant:{tenant_id}", violation)], **self.metadata
         )
 
 
-def refusal(limits: Limits, usage: Usage, amounts: Amounts, window_us: int) -> Refusal | None:
-    """Names the rule that keeps the call out longest; None when no rule does.
+def refusal(plan: Plan, answer: Answer, demand: Demand) -> Refusal | None:
+    """Names the rule that keeps the demand out longest; None when no rule does.
 
-    A rule whose limit is below what the call needs never frees, so it binds before all others.
+    A rule whose limit is below what is needed never frees, so it binds before all others.
     """
-    needs = dict(zip(Rule, (1, amounts.tokens, amounts.tokens, amounts.cost_nano_usd, 1), strict=True))
-    binding: tuple[float, LimitStatus] | None = None
-    for status in statuses(limits, usage, window_us):
-        needed = needs[status.rule]
-        if needed <= status.limit - status.used:
-            continue
-        frees_us = inf if needed > status.limit else _frees_us(status.rule, usage)
-        if binding is None or frees_us > binding[0]:
-            binding = (frees_us, status)
-    if binding is None:
+    found = _refusals(plan, answer, demand, shadow=False)
+    if not found:
         return None
-    frees_us, status = binding
-    return Refusal(status, needs[status.rule], None if frees_us == inf else _seconds(frees_us - usage.now_us))
+    binding = max(found, key=lambda item: inf if item.frees_us is None else item.frees_us)
+    rules = [item.status.rule for item in found]
+    may_wait = binding.frees_us is not None and all(rule.waits or rule.window in (Window.SLIDING, Window.RUNNING) for rule in rules)
+    for_holds = may_wait and any(rule.window is not Window.SLIDING for rule in rules)
+    return Refusal(binding.status, binding.needed, binding.now_us, binding.frees_us, may_wait, for_holds)
 
 
-def _frees_us(rule: Rule, usage: Usage) -> float:
-    match rule:
-        case Rule.REQUESTS_PER_MINUTE:
-            return usage.requests_free_us
-        case Rule.TOKENS_PER_MINUTE:
-            return usage.tokens_free_us
-        case Rule.TOKENS_PER_DAY:
-            return day_end_us(usage.now_us)
-        case Rule.COST_NANO_USD_PER_MONTH:
-            return month_end_us(usage.now_us)
-        case Rule.CONCURRENT_CALLS:
-            return usage.now_us + CONCURRENCY_HINT_US
+def shadow_refusals(plan: Plan, answer: Answer, demand: Demand) -> list[Refusal]:
+    """The rules in shadow mode that would have refused."""
+    return _refusals(plan, answer, demand, shadow=True)
 
 
-def _seconds(us: float) -> float:
-    # Rounded up to a millisecond: a caller who waits exactly this long must not find the entry still there.
-    return max(0, -(-int(us) // 1000)) / 1000
+def named(rule: LimitRule) -> str:
+    """The rule's name for people."""
+    return rule.name.removeprefix("cost_").replace("nano_usd", "nano-USD").replace("_", " ")
+
+
+def needed(unit: Unit, demand: Demand) -> int:
+    """How much of a unit is asked for."""
+    match unit:
+        case Unit.TOKENS:
+            return demand.amounts.tokens
+        case Unit.COST:
+            return demand.amounts.cost_nano_usd
+        case Unit.PRODUCT:
+            return demand.quantity
+        case _:
+            return 1
+
+
+def _refusals(plan: Plan, answer: Answer, demand: Demand, *, shadow: bool) -> list[Refusal]:
+    found = []
+    for place, rule, frees in refusing(plan, answer, shadow=shadow):
+        used, of_log = answer.figures[3 * place], answer.figures[3 * place + 1]
+        status = LimitStatus(rule, used, reset_us(rule, answer, of_log), rule.scope.of(plan.subject))
+        need = needed(rule.unit, demand)
+        found.append(Refusal(status, need, answer.now_us, _frees_us(rule, answer, need, frees)))
+    return found
+
+
+def _frees_us(rule: LimitRule, answer: Answer, need: int, of_log: int) -> int | None:
+    if need > rule.limit:
+        return None
+    if rule.window is Window.RUNNING:
+        return answer.now_us + CONCURRENCY_HINT_US
+    if rule.window in CALENDAR:
+        return period_end_us(rule, answer)
+    return of_log if of_log > 0 else None
+
+
+def _reason(rule: LimitRule) -> error_reason_pb2.ErrorReason.ValueType:
+    if rule.window is Window.REQUEST:
+        return error_reason_pb2.ERROR_REASON_REQUEST_TOO_LARGE
+    if rule.burst:
+        return error_reason_pb2.ERROR_REASON_BURST_LIMIT
+    match rule.unit:
+        case Unit.COST:
+            return error_reason_pb2.ERROR_REASON_BUDGET
+        case Unit.RUNNING:
+            return error_reason_pb2.ERROR_REASON_CONCURRENCY
+        case Unit.RETRIES:
+            return error_reason_pb2.ERROR_REASON_RETRY_BUDGET
+        case _:
+            return error_reason_pb2.ERROR_REASON_PLAN_LIMIT

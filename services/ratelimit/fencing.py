@@ -1,6 +1,7 @@
 """What becomes of holds whose lease ended: the ledger is asked, and only its answer ends a hold. Time alone never does."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +19,8 @@ FENCE_TIMEOUT_SECONDS = 1.0
 SWEEP_SECONDS = 1.0
 MOST_FENCES = 500
 _SWEEP_CHUNK = 64
+# A tenant without leases is looked at this seldom, until nothing is left of its calls but sums.
+LEFTOVER_SECONDS = 30.0
 
 
 class FenceVerdict(StrEnum):
@@ -31,12 +34,16 @@ class FenceVerdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExpiredHolds:
-    """A tenant's holds with an ended lease, and how many leases there are in all. `epoch` is None while the tenant has no counters."""
+    """A tenant's holds with an ended lease, and how many leases there are in all. `epoch` is None while the tenant has no counters.
+
+    `leftovers`: something is kept that will be of no use in a while.
+    """
 
     tenant_id: TenantId
     epoch: int | None
     lease_count: int
     reservation_ids: Sequence[ReservationId]
+    leftovers: bool = False
 
 
 class FenceLedger(Protocol):
@@ -69,12 +76,13 @@ class Fencing:
     def __init__(self, store: FenceStore, ledger: FenceLedger) -> None:
         self._store = store
         self._ledger = ledger
-        self._watched: set[TenantId] = set()
+        # When each is to be looked at next.
+        self._watched: dict[TenantId, float] = {}
         self._under_way: dict[TenantId, asyncio.Future[None]] = {}
 
     def watch(self, tenant_id: TenantId) -> None:
-        """Makes the sweep look after the tenant until it has no lease left."""
-        self._watched.add(tenant_id)
+        """Makes the sweep look after the tenant until it has no lease left, and nothing to forget."""
+        self._watched[tenant_id] = 0.0
 
     async def fence_expired(self, tenant_id: TenantId) -> None:
         """Asks about all ended leases of a tenant, once for all callers who wait. Raises: Unavailable when the ledger does not answer."""
@@ -104,8 +112,10 @@ class Fencing:
 
     async def sweep(self) -> None:
         """Fences every ended lease of the watched tenants, and adds tenants that a lost replica left behind."""
-        self._watched.update(await self._store.tenants_with_leases())
-        tenant_ids = list(self._watched)
+        for tenant_id in await self._store.tenants_with_leases():
+            self.watch(tenant_id)
+        now = time.monotonic()
+        tenant_ids = [tenant_id for tenant_id, due in self._watched.items() if due <= now]
         for start in range(0, len(tenant_ids), _SWEEP_CHUNK):
             await self._fence(tenant_ids[start : start + _SWEEP_CHUNK])
 
@@ -121,10 +131,19 @@ class Fencing:
 
     async def _fence(self, tenant_ids: Sequence[TenantId]) -> None:
         found = await self._store.expired(tenant_ids, MOST_FENCES)
-        self._watched.difference_update(holds.tenant_id for holds in found if not holds.lease_count)
+        for holds in found:
+            self._put_off(holds)
         asked = [(holds, reservation_id) for holds in found if holds.epoch is not None for reservation_id in holds.reservation_ids]
         for start in range(0, len(asked), MOST_FENCES):
             await self._ask(asked[start : start + MOST_FENCES])
+
+    def _put_off(self, holds: ExpiredHolds) -> None:
+        if holds.lease_count:
+            return
+        if holds.leftovers:
+            self._watched[holds.tenant_id] = time.monotonic() + LEFTOVER_SECONDS
+        else:
+            self._watched.pop(holds.tenant_id, None)
 
     async def _ask(self, asked: Sequence[tuple[ExpiredHolds, ReservationId]]) -> None:
         calls = [(holds.tenant_id, reservation_id, holds.epoch or 0) for holds, reservation_id in asked]

@@ -12,9 +12,10 @@ from typing import Protocol
 from mesh.common.v1 import error_reason_pb2
 from services.kernel.errors import LimitExceeded, QuotaViolation
 from services.kernel.ids import TenantId
-from services.ratelimit.window import MICROSECONDS, moment
+from services.ratelimit.calendar_periods import moment
+from services.ratelimit.limit_rule import MINUTE_US
 
-WINDOW_US = 60 * MICROSECONDS
+WINDOW_US = MINUTE_US
 _DIMENSIONS = ("requests", "input tokens", "output tokens")
 
 

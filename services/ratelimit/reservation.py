@@ -1,6 +1,5 @@
 """Holds: taken before a call, prolonged while it runs, ended by what the ledger says. Refuses with the rule that binds, never by guess."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,31 +11,19 @@ import structlog
 
 from services.kernel.errors import ContentConflict, InvalidRequest, MeshError, ReservationLost
 from services.kernel.ids import ReservationId, TenantId, uuid7_time
-from services.kernel.request_context import remaining_seconds
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.decision import Refusal, refusal
+from services.ratelimit.calendar_periods import microseconds
+from services.ratelimit.decision import Refusal, refusal, shadow_refusals
 from services.ratelimit.fencing import Fencing
-from services.ratelimit.limits import Amounts, Limits
-from services.ratelimit.rebuild import Rebuilder, rebuilding
-from services.ratelimit.window import LimitStatus, Usage, microseconds, statuses
+from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
+from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
+from services.ratelimit.ready_counters import ReadyCounters, tenant_of
+from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
+from services.ratelimit.terms import Plan, Terms
 
 log = structlog.get_logger(__name__)
 
 LARGEST_ID_AGE_SECONDS = 60
-_MOST_REBUILDS = 3
-_DEFAULT_DEADLINE_SECONDS = 5.0
-
-
-class Verdict(StrEnum):
-    """What the store answers a Reserve or a look."""
-
-    HELD = "held"
-    REFUSED = "refused"
-    REBUILD = "rebuild"
-    OLD = "old"
-    AHEAD = "ahead"
-    ENDED = "ended"
-    CONFLICT = "conflict"
 
 
 class CommitKind(StrEnum):
@@ -48,28 +35,52 @@ class CommitKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The store's answer; `usage` is there when it held or refused."""
+class Request:
+    """One demand on the limits, by whom, and under which id. `account`: the provider's account it will use."""
 
-    verdict: Verdict
-    usage: Usage | None = None
+    reservation_id: ReservationId
+    demand: Demand
+    subject: Subject = NOBODY
+    account: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A demand as the store decides it. `at_once`: it is used at once and not held."""
+
+    reservation_id: ReservationId
+    minted_us: int
+    plan: Plan
+    demand: Demand
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A hold, and the limits after it."""
+    """A hold, with how the limits stand after it."""
 
-    epoch: int
-    reserve_us: int
-    limits: Sequence[LimitStatus]
+    plan: Plan
+    answer: Answer
+    demand: Demand
+
+    @property
+    def limits(self) -> list[LimitStatus]:
+        """Every rule that applies, as it stands."""
+        return statuses(self.plan, self.answer)
+
+    @property
+    def shortened(self) -> bool:
+        """Whether fewer output tokens are held than were asked for."""
+        wanted = self.demand.shortening
+        return wanted is not None and self.answer.output_tokens < wanted.max_output_tokens
+
+    @property
+    def shadow_refusals(self) -> list[Refusal]:
+        """The rules in shadow mode that would have refused."""
+        return shadow_refusals(self.plan, self.answer, self.demand) if any(rule.shadow for rule in self.plan.rules) else []
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """The limits as they stand, and what would keep a call out."""
-
-    limits: Sequence[LimitStatus]
-    refusal: Refusal | None
+Outcome = Held | Refusal | MeshError
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +94,11 @@ class Settlement:
     actual: Amounts
 
 
-class LimitsOf(Protocol):
-    """Knows what a tenant may use."""
-
-    async def __call__(self, context: TenantContext) -> Limits:
-        """Returns the limits of the context's tenant, of its configuration's version or newer."""
-        ...
-
-
 class ReservationStore(Protocol):
     """Decides and counts, one atomic step a tenant."""
 
-    window_us: int
-
-    async def reserve(self, tenant_id: TenantId, reservation_id: ReservationId, minted_us: int, amounts: Amounts, limits: Limits) -> Answer:
-        """Takes a hold, or says why not and changes nothing."""
-        ...
-
-    async def look(self, tenant_id: TenantId, amounts: Amounts, limits: Limits) -> Answer:
-        """Says what is used and whether a call of this size would be held. Writes nothing."""
+    async def reserve(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
+        """Takes holds in their order, each by itself: what is refused changes nothing."""
         ...
 
     async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> None:
@@ -118,48 +115,55 @@ class ReservationStore(Protocol):
 
 
 class Reservations:
-    """Every use of a tenant's limits."""
+    """Every hold on a tenant's limits."""
 
-    def __init__(self, store: ReservationStore, limits_of: LimitsOf, rebuilder: Rebuilder, fencing: Fencing) -> None:
+    def __init__(
+        self,
+        store: ReservationStore,
+        counters: ReadyCounters,
+        fencing: Fencing,
+        *,
+        guard: Guard | None = None,
+        shares: AccountShares | None = None,
+    ) -> None:
         self._store = store
-        self._limits_of = limits_of
-        self._rebuilder = rebuilder
+        self._counters = counters
         self._fencing = fencing
+        self._guard: Guard = guard or NoGuard()
+        self._shares: AccountShares = shares or NoShares()
 
-    async def reserve(self, context: TenantContext, reservation_id: ReservationId, amounts: Amounts) -> Held:
+    async def reserve(self, context: TenantContext, request: Request) -> Held:
         """Holds the worst case of a call. Repeated with the same id and amounts it gives the same hold.
 
         Raises: LimitExceeded, ReservationLost, InvalidRequest, ContentConflict, Unavailable.
         """
-        tenant_id = _tenant_of(context)
-        minted_us = _minted_us(reservation_id)
-        limits = await self._limits_of(context)
-        answer = await self._reserve(context, reservation_id, minted_us, amounts, limits)
-        if self._may_be_in_the_way(answer, limits, amounts):
-            # What the holds of a dead caller are, only the ledger knows.
-            await self._fencing.fence_expired(tenant_id)
-            answer = await self._reserve(context, reservation_id, minted_us, amounts, limits)
-        usage = answer.usage
-        if usage is None:
-            raise _lost_or_invalid(answer.verdict, reservation_id)
-        self._fencing.watch(tenant_id)
-        if answer.verdict is Verdict.HELD:
-            return Held(usage.epoch, usage.reserve_us, statuses(limits, usage, self._store.window_us))
-        raise self._refused(tenant_id, limits, usage, amounts)
+        (outcome,) = await self.decide(context, [request])
+        if isinstance(outcome, Held):
+            return outcome
+        raise outcome.error(tenant_of(context)) if isinstance(outcome, Refusal) else outcome
 
-    async def check(self, context: TenantContext, amounts: Amounts) -> Look:
-        """Tells whether a call of this size would be admitted now. Counts nothing.
+    async def decide(self, context: TenantContext, requests: Sequence[Request]) -> list[Outcome]:
+        """Decides requests of one tenant in their order. A refusal tells when it frees and whether its caller may wait for that.
 
-        A tenant without counters gets them from the ledger first: its limits must be readable before its first call.
+        Raises: Unavailable, NotFound, LimitExceeded ABUSE_GUARD, when none can be decided.
         """
-        limits = await self._limits_of(context)
-        usage = await self._look(context, amounts, limits)
-        window_us = self._store.window_us
-        return Look(statuses(limits, usage, window_us), refusal(limits, usage, amounts, window_us))
+        terms = await self._counters.terms_of(context)
+        self._guard.admit(context, terms)
+        outcomes: list[Outcome | None] = [await self._shared(context, terms, request) for request in requests]
+        open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
+        if open_places:
+            decided = await self._decided(context, [requests[place] for place in open_places])
+            for place, outcome in zip(open_places, decided, strict=True):
+                outcomes[place] = outcome
+                if not isinstance(outcome, Held) and requests[place].account:
+                    await self._shares.give_back(context, requests[place].account, requests[place].reservation_id)
+                if isinstance(outcome, Refusal):
+                    self._guard.refused(context, terms, outcome)
+        return [outcome for outcome in outcomes if outcome is not None]
 
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
-        await self._store.release(_tenant_of(context), reservation_id, epoch)
+        await self._store.release(tenant_of(context), reservation_id, epoch)
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
         """Prolongs leases; tells of each whether it lives."""
@@ -169,65 +173,70 @@ class Reservations:
         """Applies what the ledger says; tells of each whether it is done."""
         return await self._store.commit(settlements)
 
-    async def _reserve(
-        self, context: TenantContext, reservation_id: ReservationId, minted_us: int, amounts: Amounts, limits: Limits
-    ) -> Answer:
-        tenant_id = _tenant_of(context)
-        for _ in range(_MOST_REBUILDS):
-            answer = await self._store.reserve(tenant_id, reservation_id, minted_us, amounts, limits)
-            if answer.verdict is not Verdict.REBUILD:
-                return answer
-            await self._rebuild(context)
-        raise rebuilding("the caller's deadline is near")
-
-    async def _look(self, context: TenantContext, amounts: Amounts, limits: Limits) -> Usage:
-        tenant_id = _tenant_of(context)
-        for _ in range(_MOST_REBUILDS):
-            answer = await self._store.look(tenant_id, amounts, limits)
-            if answer.usage is not None:
-                return answer.usage
-            await self._rebuild(context)
-        raise rebuilding("the caller's deadline is near")
-
-    async def _rebuild(self, context: TenantContext) -> None:
+    async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> MeshError | None:
+        """Checks the request by itself and takes its account's share; what keeps it out, if anything does."""
         try:
-            async with asyncio.timeout(remaining_seconds(_DEFAULT_DEADLINE_SECONDS) * 0.9):
-                await self._rebuilder.ensure(context)
-        except TimeoutError:
-            raise rebuilding("the caller's deadline is near") from None
-        self._fencing.watch(_tenant_of(context))
+            minted_us(request.reservation_id)
+            check_shortening(request.demand)
+            if request.account:
+                await self._shares.take(context, terms, request.account, request.reservation_id, request.demand.amounts)
+        except MeshError as error:
+            return error
+        return None
 
-    def _may_be_in_the_way(self, answer: Answer, limits: Limits, amounts: Amounts) -> bool:
-        """Tells whether the refusal could fall away with the holds whose lease has ended."""
-        if answer.verdict is not Verdict.REFUSED or answer.usage is None or not answer.usage.expired_holds:
-            return False
-        why = refusal(limits, answer.usage, amounts, self._store.window_us)
-        return why is not None and why.retry_after_seconds is not None
+    async def _decided(self, context: TenantContext, requests: Sequence[Request]) -> list[Outcome]:
+        tenant_id = tenant_of(context)
+        terms, answers = await self._asked(context, requests)
+        outcomes = [_outcome(terms, request, answer) for request, answer in zip(requests, answers, strict=True)]
+        doubtful = [
+            place
+            for place, (outcome, answer) in enumerate(zip(outcomes, answers, strict=True))
+            if isinstance(outcome, Refusal) and outcome.frees_us is not None and answer.expired_holds
+        ]
+        if doubtful:
+            # What the holds of a dead caller are, only the ledger knows.
+            await self._fencing.fence_expired(tenant_id)
+            terms, answers = await self._asked(context, [requests[place] for place in doubtful])
+            for place, answer in zip(doubtful, answers, strict=True):
+                outcomes[place] = _outcome(terms, requests[place], answer)
+        self._fencing.watch(tenant_id)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            _log(request, outcome)
+        return outcomes
 
-    def _refused(self, tenant_id: TenantId, limits: Limits, usage: Usage, amounts: Amounts) -> MeshError:
-        why = refusal(limits, usage, amounts, self._store.window_us)
-        if why is None:
-            msg = f"the store refused what its own figures admit: {usage}"
-            raise RuntimeError(msg)
-        log.info("reservation_refused", rule=why.status.rule.value, limit=why.status.limit, used=why.status.used, needed=why.needed)
-        return why.error(tenant_id)
+    async def _asked(self, context: TenantContext, requests: Sequence[Request]) -> tuple[Terms, list[Answer]]:
+        tenant_id = tenant_of(context)
+
+        async def question(terms: Terms) -> list[Answer]:
+            asks = [Ask(item.reservation_id, minted_us(item.reservation_id), terms.plan(item.subject), item.demand) for item in requests]
+            return await self._store.reserve(tenant_id, terms, asks)
+
+        return await self._counters.ask(context, question)
 
 
-def _tenant_of(context: TenantContext) -> TenantId:
-    if context.tenant_id is None:
-        msg = "a reservation needs a tenant: the method's policy requires one"
-        raise RuntimeError(msg)
-    return context.tenant_id
-
-
-def _minted_us(reservation_id: UUID) -> int:
+def minted_us(reservation_id: UUID) -> int:
+    """When the id was made. Raises: InvalidRequest for one that does not tell."""
     minted: datetime | None = uuid7_time(reservation_id)
     if minted is None:
         raise InvalidRequest("reservation_id", "must be a UUID of version 7, made for this attempt")
     return microseconds(minted)
 
 
-def _lost_or_invalid(verdict: Verdict, reservation_id: UUID) -> MeshError:
+def check_shortening(demand: Demand) -> None:
+    """Refuses amounts that do not hold the output they may be shortened by. Raises: InvalidRequest."""
+    shortening = demand.shortening
+    if shortening is None:
+        return
+    if not 1 <= shortening.min_output_tokens <= shortening.max_output_tokens:
+        raise InvalidRequest("shorten.min_output_tokens", "must be from 1 to max_output_tokens")
+    if shortening.max_output_tokens > demand.amounts.tokens:
+        raise InvalidRequest("shorten.max_output_tokens", "must be part of amounts.tokens")
+    if shortening.max_output_tokens * shortening.output_nano_usd_per_million // 1_000_000 > demand.amounts.cost_nano_usd:
+        raise InvalidRequest("shorten.output_nano_usd_per_million", "amounts.cost_nano_usd must hold the output at this price")
+
+
+def lost_or_invalid(verdict: Verdict, reservation_id: UUID) -> MeshError:
+    """What a verdict that is neither a hold nor a refusal is to the caller."""
     match verdict:
         case Verdict.AHEAD:
             return InvalidRequest(
@@ -241,3 +250,26 @@ def _lost_or_invalid(verdict: Verdict, reservation_id: UUID) -> MeshError:
         case _:
             why = "the reservation has ended"
     return ReservationLost(reservation_id, f"{why}: start the call again with a new one")
+
+
+def _outcome(terms: Terms, request: Request, answer: Answer) -> Outcome:
+    plan = terms.plan(request.subject)
+    if answer.verdict is Verdict.HELD:
+        return Held(plan, answer, request.demand)
+    if answer.verdict is not Verdict.REFUSED:
+        return lost_or_invalid(answer.verdict, request.reservation_id)
+    why = refusal(plan, answer, request.demand)
+    if why is None:
+        msg = f"the store refused what its own figures admit: {answer}"
+        raise RuntimeError(msg)
+    return why
+
+
+def _log(request: Request, outcome: Outcome) -> None:
+    if isinstance(outcome, Refusal):
+        status = outcome.status
+        log.info("reservation_refused", rule=status.rule.name, limit=status.limit, used=status.used, needed=outcome.needed)
+    elif isinstance(outcome, Held):
+        for shadow in outcome.shadow_refusals:
+            status = shadow.status
+            log.info("shadow_rule_refused", rule=status.rule.name, limit=status.limit, used=status.used, needed=shadow.needed)

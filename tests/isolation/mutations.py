@@ -173,7 +173,7 @@ _FILTERS = (
     ),
     _one(
         "Redis keys are not the tenant's own",
-        "services/ratelimit/adapters/redis_store.py",
+        "services/ratelimit/adapters/tenant_scripts.py",
         'return f"{{{tenant_id}}}:"',
         'return "{shared}:"',
         "tests/isolation/test_key_stores.py::test_every_redis_key_is_a_known_tenants",

@@ -4,35 +4,73 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime
+from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
 from pydantic import SecretStr
 
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
+from mesh.tenant.v1 import tenant_service_pb2
 from services.kernel.errors import MeshError
 from services.kernel.ids import ReservationId, TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.settings import ServiceSettings
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.adapters.redis_link import PipelinedLink
-from services.ratelimit.adapters.redis_store import KINDS, RedisStore
+from services.ratelimit.adapters.redis_link import Link, PipelinedLink
+from services.ratelimit.adapters.redis_records import RedisRecords
+from services.ratelimit.adapters.redis_snapshots import RedisSnapshots
+from services.ratelimit.adapters.redis_store import RedisStore
+from services.ratelimit.adapters.tenant_scripts import KINDS, TenantScripts
 from services.ratelimit.app import RatelimitApp, build
-from services.ratelimit.limits import Amounts, Limits
-from services.ratelimit.rebuild import CountedCall, Snapshot
-from services.ratelimit.reservation import Answer, CommitKind, Settlement, Verdict
+from services.ratelimit.calendar_periods import microseconds
+from services.ratelimit.counter import Family
+from services.ratelimit.decision import Refusal, refusal
+from services.ratelimit.limit_rule import MINUTE_US, SECOND_US, Unit, Window, rules_of_plan
+from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
+from services.ratelimit.packing import unpacked
+from services.ratelimit.rebuild import Begin, CountedCall, CountedSum, Snapshot
+from services.ratelimit.reservation import Ask, CommitKind, Settlement
 from services.ratelimit.settings import RatelimitSettings
-from services.ratelimit.window import microseconds
+from services.ratelimit.standing import Answer, Verdict
+from services.ratelimit.terms import Terms
 from tests.ratelimit.scripted_peer import Peer
+
+# As much as a rule may allow: stands for a rule that is not there, so that what it counts can be seen.
+UNLIMITED = 9_000_000_000_000_000
+STANDARD_RULES = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "cost_nano_usd_per_month", "concurrent_calls")
+_STATES = {1: "held", 2: "pinned", 3: "settled", 4: "void", 5: "released"}
 
 TOKENS = {name: f"token-of-{name}" for name in ("inference", "metering", "tenant")}
 
 
 class InferenceSettings(ServiceSettings):
     service_name: ClassVar[str] = "inference"
+
+
+def plan_limits(**limits: int) -> tenant_service_pb2.PlanLimits:
+    """A plan of these limits; those not named are too high to be met."""
+    return tenant_service_pb2.PlanLimits(**{**dict.fromkeys(STANDARD_RULES, UNLIMITED), **limits})
+
+
+def standard_terms(window_seconds: float = 60.0, **limits: int) -> Terms:
+    """The five rules of a plan, over another window than a minute for tests of time."""
+    window_us = int(window_seconds * SECOND_US)
+    return Terms(
+        [replace(rule, window_us=window_us if rule.window_us == MINUTE_US else 0) for rule in rules_of_plan(plan_limits(**limits))]
+    )
+
+
+class Stores:
+    """Everything that reads and writes a tenant's keys."""
+
+    def __init__(self, link: Link, *, lease_seconds: float = 5.0, forget_seconds: float = 120.0) -> None:
+        self.scripts = TenantScripts(link, link)
+        self.decisions = RedisStore(self.scripts, lease_seconds=lease_seconds, forget_seconds=forget_seconds)
+        self.snapshots = RedisSnapshots(self.scripts, lease_seconds=lease_seconds)
+        self.records = RedisRecords(self.scripts)
 
 
 class MeteringSettings(ServiceSettings):
@@ -47,28 +85,66 @@ class TenantSettings(ServiceSettings):
 class AtStore:
     """One tenant at the store itself."""
 
-    store: RedisStore
+    stores: Stores
     link: PipelinedLink
-    limits: Limits = field(default_factory=Limits)
+    terms: Terms = field(default_factory=standard_terms)
     tenant_id: TenantId = field(default_factory=lambda: TenantId(new_uuid7()))
     epoch: int = 1
 
-    async def loaded(self, *calls: CountedCall, days: dict[str, int] | None = None, months: dict[str, int] | None = None) -> "AtStore":
+    @property
+    def store(self) -> RedisStore:
+        """Where decisions are made."""
+        return self.stores.decisions
+
+    async def begin(self, nonce: str) -> Begin:
+        """Asks for a rebuild."""
+        return (await self.stores.snapshots.begin(self.tenant_id, nonce, self.terms))[0]
+
+    async def load(self, nonce: str, epoch: int = 1, *calls: CountedCall, sums: Sequence[CountedSum] = ()) -> bool:
+        """Loads an answer to a request for a rebuild."""
+        return await self.stores.snapshots.load(self.tenant_id, nonce, Snapshot(epoch, calls, sums), self.terms)
+
+    async def loaded(self, *calls: CountedCall, sums: Sequence[CountedSum] = ()) -> "AtStore":
         """Gives the tenant counters, as a rebuild does."""
         nonce = uuid4().hex
-        await self.store.begin(self.tenant_id, nonce)
-        assert await self.store.load(self.tenant_id, nonce, Snapshot(self.epoch, calls, days or {}, months or {}))
+        await self.begin(nonce)
+        assert await self.load(nonce, self.epoch, *calls, sums=sums)
         return self
 
-    async def reserve(self, tokens: int = 0, cost: int = 0, *, id: UUID | None = None) -> tuple[ReservationId, Answer]:
+    def ask(self, reservation_id: UUID, demand: Demand, subject: Subject = NOBODY, product_unit: str = "", *, at_once: bool = False) -> Ask:
+        """A demand as the store takes it."""
+        minted_us = (reservation_id.int >> 80) * 1000
+        return Ask(ReservationId(reservation_id), minted_us, self.terms.plan(subject, product_unit), demand, at_once)
+
+    async def reserve(
+        self,
+        tokens: int = 0,
+        cost: int = 0,
+        *,
+        id: UUID | None = None,
+        subject: Subject = NOBODY,
+        attempt: int = 1,
+        shortening: Shortening | None = None,
+    ) -> tuple[ReservationId, Answer]:
         """Tries to hold; returns the id used and the answer."""
         reservation_id = ReservationId(id or new_uuid7())
-        minted_us = (reservation_id.int >> 80) * 1000
-        return reservation_id, await self.store.reserve(self.tenant_id, reservation_id, minted_us, Amounts(tokens, cost), self.limits)
+        ask = self.ask(reservation_id, Demand(Amounts(tokens, cost), attempt, 0, shortening), subject)
+        return reservation_id, (await self.store.reserve(self.tenant_id, self.terms, [ask]))[0]
 
-    async def held(self, tokens: int = 0, cost: int = 0) -> ReservationId:
+    async def use(self, product_unit: str, quantity: int = 1, *, id: UUID | None = None, subject: Subject = NOBODY) -> Answer:
+        """Tries to use units at once."""
+        ask = self.ask(id or new_uuid7(), Demand(attempt=0, quantity=quantity), subject, product_unit, at_once=True)
+        return (await self.store.reserve(self.tenant_id, self.terms, [ask]))[0]
+
+    def refusal(self, answer: Answer, tokens: int = 0, cost: int = 0, subject: Subject = NOBODY) -> Refusal:
+        """Why an answer refused a call of this size."""
+        why = refusal(self.terms.plan(subject), answer, Demand(Amounts(tokens, cost)))
+        assert why is not None
+        return why
+
+    async def held(self, tokens: int = 0, cost: int = 0, **options: Any) -> ReservationId:
         """Holds; the hold must be taken."""
-        reservation_id, answer = await self.reserve(tokens, cost)
+        reservation_id, answer = await self.reserve(tokens, cost, **options)
         assert answer.verdict is Verdict.HELD
         return reservation_id
 
@@ -80,10 +156,14 @@ class AtStore:
         return (await self.store.commit([item]))[0]
 
     async def used(self) -> tuple[int, ...]:
-        """What the rules count, in their order."""
-        answer = await self.store.look(self.tenant_id, Amounts(0, 0), self.limits)
-        assert answer.usage is not None
-        return answer.usage.in_order()
+        """What the rules of all together count, in their order."""
+        return await self.used_by(NOBODY)
+
+    async def used_by(self, subject: Subject, product_unit: str = "") -> tuple[int, ...]:
+        """What the rules of a subject count, in their order."""
+        answer = await self.store.look(self.tenant_id, self.terms, self.terms.plan(subject, product_unit), Demand())
+        assert answer.figures
+        return tuple(answer.figures[::3])
 
     async def dump(self) -> list[object]:
         """Every key of the tenant, byte for byte."""
@@ -97,13 +177,13 @@ class AtStore:
 
     async def state(self, reservation_id: UUID) -> str | None:
         """The state of a reservation, None when there is no record of it."""
-        packed = await self.link.send("HGET", f"{{{self.tenant_id}}}:reservations", reservation_id.hex)
-        return packed.decode().split()[0] if isinstance(packed, bytes) else None
+        packed = await self.link.send("HGET", f"{{{self.tenant_id}}}:reservations", reservation_id.bytes)
+        return _STATES[unpacked(packed)[0]] if isinstance(packed, bytes) else None  # type: ignore[index] # a list
 
     async def end_lease(self, *reservation_ids: UUID) -> None:
         """Makes leases end now, as time would."""
         for reservation_id in reservation_ids:
-            await self.link.send("ZADD", f"{{{self.tenant_id}}}:leases", "XX", 1, reservation_id.hex)
+            await self.link.send("ZADD", f"{{{self.tenant_id}}}:leases", "XX", 1, reservation_id.bytes)
 
 
 @dataclass
@@ -168,7 +248,7 @@ class Service:
 
     app: RatelimitApp
     peer: Peer
-    store: RedisStore
+    stores: Stores
     link: PipelinedLink
     inference: MeshChannel
     metering: MeshChannel
@@ -176,7 +256,7 @@ class Service:
 
     def tenant_with(self, **limits: int) -> AtService:
         """A new tenant with these limits."""
-        at_store = AtStore(self.store, self.link, Limits(**limits))
+        at_store = AtStore(self.stores, self.link, standard_terms(**limits))
         context = self.peer.tenants.context(at_store.tenant_id, **limits)
         stub = rate_limit_service_pb2_grpc.RateLimitServiceStub(self.inference.channel)
         return AtService(stub, self.inference, self.metering, self.tenant, context, at_store)
@@ -206,13 +286,23 @@ async def running_service(redis_url: str, peer: Peer, **options: object) -> Asyn
         for kind in (InferenceSettings, MeteringSettings, TenantSettings)
     ]
     try:
-        yield Service(app, peer, RedisStore(link, link), link, *channels)
+        yield Service(app, peer, Stores(link), link, *channels)
     finally:
         for channel in channels:
             await channel.close()
         await app.server.stop()
         await app.close()
         await link.close()
+
+
+def tokens_of_day(day: date, amount: int) -> CountedSum:
+    """A sum of the ledger: tokens of a UTC day."""
+    return CountedSum([Family(Unit.TOKENS, Window.DAY)], microseconds(datetime(day.year, day.month, day.day, tzinfo=UTC)), amount)
+
+
+def cost_of_month(year: int, month: int, amount: int) -> CountedSum:
+    """A sum of the ledger: nano-USD of a UTC month."""
+    return CountedSum([Family(Unit.COST, Window.MONTH)], microseconds(datetime(year, month, 1, tzinfo=UTC)), amount)
 
 
 def now_us() -> int:

@@ -5,9 +5,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from services.ratelimit.adapters.redis_link import PipelinedLink
-from services.ratelimit.adapters.redis_store import RedisStore
-from services.ratelimit.limits import Limits
-from tests.ratelimit.callers import AtStore, Service, running_service
+from tests.ratelimit.callers import AtStore, Service, Stores, running_service, standard_terms
 from tests.ratelimit.scripted_peer import running_peer
 from tests.support.stores import RedisStore as RedisServer
 
@@ -25,8 +23,8 @@ async def at_store(link: PipelinedLink) -> Callable[..., AtStore]:
     """Makes a tenant at the store, with its limits and, for tests of time, a shorter window."""
 
     def make(*, window_seconds: float = 60.0, lease_seconds: float = 5.0, forget_seconds: float = 120.0, **limits: int) -> AtStore:
-        store = RedisStore(link, link, window_seconds=window_seconds, lease_seconds=lease_seconds, forget_seconds=forget_seconds)
-        return AtStore(store, link, Limits(**limits))
+        stores = Stores(link, lease_seconds=lease_seconds, forget_seconds=forget_seconds)
+        return AtStore(stores, link, standard_terms(window_seconds, **limits))
 
     return make
 

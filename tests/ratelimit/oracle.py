@@ -1,73 +1,114 @@
-"""The rules of the limits in plain Python, without a store: what the scripts must agree with, step by step."""
+"""The rules of the limits in plain Python, without a store: what the scripts must agree with, step by step.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+It keeps every call for ever and adds up from the beginning each time: nothing is compact here, and nothing is quick.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from services.kernel.ids import ReservationId
-from services.ratelimit.limits import Limits
-from services.ratelimit.window import moment
+from services.ratelimit.calendar_periods import Calendar
+from services.ratelimit.limit_rule import CALENDAR, LimitRule, Unit, Window
+from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
 
 
 @dataclass
 class OracleCall:
-    """A reservation. `counted`: its request is in the log of the window."""
+    """A reservation or a use. `counted`: it is in the logs of windows. `shadow`: what rules in shadow mode were charged; None: nothing.
+
+    `asked`: the demand it was reserved with. `in_sums`: the ledger's sums have it, so that calendars count it there.
+    """
 
     state: str
     reserve_us: int
-    tokens: int
-    cost: int
+    amounts: Amounts
+    demand: Demand = field(default_factory=Demand)
+    subject: Subject = NOBODY
+    shadow: Amounts | None = None
+    product_unit: str = ""
     counted: bool = True
     leased: bool = True
+    in_sums: bool = False
+
+    @property
+    def held(self) -> bool:
+        """Whether it has not ended."""
+        return self.state in ("held", "pinned")
+
+
+@dataclass
+class Granted:
+    """What was decided: amounts and output tokens when it fits, and the shadow rules that would have refused."""
+
+    verdict: str
+    amounts: Amounts = field(default_factory=lambda: Amounts(0, 0))
+    output_tokens: int = 0
+    shadow_refusals: frozenset[str] = frozenset()
 
 
 @dataclass
 class Oracle:
-    """One tenant. `calls` is None while it has no counters."""
+    """One tenant. `calls` is None while it has no counters. `sums`: use of before, by rule's unit and period."""
 
-    limits: Limits
-    window_us: int
+    rules: Sequence[LimitRule]
+    calendar: Calendar = field(default_factory=Calendar)
     epoch: int = 0
     calls: dict[UUID, OracleCall] | None = None
-    base_tokens: dict[str, int] = field(default_factory=dict)
-    base_cost: dict[str, int] = field(default_factory=dict)
+    sums: dict[tuple[Unit, Window], int] = field(default_factory=dict)
 
-    def used(self, now_us: int) -> tuple[int, int, int, int, int]:
-        """Requests, tokens and tokens today, money this month, and running calls, as of now."""
-        calls = (self.calls or {}).values()
-        recent = [call for call in calls if call.counted and call.reserve_us > now_us - self.window_us]
-        now = moment(now_us)
-        day, month = f"{now:%Y-%m-%d}", f"{now:%Y-%m}"
-        return (
-            len(recent),
-            sum(call.tokens for call in recent),
-            self.base_tokens.get(day, 0) + sum(call.tokens for call in calls if f"{moment(call.reserve_us):%Y-%m-%d}" == day),
-            self.base_cost.get(month, 0) + sum(call.cost for call in calls if f"{moment(call.reserve_us):%Y-%m}" == month),
-            sum(call.state == "held" and call.leased for call in calls),
-        )
+    def used(self, rule: LimitRule, subject: Subject, now_us: int) -> int:
+        """What a rule counts for a subject as of now."""
+        if rule.window is Window.REQUEST:
+            return 0
+        used = sum(self._amount(rule, call) for call in self._of(rule, subject) if self._within(rule, call, now_us))
+        return used + (self.sums.get((rule.unit, rule.window), 0) if rule.scope.of(subject) == NOBODY else 0)
 
-    def reserve(self, reservation_id: UUID, tokens: int, cost: int, now_us: int) -> str:
-        """Decides a Reserve of a fresh id."""
+    def reserve(self, reservation_id: UUID, demand: Demand, now_us: int, subject: Subject = NOBODY, product_unit: str = "") -> Granted:
+        """Decides a Reserve of a fresh id, or a use of a product's units."""
         if self.calls is None:
-            return "rebuild"
+            return Granted("rebuild")
         known = self.calls.get(reservation_id)
         if known is not None:
-            if known.state == "held" and known.leased:
-                return "held" if (known.tokens, known.cost) == (tokens, cost) else "conflict"
-            return "conflict" if known.state in ("held", "pinned") and (known.tokens, known.cost) != (tokens, cost) else "ended"
-        for limit, used, need in zip(self.limits.in_order(), self.used(now_us), (1, tokens, tokens, cost, 1), strict=True):
-            if limit and used + need > limit:
-                return "refused"
-        self.calls[reservation_id] = OracleCall("held", now_us, tokens, cost)
+            return self._again(known, demand)
+        rules = self._applicable(subject, product_unit)
+        granted = self._fitted([rule for rule in rules if not rule.shadow], demand, subject, now_us)
+        if granted is None:
+            return Granted("refused")
+        shadow = self._fitted(rules, demand, subject, now_us)
+        refusals = frozenset[str]()
+        if shadow is None:
+            over = (rule for rule in rules if rule.shadow and self._excess(rule, demand, subject, now_us) > 0)
+            refusals = frozenset(rule.name for rule in over)
+        state = "held" if demand.attempt else "settled"
+        self.calls[reservation_id] = OracleCall(
+            state, now_us, granted[0], demand, subject, None if shadow is None else shadow[0], product_unit
+        )
+        return Granted("held", *granted, refusals)
+
+    def extend(self, reservation_id: UUID, amounts: Amounts, epoch: int, now_us: int) -> str:
+        """Raises a living hold."""
+        call = (self.calls or {}).get(reservation_id)
+        if call is None or epoch != self.epoch or call.state != "held" or not call.leased:
+            return "lost"
+        whole = Amounts(max(amounts.tokens, call.amounts.tokens), max(amounts.cost_nano_usd, call.amounts.cost_nano_usd))
+        more = Amounts(whole.tokens - call.amounts.tokens, whole.cost_nano_usd - call.amounts.cost_nano_usd)
+        rules = [rule for rule in self._applicable(call.subject, "") if rule.unit in (Unit.TOKENS, Unit.COST)]
+        refused = [rule for rule in rules if self._too_much(rule, call, whole, more, now_us)]
+        if any(not rule.shadow for rule in refused):
+            return "refused"
+        call.amounts = whole
+        if call.shadow is not None and not refused:
+            call.shadow = Amounts(call.shadow.tokens + more.tokens, call.shadow.cost_nano_usd + more.cost_nano_usd)
         return "held"
 
-    def end(self, reservation_id: UUID, state: str, tokens: int, cost: int, *, counted: bool, only_held: bool = False) -> None:
+    def end(self, reservation_id: UUID, state: str, amounts: Amounts, *, counted: bool, only_held: bool = False) -> None:
         """Moves a hold to its end, if it is one."""
         call = (self.calls or {}).get(reservation_id)
-        if call is None or call.state not in (("held",) if only_held else ("held", "pinned")):
+        if call is None or not call.held or (only_held and call.state != "held"):
             return
-        call.state, call.tokens, call.cost, call.counted = state, tokens, cost, counted
+        call.state, call.amounts, call.counted = state, amounts, counted
+        call.shadow = amounts if call.shadow is not None else None
 
     def pin(self, reservation_id: UUID) -> None:
         """Keeps a hold without its lease."""
@@ -75,7 +116,7 @@ class Oracle:
         if call is not None and call.state == "held":
             call.state = "pinned"
 
-    def commit(self, reservation_id: UUID, kind: str, tokens: int, cost: int, epoch: int) -> bool:
+    def commit(self, reservation_id: UUID, kind: str, amounts: Amounts, epoch: int) -> bool:
         """Applies what the ledger says; no snapshot is ever pending here."""
         if self.calls is None or epoch < self.epoch:
             return True
@@ -84,20 +125,106 @@ class Oracle:
         elif kind == "pin":
             self.pin(reservation_id)
         elif kind == "void":
-            self.end(reservation_id, "void", 0, 0, counted=True)
+            self.end(reservation_id, "void", Amounts(0, 0), counted=True)
         else:
-            self.end(reservation_id, "settled", tokens, cost, counted=True)
+            self.end(reservation_id, "settled", amounts, counted=True)
         return True
 
     def lose(self) -> None:
         """Loses all counters."""
-        self.calls = None
-        self.base_tokens, self.base_cost = {}, {}
+        self.calls, self.sums = None, {}
 
-    def load(self, epoch: int, calls: Mapping[ReservationId, OracleCall], tokens: int, cost: int) -> None:
-        """Takes a snapshot of the ledger: what is settled comes as sums, and once more as recent calls for the window only."""
-        now = datetime.now(UTC)
-        self.epoch, self.calls = epoch, dict(calls.items())
-        settled = [call for call in calls.values() if call.state == "settled"]
-        self.base_tokens = {f"{now:%Y-%m-%d}": tokens - sum(call.tokens for call in settled)}
-        self.base_cost = {f"{now:%Y-%m}": cost - sum(call.cost for call in settled)}
+    def load(self, epoch: int, calls: Mapping[ReservationId, OracleCall], sums: Mapping[tuple[Unit, Window], int]) -> None:
+        """Takes a snapshot of the ledger: what has ended comes in sums, and once more as recent calls for the windows only."""
+        self.epoch, self.calls, self.sums = epoch, dict(calls.items()), dict(sums)
+        for call in calls.values():
+            call.in_sums, call.shadow = not call.held, call.amounts
+
+    def _again(self, known: OracleCall, demand: Demand) -> Granted:
+        same = known.demand.amounts == demand.amounts
+        if known.held and not same:
+            return Granted("conflict")
+        if known.state == "held" and known.leased and same:
+            return Granted("held", known.amounts)
+        return Granted("ended")
+
+    def _applicable(self, subject: Subject, product_unit: str) -> list[LimitRule]:
+        return [rule for rule in self.rules if rule.product_unit == product_unit and rule.applies_to(subject)]
+
+    def _fitted(self, rules: Sequence[LimitRule], demand: Demand, subject: Subject, now_us: int) -> tuple[Amounts, int] | None:
+        """The largest that fits, by trying every output from the wanted one down."""
+        over = [rule for rule in rules if self._excess(rule, demand, subject, now_us) > 0]
+        short = demand.shortening
+        if not over:
+            return demand.amounts, short.max_output_tokens if short else 0
+        if short is None or not all(rule.shortens and rule.unit in (Unit.TOKENS, Unit.COST) for rule in over):
+            return None
+        fewest = max(short.min_output_tokens, *(rule.min_output_tokens for rule in over))
+        for output in range(short.max_output_tokens - 1, fewest - 1, -1):
+            cut = short.max_output_tokens - output
+            cost = demand.amounts.cost_nano_usd - cut * short.output_nano_usd_per_million // 1_000_000
+            smaller = Amounts(demand.amounts.tokens - cut, cost)
+            if all(self._excess(rule, replace(demand, amounts=smaller), subject, now_us) <= 0 for rule in over):
+                return smaller, output
+        return None
+
+    def _excess(self, rule: LimitRule, demand: Demand, subject: Subject, now_us: int) -> int:
+        need = _need(rule, demand)
+        return 0 if need is None else need - (rule.limit - self.used(rule, subject, now_us))
+
+    def _too_much(self, rule: LimitRule, call: OracleCall, whole: Amounts, more: Amounts, now_us: int) -> bool:
+        added = _of_unit(rule.unit, more)
+        if not added:
+            return False
+        if rule.window is Window.REQUEST:
+            return _of_unit(rule.unit, whole) > rule.limit
+        charged = call.shadow is not None or not rule.shadow
+        in_window = rule.window is not Window.SLIDING or call.reserve_us > now_us - rule.window_us
+        # It counts in the period it was reserved in.
+        at_us = call.reserve_us if rule.window in CALENDAR else now_us
+        return charged and in_window and added > rule.limit - self.used(rule, call.subject, at_us)
+
+    def _of(self, rule: LimitRule, subject: Subject) -> Iterator[OracleCall]:
+        for call in (self.calls or {}).values():
+            same = rule.scope.covers(call.subject) and rule.scope.of(call.subject) == rule.scope.of(subject)
+            if same and call.product_unit == rule.product_unit and (call.shadow is not None or not rule.shadow):
+                yield call
+
+    def _within(self, rule: LimitRule, call: OracleCall, now_us: int) -> bool:
+        if rule.window is Window.RUNNING:
+            return call.state == "held" and call.leased
+        if rule.window is Window.SLIDING:
+            return call.reserve_us > now_us - rule.window_us
+        return not call.in_sums and self.calendar.period(rule.window, call.reserve_us) == self.calendar.period(rule.window, now_us)
+
+    def _amount(self, rule: LimitRule, call: OracleCall) -> int:
+        amounts = call.shadow if rule.shadow and call.shadow is not None else call.amounts
+        match rule.unit:
+            case Unit.REQUESTS:
+                return int(call.counted and call.demand.attempt == 1)
+            case Unit.RETRIES:
+                return int(call.counted and call.demand.attempt > 1)
+            case Unit.RUNNING:
+                return 1
+            case Unit.PRODUCT:
+                return call.demand.quantity
+            case _:
+                return _of_unit(rule.unit, amounts)
+
+
+def _need(rule: LimitRule, demand: Demand) -> int | None:
+    match rule.unit:
+        case Unit.REQUESTS:
+            return 1 if demand.attempt == 1 else None
+        case Unit.RETRIES:
+            return 1 if demand.attempt > 1 else None
+        case Unit.RUNNING:
+            return 1
+        case Unit.PRODUCT:
+            return demand.quantity
+        case _:
+            return _of_unit(rule.unit, demand.amounts)
+
+
+def _of_unit(unit: Unit, amounts: Amounts) -> int:
+    return amounts.tokens if unit is Unit.TOKENS else amounts.cost_nano_usd

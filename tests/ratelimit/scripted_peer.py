@@ -14,6 +14,7 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.common.v1.tenant_claims_pb2 import TenantClaims
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.metering.v1 import ledger_service_pb2_grpc
@@ -32,6 +33,11 @@ class LedgerCall:
     tokens: int = 0
     cost: int = 0
     epoch: int = 0
+    user: str = ""
+    feature: str = ""
+    attempt: int = 1
+    product_unit: str = ""
+    quantity: int = 0
 
 
 @dataclass
@@ -71,7 +77,7 @@ class ScriptedLedger(ledger_service_pb2_grpc.LedgerServiceServicer):
         await self._refuse_when_silent(context)
         tenant_id = UUID(dict(context.invocation_metadata() or ())["x-tenant-id"])  # type: ignore[arg-type]
         self.epoch_count += 1
-        response = snapshot(self.of(tenant_id), request.nonce)
+        response = snapshot(self.of(tenant_id), request)
         self.asked.set()
         await self.gate.wait()
         return response
@@ -151,13 +157,13 @@ class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authenticat
         return authentication_service_pb2.GetContextKeysResponse(keys=[key])
 
 
-def snapshot(tenant: LedgerTenant, nonce: str) -> ledger.BeginEpochResponse:
+def snapshot(tenant: LedgerTenant, request: ledger.BeginEpochRequest) -> ledger.BeginEpochResponse:
     """Begins an epoch of the tenant: everything its limits must count, as of now."""
     tenant.epoch += 1
     now = datetime.now(UTC)
-    response = ledger.BeginEpochResponse(nonce=nonce, epoch=tenant.epoch)
+    response = ledger.BeginEpochResponse(nonce=request.nonce, epoch=tenant.epoch)
     response.snapshot_time.FromDatetime(now)
-    recently_us = int((now - timedelta(seconds=60)).timestamp() * 1e6)
+    recently_us = int((now - timedelta(seconds=request.recent_seconds or 60)).timestamp() * 1e6)
     for reservation_id, call in tenant.calls.items():
         counted = ledger.CountedCall(
             reservation_id=reservation_id,
@@ -165,17 +171,51 @@ def snapshot(tenant: LedgerTenant, nonce: str) -> ledger.BeginEpochResponse:
             reserve_time=time_of(call.reserve_us),
             tokens=call.tokens,
             cost_nano_usd=call.cost,
+            user=call.user,
+            feature=call.feature,
+            attempt=call.attempt,
+            product_unit=call.product_unit,
+            quantity=call.quantity,
         )
         if call.state in (ledger.CALL_STATE_OPEN, ledger.CALL_STATE_UNRESOLVED):
             response.outstanding.append(counted)
             continue
         if call.reserve_us >= recently_us:
             response.recent.append(counted)
-        if call.state == ledger.CALL_STATE_SETTLED:
-            reserved = time_of(call.reserve_us).ToDatetime()
-            response.settled_tokens_by_day[f"{reserved:%Y-%m-%d}"] += call.tokens
-            response.settled_nano_usd_by_month[f"{reserved:%Y-%m}"] += call.cost
+    for place, period in enumerate(request.periods):
+        for (user, feature), amount in _sums(tenant, period).items():
+            response.sums.append(ledger.CountedSum(period=place, user=user, feature=feature, amount=amount))
     return response
+
+
+def _sums(tenant: LedgerTenant, period: ledger.CountedPeriod) -> dict[tuple[str, str], int]:
+    """The settled part of a period; a void call is a request all the same."""
+    users = period.scope in (rules.LIMIT_SCOPE_USER, rules.LIMIT_SCOPE_USER_FEATURE)
+    features = period.scope in (rules.LIMIT_SCOPE_FEATURE, rules.LIMIT_SCOPE_USER_FEATURE)
+    sums: dict[tuple[str, str], int] = {}
+    for call in tenant.calls.values():
+        within = period.start_time.ToMicroseconds() <= call.reserve_us < period.end_time.ToMicroseconds()
+        named = (not users or call.user) and (not features or call.feature)
+        amount = _amount(call, period)
+        if within and named and amount:
+            key = (call.user if users else "", call.feature if features else "")
+            sums[key] = sums.get(key, 0) + amount
+    return sums
+
+
+def _amount(call: LedgerCall, period: ledger.CountedPeriod) -> int:
+    settled = call.state == ledger.CALL_STATE_SETTLED
+    ended = settled or call.state == ledger.CALL_STATE_VOID
+    if period.unit == rules.LIMIT_UNIT_PRODUCT:
+        return call.quantity * (settled and call.product_unit == period.product_unit)
+    if call.product_unit:
+        return 0
+    return {
+        rules.LIMIT_UNIT_REQUESTS: int(ended and call.attempt == 1),
+        rules.LIMIT_UNIT_RETRIES: int(ended and call.attempt > 1),
+        rules.LIMIT_UNIT_TOKENS: call.tokens * settled,
+        rules.LIMIT_UNIT_COST_NANO_USD: call.cost * settled,
+    }[period.unit]
 
 
 def time_of(us: int) -> Timestamp:

@@ -10,11 +10,10 @@ from devstack.embedded_redis import binary
 from devstack.ports import free_port
 from services.kernel.errors import Unavailable
 from services.ratelimit.adapters.redis_link import ClusterLink, PipelinedLink
-from services.ratelimit.adapters.redis_store import RedisStore
 from services.ratelimit.fencing import FenceVerdict
-from services.ratelimit.limits import Limits
-from services.ratelimit.reservation import CommitKind, Verdict
-from tests.ratelimit.callers import AtStore, eventually
+from services.ratelimit.reservation import CommitKind
+from services.ratelimit.standing import Verdict
+from tests.ratelimit.callers import AtStore, Stores, eventually, standard_terms
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ async def _is_whole(link: PipelinedLink) -> bool:
 async def test_every_script_runs_on_a_cluster(cluster_url: str) -> None:
     """A tenant's whole life works on cluster mode, found by scan and erased by it."""
     cluster = ClusterLink(cluster_url, timeout_seconds=5.0)
-    tenant = AtStore(RedisStore(cluster, cluster), PipelinedLink(cluster_url, timeout_seconds=5.0), Limits(tokens_per_day=100))
+    tenant = AtStore(Stores(cluster), PipelinedLink(cluster_url, timeout_seconds=5.0), standard_terms(tokens_per_day=100))
     try:
         await tenant.loaded()
         settled, released, fenced, renewed = [await tenant.held(10) for _ in range(4)]
@@ -67,8 +66,8 @@ async def test_every_script_runs_on_a_cluster(cluster_url: str) -> None:
         assert (await tenant.reserve(80))[1].verdict is Verdict.REFUSED
         assert await tenant.store.tenants_with_leases() == [tenant.tenant_id]
         assert (await tenant.store.expired([tenant.tenant_id], 10))[0].lease_count == 1
-        assert len([record async for record in tenant.store.export(tenant.tenant_id)]) == 5
-        assert (await tenant.store.erase(tenant.tenant_id))["reservations"] == 4
+        assert len([record async for record in tenant.stores.records.export(tenant.tenant_id)]) == 6
+        assert (await tenant.stores.records.erase(tenant.tenant_id))["reservations"] == 4
         # The tombstone is all that is left, and goes by itself.
         meta = f"{{{tenant.tenant_id}}}:meta"
         assert await tenant.link.send("HEXISTS", meta, "erased") == 1

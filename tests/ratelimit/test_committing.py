@@ -5,10 +5,12 @@ from collections.abc import Callable
 from structlog.testing import capture_logs
 
 from services.kernel.ids import ReservationId, new_uuid7
+from services.ratelimit.adapters.tenant_scripts import KINDS
 from services.ratelimit.fencing import FenceVerdict
 from services.ratelimit.limits import Amounts
-from services.ratelimit.rebuild import Begin, CountedCall, CountedState, Snapshot
-from services.ratelimit.reservation import CommitKind, Settlement, Verdict
+from services.ratelimit.rebuild import Begin, CountedCall, CountedState
+from services.ratelimit.reservation import CommitKind, Settlement
+from services.ratelimit.standing import Verdict
 from tests.ratelimit.callers import AtStore
 
 MakeTenant = Callable[..., AtStore]
@@ -98,12 +100,11 @@ async def test_a_commit_waits_while_a_snapshot_may_be_on_its_way(at_store: MakeT
     tenant = await at_store().loaded()
     reservation_id = await tenant.held(100, 1000)
     held_then = CountedCall(reservation_id, CountedState.HELD, (reservation_id.int >> 80) * 1000, 100, 1000)
-    await tenant.link.send("DEL", *(f"{{{tenant.tenant_id}}}:{kind}" for kind in ("meta", "reservations", "leases", "window")))
-    assert await tenant.store.begin(tenant.tenant_id, "first") is Begin.BEGUN
-    snapshot = Snapshot(2, [held_then], {}, {})
+    await tenant.link.send("DEL", *(f"{{{tenant.tenant_id}}}:{kind}" for kind in KINDS))
+    assert await tenant.begin("first") is Begin.BEGUN
     # Settled in epoch 2, after the snapshot that began it.
     assert not await tenant.commit(reservation_id, tokens=40, cost=400, epoch=2)
-    assert await tenant.store.load(tenant.tenant_id, "first", snapshot)
+    assert await tenant.load("first", 2, held_then)
     assert await tenant.commit(reservation_id, tokens=40, cost=400, epoch=2)
     assert (await tenant.used())[1:] == (40, 40, 400, 0)
 
@@ -118,13 +119,13 @@ async def test_a_commit_without_counters_and_without_a_pending_snapshot_is_done(
 async def test_a_pending_snapshot_dies_with_its_nonce(at_store: MakeTenant) -> None:
     """A nonce that is never answered does not keep commits waiting for ever, and its snapshot cannot load afterwards."""
     tenant = at_store()
-    await tenant.store.begin(tenant.tenant_id, "first")
+    await tenant.begin("first")
     life = await tenant.link.send("PTTL", f"{{{tenant.tenant_id}}}:meta")
     assert isinstance(life, int)
     assert 0 < life <= 10_000
     await tenant.link.send("DEL", f"{{{tenant.tenant_id}}}:meta")
     assert await tenant.commit(ReservationId(new_uuid7()), tokens=40)
-    assert not await tenant.store.load(tenant.tenant_id, "first", Snapshot(1, [], {}, {}))
+    assert not await tenant.load("first", 1)
 
 
 async def test_what_an_expired_epoch_left_behind_does_not_count(at_store: MakeTenant) -> None:
@@ -143,7 +144,7 @@ async def test_what_an_expired_epoch_left_behind_does_not_count(at_store: MakeTe
 async def test_a_batch_over_tenants_is_answered_item_by_item(at_store: MakeTenant) -> None:
     """One tenant's missing counters hold up nobody else's commits."""
     ready, waiting = await at_store().loaded(), at_store()
-    await waiting.store.begin(waiting.tenant_id, "pending")
+    await waiting.begin("pending")
     ids = [await ready.held(2) for _ in range(120)]
     items = [Settlement(ready.tenant_id, reservation_id, 1, CommitKind.SETTLED, Amounts(1, 0)) for reservation_id in ids]
     items.insert(60, Settlement(waiting.tenant_id, ids[0], 1, CommitKind.SETTLED, Amounts(1, 0)))

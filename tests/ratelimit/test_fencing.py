@@ -9,9 +9,8 @@ from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.ratelimit.adapters.metering_client import MeteringClient
-from services.ratelimit.adapters.redis_store import RedisStore
 from services.ratelimit.fencing import Fencing
-from tests.ratelimit.callers import MeteringSettings, Service, eventually
+from tests.ratelimit.callers import MeteringSettings, Service, Stores, eventually
 from tests.ratelimit.scripted_peer import LedgerCall
 from tests.support.stores import RedisStore as RedisServer
 
@@ -98,7 +97,7 @@ async def test_another_replica_finds_the_holds_of_a_dead_one(service: Service, r
     await tenant.reserve(10, id=reservation_id)
     await tenant.store.end_lease(reservation_id)
     channel = MeshChannel(service.peer.address, settings=MeteringSettings(), target_service="metering")
-    stranger = Fencing(RedisStore(service.link, service.link), MeteringClient(channel))
+    stranger = Fencing(Stores(service.link).decisions, MeteringClient(channel))
     for _ in range(200):
         await stranger.sweep()
         if await tenant.store.state(reservation_id) == "released":

@@ -16,12 +16,11 @@ from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.ids import ReservationId, new_uuid7
 from services.ratelimit.adapters.redis_link import PipelinedLink
-from services.ratelimit.adapters.redis_store import RedisStore
 from services.ratelimit.fencing import FenceVerdict
-from services.ratelimit.limits import Limits
-from services.ratelimit.rebuild import Begin, CountedCall, CountedState, Snapshot
-from services.ratelimit.reservation import CommitKind, Verdict
-from tests.ratelimit.callers import AtService, AtStore, Service, eventually, now_us, running_service
+from services.ratelimit.rebuild import Begin, CountedCall, CountedState
+from services.ratelimit.reservation import CommitKind
+from services.ratelimit.standing import Verdict
+from tests.ratelimit.callers import AtService, AtStore, Service, Stores, eventually, now_us, running_service, standard_terms
 from tests.ratelimit.scripted_peer import LedgerCall, running_peer
 
 LIMITS = {
@@ -80,7 +79,7 @@ async def service(durable: DurableRedis) -> AsyncIterator[Service]:
 async def tenant(durable: DurableRedis) -> AsyncIterator[AtStore]:
     """A tenant with counters, at the store itself."""
     link = PipelinedLink(durable.server.url, timeout_seconds=5.0)
-    yield await AtStore(RedisStore(link, link), link, Limits(**LIMITS)).loaded()
+    yield await AtStore(Stores(link), link, standard_terms(**LIMITS)).loaded()
     await link.close()
 
 
@@ -175,21 +174,21 @@ async def test_a_commit_to_older_data_is_done_and_left_to_the_snapshot(durable: 
     assert await tenant.commit(hold, CommitKind.SETTLED, tokens=5)
     assert await tenant.dump() == [None] * 5
     tenant.epoch = 2
-    await tenant.loaded(CountedCall(hold, CountedState.SETTLED, now_us(), 5, 0), days={}, months={})
+    await tenant.loaded(CountedCall(hold, CountedState.SETTLED, now_us(), 5, 0))
     assert (await tenant.used())[:2] == (1, 5)
 
 
 async def test_a_request_for_a_snapshot_does_not_outlive_a_restart(durable: DurableRedis, tenant: AtStore) -> None:
     """The answer to a request of before the restart is not loaded, holds no commit up, and another may be asked for at once."""
     await tenant.lose()
-    assert await tenant.store.begin(tenant.tenant_id, "before") is Begin.BEGUN
+    assert await tenant.begin("before") is Begin.BEGUN
     assert not await tenant.commit(ReservationId(new_uuid7()))
     await durable.restart()
-    assert not await tenant.store.load(tenant.tenant_id, "before", Snapshot(1, [], {}, {}))
-    assert await tenant.store.begin(tenant.tenant_id, "after") is Begin.BEGUN
-    assert not await tenant.store.load(tenant.tenant_id, "before", Snapshot(1, [], {}, {}))
+    assert not await tenant.load("before", 1)
+    assert await tenant.begin("after") is Begin.BEGUN
+    assert not await tenant.load("before", 1)
     assert not await tenant.commit(ReservationId(new_uuid7()))
-    assert await tenant.store.load(tenant.tenant_id, "after", Snapshot(2, [], {}, {}))
+    assert await tenant.load("after", 2)
     await durable.restart()
     assert await tenant.commit(ReservationId(new_uuid7()))
 
@@ -208,7 +207,7 @@ async def test_a_server_that_leads_again_does_not_trust_what_it_got_meanwhile(tm
             await links[-1].send("CONFIG", "SET", "repl-diskless-sync", "yes")
             await links[-1].send("CONFIG", "SET", "repl-diskless-sync-delay", 0)
         await _follow(links[1], first)
-        tenant = await AtStore(RedisStore(links[0], links[0]), links[0], Limits(**LIMITS)).loaded()
+        tenant = await AtStore(Stores(links[0]), links[0], standard_terms(**LIMITS)).loaded()
         hold = await tenant.held(100)
         assert await links[0].send("WAIT", 1, 4000) == 1
         run = await _server_run(links[0])

@@ -31,7 +31,7 @@ async def test_erasing_a_tenant_leaves_none_of_its_keys_and_all_of_the_others(se
         "redis:meta": 1,
         "redis:reservations": 2,
         "redis:leases": 2,
-        "redis:window": 2,
+        "redis:counters": 4,
         "redis:ended": 0,
         "redis:left-behind": 1,
     }
@@ -52,8 +52,9 @@ async def test_an_export_reads_every_record(service: Service) -> None:
     request = lifecycle.ExportTenantRequest()
     async with service.tenant.stream(stub.ExportTenant, request, timeout_seconds=5, tenant=tenant.context) as records:
         exported = [(record.kind, json.loads(record.record_json)) async for record in records]
-    (meta_kind, meta), (kind, record) = exported
-    assert (meta_kind, meta["epoch"], meta["window_tokens"]) == ("redis:meta", "1", "10")
+    (meta_kind, meta), (counters_kind, counters), (kind, record) = exported
+    assert (meta_kind, meta["epoch"], meta["outstanding"]) == ("redis:meta", "1", "1")
+    assert (counters_kind, counters["t:s60:t"].split()[-1]) == ("redis:counters", "10")
     assert kind == "redis:reservations"
     assert (record["reservation_id"], record["state"], record["tokens"], record["cost_nano_usd"]) == (
         str(reservation_id),

@@ -8,10 +8,11 @@ from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
 from services.kernel.ids import ReservationId, new_uuid7
-from services.ratelimit.adapters.redis_store import KINDS
+from services.ratelimit.adapters.redis_snapshots import record_of
 from services.ratelimit.adapters.scripts import load_script
-from services.ratelimit.rebuild import Begin, Snapshot
-from services.ratelimit.reservation import Verdict
+from services.ratelimit.adapters.tenant_scripts import KINDS
+from services.ratelimit.rebuild import Begin, CountedCall, CountedState
+from services.ratelimit.standing import Verdict
 from tests.ratelimit.callers import AtService, Service, now_us
 from tests.ratelimit.scripted_peer import LedgerCall
 from tests.support.stores import RedisStore as RedisServer
@@ -108,15 +109,15 @@ async def test_a_silent_ledger_is_told_with_a_time_to_return(service: Service) -
 async def test_a_snapshot_for_another_request_is_not_loaded(service: Service) -> None:
     """Only the answer to the last request loads: an older one could miss what happened between them."""
     tenant = service.tenant_with(**LIMITS).store
-    assert await tenant.store.begin(tenant.tenant_id, "first") is Begin.BEGUN
-    assert await tenant.store.begin(tenant.tenant_id, "second") is Begin.PENDING
+    assert await tenant.begin("first") is Begin.BEGUN
+    assert await tenant.begin("second") is Begin.PENDING
     key = f"{{{tenant.tenant_id}}}:meta"
     await tenant.link.send("HINCRBY", key, "nonce_us", -1_000_001)
-    assert await tenant.store.begin(tenant.tenant_id, "second") is Begin.BEGUN
-    assert not await tenant.store.load(tenant.tenant_id, "first", Snapshot(1, [], {}, {}))
-    assert await tenant.store.load(tenant.tenant_id, "second", Snapshot(2, [], {}, {}))
-    assert not await tenant.store.load(tenant.tenant_id, "second", Snapshot(3, [], {}, {}))
-    assert await tenant.store.begin(tenant.tenant_id, "third") is Begin.READY
+    assert await tenant.begin("second") is Begin.BEGUN
+    assert not await tenant.load("first", 1)
+    assert await tenant.load("second", 2)
+    assert not await tenant.load("second", 3)
+    assert await tenant.begin("third") is Begin.READY
 
 
 async def test_a_loss_during_a_rebuild_is_rebuilt_again(service: Service, redis_server: RedisServer) -> None:
@@ -197,13 +198,15 @@ async def test_a_large_snapshot_loads(service: Service) -> None:
 async def test_a_part_of_a_snapshot_counts_once_and_only_in_its_turn(service: Service) -> None:
     """Parts of a snapshot that come again, late or for another request change nothing; before the last nothing is admitted."""
     tenant = service.tenant_with(**LIMITS).store
-    await tenant.store.begin(tenant.tenant_id, "first")
+    await tenant.begin("first")
     keys = [f"{{{tenant.tenant_id}}}:{kind}" for kind in KINDS]
     script = load_script("load").text
 
     async def part(number: int, last: int, nonce: str = "first") -> object:
-        call = (new_uuid7().hex, f"settled 1 {now_us()} 10 0")
-        return await tenant.link.send("EVAL", script, 5, *keys, nonce, 1, 5_000_000, 60_000_000, number, last, 0, *call)
+        reservation_id = ReservationId(new_uuid7())
+        record = record_of(CountedCall(reservation_id, CountedState.SETTLED, now_us(), 10, 0), 1, tenant.terms)
+        head = (nonce, 1, 5_000_000, number, last, 0, tenant.terms.families_digest, 0)
+        return await tenant.link.send("EVAL", script, 5, *keys, *head, reservation_id.bytes, record)
 
     assert await part(0, 0) == 1
     assert await part(0, 0) == 1

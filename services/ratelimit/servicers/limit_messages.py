@@ -1,27 +1,87 @@
-"""Limits and refusals as messages."""
+"""Limits and refusals as messages, and demands out of them."""
 
 from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
-from services.ratelimit.limits import Amounts
-from services.ratelimit.window import LimitStatus
+from services.kernel.ids import ReservationId, TenantId, parse_uuid, uuid_from_bytes
+from services.ratelimit.decision import Refusal
+from services.ratelimit.limits import Amounts, Demand, Shortening, Subject
+from services.ratelimit.reservation import Held, Request
+from services.ratelimit.standing import LimitStatus
+
+_MODES = (rules.LIMIT_MODE_ENFORCE, rules.LIMIT_MODE_SHADOW)
 
 
 def limit_messages(limits: Iterable[LimitStatus]) -> list[messages.LimitStatus]:
     """Every limit as a message."""
-    return [
-        messages.LimitStatus(
-            rule=status.rule.value,
-            limit=status.limit,
-            used=status.used,
-            remaining=status.remaining,
-            reset_time=None if status.reset_us is None else timestamp(status.reset_us),
-        )
-        for status in limits
-    ]
+    return [limit_message(status) for status in limits]
+
+
+def limit_message(status: LimitStatus) -> messages.LimitStatus:
+    """One limit as a message."""
+    rule, reset = status.rule, status.reset_us
+    message = messages.LimitStatus(
+        rule=rule.name,
+        limit=rule.limit,
+        used=status.used,
+        remaining=status.remaining,
+        unit=rules.LimitUnit.ValueType(rule.unit),
+        mode=_MODES[rule.shadow],
+        user=status.subject.user,
+        feature=status.subject.feature,
+    )
+    if reset is not None:
+        set_timestamp(message.reset_time, reset)
+    return message
+
+
+def refusal_message(refusal: Refusal) -> messages.Refusal:
+    """Why something was refused, or would be, as a message."""
+    return messages.Refusal(
+        reason=refusal.reason_name,
+        status=limit_message(refusal.status),
+        needed=refusal.needed,
+        retry_after=None if refusal.retry_after_seconds is None else duration(refusal.retry_after_seconds),
+        message=refusal.message,
+        lifting_plan=refusal.status.rule.lifting_plan,
+    )
+
+
+def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:
+    """A hold as a message."""
+    answer = held.answer
+    message = messages.ReserveResponse(
+        epoch=answer.epoch,
+        lease=lease,
+        limits=limit_messages(held.limits),
+        granted=amounts_message(answer.granted),
+        granted_output_tokens=answer.output_tokens,
+        shortened=held.shortened,
+        shadow_refusals=[refusal_message(item) for item in held.shadow_refusals],
+    )
+    set_timestamp(message.reserve_time, answer.reserve_us)
+    return message
+
+
+def request_of(message: messages.ReserveRequest) -> Request:
+    """What a Reserve asks for."""
+    shorten = message.shorten if message.HasField("shorten") else None
+    demand = Demand(
+        amounts_of(message.amounts),
+        attempt=message.attempt or 1,
+        shortening=shorten and Shortening(shorten.max_output_tokens, shorten.min_output_tokens, shorten.output_nano_usd_per_million),
+    )
+    reservation_id = ReservationId(parse_uuid(message.reservation_id, "reservation_id"))
+    return Request(reservation_id, demand, Subject(message.user, message.feature), message.provider_account)
+
+
+def ids_of(ref: messages.ReservationRef) -> tuple[TenantId, ReservationId]:
+    """Which reservation of which tenant."""
+    return TenantId(uuid_from_bytes(ref.tenant_id, "tenant_id")), ReservationId(uuid_from_bytes(ref.reservation_id, "reservation_id"))
 
 
 def amounts_of(message: messages.Amounts) -> Amounts:
@@ -29,9 +89,14 @@ def amounts_of(message: messages.Amounts) -> Amounts:
     return Amounts(message.tokens, message.cost_nano_usd)
 
 
-def timestamp(us: int) -> Timestamp:
-    """A count of microseconds as a message."""
-    return Timestamp(seconds=us // 1_000_000, nanos=us % 1_000_000 * 1_000)
+def amounts_message(amounts: Amounts) -> messages.Amounts:
+    """The size of a call as a message."""
+    return messages.Amounts(tokens=amounts.tokens, cost_nano_usd=amounts.cost_nano_usd)
+
+
+def set_timestamp(message: Timestamp, us: int) -> None:
+    """Writes a count of microseconds into a message."""
+    message.seconds, message.nanos = us // 1_000_000, us % 1_000_000 * 1_000
 
 
 def duration(seconds: float) -> Duration:

@@ -2,11 +2,25 @@
 
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
-from services.kernel.ids import ReservationId, TenantId, parse_uuid, uuid_from_bytes
+from services.kernel.errors import InvalidRequest
+from services.kernel.ids import ReservationId, parse_uuid
 from services.kernel.request_context import current_tenant
-from services.ratelimit.limits import Amounts
+from services.ratelimit.consumption import Consumptions, Use
+from services.ratelimit.extension import Extensions
+from services.ratelimit.limits import Amounts, Demand, Subject
+from services.ratelimit.look import Looks
 from services.ratelimit.reservation import CommitKind, Reservations, Settlement
-from services.ratelimit.servicers.limit_messages import amounts_of, duration, limit_messages, timestamp
+from services.ratelimit.servicers.limit_messages import (
+    amounts_message,
+    amounts_of,
+    duration,
+    held_message,
+    ids_of,
+    limit_messages,
+    refusal_message,
+    request_of,
+)
+from services.ratelimit.servicers.reserve_batch import ReserveBatches
 
 _KINDS = {
     messages.COMMIT_KIND_SETTLED: CommitKind.SETTLED,
@@ -18,21 +32,49 @@ _KINDS = {
 class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
     """Serves mesh.ratelimit.v1.RateLimitService."""
 
-    def __init__(self, reservations: Reservations, lease_seconds: float) -> None:
+    def __init__(
+        self,
+        reservations: Reservations,
+        extensions: Extensions,
+        consumptions: Consumptions,
+        looks: Looks,
+        batches: ReserveBatches,
+        *,
+        lease_seconds: float,
+    ) -> None:
         self._reservations = reservations
+        self._extensions = extensions
+        self._consumptions = consumptions
+        self._looks = looks
+        self._batches = batches
         self._lease = duration(lease_seconds)
 
     async def Reserve(self, request: messages.ReserveRequest, context: object) -> messages.ReserveResponse:
         """Holds the worst case of a call."""
+        return held_message(await self._reservations.reserve(current_tenant(), request_of(request)), self._lease)
+
+    async def ReserveBatch(self, request: messages.ReserveBatchRequest, context: object) -> messages.ReserveBatchResponse:
+        """Holds the worst cases of many calls, of any tenants."""
+        return messages.ReserveBatchResponse(outcomes=await self._batches.reserve(request.items, self._lease))
+
+    async def Extend(self, request: messages.ExtendRequest, context: object) -> messages.ExtendResponse:
+        """Raises what a call holds."""
         reservation_id = ReservationId(parse_uuid(request.reservation_id, "reservation_id"))
-        held = await self._reservations.reserve(current_tenant(), reservation_id, amounts_of(request.amounts))
-        return messages.ReserveResponse(
-            epoch=held.epoch, reserve_time=timestamp(held.reserve_us), lease=self._lease, limits=limit_messages(held.limits)
+        held = await self._extensions.extend(current_tenant(), reservation_id, request.epoch, amounts_of(request.amounts))
+        return messages.ExtendResponse(granted=amounts_message(held.answer.granted), limits=limit_messages(held.limits))
+
+    async def Consume(self, request: messages.ConsumeRequest, context: object) -> messages.ConsumeResponse:
+        """Uses units of the product."""
+        consumption_id = ReservationId(parse_uuid(request.consumption_id, "consumption_id"))
+        use = Use(consumption_id, request.product_unit, request.quantity, Subject(request.user, request.feature))
+        used = await self._consumptions.consume(current_tenant(), use)
+        return messages.ConsumeResponse(
+            limits=limit_messages(used.limits), shadow_refusals=[refusal_message(item) for item in used.shadow_refusals]
         )
 
     async def Renew(self, request: messages.RenewRequest, context: object) -> messages.RenewResponse:
         """Prolongs leases."""
-        alive = await self._reservations.renew([_ids(ref) for ref in request.reservations])
+        alive = await self._reservations.renew([ids_of(ref) for ref in request.reservations])
         return messages.RenewResponse(lost=[ref for ref, lives in zip(request.reservations, alive, strict=True) if not lives])
 
     async def Release(self, request: messages.ReleaseRequest, context: object) -> messages.ReleaseResponse:
@@ -47,13 +89,22 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         return messages.CommitResponse(outcomes=[messages.COMMIT_OUTCOME_DONE if item else messages.COMMIT_OUTCOME_RETRY for item in done])
 
     async def Check(self, request: messages.CheckRequest, context: object) -> messages.CheckResponse:
-        """Tells whether a call of this size would be admitted now."""
-        look = await self._reservations.check(current_tenant(), amounts_of(request.amounts))
-        response = messages.CheckResponse(admitted=look.refusal is None, limits=limit_messages(look.limits))
+        """Tells whether a call of this size, or a use of so many units, would be admitted now."""
+        if not request.product_unit and not request.HasField("amounts"):
+            raise InvalidRequest("amounts", "must be there unless product_unit is")
+        subject = Subject(request.user, request.feature)
+        demand = Demand(attempt=0, quantity=request.quantity) if request.product_unit else Demand(amounts_of(request.amounts))
+        look = await self._looks.check(current_tenant(), subject, demand, request.product_unit)
+        response = messages.CheckResponse(
+            admitted=look.refusal is None,
+            limits=limit_messages(look.limits),
+            shadow_refusals=[refusal_message(item) for item in look.shadow_refusals],
+        )
         if look.refusal is not None:
-            response.refusing_rule = look.refusal.status.rule.value
+            response.refusal.CopyFrom(refusal_message(look.refusal))
+            response.refusing_rule = look.refusal.status.rule.name
             if look.refusal.retry_after_seconds is not None:
-                response.retry_after.CopyFrom(duration(look.refusal.retry_after_seconds))
+                response.retry_after.CopyFrom(response.refusal.retry_after)
         return response
 
     async def ListLimits(
@@ -61,17 +112,13 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         request: messages.ListLimitsRequest,
         context: object,
     ) -> messages.ListLimitsResponse:
-        """Lists every limited rule as it stands."""
-        look = await self._reservations.check(current_tenant(), Amounts(0, 0))
-        return messages.ListLimitsResponse(limits=limit_messages(look.limits))
-
-
-def _ids(ref: messages.ReservationRef) -> tuple[TenantId, ReservationId]:
-    return TenantId(uuid_from_bytes(ref.tenant_id, "tenant_id")), ReservationId(uuid_from_bytes(ref.reservation_id, "reservation_id"))
+        """Lists every rule as it stands."""
+        limits = await self._looks.every(current_tenant(), Subject(request.user, request.feature))
+        return messages.ListLimitsResponse(limits=limit_messages(limits))
 
 
 def _settlement(commit: messages.Commit) -> Settlement:
-    tenant_id, reservation_id = _ids(commit.reservation)
+    tenant_id, reservation_id = ids_of(commit.reservation)
     kind = _KINDS[commit.kind]
     # Only SETTLED carries amounts; whatever comes with another kind is not counted.
     actual = amounts_of(commit.actual) if kind is CommitKind.SETTLED else Amounts(0, 0)

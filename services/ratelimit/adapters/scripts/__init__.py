@@ -1,8 +1,24 @@
-"""The Lua scripts, read once: each is the shared head followed by its own text. EVALSHA first, the text when the store does not know it."""
+"""The Lua scripts, read once: each is the shared heads it needs followed by its own text.
+
+EVALSHA first, the text when the store does not know it.
+"""
 
 from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
+
+_COUNTING = ("common", "book")
+_DECIDING = (*_COUNTING, "deciding")
+_HEADS = {
+    "reserve": _DECIDING,
+    "look": _DECIDING,
+    "extend": _DECIDING,
+    "commit": _COUNTING,
+    "release": _COUNTING,
+    "fenced": _COUNTING,
+    "load": _COUNTING,
+}
+NAMES = (*_HEADS, "renew", "sweep", "begin", "erase", "export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +33,7 @@ class Script:
 def load_script(name: str) -> Script:
     """Reads a script of this package."""
     folder = files(__name__)
-    text = "\n".join((folder / file).read_text("utf-8") for file in ("common.lua", f"{name}.lua"))
+    text = "\n".join((folder / f"{part}.lua").read_text("utf-8") for part in (*_HEADS.get(name, ("common",)), name))
     return make_script(name, text)
 
 

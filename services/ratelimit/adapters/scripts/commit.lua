@@ -1,5 +1,5 @@
--- Applies what the ledger says of calls. ARGV: window, forget, then five an item: id, epoch, kind (settled | void | pin), tokens, cost.
--- Answers one number an item: 1 done, 2 send again, 3 done and more was used than held.
+-- Applies what the ledger says of calls. ARGV: forget, then five an item: id, epoch, kind (settled | void | pin), tokens, cost.
+-- Answers one number an item: 1 done, 2 send again, 3 done and more was used than held, 4 done before with other figures.
 --
 -- Without an epoch, two cases, argued from rules 5 and 6:
 --   A nonce is pending: the snapshot it asked for may have been taken before this settlement (its epoch is then not above the commit's), and loading
@@ -10,36 +10,71 @@
 --   what it tells here: that snapshot counts it. Done. What is left of another history goes at once, as its tenant may never call again.
 -- A newer epoch: the ledger moved on by a rebuild whose answer was not loaded. All state goes, nonce included, which makes it the second case: done.
 -- The ledger need not send it again, and a tenant that never calls again leaves nothing in its outbox.
-local window_us, forget_us = tonumber(ARGV[1]), tonumber(ARGV[2])
+local forget_us = tonumber(ARGV[1])
 local now = store_time()
 local m, stale = current('epoch', 'nonce')
 local epoch, nonce = tonumber(m[1]), m[2]
-local DONE, RETRY, OVER = 1, 2, 3
+local DONE, RETRY, OVER, OTHER = 1, 2, 3, 4
+local records, kept, over_by, freed, gone = {}, {}, {}, {}, 0
+
+local function load_records()
+  local ids, wanted = {}, {}
+  for i = 2, #ARGV, 5 do
+    ids[#ids + 1] = ARGV[i]
+  end
+  for i, packed in ipairs(fetch(reservations, ids)) do
+    records[ids[i]] = packed and cmsgpack.unpack(packed) or nil
+    counters_of(records[ids[i]] or {}, wanted)
+  end
+  read(wanted, now)
+end
+
+local function store_records()
+  write()
+  in_chunks('HSET', reservations, kept)
+  in_chunks('ZADD', ended, over_by)
+  in_chunks('ZREM', leases, freed)
+  outstanding(-gone)
+  tidy(now, forget_us)
+end
+
+local function pin(id, r)
+  if r[STATE] == HELD then
+    r[STATE] = PINNED
+    kept[#kept + 1], kept[#kept + 2] = id, cmsgpack.pack(r)
+    freed[#freed + 1] = id
+  end
+  return DONE
+end
 
 local function apply(id, kind, tokens, cost)
-  local r = record(id)
-  if not r or (r.state ~= 'held' and r.state ~= 'pinned') then
+  local r = records[id]
+  if not r then
+    return DONE
+  elseif r[STATE] > PINNED then
+    local differs = kind == 'settled' and r[ATTEMPT] > 0 and (r[R_TOKENS] ~= tokens or r[R_COST] ~= cost)
+    return differs and OTHER or DONE
+  elseif kind == 'pin' then
+    return pin(id, r)
+  end
+  freed[#freed + 1], gone = id, gone + 1
+  if kind == 'void' then
+    finish(id, r, now, VOID, 0, 0, 0, true, kept, over_by)
     return DONE
   end
-  if kind == 'pin' then
-    if r.state == 'held' then
-      pin(id, r)
-    end
-    return DONE
-  elseif kind == 'void' then
-    finish(id, r, now, 'void', 0, 0, true)
-    return DONE
-  end
-  local over = tokens > r.tokens or cost > r.cost
-  finish(id, r, now, 'settled', tokens, cost, true)
+  local over = tokens > r[R_TOKENS] or cost > r[R_COST]
+  finish(id, r, now, SETTLED, tokens, cost, r[QUANTITY], true, kept, over_by)
   return over and OVER or DONE
 end
 
 if stale then
   forget_all()
 end
+if epoch then
+  load_records()
+end
 local outcomes = {}
-for i = 3, #ARGV, 5 do
+for i = 2, #ARGV, 5 do
   local told = tonumber(ARGV[i + 1])
   if not epoch then
     outcomes[#outcomes + 1] = nonce and RETRY or DONE
@@ -54,6 +89,6 @@ for i = 3, #ARGV, 5 do
   end
 end
 if epoch then
-  tidy(now, window_us, forget_us)
+  store_records()
 end
 return outcomes

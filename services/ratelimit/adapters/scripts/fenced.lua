@@ -4,17 +4,35 @@ local epoch = current_epoch()
 if not epoch or tonumber(epoch) ~= tonumber(ARGV[1]) then
   return 0
 end
-local now = store_time()
-local changed = 0
+local now, wanted, ids, found = store_time(), {}, {}, {}
 for i = 2, #ARGV, 2 do
-  local r = record(ARGV[i])
-  if r and r.state == 'held' then
-    changed = changed + 1
+  ids[#ids + 1] = ARGV[i]
+end
+for i, packed in ipairs(fetch(reservations, ids)) do
+  local r = packed and cmsgpack.unpack(packed)
+  found[ids[i]] = r and r[STATE] == HELD and r or nil
+  if found[ids[i]] then
+    counters_of(r, wanted)
+  end
+end
+read(wanted, now)
+local kept, over_by, freed, gone = {}, {}, {}, 0
+for i = 2, #ARGV, 2 do
+  local id, r = ARGV[i], found[ARGV[i]]
+  if r and r[STATE] == HELD then
+    freed[#freed + 1] = id
     if ARGV[i + 1] == 'void' then
-      finish(ARGV[i], r, now, 'released', 0, 0, false)
+      finish(id, r, now, RELEASED, 0, 0, 0, false, kept, over_by)
+      gone = gone + 1
     else
-      pin(ARGV[i], r)
+      r[STATE] = PINNED
+      kept[#kept + 1], kept[#kept + 2] = id, cmsgpack.pack(r)
     end
   end
 end
-return changed
+write()
+in_chunks('HSET', reservations, kept)
+in_chunks('ZADD', ended, over_by)
+in_chunks('ZREM', leases, freed)
+outstanding(-gone)
+return #freed

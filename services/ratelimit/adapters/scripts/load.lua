@@ -1,52 +1,69 @@
 -- Loads one part of a snapshot of the ledger, if it answers the last request. Until the last part there is no epoch, so nothing reads what lies
 -- here: parts keep the store free for others and the whole still appears at once.
--- ARGV: nonce, epoch, lease, window, number of this part from 0, 1 if it is the last, how many sums, sums, calls.
--- A sum is a field of meta and its value; a call is an id and its record. Answers 1 when loaded, 0 when another request was made since, or the request is of another history.
+-- ARGV: nonce, epoch, lease, number of this part from 0, 1 if it is the last, version and families of the configuration, how many sums, sums, calls.
+-- A sum is a counter's name and its value; a call is an id and its record with its charges, in the order of their times. Answers 1 when loaded, 0 when another request was made since, or the request is of another history.
 local m = current('epoch', 'nonce', 'loaded_parts')
 if m[1] or m[2] ~= ARGV[1] then
   return 0
 end
-local part, expected = tonumber(ARGV[5]), tonumber(m[3]) or 0
+local part, expected = tonumber(ARGV[4]), tonumber(m[3]) or 0
 if part ~= expected then
   -- Sums are added up: a part that arrives again over another connection must not count twice.
   return part < expected and 1 or 0
 end
 local now = store_time()
-local lease_us, window_us, sums = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[7])
+local lease_us, sums = tonumber(ARGV[3]), tonumber(ARGV[8])
 if part == 0 then
-  call('DEL', reservations, leases, window, ended)
+  call('DEL', reservations, leases, counters, ended)
 end
 call('HSET', meta, 'loaded_parts', part + 1)
-for i = 8, 7 + 2 * sums, 2 do
-  call('HSET', meta, ARGV[i], ARGV[i + 1])
+local last_sum = 8 + 2 * sums
+for i = 9, last_sum, 2 do
+  call('HINCRBY', counters, ARGV[i], ARGV[i + 1])
 end
-local owed = 0
-for i = 8 + 2 * sums, #ARGV, 2 do
-  local id, r = ARGV[i], unpacked(ARGV[i + 1])
-  call('HSET', reservations, id, ARGV[i + 1])
-  if r.reserve_us > now - window_us then
-    call('ZADD', window, integer(r.reserve_us), id)
-    add('window_tokens', r.tokens)
+local records, wanted = {}, {}
+for i = last_sum + 1, #ARGV, 2 do
+  local r = cmsgpack.unpack(ARGV[i + 1])
+  records[#records + 1] = r
+  counters_of(r, wanted)
+end
+read(wanted, now)
+local kept, leased, over_by, owed = {}, {}, {}, 0
+for place, r in ipairs(records) do
+  local id, holds = ARGV[last_sum + 2 * place - 1], r[STATE] <= PINNED
+  -- A clock that is behind the one that stamped it: it counts from here on, and leaves its windows in time.
+  r[RESERVED] = math.min(r[RESERVED], now)
+  for i = 1, #r[CHARGES], 3 do
+    local c = book[r[CHARGES][i]]
+    -- Of days, months and cycles the sums have what is settled.
+    if c.window == 0 and holds then
+      add(c, now, charged(r, r[CHARGES][i + 1]))
+    elseif c.window > 0 and r[RESERVED] > now - c.window then
+      add(c, r[RESERVED], charged(r, r[CHARGES][i + 1]))
+    end
   end
-  if r.state == 'held' or r.state == 'pinned' then
-    local day, month = dates(r.reserve_us)
-    add('tokens_held:' .. day, r.tokens)
-    add('cost_held:' .. month, r.cost)
+  if holds then
     owed = owed + 1
   else
-    call('ZADD', ended, integer(now), id)
+    r[CHARGES] = nil
+    over_by[#over_by + 1], over_by[#over_by + 2] = integer(now), id
   end
-  if r.state == 'held' then
-    call('ZADD', leases, integer(now + lease_us), id)
+  if r[STATE] == HELD then
+    leased[#leased + 1], leased[#leased + 2] = integer(now + lease_us), id
   end
+  kept[#kept + 1], kept[#kept + 2] = id, cmsgpack.pack(r)
 end
+write()
+in_chunks('HSET', reservations, kept)
+in_chunks('ZADD', leases, leased)
+in_chunks('ZADD', ended, over_by)
 owed = call('HINCRBY', meta, 'outstanding', owed)
-if ARGV[6] ~= '1' then
+if ARGV[5] ~= '1' then
   idle_rest()
   return 1
 end
 call('HDEL', meta, 'nonce', 'nonce_us', 'loaded_parts')
-call('HSET', meta, 'epoch', ARGV[2], 'day', (dates(now)))
+call('HSET', meta, 'epoch', ARGV[2], 'version', ARGV[6], 'families', ARGV[7])
 if owed == 0 then
   idle()
 else

@@ -1,12 +1,28 @@
--- Tells what is used and whether a call of this size would be admitted. Writes nothing.
--- ARGV: tokens, cost, window, five limits. Answers: {"rebuild"} | {"refused" | "held", now, epoch, 0, expired holds, figures…}
-local epoch = current_epoch()
+-- Tells what is used and whether a demand would be held. Writes nothing.
+-- ARGV: version and families of the configuration, calendars, plan, attempt, tokens, cost, quantity. Answers as reserve.lua, one item.
+local m = current('epoch', 'version', 'families')
+local epoch = tonumber(m[1])
 if not epoch then
   return { 'rebuild' }
 end
-local tokens, cost, window_us = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local limits = five_limits(4)
-local now = store_time()
-local u = usage(now, window_us)
-local verdict = refused(u, limits, tokens, cost) and 'refused' or 'held'
-return { verdict, now, tonumber(epoch), 0, call('ZCOUNT', leases, '-inf', integer(now)), figures(u, limits, tokens, window_us) }
+local fits = fit(m[3], m[2], ARGV[2], ARGV[1])
+if fits == 'others' then
+  return { 'rebuild' }
+elseif fits == 'behind' then
+  return { 'behind', tonumber(m[2]) }
+end
+local suffixes = suffixes_of(ARGV[3])
+if not suffixes then
+  return { 'periods', now }
+end
+local wanted = {}
+local plan = plan_of(ARGV[4], suffixes, wanted)
+read(wanted, now)
+local item = { attempt = tonumber(ARGV[5]), tokens = tonumber(ARGV[6]), cost = tonumber(ARGV[7]), quantity = tonumber(ARGV[8]), output = 0, fewest = 1 }
+local ok = fitted(plan, item, false)
+local times, shaded = frees(plan, item, false), frees(plan, item, true)
+for i, time in ipairs(shaded) do
+  times[i] = times[i] ~= 0 and times[i] or time
+end
+local expired = call('ZCOUNT', leases, '-inf', integer(now))
+return { 'ok', now, epoch, figures({ ok and V_HELD or V_REFUSED, 0, item.tokens, item.cost, 0, expired }, plan, times) }

@@ -4,8 +4,16 @@ if not epoch or tonumber(epoch) ~= tonumber(ARGV[2]) then
   return 0
 end
 local r = record(ARGV[1])
-if not r or r.state ~= 'held' then
+if not r or r[STATE] ~= HELD then
   return 0
 end
-finish(ARGV[1], r, store_time(), 'released', 0, 0, false)
+local now, wanted, kept, over_by = store_time(), {}, {}, {}
+counters_of(r, wanted)
+read(wanted, now)
+finish(ARGV[1], r, now, RELEASED, 0, 0, 0, false, kept, over_by)
+write()
+call('HSET', reservations, unpack(kept))
+call('ZADD', ended, unpack(over_by))
+call('ZREM', leases, ARGV[1])
+outstanding(-1)
 return 1

@@ -1,72 +1,151 @@
--- Decides every rule at once and takes the hold. A refusal writes nothing.
--- ARGV: id, the id's own time, tokens, cost, lease, window, forget, largest age of an id, five limits.
--- Answers: {"rebuild"} | {"old"} | {"ahead"} | {"ended"} | {"conflict"} | {"refused" | "held", now, epoch, reserve_us, expired holds, figures…}
-local epoch = current_epoch()
+-- Decides demands in their order, each against every rule at once, and takes their holds. What is refused writes nothing.
+-- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of plans, plans, then by elevens:
+-- id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, 1 to be used at once (no hold).
+-- Answers {"rebuild"} | {"behind", version} | {"periods", now} | {"ok", now, epoch, items…};
+-- an item: {verdict, reserve_us, tokens, cost, output, expired holds, figures…}
+local m = current('epoch', 'version', 'families', 'outstanding')
+local epoch = tonumber(m[1])
 if not epoch then
   return { 'rebuild' }
 end
-local id, minted_us, tokens, cost = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local lease_us, window_us, forget_us, age_us = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-local limits = five_limits(9)
-local now = store_time()
-if minted_us < now - age_us then
-  return { 'old' }
-elseif minted_us > now + age_us then
-  return { 'ahead' }
+local fits = fit(m[3], m[2], ARGV[5], ARGV[4])
+if fits == 'others' then
+  return { 'rebuild' }
+elseif fits == 'behind' then
+  return { 'behind', tonumber(m[2]) }
+end
+local suffixes = suffixes_of(ARGV[6])
+if not suffixes then
+  return { 'periods', now }
+end
+local lease_us, forget_us, age_us = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local plans, wanted, last_plan = {}, {}, 7 + tonumber(ARGV[7])
+for i = 8, last_plan do
+  plans[i - 7] = plan_of(ARGV[i], suffixes, wanted)
+end
+read(wanted, now)
+
+local ids, items = {}, {}
+for i = last_plan + 1, #ARGV, 11 do
+  ids[#ids + 1] = ARGV[i]
+  items[#items + 1] = {
+    id = ARGV[i], minted_us = tonumber(ARGV[i + 1]), attempt = tonumber(ARGV[i + 2]), tokens = tonumber(ARGV[i + 3]), cost = tonumber(ARGV[i + 4]),
+    quantity = tonumber(ARGV[i + 5]), plan = plans[tonumber(ARGV[i + 6])], output = tonumber(ARGV[i + 7]), fewest = tonumber(ARGV[i + 8]),
+    price = tonumber(ARGV[i + 9]), at_once = ARGV[i + 10] == '1',
+  }
+end
+local records = {}
+for i, packed in ipairs(fetch(reservations, ids)) do
+  records[ids[i]] = packed and cmsgpack.unpack(packed) or nil
+end
+local kept, leased, over_by, holds = {}, {}, {}, 0
+
+-- A lease that ended may be under a fence already: the caller must not count on the hold.
+local function lives(id)
+  local lease = leased[id] or call('ZSCORE', leases, id)
+  return lease and tonumber(lease) > now
 end
 
-local function held(r)
-  local u = usage(now, window_us)
-  return { 'held', now, tonumber(epoch), r.reserve_us, 0, figures(u, limits, 0, window_us) }
+local function held(item, r)
+  return figures({ V_HELD, r[RESERVED], r[R_TOKENS], r[R_COST], r[OUTPUT], 0 }, item.plan, item.frees)
 end
 
-local known = record(id)
-if known then
-  if known.tokens ~= tokens or known.cost ~= cost then
-    return { (known.state == 'held' or known.state == 'pinned') and 'conflict' or 'ended' }
+local function again(item, r)
+  local same = r[ASKED_TOKENS] == item.tokens and r[ASKED_COST] == item.cost and r[PRODUCT_UNIT] == item.plan.product_unit
+  if r[STATE] == SETTLED and item.attempt == 0 and r[ATTEMPT] == 0 then
+    -- Units of a product that are used already.
+    same = same and r[QUANTITY] == item.quantity
+    return same and figures({ V_DONE, r[RESERVED], 0, 0, 0, 0 }, item.plan) or { V_CONFLICT }
   end
-  local lease = call('ZSCORE', leases, id)
-  if known.state ~= 'held' or not lease or tonumber(lease) <= now then
-    -- A lease that ended may be under a fence already: the caller must not count on the hold.
-    return { 'ended' }
+  if not same or (r[STATE] <= PINNED and r[QUANTITY] ~= item.quantity) then
+    return { r[STATE] <= PINNED and V_CONFLICT or V_ENDED }
+  elseif r[STATE] ~= HELD or not lives(item.id) then
+    return { V_ENDED }
   end
-  call('ZADD', leases, integer(now + lease_us), id)
-  return held(known)
+  leased[item.id] = now + lease_us
+  return held(item, r)
 end
 
-local u = usage(now, window_us)
-if refused(u, limits, tokens, cost) then
-  local expired = call('ZCOUNT', leases, '-inf', integer(now))
-  return { 'refused', now, tonumber(epoch), 0, expired, figures(u, limits, tokens, window_us) }
-end
-
--- Counters of days and months that no rule and no snapshot asks for.
-local function roll_over(day)
-  if call('HGET', meta, 'day') == day then
-    return
-  end
-  local oldest_day = dates(now - 86400000000)
-  local _, oldest_month = dates(now - 31 * 86400000000)
-  for _, field in ipairs(call('HKEYS', meta)) do
-    local kind, date = string.match(field, '^(%a+_%a+):(.+)$')
-    local past = kind and date < (#date == 10 and oldest_day or oldest_month)
-    -- A hold that old is still owed: its counter goes when it does.
-    if past and (string.match(kind, '_used$') or call('HGET', meta, field) == '0') then
-      call('HDEL', meta, field)
+-- Charges counters of the plan, those of rules in shadow only when `shaded` is there.
+local function charge(item, r, shaded)
+  local charges = {}
+  for place, name in ipairs(item.plan.names) do
+    local unit = item.plan.units[place]
+    local need = need_of(item, unit % SHADED)
+    if need and (unit < SHADED or shaded) then
+      add(book[name], now, charged(r, unit))
+      charges[#charges + 1], charges[#charges + 2], charges[#charges + 3] = name, unit, book[name].window
     end
   end
-  call('HSET', meta, 'day', day)
+  return charges
 end
 
-tidy(now, window_us, forget_us)
-local day, month = dates(now)
-roll_over(day)
-add('tokens_held:' .. day, tokens)
-add('cost_held:' .. month, cost)
-add('window_tokens', tokens)
-call('ZADD', window, integer(now), id)
-call('ZADD', leases, integer(now + lease_us), id)
-local r = { state = 'held', epoch = tonumber(epoch), reserve_us = now, tokens = tokens, cost = cost }
-keep(id, r)
-outstanding(1)
-return held(r)
+local function hold(item, tokens, cost, output)
+  local plan = item.plan
+  local shaded, shaded_tokens, shaded_cost = true, tokens, cost
+  if plan.has_shadow then
+    shaded, shaded_tokens, shaded_cost = fitted(plan, item, true)
+    if not shaded then
+      item.frees = frees(plan, item, true)
+    end
+  end
+  local r = {
+    HELD, epoch, now, tokens, cost, item.quantity, plan.user, plan.feature, item.attempt, plan.product_unit,
+    item.tokens, item.cost, output, shaded and shaded_tokens or -1, shaded and shaded_cost or -1,
+  }
+  r[CHARGES] = charge(item, r, shaded)
+  if item.at_once then
+    r[STATE], r[CHARGES] = SETTLED, nil
+    over_by[#over_by + 1], over_by[#over_by + 2] = integer(now), item.id
+  else
+    leased[item.id], holds = now + lease_us, holds + 1
+    if running then
+      running = running + 1
+    end
+    if living then
+      living[#living + 1] = r
+    end
+  end
+  records[item.id] = r
+  kept[#kept + 1], kept[#kept + 2] = item.id, cmsgpack.pack(r)
+  return held(item, r)
+end
+
+local expired
+
+local function decide(item)
+  if item.minted_us < now - age_us then
+    return { V_OLD }
+  elseif item.minted_us > now + age_us then
+    return { V_AHEAD }
+  elseif records[item.id] then
+    return again(item, records[item.id])
+  end
+  local ok, tokens, cost, output = fitted(item.plan, item, false)
+  if ok then
+    return hold(item, tokens, cost, output)
+  end
+  expired = expired or call('ZCOUNT', leases, '-inf', integer(now))
+  return figures({ V_REFUSED, 0, 0, 0, 0, expired }, item.plan, frees(item.plan, item, false))
+end
+
+local answer = { 'ok', now, epoch }
+for _, item in ipairs(items) do
+  answer[#answer + 1] = decide(item)
+end
+local until_us = {}
+for id, time in pairs(leased) do
+  until_us[#until_us + 1], until_us[#until_us + 2] = integer(time), id
+end
+in_chunks('ZADD', leases, until_us)
+if #kept > 0 then
+  tidy(now, forget_us)
+  write()
+  in_chunks('HSET', reservations, kept)
+  in_chunks('ZADD', ended, over_by)
+  outstanding(holds)
+  if holds == 0 and tonumber(m[4] or 0) == 0 then
+    idle()
+  end
+end
+return answer

@@ -1,5 +1,5 @@
--- Lists holds whose lease has ended and forgets what no rule counts. ARGV: window, forget, at most this many.
--- Answers {epoch or -1, leases in all, ids…}.
+-- Lists holds whose lease has ended and forgets what no rule counts. ARGV: forget, at most this many.
+-- Answers {epoch or -1, leases in all, 1 if there is more to forget later, ids…}.
 local m, stale = current('epoch')
 local epoch = m[1]
 if stale then
@@ -7,9 +7,44 @@ if stale then
   forget_all()
 end
 if not epoch then
-  return { -1, 0 }
+  return { -1, 0, 0 }
 end
 local now = store_time()
-tidy(now, tonumber(ARGV[1]), tonumber(ARGV[2]))
-local ids = call('ZRANGEBYSCORE', leases, '-inf', integer(now), 'LIMIT', 0, tonumber(ARGV[3]))
-return { tonumber(epoch), call('ZCARD', leases), unpack(ids) }
+tidy(now, tonumber(ARGV[1]))
+
+-- A period this old is read by no rule: the one before this has ended, by any calendar.
+local KEPT_DAYS, KEPT_MONTHS = 3 * 86400, 70 * 86400
+local seconds = math.floor(now / 1000000)
+
+-- Whether a counter is of no use any more, and whether it will be some day soon.
+local function dead(name, value)
+  local window, span = string.match(name, '^[^:]+:(%a)([^:]*):')
+  if window == 's' then
+    local flat = cmsgpack.unpack(value)
+    return flat[1] + flat[#flat - 1] <= now - tonumber(span) * 1000000, true
+  end
+  local start = tonumber(string.match(name, '@(%d+)$'))
+  return start < seconds - (window == 'd' and KEPT_DAYS or KEPT_MONTHS), false
+end
+
+-- A bounded part of the counters, another one each time.
+local gone, later = {}, false
+if call('HLEN', counters) > 0 then
+  local from = call('HGET', meta, 'cursor') or '0'
+  local page = call('HSCAN', counters, from, 'COUNT', 100)
+  for i = 1, #page[2], 2 do
+    local over, soon = dead(page[2][i], page[2][i + 1])
+    if over then
+      gone[#gone + 1] = page[2][i]
+    end
+    later = later or (soon and not over)
+  end
+  later = later or page[1] ~= '0'
+  if page[1] ~= from then
+    call('HSET', meta, 'cursor', page[1])
+  end
+  in_chunks('HDEL', counters, gone)
+end
+later = later or call('ZCARD', ended) > 0
+local ids = call('ZRANGEBYSCORE', leases, '-inf', integer(now), 'LIMIT', 0, tonumber(ARGV[2]))
+return { tonumber(epoch), call('ZCARD', leases), later and 1 or 0, unpack(ids) }

@@ -1,0 +1,181 @@
+-- Whether a demand fits: shared by the scripts that decide. terms.py makes what is read here.
+local now = store_time()
+
+-- Rules come by sixes: where the counter is (0: none, each request by itself; -1: what runs), unit, limit, 1 in shadow, the fewest output tokens a
+-- call may be shortened to (0: it may not), scope.
+local STRIDE = 6
+
+-- The ends of counters' names by calendar: day, month, cycle. Nothing when the caller's clock is so far off that its periods do not reach now.
+local function suffixes_of(packed)
+  local suffixes = {}
+  for place, bounds in ipairs(cmsgpack.unpack(packed)) do
+    for i = 1, 3 do
+      if bounds[i] <= now and now < bounds[i + 1] then
+        suffixes[place] = '@' .. integer(math.floor(bounds[i] / 1000000))
+      end
+    end
+    if not suffixes[place] then
+      return nil
+    end
+  end
+  return suffixes
+end
+
+local function plan_of(packed, suffixes, wanted)
+  local p = cmsgpack.unpack(packed)
+  local names, units, stems = {}, {}, {}
+  for i = 1, #p[2], 5 do
+    local place = #names + 1
+    stems[place] = p[2][i]
+    names[place] = p[2][i] .. (suffixes[p[2][i + 2]] or '')
+    units[place] = p[2][i + 1] + (p[2][i + 4] == 1 and SHADED or 0)
+    wanted[#wanted + 1], wanted[#wanted + 2] = names[place], p[2][i + 3]
+  end
+  return {
+    user = p[1][1], feature = p[1][2], product_unit = p[1][3],
+    names = names, units = units, stems = stems, rules = p[3], has_shadow = p[4] == 1,
+  }
+end
+
+-- What runs: the number of living leases, and where a rule needs it the records they stand for.
+local running, living
+
+local function all_running()
+  running = running or call('ZCOUNT', leases, '(' .. integer(now), '+inf')
+  return running
+end
+
+local function running_for(scope, shadow, user, feature)
+  if scope == 't' and not shadow then
+    return all_running()
+  end
+  if not living then
+    living = {}
+    for i, packed in ipairs(fetch(reservations, call('ZRANGEBYSCORE', leases, '(' .. integer(now), '+inf'))) do
+      living[i] = packed and cmsgpack.unpack(packed) or {}
+    end
+  end
+  local count = 0
+  for _, r in ipairs(living) do
+    local same = (scope == 't' or scope == 'f' or r[USER] == user) and (scope == 't' or scope == 'u' or r[FEATURE] == feature)
+    -- What rules in shadow refused does not run for them.
+    if same and not (shadow and r[SHADOW_TOKENS] < 0) then
+      count = count + 1
+    end
+  end
+  return count
+end
+
+local function counter_of(plan, i)
+  local place = plan.rules[i]
+  return place > 0 and book[plan.names[place]] or nil
+end
+
+local function used_by(plan, i)
+  local place = plan.rules[i]
+  if place > 0 then
+    return book[plan.names[place]].used
+  elseif place == 0 then
+    return 0
+  end
+  return running_for(plan.rules[i + 5], plan.rules[i + 3] == 1, plan.user, plan.feature)
+end
+
+-- How much a demand needs of a unit; nothing where it is not counted. Attempts: 0 a product's units, 1 a call, from 2 on a retry.
+local function need_of(item, unit)
+  if unit == PRODUCT then
+    return item.attempt == 0 and item.quantity or nil
+  elseif item.attempt == 0 then
+    return nil
+  elseif unit == TOKENS then
+    return item.tokens
+  elseif unit == COST then
+    return item.cost
+  elseif unit == REQUESTS then
+    return item.attempt == 1 and 1 or nil
+  elseif unit == RETRIES then
+    return item.attempt > 1 and 1 or nil
+  end
+  return 1
+end
+
+-- By how much a rule is too small for the demand. Compared with what is left of the limit: both sides stay below 2^53.
+local function over(plan, i, item)
+  local need = need_of(item, plan.rules[i + 1])
+  return need and need - (plan.rules[i + 2] - used_by(plan, i)) or 0
+end
+
+-- What leaving out `count` output tokens saves, rounded down, so that what is left is never too little. The price is split: their product may pass 2^53.
+local function saved(item, count)
+  local whole, part = math.floor(item.price / 1000000), item.price % 1000000
+  return count * whole + math.floor(count * part / 1000000)
+end
+
+-- The fewest output tokens to leave out to save so much; more than there are when all of them do not.
+local function cut_for(item, cost)
+  local low, high = 1, item.output + 1
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    if saved(item, middle) >= cost then
+      high = middle
+    else
+      low = middle + 1
+    end
+  end
+  return low
+end
+
+-- Whether the demand fits under the rules, `all` those in shadow included, and what may be granted: tokens, cost, output tokens.
+-- Shortened only where every rule in its way allows it.
+local function fitted(plan, item, all)
+  local cut, fewest = 0, item.fewest
+  for i = 1, #plan.rules, STRIDE do
+    if all or plan.rules[i + 3] == 0 then
+      local excess = over(plan, i, item)
+      if excess > 0 then
+        local unit, shortest = plan.rules[i + 1], plan.rules[i + 4]
+        if item.output == 0 or shortest == 0 or (unit ~= TOKENS and unit ~= COST) then
+          return false
+        end
+        fewest = math.max(fewest, shortest)
+        cut = math.max(cut, unit == TOKENS and excess or cut_for(item, excess))
+      end
+    end
+  end
+  if cut == 0 then
+    return true, item.tokens, item.cost, item.output
+  elseif item.output - cut < fewest then
+    return false
+  end
+  return true, item.tokens - cut, item.cost - saved(item, cut), item.output - cut
+end
+
+-- By rule when it has room: 0 it has, -1 no window's log says when. Of the rules in shadow, or of the others.
+local function frees(plan, item, shadow)
+  local times = {}
+  for i = 1, #plan.rules, STRIDE do
+    local excess = plan.rules[i + 3] == (shadow and 1 or 0) and over(plan, i, item) or 0
+    local time = 0
+    if excess > 0 then
+      local c = counter_of(plan, i)
+      time = c and c.window > 0 and frees_us(c, excess) or 0
+      time = time > 0 and time or -1
+    end
+    times[#times + 1] = time
+  end
+  return times
+end
+
+-- The answer's figures, by threes a rule: used, when its log gives something back next (0: it is empty or has none), when it has room.
+local function figures(answer, plan, times)
+  for i = 1, #plan.rules, STRIDE do
+    local c = counter_of(plan, i)
+    answer[#answer + 1] = used_by(plan, i)
+    answer[#answer + 1] = c and c.window > 0 and c.count > 0 and c.times[1] + c.window or 0
+    answer[#answer + 1] = times and times[(i - 1) / STRIDE + 1] or 0
+  end
+  return answer
+end
+
+-- Verdicts, as numbers.
+local V_HELD, V_REFUSED, V_OLD, V_AHEAD, V_ENDED, V_CONFLICT, V_DONE = 1, 2, 3, 4, 5, 6, 7

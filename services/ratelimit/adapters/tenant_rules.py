@@ -1,0 +1,81 @@
+"""A tenant's rules out of its configuration, made ready once for each version."""
+
+from collections import OrderedDict
+
+from mesh.common.v1 import limit_rule_pb2 as messages
+from mesh.tenant.v1.tenant_service_pb2 import TenantConfig
+from services.kernel.ids import TenantId
+from services.kernel.tenant_config import TenantConfigCache
+from services.kernel.tenant_context import TenantContext
+from services.ratelimit.calendar_periods import Calendar, moment, time_zone
+from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window, rules_of_plan
+from services.ratelimit.terms import Terms
+
+_CAPACITY = 10_000
+_SCOPES = {
+    messages.LIMIT_SCOPE_TENANT: Scope.TENANT,
+    messages.LIMIT_SCOPE_USER: Scope.USER,
+    messages.LIMIT_SCOPE_FEATURE: Scope.FEATURE,
+    messages.LIMIT_SCOPE_USER_FEATURE: Scope.USER_FEATURE,
+}
+
+
+class TenantRules:
+    """Implements TermsOf."""
+
+    def __init__(self, configs: TenantConfigCache) -> None:
+        self._configs = configs
+        self._known: OrderedDict[tuple[TenantId | None, int], Terms] = OrderedDict()
+
+    async def __call__(self, context: TenantContext, at_least: int = 0) -> Terms:
+        """Returns the rules of the context's tenant, of its configuration's version, of `at_least`, or newer. Raises: MeshError."""
+        wanted = (context.tenant_id, max(at_least, context.config_version))
+        terms = self._known.get(wanted)
+        if terms is not None:
+            return terms
+        config = await self._configs.get(context, at_least)
+        terms = self._known.get((context.tenant_id, config.version)) or terms_of(config)
+        for version in {wanted[1], config.version}:
+            self._known[context.tenant_id, version] = terms
+        while len(self._known) > _CAPACITY:
+            self._known.popitem(last=False)
+        return terms
+
+
+def terms_of(config: TenantConfig) -> Terms:
+    """The rules of a configuration; of one without rules, those that its plan's numbers stand for."""
+    if not config.HasField("limit_rules"):
+        return Terms(rules_of_plan(config.limits), version=config.version)
+    told = config.limit_rules
+    zone = time_zone(told.time_zone)
+    anchor_day = 1
+    if told.HasField("cycle_anchor_time"):
+        anchor_day = moment(told.cycle_anchor_time.ToMicroseconds()).astimezone(zone).day
+    rules = [_rule(rule) for rule in told.rules]
+    # The names of calendars' sums: those of another zone or day are others.
+    return Terms(rules, Calendar(zone, anchor_day), version=config.version, calendar_name=f"{told.time_zone or 'UTC'}|{anchor_day}")
+
+
+def _rule(rule: messages.LimitRule) -> LimitRule:
+    unit = Unit(rule.unit)
+    window = Window.RUNNING if unit is Unit.RUNNING else Window(rule.window)
+    closed = unit is Unit.COST or window in CALENDAR
+    return LimitRule(
+        name=rule.name,
+        unit=unit,
+        window=window,
+        limit=rule.limit,
+        window_us=max(1, rule.window_seconds) * SECOND_US if window is Window.SLIDING else 0,
+        scope=_SCOPES[rule.scope],
+        product_unit=rule.product_unit,
+        user=rule.user,
+        feature=rule.feature,
+        shadow=rule.mode == messages.LIMIT_MODE_SHADOW,
+        # Money and calendars are always closed: a local allowance knows neither what was spent nor what the ledger has.
+        fails_open=rule.on_store_failure == messages.LIMIT_STORE_FAILURE_OPEN and not closed,
+        shortens=rule.near_edge.shorten,
+        min_output_tokens=max(1, rule.near_edge.min_output_tokens),
+        waits=rule.near_edge.wait,
+        burst=rule.burst,
+        lifting_plan=rule.lifting_plan,
+    )

@@ -1,0 +1,175 @@
+"""Units of a product, used at once: durably where a rule counts days, months or cycles, otherwise in the limits alone.
+
+Durable use is a hold that the ledger's outbox ends, so that neither side can lose it: docs/protocol.md, 1 to 5.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import structlog
+
+from mesh.common.v1 import error_reason_pb2
+from services.kernel.errors import ContentConflict, Forbidden, MeshError, ReservationLost
+from services.kernel.ids import ReservationId, TenantId
+from services.kernel.tenant_context import TenantContext
+from services.ratelimit.decision import Refusal, refusal
+from services.ratelimit.fencing import Fencing
+from services.ratelimit.hooks import Guard, NoGuard
+from services.ratelimit.limit_rule import CALENDAR
+from services.ratelimit.limits import NOBODY, Demand, Subject
+from services.ratelimit.ready_counters import ReadyCounters, tenant_of
+from services.ratelimit.reservation import Ask, Held, lost_or_invalid, minted_us
+from services.ratelimit.standing import Answer, Verdict
+from services.ratelimit.terms import Terms
+
+log = structlog.get_logger(__name__)
+
+RECORD_TIMEOUT_SECONDS = 2.0
+
+
+class Recorded(StrEnum):
+    """What the ledger says of a use."""
+
+    RECORDED = "recorded"
+    STALE_EPOCH = "stale_epoch"
+    ENDED = "ended"
+    CONFLICT = "conflict"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """So many units of a product, used for somebody, under an id of its own."""
+
+    consumption_id: ReservationId
+    product_unit: str
+    quantity: int
+    subject: Subject = NOBODY
+
+
+class UnitsLedger(Protocol):
+    """Records uses."""
+
+    async def record_units(self, context: TenantContext, use: Use, epoch: int, reserve_us: int, timeout_seconds: float) -> Recorded:
+        """Records a use for good, or says why not; idempotent by its id for ever. Raises: MeshError when it cannot be told."""
+        ...
+
+
+class ConsumptionStore(Protocol):
+    """Decides and counts."""
+
+    async def reserve(self, tenant_id: TenantId, terms: Terms, asks: list[Ask]) -> list[Answer]:
+        """Takes holds, or uses at once, in their order."""
+        ...
+
+    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> None:
+        """Lets a hold of this epoch go; ignores any other."""
+        ...
+
+
+class Consumptions:
+    """Every use of a product's units."""
+
+    def __init__(
+        self, store: ConsumptionStore, ledger: UnitsLedger, counters: ReadyCounters, fencing: Fencing, *, guard: Guard | None = None
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._counters = counters
+        self._fencing = fencing
+        self._guard: Guard = guard or NoGuard()
+
+    async def consume(self, context: TenantContext, use: Use) -> Held:
+        """Uses units under every rule of them: all or nothing. Repeated with the same id it uses nothing more.
+
+        Raises: LimitExceeded, Forbidden FEATURE, ReservationLost, ContentConflict, InvalidRequest, Unavailable.
+        """
+        outcome = await self.decide(context, use)
+        if isinstance(outcome, Refusal):
+            raise outcome.error(tenant_of(context))
+        return outcome
+
+    async def decide(self, context: TenantContext, use: Use) -> Held | Refusal:
+        """The same, with a refusal that tells when it frees and whether its caller may wait for that. Raises: as `consume`."""
+        terms = await self._counters.terms_of(context)
+        self._guard.admit(context, terms)
+        outcome = await self._decided(context, use)
+        if isinstance(outcome, Refusal):
+            status = outcome.status
+            log.info("consumption_refused", rule=status.rule.name, limit=status.limit, used=status.used, needed=outcome.needed)
+            self._guard.refused(context, terms, outcome)
+        return outcome
+
+    async def _decided(self, context: TenantContext, use: Use) -> Held | Refusal:
+        tenant_id = tenant_of(context)
+        terms, answer = await self._asked(context, use)
+        if answer.verdict is Verdict.REFUSED and answer.expired_holds:
+            # What the holds of a dead replica are, only the ledger knows.
+            await self._fencing.fence_expired(tenant_id)
+            terms, answer = await self._asked(context, use)
+        self._fencing.watch(tenant_id)
+        plan, demand = terms.plan(use.subject, use.product_unit), Demand(attempt=0, quantity=use.quantity)
+        match answer.verdict:
+            case Verdict.REFUSED:
+                why = refusal(plan, answer, demand)
+                if why is None:
+                    msg = f"the store refused what its own figures admit: {answer}"
+                    raise RuntimeError(msg)
+                return why
+            case Verdict.HELD:
+                if is_durable(terms, use.product_unit):
+                    await self._record(context, use, answer)
+            case Verdict.OLD | Verdict.ENDED if is_durable(terms, use.product_unit):
+                await self._known(context, use, answer)
+            case Verdict.DONE:
+                pass
+            case _:
+                raise lost_or_invalid(answer.verdict, use.consumption_id)
+        return Held(plan, answer, demand)
+
+    async def _asked(self, context: TenantContext, use: Use) -> tuple[Terms, Answer]:
+        tenant_id, demand = tenant_of(context), Demand(attempt=0, quantity=use.quantity)
+        minted = minted_us(use.consumption_id)
+
+        async def question(terms: Terms) -> list[Answer]:
+            if use.product_unit not in terms.product_units:
+                raise _not_included(use.product_unit)
+            at_once = not is_durable(terms, use.product_unit)
+            ask = Ask(use.consumption_id, minted, terms.plan(use.subject, use.product_unit), demand, at_once)
+            return await self._store.reserve(tenant_id, terms, [ask])
+
+        terms, (answer,) = await self._counters.ask(context, question)
+        return terms, answer
+
+    async def _record(self, context: TenantContext, use: Use, answer: Answer) -> None:
+        # When the ledger's answer is lost, the hold stays: repeated, the use is recorded; left alone, it is fenced when its lease ends.
+        recorded = await self._ledger.record_units(context, use, answer.epoch, answer.reserve_us, RECORD_TIMEOUT_SECONDS)
+        if recorded is Recorded.RECORDED:
+            return
+        if recorded is Recorded.CONFLICT:
+            # The record of that id is another use's, whose hold or sum is counted: this one goes.
+            await self._store.release(tenant_of(context), use.consumption_id, answer.epoch)
+        raise _unrecorded(recorded, use)
+
+    async def _known(self, context: TenantContext, use: Use, answer: Answer) -> None:
+        # An epoch older than any: the ledger says whether it has this use, and records none.
+        recorded = await self._ledger.record_units(context, use, 0, answer.reserve_us, RECORD_TIMEOUT_SECONDS)
+        if recorded is Recorded.CONFLICT:
+            raise _unrecorded(recorded, use)
+        if recorded is not Recorded.RECORDED:
+            raise lost_or_invalid(answer.verdict, use.consumption_id)
+
+
+def is_durable(terms: Terms, product_unit: str) -> bool:
+    """Whether uses of the unit must be in the ledger: some rule of it counts longer than the limits remember."""
+    return any(rule.product_unit == product_unit and rule.window in CALENDAR for rule in terms.rules)
+
+
+def _not_included(product_unit: str) -> MeshError:
+    return Forbidden(error_reason_pb2.ERROR_REASON_FEATURE, f"the plan does not include {product_unit}", feature=product_unit)
+
+
+def _unrecorded(recorded: Recorded, use: Use) -> MeshError:
+    if recorded is Recorded.CONFLICT:
+        return ContentConflict("consumption", "this consumption id has another content: make a new id for each use")
+    return ReservationLost(use.consumption_id, "the use was not recorded: send it again with a new id")

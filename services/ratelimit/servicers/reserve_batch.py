@@ -1,0 +1,70 @@
+"""Many reservations in one message: each item proves its own tenant, tenants are decided beside each other, items of one in their order."""
+
+import asyncio
+from collections.abc import Sequence
+
+from google.protobuf.duration_pb2 import Duration
+
+from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
+from services.kernel.context_token import ContextTokenVerifier
+from services.kernel.errors import MeshError
+from services.kernel.ids import TenantId
+from services.kernel.rpc.status import to_mesh_error
+from services.kernel.rpc.wire_status import encode
+from services.kernel.tenant_context import TenantContext
+from services.ratelimit.decision import Refusal
+from services.ratelimit.ready_counters import tenant_of
+from services.ratelimit.reservation import Held, Outcome, Request, Reservations
+from services.ratelimit.servicers.limit_messages import held_message, refusal_message, request_of
+
+_METHOD = "/mesh.ratelimit.v1.RateLimitService/ReserveBatch"
+# Tenants decided at the same time: enough to fill the store's pipeline.
+_TENANTS_AT_ONCE = 64
+
+_Place = tuple[int, TenantContext, Request]
+
+
+class ReserveBatches:
+    """Decides batches."""
+
+    def __init__(self, reservations: Reservations, verifier: ContextTokenVerifier) -> None:
+        self._reservations = reservations
+        self._verifier = verifier
+
+    async def reserve(self, items: Sequence[messages.ReserveBatchItem], lease: Duration) -> list[messages.ReserveBatchOutcome]:
+        """Returns one outcome an item, in order; what fails fails alone."""
+        outcomes: list[Outcome | None] = [None] * len(items)
+        by_tenant: dict[TenantId, list[_Place]] = {}
+        for place, item in enumerate(items):
+            try:
+                context = await self._verifier.verify(item.context_token)
+                by_tenant.setdefault(tenant_of(context), []).append((place, context, request_of(item.request)))
+            except MeshError as error:
+                outcomes[place] = error
+        tenants = list(by_tenant.values())
+        for start in range(0, len(tenants), _TENANTS_AT_ONCE):
+            async with asyncio.TaskGroup() as group:
+                for places in tenants[start : start + _TENANTS_AT_ONCE]:
+                    group.create_task(self._decide(places, outcomes))
+        return [_message(outcome, lease) for outcome in outcomes]
+
+    async def _decide(self, places: Sequence[_Place], outcomes: list[Outcome | None]) -> None:
+        # The newest of their tokens names the newest configuration.
+        context = max((context for _, context, _ in places), key=lambda context: context.config_version)
+        try:
+            decided: Sequence[Outcome] = await self._reservations.decide(context, [request for _, _, request in places])
+        except Exception as error:
+            decided = [to_mesh_error(error, _METHOD)] * len(places)
+        for (place, _, _), outcome in zip(places, decided, strict=True):
+            outcomes[place] = outcome
+
+
+def _message(outcome: Outcome | None, lease: Duration) -> messages.ReserveBatchOutcome:
+    if isinstance(outcome, Held):
+        return messages.ReserveBatchOutcome(held=held_message(outcome, lease))
+    if isinstance(outcome, Refusal):
+        return messages.ReserveBatchOutcome(refused=refusal_message(outcome))
+    if outcome is None:
+        msg = "an item of the batch was left undecided"
+        raise RuntimeError(msg)
+    return messages.ReserveBatchOutcome(error_status=encode(outcome))

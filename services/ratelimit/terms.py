@@ -1,0 +1,131 @@
+"""A tenant's rules made ready for decisions: the families they need, and per subject counters and rules in the order scripts take them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+
+from services.ratelimit.calendar_periods import Boundaries, Calendar
+from services.ratelimit.counter import Family, families_of
+from services.ratelimit.limit_rule import CALENDAR, LimitRule, Scope, Unit, Window, applicable
+from services.ratelimit.limits import Subject
+from services.ratelimit.packing import Packable, packed
+
+_MOST_PLANS = 10_000
+_MOST_PERIODS = 400
+_RECENT_SECONDS = 60
+# The order in which scripts take calendars; 0 is no calendar.
+_CALENDAR_NUMBERS = {Window.DAY: 1, Window.MONTH: 2, Window.CYCLE: 3}
+_RUNNING, _SINGLE = -1, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request of one subject is counted in and held to. `packed` is the same for scripts."""
+
+    subject: Subject
+    product_unit: str
+    rules: tuple[LimitRule, ...]
+    packed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CountedPeriod:
+    """What the ledger is to add up: a unit over the calls reserved in [start, end), one sum for each of what the scope tells apart."""
+
+    unit: Unit
+    product_unit: str
+    scope: Scope
+    start_us: int
+    end_us: int
+
+
+class Terms:
+    """The rules of one version of a tenant's configuration."""
+
+    def __init__(
+        self, rules: Sequence[LimitRule], calendar: Calendar | None = None, *, version: int = 0, calendar_name: str = "UTC|1"
+    ) -> None:
+        self.rules = tuple(rules)
+        self.version = version
+        self.families = families_of(self.rules)
+        self.calendar = calendar or Calendar()
+        names = sorted(family.named(calendar_name) for family in self.families)
+        # Short, so that the hash it is kept in stays small in the store.
+        self.families_digest = sha256(packed(names)).hexdigest()[:32]
+        self.recent_seconds = max(_RECENT_SECONDS, *(-(-family.window_us // 1_000_000) for family in self.families))
+        self.product_units = frozenset(rule.product_unit for rule in self.rules if rule.unit is Unit.PRODUCT)
+        self._plans: dict[tuple[str, str, str], Plan] = {}
+        self._calendars: tuple[tuple[int, int], bytes, tuple[Boundaries, Boundaries, Boundaries]] | None = None
+
+    def plan(self, subject: Subject, product_unit: str = "") -> Plan:
+        """The plan of a call, or with a product's unit of its consumption."""
+        key = (subject.user, subject.feature, product_unit)
+        plan = self._plans.get(key)
+        if plan is None:
+            while len(self._plans) >= _MOST_PLANS:
+                # The oldest goes: whoever is still here asks for it again.
+                del self._plans[next(iter(self._plans))]
+            plan = self._plans[key] = self._planned(subject, product_unit)
+        return plan
+
+    def boundaries(self, now_us: int) -> tuple[Boundaries, Boundaries, Boundaries]:
+        """The periods around a moment: days, months, cycles."""
+        return self._around(now_us)[2]
+
+    def packed_calendars(self, now_us: int) -> bytes:
+        """The same for scripts."""
+        return self._around(now_us)[1]
+
+    def families_for(self, product_unit: str) -> tuple[Family, ...]:
+        """The families of a call, or of a product's unit."""
+        return tuple(family for family in self.families if family.product_unit == product_unit)
+
+    def counted_periods(self, now_us: int) -> dict[CountedPeriod, list[Family]]:
+        """What the ledger must add up as of `now_us`, and for which families: the period before, this one and the next."""
+        every = dict(zip(CALENDAR, self.boundaries(now_us), strict=True))
+        wanted: dict[CountedPeriod, list[Family]] = {}
+        # This period first: where there are too many, the neighbours are left out, which only a clock that steps could read.
+        for place in (1, 2, 0):
+            for family in self.families:
+                if family.window not in CALENDAR:
+                    continue
+                bounds = every[family.window]
+                period = CountedPeriod(family.unit, family.product_unit, family.scope, bounds[place], bounds[place + 1])
+                if period in wanted or len(wanted) < _MOST_PERIODS:
+                    wanted.setdefault(period, []).append(family)
+        return wanted
+
+    def _around(self, now_us: int) -> tuple[tuple[int, int], bytes, tuple[Boundaries, Boundaries, Boundaries]]:
+        cached = self._calendars
+        if cached is not None and cached[0][0] <= now_us < cached[0][1]:
+            return cached
+        days, months, cycles = (self.calendar.boundaries(window, now_us) for window in CALENDAR)
+        # A day that ends is not always a month that does, but cycles and months begin with days.
+        made = ((days[1], days[2]), packed((days, months, cycles)), (days, months, cycles))
+        self._calendars = made
+        return made
+
+    def _planned(self, subject: Subject, product_unit: str) -> Plan:
+        rules = applicable((rule for rule in self.rules if rule.product_unit == product_unit), subject)
+        families = [family for family in self.families_for(product_unit) if family.scope.covers(subject)]
+        places = {family: place for place, family in enumerate(families, 1)}
+        counters = ((family.counter(subject), *_of_family(family)) for family in families)
+        content: Packable = (
+            (subject.user, subject.feature, product_unit),
+            tuple(chain.from_iterable(counters)),
+            tuple(chain.from_iterable(_of_rule(rule, places) for rule in rules)),
+            int(any(rule.shadow for rule in rules)),
+        )
+        return Plan(subject, product_unit, rules, packed(content))
+
+
+def _of_family(family: Family) -> tuple[int, int, int, int]:
+    return family.unit, _CALENDAR_NUMBERS.get(family.window, 0), family.window_us, int(family.shadow)
+
+
+def _of_rule(rule: LimitRule, places: dict[Family, int]) -> tuple[Packable, ...]:
+    """A rule for scripts: where its counter is, unit, limit, whether in shadow, fewest output tokens to shorten to (0: not), scope."""
+    uncounted = _RUNNING if rule.window is Window.RUNNING else _SINGLE
+    place = places[Family.of(rule)] if rule.counts else uncounted
+    return place, rule.unit, rule.limit, int(rule.shadow), rule.min_output_tokens if rule.shortens else 0, rule.scope.value
