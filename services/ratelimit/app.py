@@ -22,6 +22,7 @@ from services.ratelimit.consumption import Consumptions
 from services.ratelimit.extension import Extensions
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.look import Looks
+from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.ready_counters import ReadyCounters
 from services.ratelimit.rebuild import Rebuilder
 from services.ratelimit.reservation import Reservations
@@ -66,7 +67,9 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         feed = ChangeFeed(to_tenant)
         background.start("change_feed", feed.run)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
-        counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant)), rebuilder, fencing)
+        allowance = OpenAllowance(store)
+        background.start("ratelimit.open_allowance", allowance.run)
+        counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant)), rebuilder, fencing, allowance)
         reservations = Reservations(store, counters, fencing)
         limits = RateLimitServicer(
             reservations,

@@ -10,16 +10,15 @@ from typing import Protocol
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import ContentConflict, Forbidden, MeshError, ReservationLost
+from services.kernel.errors import ContentConflict, Forbidden, MeshError, ReservationLost, Unavailable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import Refusal, refusal
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import Guard, NoGuard
-from services.ratelimit.limit_rule import CALENDAR
 from services.ratelimit.limits import NOBODY, Demand, Subject
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
-from services.ratelimit.reservation import Ask, Held, lost_or_invalid, minted_us
+from services.ratelimit.reservation import STORE, Ask, Held, lost_or_invalid, minted_us
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Terms
 
@@ -93,12 +92,23 @@ class Consumptions:
         """The same, with a refusal that tells when it frees and whether its caller may wait for that. Raises: as `consume`."""
         terms = await self._counters.terms_of(context)
         self._guard.admit(context, terms)
-        outcome = await self._decided(context, use)
+        try:
+            outcome = await self._decided(context, use)
+        except Unavailable as error:
+            return self._allowed(context, terms, use, error)
         if isinstance(outcome, Refusal):
             status = outcome.status
             log.info("consumption_refused", rule=status.rule.name, limit=status.limit, used=status.used, needed=outcome.needed)
             self._guard.refused(context, terms, outcome)
         return outcome
+
+    def _allowed(self, context: TenantContext, terms: Terms, use: Use, error: Unavailable) -> Held:
+        # A durable use has a closed rule: nothing of it is admitted here.
+        plan, demand = terms.plan(use.subject, use.product_unit), Demand(attempt=0, quantity=use.quantity)
+        epoch = self._counters.allowance.admit(tenant_of(context), plan, demand) if error.metadata.get("dependency") == STORE else None
+        if epoch is None:
+            raise error
+        return Held.from_allowance(plan, demand, epoch)
 
     async def _decided(self, context: TenantContext, use: Use) -> Held | Refusal:
         tenant_id = tenant_of(context)
@@ -117,9 +127,9 @@ class Consumptions:
                     raise RuntimeError(msg)
                 return why
             case Verdict.HELD:
-                if is_durable(terms, use.product_unit):
+                if terms.is_durable(use.product_unit):
                     await self._record(context, use, answer)
-            case Verdict.OLD | Verdict.ENDED if is_durable(terms, use.product_unit):
+            case Verdict.OLD | Verdict.ENDED if terms.is_durable(use.product_unit):
                 await self._known(context, use, answer)
             case Verdict.DONE:
                 pass
@@ -134,7 +144,7 @@ class Consumptions:
         async def question(terms: Terms) -> list[Answer]:
             if use.product_unit not in terms.product_units:
                 raise _not_included(use.product_unit)
-            at_once = not is_durable(terms, use.product_unit)
+            at_once = not terms.is_durable(use.product_unit)
             ask = Ask(use.consumption_id, minted, terms.plan(use.subject, use.product_unit), demand, at_once)
             return await self._store.reserve(tenant_id, terms, [ask])
 
@@ -158,11 +168,6 @@ class Consumptions:
             raise _unrecorded(recorded, use)
         if recorded is not Recorded.RECORDED:
             raise lost_or_invalid(answer.verdict, use.consumption_id)
-
-
-def is_durable(terms: Terms, product_unit: str) -> bool:
-    """Whether uses of the unit must be in the ledger: some rule of it counts longer than the limits remember."""
-    return any(rule.product_unit == product_unit and rule.window in CALENDAR for rule in terms.rules)
 
 
 def _not_included(product_unit: str) -> MeshError:

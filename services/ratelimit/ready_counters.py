@@ -11,6 +11,7 @@ from services.kernel.ids import TenantId
 from services.kernel.request_context import remaining_seconds
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.fencing import Fencing
+from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.rebuild import Rebuilder, rebuilding
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Terms
@@ -32,8 +33,9 @@ class TermsOf(Protocol):
 class ReadyCounters:
     """Asks the store by the tenant's rules, again after what keeps it from answering has been seen to."""
 
-    def __init__(self, terms_of: TermsOf, rebuilder: Rebuilder, fencing: Fencing) -> None:
+    def __init__(self, terms_of: TermsOf, rebuilder: Rebuilder, fencing: Fencing, allowance: OpenAllowance) -> None:
         self.terms_of = terms_of
+        self.allowance = allowance
         self._rebuilder = rebuilder
         self._fencing = fencing
 
@@ -42,7 +44,9 @@ class ReadyCounters:
 
         Raises: Unavailable LIMITS_REBUILDING, NotFound for an erased tenant.
         """
+        tenant_id = tenant_of(context)
         terms = await self.terms_of(context)
+        await self.allowance.settle(tenant_id)
         for _ in range(_MOST_TURNS):
             answers = await question(terms)
             first = answers[0]
@@ -51,6 +55,8 @@ class ReadyCounters:
             elif first.verdict is Verdict.BEHIND:
                 terms = await self.terms_of(context, first.version)
             else:
+                if first.epoch:
+                    self.allowance.learn(tenant_id, first.epoch)
                 return terms, answers
         raise rebuilding("the rules are changing")
 

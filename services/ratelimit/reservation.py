@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Protocol
 from uuid import UUID
 
 import structlog
 
-from services.kernel.errors import ContentConflict, InvalidRequest, MeshError, ReservationLost
+from services.kernel.errors import ContentConflict, InvalidRequest, MeshError, ReservationLost, Unavailable
 from services.kernel.ids import ReservationId, TenantId, uuid7_time
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.calendar_periods import microseconds
@@ -24,6 +24,8 @@ from services.ratelimit.terms import Plan, Terms
 log = structlog.get_logger(__name__)
 
 LARGEST_ID_AGE_SECONDS = 60
+# The dependency whose silence open rules survive.
+STORE = "redis"
 
 
 class CommitKind(StrEnum):
@@ -62,11 +64,20 @@ class Held:
     plan: Plan
     answer: Answer
     demand: Demand
+    degraded: bool = False
+
+    @classmethod
+    def from_allowance(cls, plan: Plan, demand: Demand, epoch: int) -> "Held":
+        """What the local allowance admitted: all of it, and nobody knows how the limits stand."""
+        now_us = microseconds(datetime.now(UTC))
+        output = demand.shortening.max_output_tokens if demand.shortening else 0
+        answer = Answer(Verdict.HELD, now_us, epoch, now_us, demand.amounts, output)
+        return cls(plan, answer, demand, degraded=True)
 
     @property
     def limits(self) -> list[LimitStatus]:
         """Every rule that applies, as it stands."""
-        return statuses(self.plan, self.answer)
+        return [] if self.degraded else statuses(self.plan, self.answer)
 
     @property
     def shortened(self) -> bool:
@@ -77,7 +88,9 @@ class Held:
     @property
     def shadow_refusals(self) -> list[Refusal]:
         """The rules in shadow mode that would have refused."""
-        return shadow_refusals(self.plan, self.answer, self.demand) if any(rule.shadow for rule in self.plan.rules) else []
+        if self.degraded or not self.plan.has_shadow:
+            return []
+        return shadow_refusals(self.plan, self.answer, self.demand)
 
 
 Outcome = Held | Refusal | MeshError
@@ -152,7 +165,7 @@ class Reservations:
         outcomes: list[Outcome | None] = [await self._shared(context, terms, request) for request in requests]
         open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if open_places:
-            decided = await self._decided(context, [requests[place] for place in open_places])
+            decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
             for place, outcome in zip(open_places, decided, strict=True):
                 outcomes[place] = outcome
                 if not isinstance(outcome, Held) and requests[place].account:
@@ -183,6 +196,19 @@ class Reservations:
         except MeshError as error:
             return error
         return None
+
+    async def _or_allowed(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Outcome]:
+        try:
+            return await self._decided(context, requests)
+        except Unavailable as error:
+            if error.metadata.get("dependency") != STORE:
+                raise
+            return [self._allowed(context, terms, request, error) for request in requests]
+
+    def _allowed(self, context: TenantContext, terms: Terms, request: Request, error: Unavailable) -> Outcome:
+        plan = terms.plan(request.subject)
+        epoch = self._counters.allowance.admit(tenant_of(context), plan, request.demand)
+        return error if epoch is None else Held.from_allowance(plan, request.demand, epoch)
 
     async def _decided(self, context: TenantContext, requests: Sequence[Request]) -> list[Outcome]:
         tenant_id = tenant_of(context)

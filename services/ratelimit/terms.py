@@ -27,6 +27,7 @@ class Plan:
     product_unit: str
     rules: tuple[LimitRule, ...]
     packed: bytes
+    has_shadow: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,10 @@ class Terms:
         """The same for scripts."""
         return self._around(now_us)[1]
 
+    def is_durable(self, product_unit: str) -> bool:
+        """Whether uses of a product's unit must be in the ledger: some rule of it counts longer than the limits remember."""
+        return any(rule.product_unit == product_unit and rule.window in CALENDAR for rule in self.rules)
+
     def families_for(self, product_unit: str) -> tuple[Family, ...]:
         """The families of a call, or of a product's unit."""
         return tuple(family for family in self.families if family.product_unit == product_unit)
@@ -111,21 +116,24 @@ class Terms:
         families = [family for family in self.families_for(product_unit) if family.scope.covers(subject)]
         places = {family: place for place, family in enumerate(families, 1)}
         counters = ((family.counter(subject), *_of_family(family)) for family in families)
+        volatile = bool(product_unit) and not self.is_durable(product_unit)
+        has_shadow = any(rule.shadow for rule in rules)
         content: Packable = (
             (subject.user, subject.feature, product_unit),
             tuple(chain.from_iterable(counters)),
-            tuple(chain.from_iterable(_of_rule(rule, places) for rule in rules)),
-            int(any(rule.shadow for rule in rules)),
+            tuple(chain.from_iterable(_of_rule(rule, places, volatile=volatile) for rule in rules)),
+            int(has_shadow),
         )
-        return Plan(subject, product_unit, rules, packed(content))
+        return Plan(subject, product_unit, rules, packed(content), has_shadow)
 
 
 def _of_family(family: Family) -> tuple[int, int, int, int]:
     return family.unit, _CALENDAR_NUMBERS.get(family.window, 0), family.window_us, int(family.shadow)
 
 
-def _of_rule(rule: LimitRule, places: dict[Family, int]) -> tuple[Packable, ...]:
-    """A rule for scripts: where its counter is, unit, limit, whether in shadow, fewest output tokens to shorten to (0: not), scope."""
+def _of_rule(rule: LimitRule, places: dict[Family, int], *, volatile: bool) -> tuple[Packable, ...]:
+    """A rule for scripts: where its counter is, unit, limit, whether in shadow, fewest output tokens (0: not shortened), scope, blind."""
     uncounted = _RUNNING if rule.window is Window.RUNNING else _SINGLE
     place = places[Family.of(rule)] if rule.counts else uncounted
-    return place, rule.unit, rule.limit, int(rule.shadow), rule.min_output_tokens if rule.shortens else 0, rule.scope.value
+    blind = int(volatile and rule.counts and not rule.fails_open)
+    return place, rule.unit, rule.limit, int(rule.shadow), rule.min_output_tokens if rule.shortens else 0, rule.scope.value, blind

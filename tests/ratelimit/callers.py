@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 from pydantic import SecretStr
 
+from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
 from mesh.tenant.v1 import tenant_service_pb2
@@ -23,6 +24,7 @@ from services.ratelimit.adapters.redis_link import Link, PipelinedLink
 from services.ratelimit.adapters.redis_records import RedisRecords
 from services.ratelimit.adapters.redis_snapshots import RedisSnapshots
 from services.ratelimit.adapters.redis_store import RedisStore
+from services.ratelimit.adapters.tenant_rules import terms_of
 from services.ratelimit.adapters.tenant_scripts import KINDS, TenantScripts
 from services.ratelimit.app import RatelimitApp, build
 from services.ratelimit.calendar_periods import microseconds
@@ -202,12 +204,21 @@ class AtService:
         return self.store.tenant_id
 
     async def reserve(
-        self, tokens: int = 0, cost: int = 0, *, id: UUID | str | None = None, timeout_seconds: float = 5.0
+        self, tokens: int = 0, cost: int = 0, *, id: UUID | str | None = None, timeout_seconds: float = 5.0, **fields: Any
     ) -> messages.ReserveResponse:
         request = messages.ReserveRequest(
-            reservation_id=str(id or new_uuid7()), amounts=messages.Amounts(tokens=tokens, cost_nano_usd=cost)
+            reservation_id=str(id or new_uuid7()), amounts=messages.Amounts(tokens=tokens, cost_nano_usd=cost), **fields
         )
         return await self.inference.unary(self.stub.Reserve, request, timeout_seconds=timeout_seconds, tenant=self.context)
+
+    async def extend(self, reservation_id: UUID, tokens: int, cost: int = 0, *, epoch: int = 1) -> messages.ExtendResponse:
+        amounts = messages.Amounts(tokens=tokens, cost_nano_usd=cost)
+        request = messages.ExtendRequest(reservation_id=str(reservation_id), epoch=epoch, amounts=amounts)
+        return await self.inference.unary(self.stub.Extend, request, timeout_seconds=5.0, tenant=self.context)
+
+    async def consume(self, product_unit: str, quantity: int = 1, *, id: UUID | None = None, **fields: Any) -> messages.ConsumeResponse:
+        request = messages.ConsumeRequest(consumption_id=str(id or new_uuid7()), product_unit=product_unit, quantity=quantity, **fields)
+        return await self.inference.unary(self.stub.Consume, request, timeout_seconds=5.0, tenant=self.context)
 
     async def reserve_many(self, count: int, tokens: int = 0, cost: int = 0) -> list[messages.ReserveResponse | MeshError]:
         """As many at the same time; answers and refusals in order."""
@@ -237,8 +248,9 @@ class AtService:
         ref = messages.ReservationRef(tenant_id=self.tenant_id.bytes, reservation_id=reservation_id.bytes)
         return messages.Commit(reservation=ref, epoch=epoch, kind=kind, actual=messages.Amounts(tokens=tokens, cost_nano_usd=cost))
 
-    async def limits(self) -> dict[str, messages.LimitStatus]:
-        response = await self.inference.unary(self.stub.ListLimits, messages.ListLimitsRequest(), timeout_seconds=5.0, tenant=self.context)
+    async def limits(self, **fields: Any) -> dict[str, messages.LimitStatus]:
+        request = messages.ListLimitsRequest(**fields)
+        response = await self.inference.unary(self.stub.ListLimits, request, timeout_seconds=5.0, tenant=self.context)
         return {status.rule: status for status in response.limits}
 
 
@@ -254,10 +266,13 @@ class Service:
     metering: MeshChannel
     tenant: MeshChannel
 
-    def tenant_with(self, **limits: int) -> AtService:
-        """A new tenant with these limits."""
+    def tenant_with(self, *limit_rules: rules.LimitRule, **limits: int) -> AtService:
+        """A new tenant with these rules, or a plan with these limits."""
         at_store = AtStore(self.stores, self.link, standard_terms(**limits))
-        context = self.peer.tenants.context(at_store.tenant_id, **limits)
+        told = rules.LimitRules(rules=limit_rules) if limit_rules else None
+        if told is not None:
+            at_store.terms = terms_of(tenant_service_pb2.TenantConfig(limit_rules=told))
+        context = self.peer.tenants.context(at_store.tenant_id, told, **limits)
         stub = rate_limit_service_pb2_grpc.RateLimitServiceStub(self.inference.channel)
         return AtService(stub, self.inference, self.metering, self.tenant, context, at_store)
 

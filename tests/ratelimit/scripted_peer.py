@@ -82,6 +82,14 @@ class ScriptedLedger(ledger_service_pb2_grpc.LedgerServiceServicer):
         await self.gate.wait()
         return response
 
+    async def RecordUnits(self, request: ledger.RecordUnitsRequest, context: grpc.aio.ServicerContext) -> ledger.RecordUnitsResponse:  # type: ignore[type-arg]
+        """Records at once, and answers when the gate opens. A silent ledger records and does not say so."""
+        response = ledger.RecordUnitsResponse(outcomes=[self._record(item) for item in request.items])
+        self.asked.set()
+        await self._refuse_when_silent(context)
+        await self.gate.wait()
+        return response
+
     async def FenceCalls(self, request: ledger.FenceCallsRequest, context: grpc.aio.ServicerContext) -> ledger.FenceCallsResponse:  # type: ignore[type-arg]
         """Answers as the protocol's rule 2, or what the test wrote down."""
         await self._refuse_when_silent(context)
@@ -94,6 +102,28 @@ class ScriptedLedger(ledger_service_pb2_grpc.LedgerServiceServicer):
     async def _refuse_when_silent(self, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
         if self.silent:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "silent")
+
+    def _record(self, item: ledger.RecordUnits) -> ledger.RecordUnitsOutcome.ValueType:
+        tenant = self.of(UUID(bytes=item.ref.tenant_id))
+        known = tenant.calls.get(item.ref.reservation_id)
+        if known is not None and known.state == ledger.CALL_STATE_VOID:
+            return ledger.RECORD_UNITS_OUTCOME_ENDED
+        if known is not None:
+            same = (known.product_unit, known.quantity) == (item.product_unit, item.quantity)
+            return ledger.RECORD_UNITS_OUTCOME_RECORDED if same else ledger.RECORD_UNITS_OUTCOME_CONFLICT
+        if item.epoch < tenant.epoch:
+            return ledger.RECORD_UNITS_OUTCOME_STALE_EPOCH
+        tenant.calls[item.ref.reservation_id] = LedgerCall(
+            ledger.CALL_STATE_SETTLED,
+            item.reserve_time.ToMicroseconds(),
+            epoch=tenant.epoch,
+            user=item.user,
+            feature=item.feature,
+            attempt=0,
+            product_unit=item.product_unit,
+            quantity=item.quantity,
+        )
+        return ledger.RECORD_UNITS_OUTCOME_RECORDED
 
     def _fence(self, item: ledger.FenceCall) -> ledger.FenceOutcome.ValueType:
         told = self.fence_answers.get(item.ref.reservation_id)
@@ -116,13 +146,16 @@ class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authenticat
 
     def __init__(self) -> None:
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
-        self._limits: dict[str, tenant_service_pb2.PlanLimits] = {}
+        self._configs: dict[str, tenant_service_pb2.TenantConfig] = {}
 
-    def context(self, tenant_id: UUID, **limits: int) -> TenantContext:
-        """Registers a tenant with these limits and returns its proven context."""
-        self._limits[str(tenant_id)] = tenant_service_pb2.PlanLimits(**limits)
+    def context(self, tenant_id: UUID, limit_rules: rules.LimitRules | None = None, version: int = 1, **limits: int) -> TenantContext:
+        """Registers a tenant with these rules or limits, or changes them under a higher version, and returns its proven context."""
+        plan = tenant_service_pb2.PlanLimits(**limits)
+        self._configs[str(tenant_id)] = tenant_service_pb2.TenantConfig(
+            tenant_id=str(tenant_id), version=version, limits=plan, limit_rules=limit_rules
+        )
         now = datetime.now(UTC)
-        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="test", region="local", subject="mesh:inference", config_version=1)
+        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="test", region="local", subject="mesh:inference", config_version=version)
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + timedelta(seconds=300))
         return TenantContext(
@@ -131,7 +164,7 @@ class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authenticat
             "local",
             "mesh:inference",
             frozenset(),
-            1,
+            version,
             now + timedelta(seconds=300),
             operator=False,
             token=mint(claims, self._key),
@@ -144,8 +177,7 @@ class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authenticat
     ) -> tenant_service_pb2.GetTenantConfigResponse:
         """Returns the registered limits."""
         tenant_id = str(dict(context.invocation_metadata() or ())["x-tenant-id"])
-        config = tenant_service_pb2.TenantConfig(tenant_id=tenant_id, version=1, limits=self._limits[tenant_id])
-        return tenant_service_pb2.GetTenantConfigResponse(config=config)
+        return tenant_service_pb2.GetTenantConfigResponse(config=self._configs[tenant_id])
 
     async def GetContextKeys(
         self, request: authentication_service_pb2.GetContextKeysRequest, context: object

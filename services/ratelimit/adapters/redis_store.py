@@ -123,6 +123,10 @@ class RedisStore:
             return 0
         return cast("int", await self._scripts.run("fenced", tenant_id, epoch, *arguments, bulk=True))
 
+    async def drop(self, tenant_id: TenantId) -> None:
+        """Takes a tenant's counters away, as a loss of data would. Raises: Unavailable."""
+        await self._scripts.run("drop", tenant_id)
+
     async def tenants_with_leases(self) -> Sequence[TenantId]:
         """Looks at the next thousand keys or so for tenants that have leases; goes round and round."""
         self._scan_cursor, found = await self._scripts.bulk.scan("{*}:leases", self._scan_cursor)

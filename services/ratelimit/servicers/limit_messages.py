@@ -61,6 +61,7 @@ def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:
         granted=amounts_message(answer.granted),
         granted_output_tokens=answer.output_tokens,
         shortened=held.shortened,
+        degraded=held.degraded,
         shadow_refusals=[refusal_message(item) for item in held.shadow_refusals],
     )
     set_timestamp(message.reserve_time, answer.reserve_us)

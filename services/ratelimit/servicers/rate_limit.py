@@ -69,7 +69,9 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         use = Use(consumption_id, request.product_unit, request.quantity, Subject(request.user, request.feature))
         used = await self._consumptions.consume(current_tenant(), use)
         return messages.ConsumeResponse(
-            limits=limit_messages(used.limits), shadow_refusals=[refusal_message(item) for item in used.shadow_refusals]
+            limits=limit_messages(used.limits),
+            shadow_refusals=[refusal_message(item) for item in used.shadow_refusals],
+            degraded=used.degraded,
         )
 
     async def Renew(self, request: messages.RenewRequest, context: object) -> messages.RenewResponse:

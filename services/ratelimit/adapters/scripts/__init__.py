@@ -18,7 +18,7 @@ _HEADS = {
     "fenced": _COUNTING,
     "load": _COUNTING,
 }
-NAMES = (*_HEADS, "renew", "sweep", "begin", "erase", "export")
+NAMES = (*_HEADS, "renew", "sweep", "begin", "drop", "erase", "export")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,18 @@
 -- Whether a demand fits: shared by the scripts that decide. terms.py makes what is read here.
 local now = store_time()
 
--- Rules come by sixes: where the counter is (0: none, each request by itself; -1: what runs), unit, limit, 1 in shadow, the fewest output tokens a
--- call may be shortened to (0: it may not), scope.
-local STRIDE = 6
+-- Rules come by sevens: where the counter is (0: none, each request by itself; -1: what runs), unit, limit, 1 in shadow, the fewest output tokens a
+-- call may be shortened to (0: it may not), scope, 1 if the ledger does not have what it counts and it is closed.
+local STRIDE = 7
+
+-- When counters were loaded after a loss, 0 if they never were lost.
+local loaded_us = 0
+
+-- Until when nobody knows what a rule's window holds; 0 where it is known.
+local function blind_until(c, plan, i)
+  local until_us = plan.rules[i + 6] == 1 and loaded_us + c.window or 0
+  return until_us > now and until_us or 0
+end
 
 -- The ends of counters' names by calendar: day, month, cycle. Nothing when the caller's clock is so far off that its periods do not reach now.
 local function suffixes_of(packed)
@@ -74,7 +83,8 @@ end
 local function used_by(plan, i)
   local place = plan.rules[i]
   if place > 0 then
-    return book[plan.names[place]].used
+    local c = book[plan.names[place]]
+    return blind_until(c, plan, i) > 0 and math.max(c.used, plan.rules[i + 2]) or c.used
   elseif place == 0 then
     return 0
   end
@@ -158,7 +168,7 @@ local function frees(plan, item, shadow)
     local time = 0
     if excess > 0 then
       local c = counter_of(plan, i)
-      time = c and c.window > 0 and frees_us(c, excess) or 0
+      time = c and c.window > 0 and math.max(frees_us(c, excess), blind_until(c, plan, i)) or 0
       time = time > 0 and time or -1
     end
     times[#times + 1] = time

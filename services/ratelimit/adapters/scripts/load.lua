@@ -64,6 +64,10 @@ if ARGV[5] ~= '1' then
 end
 call('HDEL', meta, 'nonce', 'nonce_us', 'loaded_parts')
 call('HSET', meta, 'epoch', ARGV[2], 'version', ARGV[6], 'families', ARGV[7])
+if tonumber(ARGV[2]) > 1 then
+  -- Not the first time: what the ledger does not have is gone.
+  call('HSET', meta, 'loaded_us', integer(now))
+end
 if owed == 0 then
   idle()
 else

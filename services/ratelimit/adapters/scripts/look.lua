@@ -1,7 +1,8 @@
 -- Tells what is used and whether a demand would be held. Writes nothing.
 -- ARGV: version and families of the configuration, calendars, plan, attempt, tokens, cost, quantity. Answers as reserve.lua, one item.
-local m = current('epoch', 'version', 'families')
+local m = current('epoch', 'version', 'families', 'loaded_us')
 local epoch = tonumber(m[1])
+loaded_us = tonumber(m[4]) or 0
 if not epoch then
   return { 'rebuild' }
 end

@@ -3,8 +3,9 @@
 -- id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, 1 to be used at once (no hold).
 -- Answers {"rebuild"} | {"behind", version} | {"periods", now} | {"ok", now, epoch, items…};
 -- an item: {verdict, reserve_us, tokens, cost, output, expired holds, figures…}
-local m = current('epoch', 'version', 'families', 'outstanding')
+local m = current('epoch', 'version', 'families', 'outstanding', 'loaded_us')
 local epoch = tonumber(m[1])
+loaded_us = tonumber(m[5]) or 0
 if not epoch then
   return { 'rebuild' }
 end
