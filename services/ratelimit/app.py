@@ -3,6 +3,7 @@
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from envoy.service.ratelimit.v3.rls_pb2_grpc import add_RateLimitServiceServicer_to_server as add_EnvoyRateLimitServicer_to_server
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
 from mesh.ratelimit.v1.rate_limit_service_pb2_grpc import add_RateLimitServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
@@ -26,6 +27,7 @@ from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.ready_counters import ReadyCounters
 from services.ratelimit.rebuild import Rebuilder
 from services.ratelimit.reservation import Reservations
+from services.ratelimit.servicers.envoy import EnvoyServicer
 from services.ratelimit.servicers.lifecycle import LifecycleServicer
 from services.ratelimit.servicers.rate_limit import RateLimitServicer
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
@@ -71,22 +73,25 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         background.start("ratelimit.open_allowance", allowance.run)
         counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant)), rebuilder, fencing, allowance)
         reservations = Reservations(store, counters, fencing)
+        consumptions = Consumptions(store, ledger, counters, fencing)
         limits = RateLimitServicer(
             reservations,
             Extensions(store, counters, fencing),
-            Consumptions(store, ledger, counters, fencing),
+            consumptions,
             Looks(store, counters),
             ReserveBatches(reservations, verifier),
             lease_seconds=settings.lease_seconds,
         )
         lifecycle = LifecycleServicer(RedisRecords(scripts))
-        server = MeshServer(settings, servicers=_registrations(limits, lifecycle), resolver=resolver, verifier=verifier)
+        envoy = EnvoyServicer(consumptions, resolver, verifier)
+        server = MeshServer(settings, servicers=_registrations(limits, envoy, lifecycle), resolver=resolver, verifier=verifier)
         return RatelimitApp(server, stack.pop_all())
 
 
-def _registrations(limits: RateLimitServicer, lifecycle: LifecycleServicer) -> list[Registration]:
+def _registrations(limits: RateLimitServicer, envoy: EnvoyServicer, lifecycle: LifecycleServicer) -> list[Registration]:
     return [
         (add_RateLimitServiceServicer_to_server, limits, "mesh.ratelimit.v1.RateLimitService"),
+        (add_EnvoyRateLimitServicer_to_server, envoy, "envoy.service.ratelimit.v3.RateLimitService"),
         (add_TenantLifecycleServiceServicer_to_server, lifecycle, "mesh.common.v1.TenantLifecycleService"),
     ]
 

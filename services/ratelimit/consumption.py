@@ -3,8 +3,10 @@
 Durable use is a hold that the ledger's outbox ends, so that neither side can lose it: docs/protocol.md, 1 to 5.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import Protocol
 
 import structlog
@@ -104,11 +106,44 @@ class Consumptions:
 
     def _allowed(self, context: TenantContext, terms: Terms, use: Use, error: Unavailable) -> Held:
         # A durable use has a closed rule: nothing of it is admitted here.
-        plan, demand = terms.plan(use.subject, use.product_unit), Demand(attempt=0, quantity=use.quantity)
+        plan, demand = terms.plan(use.subject, use.product_unit), _demand(use)
         epoch = self._counters.allowance.admit(tenant_of(context), plan, demand) if error.metadata.get("dependency") == STORE else None
         if epoch is None:
             raise error
         return Held.from_allowance(plan, demand, epoch)
+
+    async def decide_together(self, context: TenantContext, uses: Sequence[Use]) -> list[Held | None] | Refusal:
+        """Uses all of them, or none where a rule of one refuses. None stands for a use of nothing, or of a unit that has no rule.
+
+        Raises: LimitExceeded ABUSE_GUARD, ReservationLost, Unavailable.
+        """
+        terms = await self._counters.terms_of(context)
+        self._guard.admit(context, terms)
+        limited = [use for use in uses if use.quantity and use.product_unit in terms.product_units]
+        if not limited:
+            return [None] * len(uses)
+        terms, answers = await self._asked_together(context, limited)
+        if any(answer.expired_holds for answer in answers if answer.verdict is Verdict.REFUSED):
+            await self._fencing.fence_expired(tenant_of(context))
+            terms, answers = await self._asked_together(context, limited)
+        held, refusals = _sorted_out(terms, limited, answers)
+        if refusals:
+            binding = max(refusals, key=lambda item: inf if item.frees_us is None else item.frees_us)
+            self._guard.refused(context, terms, binding)
+            return binding
+        for use in limited:
+            if terms.is_durable(use.product_unit):
+                await self._record(context, use, held[use.consumption_id].answer)
+        return [held.get(use.consumption_id) for use in uses]
+
+    async def _asked_together(self, context: TenantContext, uses: Sequence[Use]) -> tuple[Terms, list[Answer]]:
+        tenant_id = tenant_of(context)
+        self._fencing.watch(tenant_id)
+
+        async def question(terms: Terms) -> list[Answer]:
+            return await self._store.reserve(tenant_id, terms, [_ask(terms, use, together=True) for use in uses])
+
+        return await self._counters.ask(context, question)
 
     async def _decided(self, context: TenantContext, use: Use) -> Held | Refusal:
         tenant_id = tenant_of(context)
@@ -118,7 +153,7 @@ class Consumptions:
             await self._fencing.fence_expired(tenant_id)
             terms, answer = await self._asked(context, use)
         self._fencing.watch(tenant_id)
-        plan, demand = terms.plan(use.subject, use.product_unit), Demand(attempt=0, quantity=use.quantity)
+        plan, demand = terms.plan(use.subject, use.product_unit), _demand(use)
         match answer.verdict:
             case Verdict.REFUSED:
                 why = refusal(plan, answer, demand)
@@ -138,15 +173,13 @@ class Consumptions:
         return Held(plan, answer, demand)
 
     async def _asked(self, context: TenantContext, use: Use) -> tuple[Terms, Answer]:
-        tenant_id, demand = tenant_of(context), Demand(attempt=0, quantity=use.quantity)
-        minted = minted_us(use.consumption_id)
+        tenant_id = tenant_of(context)
+        minted_us(use.consumption_id)
 
         async def question(terms: Terms) -> list[Answer]:
             if use.product_unit not in terms.product_units:
                 raise _not_included(use.product_unit)
-            at_once = not terms.is_durable(use.product_unit)
-            ask = Ask(use.consumption_id, minted, terms.plan(use.subject, use.product_unit), demand, at_once)
-            return await self._store.reserve(tenant_id, terms, [ask])
+            return await self._store.reserve(tenant_id, terms, [_ask(terms, use)])
 
         terms, (answer,) = await self._counters.ask(context, question)
         return terms, answer
@@ -168,6 +201,29 @@ class Consumptions:
             raise _unrecorded(recorded, use)
         if recorded is not Recorded.RECORDED:
             raise lost_or_invalid(answer.verdict, use.consumption_id)
+
+
+def _ask(terms: Terms, use: Use, *, together: bool = False) -> Ask:
+    plan, at_once = terms.plan(use.subject, use.product_unit), not terms.is_durable(use.product_unit)
+    return Ask(use.consumption_id, minted_us(use.consumption_id), plan, _demand(use), at_once, together)
+
+
+def _demand(use: Use) -> Demand:
+    return Demand(attempt=0, quantity=use.quantity)
+
+
+def _sorted_out(terms: Terms, uses: Sequence[Use], answers: Sequence[Answer]) -> tuple[dict[ReservationId, Held], list[Refusal]]:
+    held, refusals = dict[ReservationId, Held](), list[Refusal]()
+    for use, answer in zip(uses, answers, strict=True):
+        plan = terms.plan(use.subject, use.product_unit)
+        if answer.verdict is Verdict.REFUSED:
+            why = refusal(plan, answer, _demand(use))
+            refusals += [why] if why is not None else []
+        elif answer.verdict in (Verdict.HELD, Verdict.DONE):
+            held[use.consumption_id] = Held(plan, answer, _demand(use))
+        else:
+            raise lost_or_invalid(answer.verdict, use.consumption_id)
+    return held, refusals
 
 
 def _not_included(product_unit: str) -> MeshError:

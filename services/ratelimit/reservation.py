@@ -48,13 +48,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A demand as the store decides it. `at_once`: it is used at once and not held."""
+    """A demand as the store decides it. `at_once`: it is used at once and not held. `together`: only if all asked with it are."""
 
     reservation_id: ReservationId
     minted_us: int
     plan: Plan
     demand: Demand
     at_once: bool = False
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True)

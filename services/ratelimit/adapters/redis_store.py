@@ -45,7 +45,7 @@ class RedisStore:
 
     async def reserve(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
         """Takes holds in their order, each by itself: what is refused changes nothing."""
-        if len(asks) == 1:
+        if len(asks) == 1 and not asks[0].together:
             return [await self._queue.submit(tenant_id, terms, asks[0])]
         return await self._reserve_some(tenant_id, terms, asks)
 
@@ -173,7 +173,7 @@ def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
             items += _NO_SHORTENING
         else:
             items += (short.max_output_tokens, short.min_output_tokens, short.output_nano_usd_per_million)
-        items.append(int(ask.at_once))
+        items.append(int(ask.at_once) + 2 * int(ask.together))
     return [len(packed), *packed, *items]
 
 

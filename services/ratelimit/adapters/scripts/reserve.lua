@@ -1,6 +1,7 @@
 -- Decides demands in their order, each against every rule at once, and takes their holds. What is refused writes nothing.
 -- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of plans, plans, then by elevens:
--- id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, 1 to be used at once (no hold).
+-- id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, how: a sum of 1 to be used at once
+-- (no hold) and 2 to be taken only if all the others are.
 -- Answers {"rebuild"} | {"behind", version} | {"periods", now} | {"ok", now, epoch, items…};
 -- an item: {verdict, reserve_us, tokens, cost, output, expired holds, figures…}
 local m = current('epoch', 'version', 'families', 'outstanding', 'loaded_us')
@@ -32,7 +33,7 @@ for i = last_plan + 1, #ARGV, 11 do
   items[#items + 1] = {
     id = ARGV[i], minted_us = tonumber(ARGV[i + 1]), attempt = tonumber(ARGV[i + 2]), tokens = tonumber(ARGV[i + 3]), cost = tonumber(ARGV[i + 4]),
     quantity = tonumber(ARGV[i + 5]), plan = plans[tonumber(ARGV[i + 6])], output = tonumber(ARGV[i + 7]), fewest = tonumber(ARGV[i + 8]),
-    price = tonumber(ARGV[i + 9]), at_once = ARGV[i + 10] == '1',
+    price = tonumber(ARGV[i + 9]), at_once = tonumber(ARGV[i + 10]) % 2 == 1, together = tonumber(ARGV[i + 10]) >= 2,
   }
 end
 local records = {}
@@ -131,8 +132,15 @@ local function decide(item)
 end
 
 local answer = { 'ok', now, epoch }
+local spoilt = false
 for _, item in ipairs(items) do
-  answer[#answer + 1] = decide(item)
+  local decided = decide(item)
+  answer[#answer + 1] = decided
+  spoilt = spoilt or (item.together and decided[1] ~= V_HELD and decided[1] ~= V_DONE)
+end
+if spoilt then
+  -- Nothing was written yet: what the others took is forgotten with this script.
+  return answer
 end
 local until_us = {}
 for id, time in pairs(leased) do
