@@ -17,6 +17,7 @@ from services.ratelimit.adapters.redis_link import ClusterLink, Link, PipelinedL
 from services.ratelimit.adapters.redis_records import RedisRecords
 from services.ratelimit.adapters.redis_snapshots import RedisSnapshots
 from services.ratelimit.adapters.redis_store import RedisStore
+from services.ratelimit.adapters.redis_tickets import RedisTickets, WakeListener
 from services.ratelimit.adapters.tenant_rules import TenantRules
 from services.ratelimit.adapters.tenant_scripts import TenantScripts
 from services.ratelimit.consumption import Consumptions
@@ -32,6 +33,7 @@ from services.ratelimit.servicers.lifecycle import LifecycleServicer
 from services.ratelimit.servicers.rate_limit import RateLimitServicer
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
 from services.ratelimit.settings import RatelimitSettings
+from services.ratelimit.waiting_room import WaitingRoom
 
 # What may take longer than a decision: batches of commits, snapshots, sweeps. Few at a time, so that decisions get between them.
 _BULK_TIMEOUT_SECONDS = 0.5
@@ -72,8 +74,13 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         allowance = OpenAllowance(store)
         background.start("ratelimit.open_allowance", allowance.run)
         counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant)), rebuilder, fencing, allowance)
-        reservations = Reservations(store, counters, fencing)
-        consumptions = Consumptions(store, ledger, counters, fencing)
+        room = WaitingRoom(RedisTickets(scripts))
+        stack.push_async_callback(room.close)
+        background.start("ratelimit.tickets", room.run)
+        listener = WakeListener(settings.redis_url.get_secret_value(), room, cluster=settings.redis_cluster)
+        background.start("ratelimit.wakes", listener.run)
+        reservations = Reservations(store, counters, fencing, room=room)
+        consumptions = Consumptions(store, ledger, counters, fencing, room=room)
         limits = RateLimitServicer(
             reservations,
             Extensions(store, counters, fencing),

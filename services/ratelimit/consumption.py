@@ -3,9 +3,11 @@
 Durable use is a hold that the ledger's outbox ends, so that neither side can lose it: docs/protocol.md, 1 to 5.
 """
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from math import inf
 from typing import Protocol
 
@@ -23,6 +25,8 @@ from services.ratelimit.ready_counters import ReadyCounters, tenant_of
 from services.ratelimit.reservation import STORE, Ask, Held, lost_or_invalid, minted_us
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Terms
+from services.ratelimit.turn import Queued, Stand
+from services.ratelimit.waiting_room import WaitingRoom, until_of
 
 log = structlog.get_logger(__name__)
 
@@ -40,12 +44,13 @@ class Recorded(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """So many units of a product, used for somebody, under an id of its own."""
+    """So many units of a product, used for somebody, under an id of its own. `max_wait_seconds`: how long it may wait for them."""
 
     consumption_id: ReservationId
     product_unit: str
     quantity: int
     subject: Subject = NOBODY
+    max_wait_seconds: float = 0.0
 
 
 class UnitsLedger(Protocol):
@@ -72,13 +77,21 @@ class Consumptions:
     """Every use of a product's units."""
 
     def __init__(
-        self, store: ConsumptionStore, ledger: UnitsLedger, counters: ReadyCounters, fencing: Fencing, *, guard: Guard | None = None
+        self,
+        store: ConsumptionStore,
+        ledger: UnitsLedger,
+        counters: ReadyCounters,
+        fencing: Fencing,
+        *,
+        guard: Guard | None = None,
+        room: WaitingRoom | None = None,
     ) -> None:
         self._store = store
         self._ledger = ledger
         self._counters = counters
         self._fencing = fencing
         self._guard: Guard = guard or NoGuard()
+        self._room = room
 
     async def consume(self, context: TenantContext, use: Use) -> Held:
         """Uses units under every rule of them: all or nothing. Repeated with the same id it uses nothing more.
@@ -95,7 +108,7 @@ class Consumptions:
         terms = await self._counters.terms_of(context)
         self._guard.admit(context, terms)
         try:
-            outcome = await self._decided(context, use)
+            outcome = await self._in_turn(context, use)
         except Unavailable as error:
             return self._allowed(context, terms, use, error)
         if isinstance(outcome, Refusal):
@@ -145,16 +158,33 @@ class Consumptions:
 
         return await self._counters.ask(context, question)
 
-    async def _decided(self, context: TenantContext, use: Use) -> Held | Refusal:
+    async def _in_turn(self, context: TenantContext, use: Use) -> Held | Refusal:
+        waits = self._room is not None and use.max_wait_seconds > 0
+        began = time.monotonic()
+        outcome = first = await self._decided(context, use, Stand() if waits else None)
+        if self._room is not None and waits:
+            until = min(until_of(use.max_wait_seconds), began + use.max_wait_seconds)
+            attempt = partial(self._decided, context, use)
+            outcome = await self._room.turn(tenant_of(context), use.consumption_id, until, first, attempt)
+        if isinstance(outcome, Queued):
+            msg = "who stands in no line cannot be behind others in it"
+            raise RuntimeError(msg)
+        if isinstance(outcome, Held) and outcome is not first:
+            return replace(outcome, waited_seconds=time.monotonic() - began)
+        return outcome
+
+    async def _decided(self, context: TenantContext, use: Use, stand: Stand | None) -> Held | Refusal | Queued:
         tenant_id = tenant_of(context)
-        terms, answer = await self._asked(context, use)
+        terms, answer = await self._asked(context, use, stand)
         if answer.verdict is Verdict.REFUSED and answer.expired_holds:
             # What the holds of a dead replica are, only the ledger knows.
             await self._fencing.fence_expired(tenant_id)
-            terms, answer = await self._asked(context, use)
+            terms, answer = await self._asked(context, use, stand)
         self._fencing.watch(tenant_id)
         plan, demand = terms.plan(use.subject, use.product_unit), _demand(use)
         match answer.verdict:
+            case Verdict.QUEUED if answer.place is not None:
+                return Queued(answer.place)
             case Verdict.REFUSED:
                 why = refusal(plan, answer, demand)
                 if why is None:
@@ -172,14 +202,14 @@ class Consumptions:
                 raise lost_or_invalid(answer.verdict, use.consumption_id)
         return Held(plan, answer, demand)
 
-    async def _asked(self, context: TenantContext, use: Use) -> tuple[Terms, Answer]:
+    async def _asked(self, context: TenantContext, use: Use, stand: Stand | None) -> tuple[Terms, Answer]:
         tenant_id = tenant_of(context)
         minted_us(use.consumption_id)
 
         async def question(terms: Terms) -> list[Answer]:
             if use.product_unit not in terms.product_units:
                 raise _not_included(use.product_unit)
-            return await self._store.reserve(tenant_id, terms, [_ask(terms, use)])
+            return await self._store.reserve(tenant_id, terms, [_ask(terms, use, stand=stand)])
 
         terms, (answer,) = await self._counters.ask(context, question)
         return terms, answer
@@ -203,9 +233,9 @@ class Consumptions:
             raise lost_or_invalid(answer.verdict, use.consumption_id)
 
 
-def _ask(terms: Terms, use: Use, *, together: bool = False) -> Ask:
+def _ask(terms: Terms, use: Use, *, together: bool = False, stand: Stand | None = None) -> Ask:
     plan, at_once = terms.plan(use.subject, use.product_unit), not terms.is_durable(use.product_unit)
-    return Ask(use.consumption_id, minted_us(use.consumption_id), plan, _demand(use), at_once, together)
+    return Ask(use.consumption_id, minted_us(use.consumption_id), plan, _demand(use), at_once, together, stand)
 
 
 def _demand(use: Use) -> Demand:

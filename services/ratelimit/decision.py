@@ -14,9 +14,13 @@ from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope,
 from services.ratelimit.limits import Demand
 from services.ratelimit.standing import Answer, LimitStatus, period_end_us, refusing, reset_us
 from services.ratelimit.terms import Plan
+from services.ratelimit.turn import Place
 
 # When a running call will end is unknown: a caller may ask again after this long.
 CONCURRENCY_HINT_US = SECOND_US
+
+# Of these a hold gives back what it did not use.
+_HELD_UNITS = (Unit.TOKENS, Unit.COST, Unit.RUNNING)
 
 _WHOSE = {Scope.TENANT: "", Scope.USER: " of this user", Scope.FEATURE: " of this feature", Scope.USER_FEATURE: " of this user and feature"}
 
@@ -25,7 +29,9 @@ _WHOSE = {Scope.TENANT: "", Scope.USER: " of this user", Scope.FEATURE: " of thi
 class Refusal:
     """The rule that frees last. `frees_us` is None when waiting does not help.
 
-    `may_wait`: every rule in the way lets a caller wait for its turn; `for_holds`: for holds that come back, which no clock tells.
+    `may_wait`: every rule in the way lets a caller wait for its turn; `for_holds`: holds that
+    come back may help, which no clock tells, though never before `clock_us`.
+    `place`: where a caller that may wait stands.
     """
 
     status: LimitStatus
@@ -34,6 +40,8 @@ class Refusal:
     frees_us: int | None
     may_wait: bool = False
     for_holds: bool = False
+    clock_us: int = 0
+    place: Place | None = None
 
     @property
     def retry_after_seconds(self) -> float | None:
@@ -101,8 +109,10 @@ def refusal(plan: Plan, answer: Answer, demand: Demand) -> Refusal | None:
     binding = max(found, key=lambda item: inf if item.frees_us is None else item.frees_us)
     rules = [item.status.rule for item in found]
     may_wait = binding.frees_us is not None and all(rule.waits or rule.window in (Window.SLIDING, Window.RUNNING) for rule in rules)
-    for_holds = may_wait and any(rule.window is not Window.SLIDING for rule in rules)
-    return Refusal(binding.status, binding.needed, binding.now_us, binding.frees_us, may_wait, for_holds)
+    by_clock = [item.frees_us for item in found if item.frees_us is not None and item.status.rule.unit not in _HELD_UNITS]
+    for_holds = may_wait and len(by_clock) < len(found)
+    clock_us = max(by_clock, default=answer.now_us)
+    return Refusal(binding.status, binding.needed, binding.now_us, binding.frees_us, may_wait, for_holds, clock_us, answer.place)
 
 
 def shadow_refusals(plan: Plan, answer: Answer, demand: Demand) -> list[Refusal]:
@@ -128,18 +138,33 @@ def needed(unit: Unit, demand: Demand) -> int:
             return 1
 
 
+def least(rule: LimitRule, demand: Demand) -> int:
+    """The least that would do of what a rule counts: a call that may be shortened needs less."""
+    need, short = needed(rule.unit, demand), demand.shortening
+    if short is None or not rule.shortens:
+        return need
+    spared = max(0, short.max_output_tokens - max(short.min_output_tokens, rule.min_output_tokens))
+    match rule.unit:
+        case Unit.TOKENS:
+            return need - spared
+        case Unit.COST:
+            return need - spared * short.output_nano_usd_per_million // 1_000_000
+        case _:
+            return need
+
+
 def _refusals(plan: Plan, answer: Answer, demand: Demand, *, shadow: bool) -> list[Refusal]:
     found = []
     for place, rule, frees in refusing(plan, answer, shadow=shadow):
         used, of_log = answer.figures[3 * place], answer.figures[3 * place + 1]
         status = LimitStatus(rule, used, reset_us(rule, answer, of_log), rule.scope.of(plan.subject))
         need = needed(rule.unit, demand)
-        found.append(Refusal(status, need, answer.now_us, _frees_us(rule, answer, need, frees)))
+        found.append(Refusal(status, need, answer.now_us, _frees_us(rule, answer, demand, frees)))
     return found
 
 
-def _frees_us(rule: LimitRule, answer: Answer, need: int, of_log: int) -> int | None:
-    if need > rule.limit:
+def _frees_us(rule: LimitRule, answer: Answer, demand: Demand, of_log: int) -> int | None:
+    if least(rule, demand) > rule.limit:
         return None
     if rule.window is Window.RUNNING:
         return answer.now_us + CONCURRENCY_HINT_US

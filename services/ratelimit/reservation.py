@@ -1,7 +1,9 @@
 """Holds: taken before a call, prolonged while it runs, ended by what the ledger says. Refuses with the rule that binds, never by guess."""
 
+import asyncio
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Protocol
@@ -20,6 +22,8 @@ from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
+from services.ratelimit.turn import Queued, Stand
+from services.ratelimit.waiting_room import WaitingRoom, until_of
 
 log = structlog.get_logger(__name__)
 
@@ -38,12 +42,17 @@ class CommitKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One demand on the limits, by whom, and under which id. `account`: the provider's account it will use."""
+    """One demand on the limits, by whom, and under which id. `account`: the provider's account it will use.
+
+    `max_wait_seconds`: how long it may wait; `stand`: how it stands in line meanwhile.
+    """
 
     reservation_id: ReservationId
     demand: Demand
     subject: Subject = NOBODY
     account: str = ""
+    max_wait_seconds: float = 0.0
+    stand: Stand | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,7 @@ class Ask:
     demand: Demand
     at_once: bool = False
     together: bool = False
+    stand: Stand | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class Held:
     answer: Answer
     demand: Demand
     degraded: bool = False
+    waited_seconds: float = 0.0
 
     @classmethod
     def from_allowance(cls, plan: Plan, demand: Demand, epoch: int) -> "Held":
@@ -95,6 +106,8 @@ class Held:
 
 
 Outcome = Held | Refusal | MeshError
+# Of a request that may wait.
+Attempted = Outcome | Queued
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +152,14 @@ class Reservations:
         *,
         guard: Guard | None = None,
         shares: AccountShares | None = None,
+        room: WaitingRoom | None = None,
     ) -> None:
         self._store = store
         self._counters = counters
         self._fencing = fencing
         self._guard: Guard = guard or NoGuard()
         self._shares: AccountShares = shares or NoShares()
+        self._room = room
 
     async def reserve(self, context: TenantContext, request: Request) -> Held:
         """Holds the worst case of a call. Repeated with the same id and amounts it gives the same hold.
@@ -163,17 +178,16 @@ class Reservations:
         """
         terms = await self._counters.terms_of(context)
         self._guard.admit(context, terms)
-        outcomes: list[Outcome | None] = [await self._shared(context, terms, request) for request in requests]
-        open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
-        if open_places:
-            decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
-            for place, outcome in zip(open_places, decided, strict=True):
-                outcomes[place] = outcome
-                if not isinstance(outcome, Held) and requests[place].account:
-                    await self._shares.give_back(context, requests[place].account, requests[place].reservation_id)
-                if isinstance(outcome, Refusal):
-                    self._guard.refused(context, terms, outcome)
-        return [outcome for outcome in outcomes if outcome is not None]
+        room = self._room
+        if room is None or not any(request.max_wait_seconds for request in requests):
+            outcomes = [_final(outcome) for outcome in await self._attempted(context, terms, requests)]
+        else:
+            outcomes = await self._in_turn(room, context, terms, requests)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            _log(request, outcome)
+            if isinstance(outcome, Refusal):
+                self._guard.refused(context, terms, outcome)
+        return outcomes
 
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
@@ -187,6 +201,47 @@ class Reservations:
         """Applies what the ledger says; tells of each whether it is done."""
         return await self._store.commit(settlements)
 
+    async def _in_turn(self, room: WaitingRoom, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Outcome]:
+        began = time.monotonic()
+        untils = [until_of(request.max_wait_seconds) if request.max_wait_seconds else began for request in requests]
+        standing = [replace(request, stand=Stand()) if until > began else request for request, until in zip(requests, untils, strict=True)]
+        first = await self._attempted(context, terms, standing)
+        async with asyncio.TaskGroup() as group:
+            # In their order: who is first here takes its place in line first.
+            tasks = [
+                group.create_task(self._turn(room, context, terms, request, until, outcome))
+                for request, until, outcome in zip(standing, untils, first, strict=True)
+            ]
+        return [task.result() for task in tasks]
+
+    async def _turn(
+        self, room: WaitingRoom, context: TenantContext, terms: Terms, request: Request, until: float, first: Attempted
+    ) -> Outcome:
+        began = time.monotonic()
+
+        async def attempt(stand: Stand | None) -> Attempted:
+            return (await self._attempted(context, terms, [replace(request, stand=stand)]))[0]
+
+        if request.stand is None:
+            return _final(first)
+        try:
+            outcome = _final(await room.turn(tenant_of(context), request.reservation_id, until, first, attempt))
+        except MeshError as error:
+            return error
+        waited = isinstance(outcome, Held) and outcome is not first
+        return replace(outcome, waited_seconds=time.monotonic() - began) if waited and isinstance(outcome, Held) else outcome
+
+    async def _attempted(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Attempted]:
+        outcomes: list[Attempted | None] = [await self._shared(context, terms, request) for request in requests]
+        open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
+        if open_places:
+            decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
+            for place, outcome in zip(open_places, decided, strict=True):
+                outcomes[place] = outcome
+                if not isinstance(outcome, Held) and requests[place].account:
+                    await self._shares.give_back(context, requests[place].account, requests[place].reservation_id)
+        return [outcome for outcome in outcomes if outcome is not None]
+
     async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> MeshError | None:
         """Checks the request by itself and takes its account's share; what keeps it out, if anything does."""
         try:
@@ -198,7 +253,7 @@ class Reservations:
             return error
         return None
 
-    async def _or_allowed(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Outcome]:
+    async def _or_allowed(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Attempted]:
         try:
             return await self._decided(context, requests)
         except Unavailable as error:
@@ -211,7 +266,7 @@ class Reservations:
         epoch = self._counters.allowance.admit(tenant_of(context), plan, request.demand)
         return error if epoch is None else Held.from_allowance(plan, request.demand, epoch)
 
-    async def _decided(self, context: TenantContext, requests: Sequence[Request]) -> list[Outcome]:
+    async def _decided(self, context: TenantContext, requests: Sequence[Request]) -> list[Attempted]:
         tenant_id = tenant_of(context)
         terms, answers = await self._asked(context, requests)
         outcomes = [_outcome(terms, request, answer) for request, answer in zip(requests, answers, strict=True)]
@@ -227,15 +282,16 @@ class Reservations:
             for place, answer in zip(doubtful, answers, strict=True):
                 outcomes[place] = _outcome(terms, requests[place], answer)
         self._fencing.watch(tenant_id)
-        for request, outcome in zip(requests, outcomes, strict=True):
-            _log(request, outcome)
         return outcomes
 
     async def _asked(self, context: TenantContext, requests: Sequence[Request]) -> tuple[Terms, list[Answer]]:
         tenant_id = tenant_of(context)
 
         async def question(terms: Terms) -> list[Answer]:
-            asks = [Ask(item.reservation_id, minted_us(item.reservation_id), terms.plan(item.subject), item.demand) for item in requests]
+            asks = [
+                Ask(item.reservation_id, minted_us(item.reservation_id), terms.plan(item.subject), item.demand, stand=item.stand)
+                for item in requests
+            ]
             return await self._store.reserve(tenant_id, terms, asks)
 
         return await self._counters.ask(context, question)
@@ -279,8 +335,10 @@ def lost_or_invalid(verdict: Verdict, reservation_id: UUID) -> MeshError:
     return ReservationLost(reservation_id, f"{why}: start the call again with a new one")
 
 
-def _outcome(terms: Terms, request: Request, answer: Answer) -> Outcome:
+def _outcome(terms: Terms, request: Request, answer: Answer) -> Attempted:
     plan = terms.plan(request.subject)
+    if answer.verdict is Verdict.QUEUED and answer.place is not None:
+        return Queued(answer.place)
     if answer.verdict is Verdict.HELD:
         return Held(plan, answer, request.demand)
     if answer.verdict is not Verdict.REFUSED:
@@ -290,6 +348,13 @@ def _outcome(terms: Terms, request: Request, answer: Answer) -> Outcome:
         msg = f"the store refused what its own figures admit: {answer}"
         raise RuntimeError(msg)
     return why
+
+
+def _final(outcome: Attempted) -> Outcome:
+    if isinstance(outcome, Queued):
+        msg = "who stands in no line cannot be behind others in it"
+        raise RuntimeError(msg)
+    return outcome
 
 
 def _log(request: Request, outcome: Outcome) -> None:

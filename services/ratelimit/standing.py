@@ -8,10 +8,11 @@ from services.ratelimit.calendar_periods import Boundaries
 from services.ratelimit.limit_rule import CALENDAR, LimitRule, Window
 from services.ratelimit.limits import NOTHING, Amounts, Subject
 from services.ratelimit.terms import Plan
+from services.ratelimit.turn import Place
 
 
 class Verdict(IntEnum):
-    """What the store answers; those from 8 on are not about the demand."""
+    """What the store answers; those from 8 to 11 are not about the demand. QUEUED: it fits, and others wait before it."""
 
     HELD = 1
     REFUSED = 2
@@ -24,6 +25,7 @@ class Verdict(IntEnum):
     BEHIND = 9
     LOST = 10
     ANOTHERS = 11
+    QUEUED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Answer:
     """The store's answer to one demand. `figures`: by threes a rule of the plan: used, next reset of its log, when it has room.
 
     `version` comes with BEHIND: that of the configuration to decide by. `subject` comes with ANOTHERS: whose reservation it is.
+    `place`: of a demand that may wait and was not admitted.
     """
 
     verdict: Verdict
@@ -44,6 +47,7 @@ class Answer:
     periods: tuple[Boundaries, ...] = ()
     version: int = 0
     subject: Subject = field(default_factory=Subject)
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from itertools import chain
 
 from services.ratelimit.calendar_periods import Boundaries, Calendar
@@ -21,13 +21,17 @@ _RUNNING, _SINGLE = -1, 0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request of one subject is counted in and held to. `packed` is the same for scripts."""
+    """What a request of one subject is counted in and held to. `packed` is the same for scripts.
+
+    `lanes`: for each rule the name of the line of those whom it keeps out.
+    """
 
     subject: Subject
     product_unit: str
     rules: tuple[LimitRule, ...]
     packed: bytes
     has_shadow: bool
+    lanes: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ class Terms:
             tuple(chain.from_iterable(_of_rule(rule, places, volatile=volatile) for rule in rules)),
             int(has_shadow),
         )
-        return Plan(subject, product_unit, rules, packed(content), has_shadow)
+        return Plan(subject, product_unit, rules, packed(content), has_shadow, tuple(_lane(rule, subject) for rule in rules))
 
 
 def _of_family(family: Family) -> tuple[int, int, int, int]:
@@ -137,3 +141,9 @@ def _of_rule(rule: LimitRule, places: dict[Family, int], *, volatile: bool) -> t
     place = places[Family.of(rule)] if rule.counts else uncounted
     blind = int(volatile and rule.counts and not rule.fails_open)
     return place, rule.unit, rule.limit, int(rule.shadow), rule.min_output_tokens if rule.shortens else 0, rule.scope.value, blind
+
+
+def _lane(rule: LimitRule, subject: Subject) -> bytes:
+    # Short, and without names of users, as it lies in the store beside every ticket.
+    part = rule.scope.of(subject)
+    return blake2b(packed((rule.name, part.user, part.feature)), digest_size=8).digest()

@@ -91,7 +91,7 @@ async def test_a_commit_of_a_newer_epoch_makes_the_limits_start_over(at_store: M
     await tenant.held(10)
     other = ReservationId(new_uuid7())
     assert await tenant.commit(other, tokens=3, epoch=2)
-    assert await tenant.dump() == [None] * 5
+    assert set(await tenant.dump()) == {None}
     assert (await tenant.reserve(1))[1].verdict is Verdict.REBUILD
 
 
@@ -113,7 +113,7 @@ async def test_a_commit_without_counters_and_without_a_pending_snapshot_is_done(
     """Whatever is loaded later was asked for later, so it counts the settlement: the outbox need not keep it."""
     tenant = at_store()
     assert await tenant.commit(ReservationId(new_uuid7()), tokens=40)
-    assert await tenant.dump() == [None] * 5
+    assert set(await tenant.dump()) == {None}
 
 
 async def test_a_pending_snapshot_dies_with_its_nonce(at_store: MakeTenant) -> None:

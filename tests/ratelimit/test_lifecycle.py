@@ -33,6 +33,7 @@ async def test_erasing_a_tenant_leaves_none_of_its_keys_and_all_of_the_others(se
         "redis:leases": 2,
         "redis:counters": 4,
         "redis:ended": 0,
+        "redis:waiters": 0,
         "redis:left-behind": 1,
     }
     # The tombstone alone, for as long as a token of the tenant may still be shown.
@@ -73,7 +74,7 @@ async def test_provisioning_makes_nothing_and_can_be_repeated(service: Service) 
             stub.ProvisionTenant, lifecycle.ProvisionTenantRequest(), timeout_seconds=5, tenant=tenant.context
         )
         assert not answer.resources
-    assert await tenant.store.dump() == [None] * 5
+    assert set(await tenant.store.dump()) == {None}
 
 
 async def test_a_late_token_does_not_bring_an_erased_tenants_counters_back(service: Service) -> None:

@@ -195,7 +195,7 @@ class Run:
     async def agree(self) -> None:
         """Compares every counter of every subject."""
         if self.oracle.calls is None:
-            assert await self.tenant.dump() == [None] * 5
+            assert set(await self.tenant.dump()) == {None}
             return
         for subject in (NOBODY, Subject("ada", "chat"), Subject("bob")):
             for unit in ("", "interviews"):

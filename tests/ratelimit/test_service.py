@@ -115,7 +115,7 @@ async def test_bad_input_is_refused_by_name(service: Service) -> None:
         with pytest.raises(MeshError) as refused:
             await tenant.reserve(tokens, cost, id=reservation_id)
         assert refused.value.code.name == "INVALID_ARGUMENT"
-    assert await tenant.store.dump() == [None] * 5
+    assert set(await tenant.store.dump()) == {None}
 
 
 async def test_only_metering_commits_and_only_inference_reserves(service: Service) -> None:

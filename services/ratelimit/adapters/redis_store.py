@@ -1,6 +1,7 @@
 """Decisions and holds of every tenant in Redis: each method is one script a tenant, so one atomic step."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import cast
 from uuid import UUID
@@ -14,10 +15,12 @@ from services.ratelimit.adapters.tenant_scripts import Argument, TenantScripts, 
 from services.ratelimit.calendar_periods import Boundaries, microseconds
 from services.ratelimit.fencing import ExpiredHolds, FenceVerdict
 from services.ratelimit.limit_rule import SECOND_US
-from services.ratelimit.limits import Amounts, Demand, Subject
+from services.ratelimit.limits import NOTHING, Amounts, Demand, Subject
+from services.ratelimit.packing import packed
 from services.ratelimit.reservation import LARGEST_ID_AGE_SECONDS, Ask, Settlement
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Plan, Terms
+from services.ratelimit.turn import Place
 
 log = structlog.get_logger(__name__)
 
@@ -138,7 +141,8 @@ class RedisStore:
         for start in range(0, len(asks), _DECISIONS_A_SCRIPT):
             some = asks[start : start + _DECISIONS_A_SCRIPT]
             after = _reserve_arguments(some)
-            answers += await self._decided("reserve", tenant_id, terms, before, after, len(some))
+            decided = await self._decided("reserve", tenant_id, terms, before, after, len(some))
+            answers += [_placed(ask, answer) for ask, answer in zip(some, decided, strict=True)]
         return answers
 
     async def _decided(
@@ -160,21 +164,34 @@ class RedisStore:
 
 def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
     plans: dict[int, int] = {}
-    packed: list[Argument] = []
+    plan_texts: list[Argument] = []
     items: list[Argument] = []
     for ask in asks:
         place = plans.get(id(ask.plan))
         if place is None:
             place = plans[id(ask.plan)] = len(plans) + 1
-            packed.append(ask.plan.packed)
+            plan_texts.append(ask.plan.packed)
         demand, amounts, short = ask.demand, ask.demand.amounts, ask.demand.shortening
         items += (ask.reservation_id.bytes, ask.minted_us, demand.attempt, amounts.tokens, amounts.cost_nano_usd, demand.quantity, place)
         if short is None:
             items += _NO_SHORTENING
         else:
             items += (short.max_output_tokens, short.min_output_tokens, short.output_nano_usd_per_million)
-        items.append(int(ask.at_once) + 2 * int(ask.together))
-    return [len(packed), *packed, *items]
+        items += (int(ask.at_once) + 2 * int(ask.together), _standing(ask))
+    return [len(plan_texts), *plan_texts, *items]
+
+
+def _standing(ask: Ask) -> bytes:
+    return b"" if ask.stand is None else packed((int(ask.stand.keep), ask.stand.since_us, ask.plan.lanes))
+
+
+def _placed(ask: Ask, answer: Answer) -> Answer:
+    if ask.stand is None or answer.verdict not in (Verdict.REFUSED, Verdict.QUEUED):
+        return answer
+    # Where a hold would say when it was taken and how much of what, these say where it stands: see turns.lua.
+    since_us, granted = answer.reserve_us, answer.granted
+    place = Place(answer.now_us, since_us, granted.cost_nano_usd, granted.tokens, answer.expired_holds)
+    return replace(answer, reserve_us=0, granted=NOTHING, place=place)
 
 
 def _answers(rest: list[object], periods: tuple[Boundaries, ...]) -> list[Answer]:

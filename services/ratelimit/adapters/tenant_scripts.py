@@ -14,7 +14,7 @@ from services.ratelimit.adapters.scripts import NAMES, load_script
 
 Argument = str | bytes | int
 
-KINDS = ("meta", "reservations", "leases", "counters", "ended")
+KINDS = ("meta", "reservations", "leases", "counters", "ended", "waiters")
 
 
 class TenantScripts:

@@ -65,6 +65,8 @@ def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:
         shadow_refusals=[refusal_message(item) for item in held.shadow_refusals],
     )
     set_timestamp(message.reserve_time, answer.reserve_us)
+    if held.waited_seconds:
+        message.waited.CopyFrom(duration(held.waited_seconds))
     return message
 
 
@@ -77,7 +79,8 @@ def request_of(message: messages.ReserveRequest) -> Request:
         shortening=shorten and Shortening(shorten.max_output_tokens, shorten.min_output_tokens, shorten.output_nano_usd_per_million),
     )
     reservation_id = ReservationId(parse_uuid(message.reservation_id, "reservation_id"))
-    return Request(reservation_id, demand, Subject(message.user, message.feature), message.provider_account)
+    subject = Subject(message.user, message.feature)
+    return Request(reservation_id, demand, subject, message.provider_account, seconds_of(message.max_wait))
 
 
 def ids_of(ref: messages.ReservationRef) -> tuple[TenantId, ReservationId]:
@@ -98,6 +101,11 @@ def amounts_message(amounts: Amounts) -> messages.Amounts:
 def set_timestamp(message: Timestamp, us: int) -> None:
     """Writes a count of microseconds into a message."""
     message.seconds, message.nanos = us // 1_000_000, us % 1_000_000 * 1_000
+
+
+def seconds_of(message: Duration) -> float:
+    """A message as seconds; 0 for an absent one."""
+    return message.seconds + message.nanos / 1e9
 
 
 def duration(seconds: float) -> Duration:

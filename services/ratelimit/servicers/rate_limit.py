@@ -19,6 +19,7 @@ from services.ratelimit.servicers.limit_messages import (
     limit_messages,
     refusal_message,
     request_of,
+    seconds_of,
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
 
@@ -66,12 +67,15 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
     async def Consume(self, request: messages.ConsumeRequest, context: object) -> messages.ConsumeResponse:
         """Uses units of the product."""
         consumption_id = ReservationId(parse_uuid(request.consumption_id, "consumption_id"))
-        use = Use(consumption_id, request.product_unit, request.quantity, Subject(request.user, request.feature))
+        use = Use(
+            consumption_id, request.product_unit, request.quantity, Subject(request.user, request.feature), seconds_of(request.max_wait)
+        )
         used = await self._consumptions.consume(current_tenant(), use)
         return messages.ConsumeResponse(
             limits=limit_messages(used.limits),
             shadow_refusals=[refusal_message(item) for item in used.shadow_refusals],
             degraded=used.degraded,
+            waited=duration(used.waited_seconds) if used.waited_seconds else None,
         )
 
     async def Renew(self, request: messages.RenewRequest, context: object) -> messages.RenewResponse:

@@ -1,7 +1,8 @@
 """Many reservations in one message: each item proves its own tenant, tenants are decided beside each other, items of one in their order."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -42,11 +43,34 @@ class ReserveBatches:
             except MeshError as error:
                 outcomes[place] = error
         tenants = list(by_tenant.values())
-        for start in range(0, len(tenants), _TENANTS_AT_ONCE):
-            async with asyncio.TaskGroup() as group:
-                for places in tenants[start : start + _TENANTS_AT_ONCE]:
-                    group.create_task(self._decide(places, outcomes))
+        async with self._kept_alive(tenants, lease.ToTimedelta().total_seconds()):
+            for start in range(0, len(tenants), _TENANTS_AT_ONCE):
+                async with asyncio.TaskGroup() as group:
+                    for places in tenants[start : start + _TENANTS_AT_ONCE]:
+                        group.create_task(self._decide(places, outcomes))
         return [_message(outcome, lease) for outcome in outcomes]
+
+    @asynccontextmanager
+    async def _kept_alive(self, tenants: Sequence[Sequence[_Place]], lease_seconds: float) -> AsyncIterator[None]:
+        """Prolongs what the batch holds already while others of it wait: its caller does not know of its holds yet."""
+        if not any(request.max_wait_seconds for places in tenants for _, _, request in places):
+            yield
+            return
+        # What is not held, or not yet, is not changed by it.
+        everything = [(tenant_of(context), request.reservation_id) for places in tenants for _, context, request in places]
+
+        async def prolong() -> None:
+            while True:
+                await asyncio.sleep(lease_seconds / 3)
+                with suppress(MeshError):
+                    await self._reservations.renew(everything)
+
+        async with asyncio.TaskGroup() as group:
+            keeper = group.create_task(prolong())
+            try:
+                yield
+            finally:
+                keeper.cancel()
 
     async def _decide(self, places: Sequence[_Place], outcomes: list[Outcome | None]) -> None:
         # The newest of their tokens names the newest configuration.

@@ -8,15 +8,18 @@ from hashlib import sha1
 from importlib.resources import files
 
 _COUNTING = ("common", "book")
+_WAKING = (*_COUNTING, "waiting")
 _DECIDING = (*_COUNTING, "deciding")
 _HEADS = {
-    "reserve": _DECIDING,
+    "reserve": (*_WAKING, "deciding", "turns"),
     "look": _DECIDING,
     "extend": _DECIDING,
-    "commit": _COUNTING,
-    "release": _COUNTING,
-    "fenced": _COUNTING,
+    "commit": _WAKING,
+    "release": _WAKING,
+    "fenced": _WAKING,
     "load": _COUNTING,
+    "keep_places": ("common", "waiting"),
+    "leave": ("common", "waiting"),
 }
 NAMES = (*_HEADS, "renew", "sweep", "begin", "drop", "erase", "export")
 

@@ -36,6 +36,9 @@ local function store_records()
   in_chunks('ZREM', leases, freed)
   outstanding(-gone)
   tidy(now, forget_us)
+  if #kept > 0 then
+    wake_first()
+  end
 end
 
 local function pin(id, r)

@@ -6,7 +6,8 @@
 -- leases        zset  held ids by the end of their lease
 -- counters      hash  name -> a sliding window's log, packed | name@<start of the period> -> used, held and pinned
 -- ended         zset  ids that have ended, by when; kept until their Reserve is too old to be repeated
-local meta, reservations, leases, counters, ended = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+-- waiters       hash  ids that wait for their turn -> ticket, packed: see waiting.lua; it goes by itself when nobody renews it
+local meta, reservations, leases, counters, ended, waiters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local call = redis.call
 local CHUNK = 500 -- bounded arguments a command: unpack() has a stack limit
 
@@ -39,7 +40,7 @@ local function current_epoch()
 end
 
 local function forget_all()
-  call('DEL', meta, reservations, leases, counters, ended)
+  call('DEL', meta, reservations, leases, counters, ended, waiters)
 end
 
 local function store_time()

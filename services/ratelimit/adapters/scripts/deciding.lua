@@ -188,4 +188,4 @@ local function figures(answer, plan, times)
 end
 
 -- Verdicts, as numbers.
-local V_HELD, V_REFUSED, V_OLD, V_AHEAD, V_ENDED, V_CONFLICT, V_DONE = 1, 2, 3, 4, 5, 6, 7
+local V_HELD, V_REFUSED, V_OLD, V_AHEAD, V_ENDED, V_CONFLICT, V_DONE, V_QUEUED = 1, 2, 3, 4, 5, 6, 7, 12

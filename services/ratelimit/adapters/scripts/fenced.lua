@@ -35,4 +35,7 @@ in_chunks('HSET', reservations, kept)
 in_chunks('ZADD', ended, over_by)
 in_chunks('ZREM', leases, freed)
 outstanding(-gone)
+if #freed > 0 then
+  wake_first()
+end
 return #freed

@@ -16,4 +16,5 @@ call('HSET', reservations, unpack(kept))
 call('ZADD', ended, unpack(over_by))
 call('ZREM', leases, ARGV[1])
 outstanding(-1)
+wake_first()
 return 1

@@ -1,7 +1,7 @@
 -- Decides demands in their order, each against every rule at once, and takes their holds. What is refused writes nothing.
--- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of plans, plans, then by elevens:
+-- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of plans, plans, then by twelves:
 -- id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, how: a sum of 1 to be used at once
--- (no hold) and 2 to be taken only if all the others are.
+-- (no hold) and 2 to be taken only if all the others are, how it stands in line: see turns.lua.
 -- Answers {"rebuild"} | {"behind", version} | {"periods", now} | {"ok", now, epoch, items…};
 -- an item: {verdict, reserve_us, tokens, cost, output, expired holds, figures…}
 local m = current('epoch', 'version', 'families', 'outstanding', 'loaded_us')
@@ -28,12 +28,13 @@ end
 read(wanted, now)
 
 local ids, items = {}, {}
-for i = last_plan + 1, #ARGV, 11 do
+for i = last_plan + 1, #ARGV, 12 do
   ids[#ids + 1] = ARGV[i]
   items[#items + 1] = {
     id = ARGV[i], minted_us = tonumber(ARGV[i + 1]), attempt = tonumber(ARGV[i + 2]), tokens = tonumber(ARGV[i + 3]), cost = tonumber(ARGV[i + 4]),
     quantity = tonumber(ARGV[i + 5]), plan = plans[tonumber(ARGV[i + 6])], output = tonumber(ARGV[i + 7]), fewest = tonumber(ARGV[i + 8]),
     price = tonumber(ARGV[i + 9]), at_once = tonumber(ARGV[i + 10]) % 2 == 1, together = tonumber(ARGV[i + 10]) >= 2,
+    standing = standing_of(ARGV[i + 11]),
   }
 end
 local records = {}
@@ -116,18 +117,27 @@ end
 local expired
 
 local function decide(item)
-  if item.minted_us < now - age_us then
+  if item.minted_us < now - age_us and not came_in_time(item) then
     return { V_OLD }
   elseif item.minted_us > now + age_us then
     return { V_AHEAD }
   elseif records[item.id] then
+    leave_line(item)
     return again(item, records[item.id])
   end
+  local ahead, lanes = 0, nil
+  if item.standing then
+    ahead, lanes = before(item)
+  end
   local ok, tokens, cost, output = fitted(item.plan, item, false)
-  if ok then
+  if ok and ahead == 0 then
+    leave_line(item)
     return hold(item, tokens, cost, output)
   end
   expired = expired or call('ZCOUNT', leases, '-inf', integer(now))
+  if item.standing then
+    return kept_waiting(item, ahead, lanes, not ok and frees(item.plan, item, false) or nil, expired, holds > 0 and now + lease_us or 0)
+  end
   return figures({ V_REFUSED, 0, 0, 0, 0, expired }, item.plan, frees(item.plan, item, false))
 end
 
@@ -157,4 +167,5 @@ if #kept > 0 then
     idle()
   end
 end
+write_line()
 return answer
