@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from envoy.service.ratelimit.v3.rls_pb2_grpc import add_RateLimitServiceServicer_to_server as add_EnvoyRateLimitServicer_to_server
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
 from mesh.ratelimit.v1.rate_limit_service_pb2_grpc import add_RateLimitServiceServicer_to_server
+from services.kernel.audit_client import AuditClient
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_config import TenantConfigCache
+from services.ratelimit.abuse_guard import AbuseGuard
 from services.ratelimit.adapters.metering_client import MeteringClient
+from services.ratelimit.adapters.redis_guard import RedisGuards
 from services.ratelimit.adapters.redis_link import ClusterLink, Link, PipelinedLink
 from services.ratelimit.adapters.redis_records import RedisRecords
+from services.ratelimit.adapters.redis_shares import RedisShares
 from services.ratelimit.adapters.redis_snapshots import RedisSnapshots
 from services.ratelimit.adapters.redis_store import RedisStore
 from services.ratelimit.adapters.redis_tickets import RedisTickets, WakeListener
@@ -25,10 +29,12 @@ from services.ratelimit.extension import Extensions
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.look import Looks
 from services.ratelimit.open_allowance import OpenAllowance
+from services.ratelimit.provider_share import AccountUse, ProviderShares
 from services.ratelimit.ready_counters import ReadyCounters
 from services.ratelimit.rebuild import Rebuilder
 from services.ratelimit.reservation import Reservations
 from services.ratelimit.servicers.envoy import EnvoyServicer
+from services.ratelimit.servicers.guarding import Guarding
 from services.ratelimit.servicers.lifecycle import LifecycleServicer
 from services.ratelimit.servicers.rate_limit import RateLimitServicer
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
@@ -74,22 +80,23 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         allowance = OpenAllowance(store)
         background.start("ratelimit.open_allowance", allowance.run)
         counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant)), rebuilder, fencing, allowance)
-        room = WaitingRoom(RedisTickets(scripts))
-        stack.push_async_callback(room.close)
-        background.start("ratelimit.tickets", room.run)
-        listener = WakeListener(settings.redis_url.get_secret_value(), room, cluster=settings.redis_cluster)
-        background.start("ratelimit.wakes", listener.run)
-        reservations = Reservations(store, counters, fencing, room=room)
-        consumptions = Consumptions(store, ledger, counters, fencing, room=room)
+        room = _waiting_room(stack, background, settings, scripts)
+        guard = AbuseGuard(RedisGuards(scripts))
+        share_store = RedisShares(decisions)
+        shares = ProviderShares(share_store, _accounts(settings))
+        reservations = Reservations(store, counters, fencing, guard=guard, shares=shares, room=room)
+        consumptions = Consumptions(store, ledger, counters, fencing, guard=guard, room=room)
         limits = RateLimitServicer(
             reservations,
             Extensions(store, counters, fencing),
             consumptions,
             Looks(store, counters),
             ReserveBatches(reservations, verifier),
+            Guarding(guard, counters, AuditClient(to_tenant)),
+            shares,
             lease_seconds=settings.lease_seconds,
         )
-        lifecycle = LifecycleServicer(RedisRecords(scripts))
+        lifecycle = LifecycleServicer(RedisRecords(scripts, share_store, tuple(settings.provider_accounts)))
         envoy = EnvoyServicer(consumptions, resolver, verifier)
         server = MeshServer(settings, servicers=_registrations(limits, envoy, lifecycle), resolver=resolver, verifier=verifier)
         return RatelimitApp(server, stack.pop_all())
@@ -101,6 +108,22 @@ def _registrations(limits: RateLimitServicer, envoy: EnvoyServicer, lifecycle: L
         (add_EnvoyRateLimitServicer_to_server, envoy, "envoy.service.ratelimit.v3.RateLimitService"),
         (add_TenantLifecycleServiceServicer_to_server, lifecycle, "mesh.common.v1.TenantLifecycleService"),
     ]
+
+
+def _waiting_room(stack: AsyncExitStack, background: BackgroundTasks, settings: RatelimitSettings, scripts: TenantScripts) -> WaitingRoom:
+    room = WaitingRoom(RedisTickets(scripts))
+    stack.push_async_callback(room.close)
+    background.start("ratelimit.tickets", room.run)
+    listener = WakeListener(settings.redis_url.get_secret_value(), room, cluster=settings.redis_cluster)
+    background.start("ratelimit.wakes", listener.run)
+    return room
+
+
+def _accounts(settings: RatelimitSettings) -> dict[str, AccountUse]:
+    return {
+        name: AccountUse(account.requests_per_minute, account.input_tokens_per_minute, account.output_tokens_per_minute)
+        for name, account in settings.provider_accounts.items()
+    }
 
 
 def _channel(stack: AsyncExitStack, settings: RatelimitSettings, address: str, service: str) -> MeshChannel:

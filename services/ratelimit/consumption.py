@@ -106,7 +106,7 @@ class Consumptions:
     async def decide(self, context: TenantContext, use: Use) -> Held | Refusal:
         """The same, with a refusal that tells when it frees and whether its caller may wait for that. Raises: as `consume`."""
         terms = await self._counters.terms_of(context)
-        self._guard.admit(context, terms)
+        await self._guard.admit(context, terms)
         try:
             outcome = await self._in_turn(context, use)
         except Unavailable as error:
@@ -114,7 +114,7 @@ class Consumptions:
         if isinstance(outcome, Refusal):
             status = outcome.status
             log.info("consumption_refused", rule=status.rule.name, limit=status.limit, used=status.used, needed=outcome.needed)
-            self._guard.refused(context, terms, outcome)
+            await self._guard.refused(context, terms, outcome)
         return outcome
 
     def _allowed(self, context: TenantContext, terms: Terms, use: Use, error: Unavailable) -> Held:
@@ -131,7 +131,7 @@ class Consumptions:
         Raises: LimitExceeded ABUSE_GUARD, ReservationLost, Unavailable.
         """
         terms = await self._counters.terms_of(context)
-        self._guard.admit(context, terms)
+        await self._guard.admit(context, terms)
         limited = [use for use in uses if use.quantity and use.product_unit in terms.product_units]
         if not limited:
             return [None] * len(uses)
@@ -142,7 +142,7 @@ class Consumptions:
         held, refusals = _sorted_out(terms, limited, answers)
         if refusals:
             binding = max(refusals, key=lambda item: inf if item.frees_us is None else item.frees_us)
-            self._guard.refused(context, terms, binding)
+            await self._guard.refused(context, terms, binding)
             return binding
         for use in limited:
             if terms.is_durable(use.product_unit):

@@ -14,6 +14,7 @@ from services.kernel.errors import LimitExceeded, QuotaViolation
 from services.kernel.ids import TenantId
 from services.ratelimit.calendar_periods import moment
 from services.ratelimit.limit_rule import MINUTE_US
+from services.ratelimit.limits import Demand
 
 WINDOW_US = MINUTE_US
 _DIMENSIONS = ("requests", "input tokens", "output tokens")
@@ -61,6 +62,13 @@ class TakenShare:
     tenant_id: TenantId
     taken_us: int
     use: AccountUse
+
+
+def need_of(demand: Demand, input_tokens: int) -> AccountUse:
+    """The worst case of a call: its output is what it may be shortened by, and else all that is not its input."""
+    short = demand.shortening
+    output = max(0, demand.amounts.tokens - input_tokens) if short is None else short.max_output_tokens
+    return AccountUse(1, input_tokens, output)
 
 
 class ShareStore(Protocol):

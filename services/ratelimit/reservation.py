@@ -19,6 +19,7 @@ from services.ratelimit.decision import Refusal, refusal, shadow_refusals
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
+from services.ratelimit.provider_share import TakenShare, need_of
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
@@ -42,8 +43,9 @@ class CommitKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One demand on the limits, by whom, and under which id. `account`: the provider's account it will use.
+    """One demand on the limits, by whom, and under which id.
 
+    `account`: the provider's account it will use, for whose limits `input_tokens` of its tokens are input.
     `max_wait_seconds`: how long it may wait; `stand`: how it stands in line meanwhile.
     """
 
@@ -51,6 +53,7 @@ class Request:
     demand: Demand
     subject: Subject = NOBODY
     account: str = ""
+    input_tokens: int = 0
     max_wait_seconds: float = 0.0
     stand: Stand | None = None
 
@@ -77,6 +80,7 @@ class Held:
     demand: Demand
     degraded: bool = False
     waited_seconds: float = 0.0
+    share: TakenShare | None = None
 
     @classmethod
     def from_allowance(cls, plan: Plan, demand: Demand, epoch: int) -> "Held":
@@ -177,7 +181,7 @@ class Reservations:
         Raises: Unavailable, NotFound, LimitExceeded ABUSE_GUARD, when none can be decided.
         """
         terms = await self._counters.terms_of(context)
-        self._guard.admit(context, terms)
+        await self._guard.admit(context, terms)
         room = self._room
         if room is None or not any(request.max_wait_seconds for request in requests):
             outcomes = [_final(outcome) for outcome in await self._attempted(context, terms, requests)]
@@ -186,7 +190,7 @@ class Reservations:
         for request, outcome in zip(requests, outcomes, strict=True):
             _log(request, outcome)
             if isinstance(outcome, Refusal):
-                self._guard.refused(context, terms, outcome)
+                await self._guard.refused(context, terms, outcome)
         return outcomes
 
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
@@ -232,23 +236,45 @@ class Reservations:
         return replace(outcome, waited_seconds=time.monotonic() - began) if waited and isinstance(outcome, Held) else outcome
 
     async def _attempted(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Attempted]:
-        outcomes: list[Attempted | None] = [await self._shared(context, terms, request) for request in requests]
+        shares = [await self._shared(context, terms, request) for request in requests]
+        outcomes: list[Attempted | None] = [share if isinstance(share, MeshError | Held) else None for share in shares]
         open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if open_places:
-            decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
+            try:
+                decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
+            except BaseException:
+                await self._give_back([share for share in shares if isinstance(share, TakenShare)])
+                raise
             for place, outcome in zip(open_places, decided, strict=True):
-                outcomes[place] = outcome
-                if not isinstance(outcome, Held) and requests[place].account:
-                    await self._shares.give_back(context, requests[place].account, requests[place].reservation_id)
+                outcomes[place] = await self._with_share(outcome, shares[place])
         return [outcome for outcome in outcomes if outcome is not None]
 
-    async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> MeshError | None:
-        """Checks the request by itself and takes its account's share; what keeps it out, if anything does."""
+    async def _with_share(self, outcome: Attempted, share: TakenShare | MeshError | Held | None) -> Attempted:
+        if not isinstance(share, TakenShare):
+            return outcome
+        # Repeated, the hold is that of before, and so is its share.
+        if isinstance(outcome, Held) and outcome.answer.reserve_us == outcome.answer.now_us:
+            return replace(outcome, share=share)
+        await self._give_back([share])
+        return outcome
+
+    async def _give_back(self, shares: Sequence[TakenShare]) -> None:
+        try:
+            await self._shares.give_back([(share, share.use) for share in shares])
+        except Unavailable:
+            log.info("share_left_to_its_window", shares=len(shares))
+
+    async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | MeshError | Held | None:
+        """Checks the request by itself and takes its part of its account; what keeps it out, or admits it without asking further."""
         try:
             minted_us(request.reservation_id)
             check_shortening(request.demand)
             if request.account:
-                await self._shares.take(context, terms, request.account, request.reservation_id, request.demand.amounts)
+                need = need_of(request.demand, request.input_tokens)
+                return await self._shares.take(request.account, tenant_of(context), terms.weight, need)
+        except Unavailable as error:
+            # Asked again, a store that is away would cost the caller its time twice.
+            return self._allowed(context, terms, request, error) if error.metadata.get("dependency") == STORE else error
         except MeshError as error:
             return error
         return None
@@ -261,7 +287,7 @@ class Reservations:
                 raise
             return [self._allowed(context, terms, request, error) for request in requests]
 
-    def _allowed(self, context: TenantContext, terms: Terms, request: Request, error: Unavailable) -> Outcome:
+    def _allowed(self, context: TenantContext, terms: Terms, request: Request, error: Unavailable) -> Held | Unavailable:
         plan = terms.plan(request.subject)
         epoch = self._counters.allowance.admit(tenant_of(context), plan, request.demand)
         return error if epoch is None else Held.from_allowance(plan, request.demand, epoch)

@@ -45,14 +45,33 @@ class CountedPeriod:
     end_us: int
 
 
+@dataclass(frozen=True, slots=True)
+class GuardTerms:
+    """What opens the guard against abuse, in any minute (0: never), and how long it stays open at first and at most."""
+
+    refusals_per_minute: int
+    auth_failures_per_minute: int
+    first_seconds: int
+    most_seconds: int
+
+
 class Terms:
     """The rules of one version of a tenant's configuration."""
 
     def __init__(
-        self, rules: Sequence[LimitRule], calendar: Calendar | None = None, *, version: int = 0, calendar_name: str = "UTC|1"
+        self,
+        rules: Sequence[LimitRule],
+        calendar: Calendar | None = None,
+        *,
+        version: int = 0,
+        calendar_name: str = "UTC|1",
+        guard: GuardTerms | None = None,
+        weight: int = 1,
     ) -> None:
         self.rules = tuple(rules)
         self.version = version
+        self.guard = guard
+        self.weight = weight
         self.families = families_of(self.rules)
         self.calendar = calendar or Calendar()
         names = sorted(family.named(calendar_name) for family in self.families)

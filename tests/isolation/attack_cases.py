@@ -167,6 +167,14 @@ CASES: Mapping[str, Case] = {
     },
     "/mesh.ratelimit.v1.RateLimitService/Check": lambda ids: {"amounts": {"tokens": 10, "cost_nano_usd": 1000}},
     "/mesh.ratelimit.v1.RateLimitService/ListLimits": _nothing,
+    # Would have the victim kept out.
+    "/mesh.ratelimit.v1.RateLimitService/ReportAbuse": lambda ids: {
+        "reports": [{"tenant_id": ids.tenant_id.bytes, "auth_failures": 1_000_000}]
+    },
+    "/mesh.ratelimit.v1.RateLimitService/LiftGuard": _nothing,
+    "/mesh.ratelimit.v1.RateLimitService/ReturnShares": lambda ids: {
+        "shares": [{"tenant_id": ids.tenant_id.bytes, "account": "main", "take_time": in_seconds(0), "output_tokens": 10**6}]
+    },
     "/mesh.inference.v1.InferenceService/Generate": _question,
     "/mesh.inference.v1.InferenceService/StreamGenerate": _question,
     "/mesh.inference.v1.ConversationService/CreateConversation": lambda ids: {"user": TAMPERED},

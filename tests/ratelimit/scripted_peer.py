@@ -18,10 +18,19 @@ from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.common.v1.tenant_claims_pb2 import TenantClaims
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.metering.v1 import ledger_service_pb2_grpc
-from mesh.tenant.v1 import authentication_service_pb2, authentication_service_pb2_grpc, tenant_service_pb2, tenant_service_pb2_grpc
+from mesh.tenant.v1 import (
+    audit_service_pb2,
+    audit_service_pb2_grpc,
+    authentication_service_pb2,
+    authentication_service_pb2_grpc,
+    tenant_service_pb2,
+    tenant_service_pb2_grpc,
+)
 from services.kernel.context_token import SigningKey, mint
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
+
+OPERATOR_KEY = "ten_operator_one_for_tests"
 
 
 @dataclass
@@ -141,12 +150,17 @@ class ScriptedLedger(ledger_service_pb2_grpc.LedgerServiceServicer):
                 return ledger.FENCE_OUTCOME_UNRESOLVED
 
 
-class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authentication_service_pb2_grpc.AuthenticationServiceServicer):
+class ScriptedTenants(
+    tenant_service_pb2_grpc.TenantServiceServicer,
+    authentication_service_pb2_grpc.AuthenticationServiceServicer,
+    audit_service_pb2_grpc.AuditServiceServicer,
+):
     """Knows each tenant's limits and vouches for it."""
 
     def __init__(self) -> None:
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self._configs: dict[str, tenant_service_pb2.TenantConfig] = {}
+        self.audited: list[audit_service_pb2.AuditItem] = []
 
     def context(self, tenant_id: UUID, limit_rules: rules.LimitRules | None = None, version: int = 1, **limits: int) -> TenantContext:
         """Registers a tenant with these rules or limits, or changes them under a higher version, and returns its proven context."""
@@ -178,6 +192,32 @@ class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authenticat
         """Returns the registered limits."""
         tenant_id = str(dict(context.invocation_metadata() or ())["x-tenant-id"])
         return tenant_service_pb2.GetTenantConfigResponse(config=self._configs[tenant_id])
+
+    async def Authenticate(
+        self,
+        request: authentication_service_pb2.AuthenticateRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> authentication_service_pb2.AuthenticateResponse:
+        """Knows one operator."""
+        if request.credential != OPERATOR_KEY:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown")
+        now = datetime.now(UTC)
+        claims = TenantClaims(
+            tenant_id=request.claimed_tenant_id,
+            tier="test",
+            region="local",
+            subject="operator:1",
+            operator=True,
+            scopes=["operator:tenants"],
+        )
+        claims.issue_time.FromDatetime(now)
+        claims.expire_time.FromDatetime(now + timedelta(seconds=300))
+        return authentication_service_pb2.AuthenticateResponse(context_token=mint(claims, self._key), expire_time=claims.expire_time)
+
+    async def RecordAudit(self, request: audit_service_pb2.RecordAuditRequest, context: object) -> audit_service_pb2.RecordAuditResponse:
+        """Keeps what it is told."""
+        self.audited += request.items
+        return audit_service_pb2.RecordAuditResponse(outcomes=[audit_service_pb2.AUDIT_OUTCOME_RECORDED] * len(request.items))
 
     async def GetContextKeys(
         self, request: authentication_service_pb2.GetContextKeysRequest, context: object
@@ -276,6 +316,7 @@ async def running_peer() -> AsyncIterator[Peer]:
     ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server(scripted, server)
     tenant_service_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
     authentication_service_pb2_grpc.add_AuthenticationServiceServicer_to_server(tenants, server)
+    audit_service_pb2_grpc.add_AuditServiceServicer_to_server(tenants, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

@@ -6,6 +6,7 @@ from uuid import UUID
 
 from services.kernel.ids import TenantId
 from services.kernel.tenant_scan import ScannedStore, spellings
+from services.ratelimit.adapters.redis_shares import RedisShares
 from services.ratelimit.adapters.tenant_scripts import KINDS, TenantScripts, prefix_of
 from services.ratelimit.calendar_periods import moment
 from services.ratelimit.packing import unpacked
@@ -19,8 +20,10 @@ _FIELDS = ("state", "epoch", "reserve_time", "tokens", "cost_nano_usd", "quantit
 class RedisRecords:
     """Implements the records of a tenant's lifecycle."""
 
-    def __init__(self, scripts: TenantScripts) -> None:
+    def __init__(self, scripts: TenantScripts, shares: RedisShares | None = None, accounts: Sequence[str] = ()) -> None:
         self._scripts = scripts
+        self._shares = shares
+        self._accounts = accounts if shares is not None else ()
 
     async def ping(self) -> None:
         """Returns when the store answers. Raises: Unavailable."""
@@ -43,7 +46,10 @@ class RedisRecords:
                     continue
                 erased[kind] = erased.get(kind, 0) + cast("int", await bulk.send("DEL", key))
             if cursor is None:
-                return erased
+                break
+        if self._shares is not None and self._accounts:
+            erased["accounts"] = sum([await self._shares.forget(account, tenant_id) for account in self._accounts])
+        return erased
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> list[ScannedStore]:
         """Counts keys of the whole store that carry the tenant's id, and those of them that hold one of the strings."""
@@ -63,7 +69,10 @@ class RedisRecords:
             # The store's own serialisation holds short strings as they are.
             dump = cast("bytes | None", await bulk.send("DUMP", key)) or b""
             hits += any(needle in dump or needle in key for needle in needles)
+        in_accounts = [self._shares is not None and await self._shares.holds(account, tenant_id) for account in self._accounts]
+        accounts = [ScannedStore("redis:accounts", sum(in_accounts), 0, kept=False, sight="all")] if self._accounts else []
         return [
+            *accounts,
             ScannedStore("redis:keys", len(found) - tombstones, hits, kept=False, sight="all"),
             ScannedStore("redis:tombstone", tombstones, 0, kept=True, sight="all"),
         ]

@@ -9,7 +9,7 @@ from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.calendar_periods import Calendar, moment, time_zone
 from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window, rules_of_plan
-from services.ratelimit.terms import Terms
+from services.ratelimit.terms import GuardTerms, Terms
 
 _CAPACITY = 10_000
 _SCOPES = {
@@ -53,7 +53,16 @@ def terms_of(config: TenantConfig) -> Terms:
         anchor_day = moment(told.cycle_anchor_time.ToMicroseconds()).astimezone(zone).day
     rules = [_rule(rule) for rule in told.rules]
     # The names of calendars' sums: those of another zone or day are others.
-    return Terms(rules, Calendar(zone, anchor_day), version=config.version, calendar_name=f"{told.time_zone or 'UTC'}|{anchor_day}")
+    calendar_name = f"{told.time_zone or 'UTC'}|{anchor_day}"
+    guard, weight = _guard(told), max(1, told.weight)
+    return Terms(rules, Calendar(zone, anchor_day), version=config.version, calendar_name=calendar_name, guard=guard, weight=weight)
+
+
+def _guard(told: messages.LimitRules) -> GuardTerms | None:
+    guard = told.abuse_guard
+    if not guard.refusals_per_minute and not guard.auth_failures_per_minute:
+        return None
+    return GuardTerms(guard.refusals_per_minute, guard.auth_failures_per_minute, max(1, guard.first_seconds), max(1, guard.most_seconds))
 
 
 def _rule(rule: messages.LimitRule) -> LimitRule:

@@ -65,6 +65,8 @@ def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:
         shadow_refusals=[refusal_message(item) for item in held.shadow_refusals],
     )
     set_timestamp(message.reserve_time, answer.reserve_us)
+    if held.share is not None:
+        set_timestamp(message.share_take_time, held.share.taken_us)
     if held.waited_seconds:
         message.waited.CopyFrom(duration(held.waited_seconds))
     return message
@@ -80,7 +82,7 @@ def request_of(message: messages.ReserveRequest) -> Request:
     )
     reservation_id = ReservationId(parse_uuid(message.reservation_id, "reservation_id"))
     subject = Subject(message.user, message.feature)
-    return Request(reservation_id, demand, subject, message.provider_account, seconds_of(message.max_wait))
+    return Request(reservation_id, demand, subject, message.provider_account, message.input_tokens, seconds_of(message.max_wait))
 
 
 def ids_of(ref: messages.ReservationRef) -> tuple[TenantId, ReservationId]:

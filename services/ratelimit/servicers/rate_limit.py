@@ -7,9 +7,11 @@ from services.kernel.ids import ReservationId, parse_uuid
 from services.kernel.request_context import current_tenant
 from services.ratelimit.consumption import Consumptions, Use
 from services.ratelimit.extension import Extensions
+from services.ratelimit.hooks import AccountShares
 from services.ratelimit.limits import Amounts, Demand, Subject
 from services.ratelimit.look import Looks
 from services.ratelimit.reservation import CommitKind, Reservations, Settlement
+from services.ratelimit.servicers.guarding import Guarding
 from services.ratelimit.servicers.limit_messages import (
     amounts_message,
     amounts_of,
@@ -22,6 +24,7 @@ from services.ratelimit.servicers.limit_messages import (
     seconds_of,
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
+from services.ratelimit.servicers.returned_shares import returned
 
 _KINDS = {
     messages.COMMIT_KIND_SETTLED: CommitKind.SETTLED,
@@ -40,6 +43,8 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         consumptions: Consumptions,
         looks: Looks,
         batches: ReserveBatches,
+        guarding: Guarding,
+        shares: AccountShares,
         *,
         lease_seconds: float,
     ) -> None:
@@ -48,6 +53,8 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         self._consumptions = consumptions
         self._looks = looks
         self._batches = batches
+        self._guarding = guarding
+        self._shares = shares
         self._lease = duration(lease_seconds)
 
     async def Reserve(self, request: messages.ReserveRequest, context: object) -> messages.ReserveResponse:
@@ -120,7 +127,22 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
     ) -> messages.ListLimitsResponse:
         """Lists every rule as it stands."""
         limits = await self._looks.every(current_tenant(), Subject(request.user, request.feature))
-        return messages.ListLimitsResponse(limits=limit_messages(limits))
+        response = messages.ListLimitsResponse(limits=limit_messages(limits))
+        await self._guarding.show(response)
+        return response
+
+    async def ReportAbuse(self, request: messages.ReportAbuseRequest, context: object) -> messages.ReportAbuseResponse:
+        """Counts failed authentications."""
+        return await self._guarding.report(request)
+
+    async def LiftGuard(self, request: messages.LiftGuardRequest, context: object) -> messages.LiftGuardResponse:
+        """Ends a tenant's guard."""
+        return await self._guarding.lift()
+
+    async def ReturnShares(self, request: messages.ReturnSharesRequest, context: object) -> messages.ReturnSharesResponse:
+        """Gives back what calls took of provider accounts and did not use."""
+        await self._shares.give_back([returned(share) for share in request.shares])
+        return messages.ReturnSharesResponse()
 
 
 def _settlement(commit: messages.Commit) -> Settlement:

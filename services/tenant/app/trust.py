@@ -12,9 +12,12 @@ from mesh.tenant.v1 import (
 )
 from services.kernel.cell import cell_of
 from services.kernel.context_token import ContextTokenVerifier
+from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import Registration
 from services.kernel.tenant_context import TenantContext
 from services.kernel.tenant_database import TenantDatabase
+from services.tenant.abuse_report import AbuseReports
+from services.tenant.adapters.abuse_client import GrpcAbuseListener
 from services.tenant.adapters.http_jwks import HttpJwksSource
 from services.tenant.adapters.postgres_audit import PostgresAuditLog
 from services.tenant.adapters.postgres_changes import ChangeListener, PostgresChanges
@@ -87,11 +90,19 @@ async def build_trust(parts: Parts) -> tuple[Authenticator, ChangeHub, list[Regi
     return authenticator, changes, registrations
 
 
+def _watched(parts: Parts) -> AbuseReports:
+    channel = MeshChannel(parts.settings.ratelimit_address, settings=parts.settings, target_service="ratelimit")
+    parts.stack.push_async_callback(channel.close)
+    reports = AbuseReports(parts.trail, GrpcAbuseListener(channel))
+    parts.background.start("abuse_reports", reports.run)
+    return reports
+
+
 def _authenticator(parts: Parts, jwks: HttpJwksSource, names: NameResolution) -> Authenticator:
     settings = parts.settings
     return Authenticator(
         parts.credentials,
-        parts.trail,
+        _watched(parts),
         parts.minter,
         JwtProof(PostgresIssuers(parts.database), JwksCache(jwks), clock=now),
         names,

@@ -21,7 +21,7 @@ _HEADS = {
     "keep_places": ("common", "waiting"),
     "leave": ("common", "waiting"),
 }
-NAMES = (*_HEADS, "renew", "sweep", "begin", "drop", "erase", "export")
+NAMES = (*_HEADS, "renew", "sweep", "begin", "drop", "erase", "export", "guard", "lift_guard")
 
 
 @dataclass(frozen=True, slots=True)

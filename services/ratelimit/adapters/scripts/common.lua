@@ -7,7 +7,8 @@
 -- counters      hash  name -> a sliding window's log, packed | name@<start of the period> -> used, held and pinned
 -- ended         zset  ids that have ended, by when; kept until their Reserve is too old to be repeated
 -- waiters       hash  ids that wait for their turn -> ticket, packed: see waiting.lua; it goes by itself when nobody renews it
-local meta, reservations, leases, counters, ended, waiters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+-- guard         hash  of a tenant that is or was kept out: see guard.lua; no rebuild lifts it, and it goes by itself
+local meta, reservations, leases, counters, ended, waiters, guard = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local call = redis.call
 local CHUNK = 500 -- bounded arguments a command: unpack() has a stack limit
 

@@ -310,6 +310,7 @@ class ReserveResponse(_message.Message):
     SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
     WAITED_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    SHARE_TAKE_TIME_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The tenant's epoch at the limits; the ledger refuses to open a call under an older one."""
     granted_output_tokens: _builtins.int
@@ -342,6 +343,10 @@ class ReserveResponse(_message.Message):
     def waited(self) -> _duration_pb2.Duration:
         """How long it waited; absent when it did not."""
 
+    @_builtins.property
+    def share_take_time(self) -> _timestamp_pb2.Timestamp:
+        """When a part of the provider's account was taken, for ReturnShares; absent when none was."""
+
     def __init__(
         self,
         *,
@@ -355,10 +360,11 @@ class ReserveResponse(_message.Message):
         shadow_refusals: _abc.Iterable[Global___Refusal] | None = ...,
         waited: _duration_pb2.Duration | None = ...,
         degraded: _builtins.bool = ...,
+        share_take_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "lease", b"lease", "reserve_time", b"reserve_time", "waited", b"waited"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "lease", b"lease", "reserve_time", b"reserve_time", "share_take_time", b"share_take_time", "waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "epoch", b"epoch", "granted", b"granted", "granted_output_tokens", b"granted_output_tokens", "lease", b"lease", "limits", b"limits", "reserve_time", b"reserve_time", "shadow_refusals", b"shadow_refusals", "shortened", b"shortened", "waited", b"waited"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "epoch", b"epoch", "granted", b"granted", "granted_output_tokens", b"granted_output_tokens", "lease", b"lease", "limits", b"limits", "reserve_time", b"reserve_time", "shadow_refusals", b"shadow_refusals", "share_take_time", b"share_take_time", "shortened", b"shortened", "waited", b"waited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -970,3 +976,194 @@ class ListLimitsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListLimitsResponse: _TypeAlias = ListLimitsResponse  # noqa: Y015
+
+@_typing.final
+class ReportAbuseRequest(_message.Message):
+    """Failed authentications."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___AbuseReport]:
+        """1–1,000."""
+
+    def __init__(
+        self,
+        *,
+        reports: _abc.Iterable[Global___AbuseReport] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reports", b"reports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportAbuseRequest: _TypeAlias = ReportAbuseRequest  # noqa: Y015
+
+@_typing.final
+class AbuseReport(_message.Message):
+    """What one tenant's names and keys were tried for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    AUTH_FAILURES_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.bytes
+    """The tenant, 16 bytes of its UUID."""
+    auth_failures: _builtins.int
+    """Authentications that named it and failed since the last report: 1–1,000,000."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.bytes = ...,
+        auth_failures: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auth_failures", b"auth_failures", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbuseReport: _TypeAlias = AbuseReport  # noqa: Y015
+
+@_typing.final
+class ReportAbuseResponse(_message.Message):
+    """They are counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportAbuseResponse: _TypeAlias = ReportAbuseResponse  # noqa: Y015
+
+@_typing.final
+class LiftGuardRequest(_message.Message):
+    """Whose guard to end is in `x-tenant-id`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiftGuardRequest: _TypeAlias = LiftGuardRequest  # noqa: Y015
+
+@_typing.final
+class LiftGuardResponse(_message.Message):
+    """The guard does not keep the tenant out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_OPEN_FIELD_NUMBER: _builtins.int
+    was_open: _builtins.bool
+    """Whether it did."""
+    def __init__(
+        self,
+        *,
+        was_open: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_open", b"was_open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiftGuardResponse: _TypeAlias = LiftGuardResponse  # noqa: Y015
+
+@_typing.final
+class ReturnSharesRequest(_message.Message):
+    """What to give back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReturnedShare]:
+        """1–1,000."""
+
+    def __init__(
+        self,
+        *,
+        shares: _abc.Iterable[Global___ReturnedShare] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnSharesRequest: _TypeAlias = ReturnSharesRequest  # noqa: Y015
+
+@_typing.final
+class ReturnedShare(_message.Message):
+    """What one call took of an account and did not use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    TAKE_TIME_FIELD_NUMBER: _builtins.int
+    REQUEST_UNSENT_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.bytes
+    """The tenant, 16 bytes of its UUID."""
+    account: _builtins.str
+    """The provider's account. Of one that is not known here nothing is given back."""
+    request_unsent: _builtins.bool
+    """Whether its request was never sent."""
+    input_tokens: _builtins.int
+    """Input tokens that were not used: 0–10,000,000."""
+    output_tokens: _builtins.int
+    """Output tokens that were not used: 0–10,000,000."""
+    @_builtins.property
+    def take_time(self) -> _timestamp_pb2.Timestamp:
+        """`share_take_time` of the reservation."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.bytes = ...,
+        account: _builtins.str = ...,
+        take_time: _timestamp_pb2.Timestamp | None = ...,
+        request_unsent: _builtins.bool = ...,
+        input_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["take_time", b"take_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens", "request_unsent", b"request_unsent", "take_time", b"take_time", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnedShare: _TypeAlias = ReturnedShare  # noqa: Y015
+
+@_typing.final
+class ReturnSharesResponse(_message.Message):
+    """It is given back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnSharesResponse: _TypeAlias = ReturnSharesResponse  # noqa: Y015

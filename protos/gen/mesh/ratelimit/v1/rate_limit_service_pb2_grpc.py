@@ -75,6 +75,21 @@ class RateLimitServiceStub:
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.CheckRequest.SerializeToString,
                 response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.CheckResponse.FromString,
                 _registered_method=True)
+        self.ReportAbuse = channel.unary_unary(
+                '/mesh.ratelimit.v1.RateLimitService/ReportAbuse',
+                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReportAbuseRequest.SerializeToString,
+                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReportAbuseResponse.FromString,
+                _registered_method=True)
+        self.LiftGuard = channel.unary_unary(
+                '/mesh.ratelimit.v1.RateLimitService/LiftGuard',
+                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.SerializeToString,
+                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.FromString,
+                _registered_method=True)
+        self.ReturnShares = channel.unary_unary(
+                '/mesh.ratelimit.v1.RateLimitService/ReturnShares',
+                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.SerializeToString,
+                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.FromString,
+                _registered_method=True)
         self.ListLimits = channel.unary_unary(
                 '/mesh.ratelimit.v1.RateLimitService/ListLimits',
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ListLimitsRequest.SerializeToString,
@@ -89,7 +104,8 @@ class RateLimitServiceServicer:
     def Reserve(self, request, context):
         """Holds the worst case of a call against every rule of the tenant: all or nothing. A refusal changes no counter.
         Idempotent by `reservation_id` while the reservation lives: repeated, it answers the same hold. The hold lives by a lease (5 s) that `Renew`
-        prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served within the tenant.
+        prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served among the tenant's calls that a
+        limit keeps out. A call that does not wait is decided at once, and may pass those who do.
         Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BURST_LIMIT | BUDGET | CONCURRENCY | RETRY_BUDGET | PROVIDER_SHARE | ABUSE_GUARD naming the rule, what is used and
         when it resets; INVALID_ARGUMENT REQUEST_TOO_LARGE for a rule of each request by itself; ALREADY_EXISTS CONTENT_CONFLICT when the reservation id
         was used with other amounts; ABORTED RESERVATION_LOST when the reservation has ended or its id is older than 60 s;
@@ -156,6 +172,31 @@ class RateLimitServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportAbuse(self, request, context):
+        """Tells of failed authentications that named tenants, for the guard against abuse. A batch over tenants; counted at most once each, and
+        losing some only makes the guard milder. Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LiftGuard(self, request, context):
+        """Ends the guard of the tenant that `x-tenant-id` names, and forgets how often it was open. For operators; audited. Idempotent.
+        Errors: INVALID_ARGUMENT when no tenant is named; UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReturnShares(self, request, context):
+        """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
+        leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
+        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListLimits(self, request, context):
         """Lists every limit of the tenant with what is used of it now. Reads only. Errors: UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
         """
@@ -205,6 +246,21 @@ def add_RateLimitServiceServicer_to_server(servicer, server):
                     servicer.Check,
                     request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.CheckRequest.FromString,
                     response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.CheckResponse.SerializeToString,
+            ),
+            'ReportAbuse': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportAbuse,
+                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReportAbuseRequest.FromString,
+                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReportAbuseResponse.SerializeToString,
+            ),
+            'LiftGuard': grpc.unary_unary_rpc_method_handler(
+                    servicer.LiftGuard,
+                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.FromString,
+                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.SerializeToString,
+            ),
+            'ReturnShares': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnShares,
+                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.FromString,
+                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.SerializeToString,
             ),
             'ListLimits': grpc.unary_unary_rpc_method_handler(
                     servicer.ListLimits,
@@ -429,6 +485,87 @@ class RateLimitService:
             '/mesh.ratelimit.v1.RateLimitService/Check',
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.CheckRequest.SerializeToString,
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.CheckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportAbuse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.ratelimit.v1.RateLimitService/ReportAbuse',
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReportAbuseRequest.SerializeToString,
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReportAbuseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LiftGuard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.ratelimit.v1.RateLimitService/LiftGuard',
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.SerializeToString,
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnShares(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.ratelimit.v1.RateLimitService/ReturnShares',
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.SerializeToString,
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.FromString,
             options,
             channel_credentials,
             insecure,

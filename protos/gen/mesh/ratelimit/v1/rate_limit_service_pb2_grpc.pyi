@@ -19,7 +19,8 @@ class RateLimitServiceStub:
     Reserve: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReserveRequest, _rate_limit_service_pb2.ReserveResponse]
     """Holds the worst case of a call against every rule of the tenant: all or nothing. A refusal changes no counter.
     Idempotent by `reservation_id` while the reservation lives: repeated, it answers the same hold. The hold lives by a lease (5 s) that `Renew`
-    prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served within the tenant.
+    prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served among the tenant's calls that a
+    limit keeps out. A call that does not wait is decided at once, and may pass those who do.
     Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BURST_LIMIT | BUDGET | CONCURRENCY | RETRY_BUDGET | PROVIDER_SHARE | ABUSE_GUARD naming the rule, what is used and
     when it resets; INVALID_ARGUMENT REQUEST_TOO_LARGE for a rule of each request by itself; ALREADY_EXISTS CONTENT_CONFLICT when the reservation id
     was used with other amounts; ABORTED RESERVATION_LOST when the reservation has ended or its id is older than 60 s;
@@ -52,6 +53,19 @@ class RateLimitServiceStub:
     """
     Check: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.CheckRequest, _rate_limit_service_pb2.CheckResponse]
     """Tells whether a call of this size would be admitted now. Changes nothing. Errors: as Reserve, but a refusal is an answer here."""
+    ReportAbuse: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReportAbuseRequest, _rate_limit_service_pb2.ReportAbuseResponse]
+    """Tells of failed authentications that named tenants, for the guard against abuse. A batch over tenants; counted at most once each, and
+    losing some only makes the guard milder. Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+    """
+    LiftGuard: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.LiftGuardRequest, _rate_limit_service_pb2.LiftGuardResponse]
+    """Ends the guard of the tenant that `x-tenant-id` names, and forgets how often it was open. For operators; audited. Idempotent.
+    Errors: INVALID_ARGUMENT when no tenant is named; UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+    """
+    ReturnShares: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReturnSharesRequest, _rate_limit_service_pb2.ReturnSharesResponse]
+    """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
+    leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
+    Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+    """
     ListLimits: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ListLimitsRequest, _rate_limit_service_pb2.ListLimitsResponse]
     """Lists every limit of the tenant with what is used of it now. Reads only. Errors: UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE."""
 
@@ -66,7 +80,8 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_rate_limit_service_pb2.ReserveResponse]:
         """Holds the worst case of a call against every rule of the tenant: all or nothing. A refusal changes no counter.
         Idempotent by `reservation_id` while the reservation lives: repeated, it answers the same hold. The hold lives by a lease (5 s) that `Renew`
-        prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served within the tenant.
+        prolongs. With `max_wait` the call may wait for its turn instead of being refused, first come first served among the tenant's calls that a
+        limit keeps out. A call that does not wait is decided at once, and may pass those who do.
         Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BURST_LIMIT | BUDGET | CONCURRENCY | RETRY_BUDGET | PROVIDER_SHARE | ABUSE_GUARD naming the rule, what is used and
         when it resets; INVALID_ARGUMENT REQUEST_TOO_LARGE for a rule of each request by itself; ALREADY_EXISTS CONTENT_CONFLICT when the reservation id
         was used with other amounts; ABORTED RESERVATION_LOST when the reservation has ended or its id is older than 60 s;
@@ -141,6 +156,37 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_rate_limit_service_pb2.CheckRequest, _abc.Awaitable[_rate_limit_service_pb2.CheckResponse]],
     ) -> _abc.Awaitable[_rate_limit_service_pb2.CheckResponse]:
         """Tells whether a call of this size would be admitted now. Changes nothing. Errors: as Reserve, but a refusal is an answer here."""
+
+    @_abc_1.abstractmethod
+    def ReportAbuse(
+        self,
+        request: _rate_limit_service_pb2.ReportAbuseRequest,
+        context: _aio.ServicerContext[_rate_limit_service_pb2.ReportAbuseRequest, _abc.Awaitable[_rate_limit_service_pb2.ReportAbuseResponse]],
+    ) -> _abc.Awaitable[_rate_limit_service_pb2.ReportAbuseResponse]:
+        """Tells of failed authentications that named tenants, for the guard against abuse. A batch over tenants; counted at most once each, and
+        losing some only makes the guard milder. Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def LiftGuard(
+        self,
+        request: _rate_limit_service_pb2.LiftGuardRequest,
+        context: _aio.ServicerContext[_rate_limit_service_pb2.LiftGuardRequest, _abc.Awaitable[_rate_limit_service_pb2.LiftGuardResponse]],
+    ) -> _abc.Awaitable[_rate_limit_service_pb2.LiftGuardResponse]:
+        """Ends the guard of the tenant that `x-tenant-id` names, and forgets how often it was open. For operators; audited. Idempotent.
+        Errors: INVALID_ARGUMENT when no tenant is named; UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ReturnShares(
+        self,
+        request: _rate_limit_service_pb2.ReturnSharesRequest,
+        context: _aio.ServicerContext[_rate_limit_service_pb2.ReturnSharesRequest, _abc.Awaitable[_rate_limit_service_pb2.ReturnSharesResponse]],
+    ) -> _abc.Awaitable[_rate_limit_service_pb2.ReturnSharesResponse]:
+        """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
+        leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
+        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
+        """
 
     @_abc_1.abstractmethod
     def ListLimits(
