@@ -147,6 +147,8 @@ class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authenticat
     def __init__(self) -> None:
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self._configs: dict[str, tenant_service_pb2.TenantConfig] = {}
+        # Credentials and the addresses they are good from, with what each proves.
+        self.credentials: dict[tuple[str, str], TenantContext] = {}
 
     def context(self, tenant_id: UUID, limit_rules: rules.LimitRules | None = None, version: int = 1, **limits: int) -> TenantContext:
         """Registers a tenant with these rules or limits, or changes them under a higher version, and returns its proven context."""
@@ -169,6 +171,20 @@ class ScriptedTenants(tenant_service_pb2_grpc.TenantServiceServicer, authenticat
             operator=False,
             token=mint(claims, self._key),
         )
+
+    async def Authenticate(
+        self,
+        request: authentication_service_pb2.AuthenticateRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> authentication_service_pb2.AuthenticateResponse:
+        """Knows the credentials a test wrote down."""
+        known = self.credentials.get((request.credential, request.peer_address))
+        if known is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown")
+            raise AssertionError
+        response = authentication_service_pb2.AuthenticateResponse(context_token=known.token)
+        response.expire_time.FromDatetime(known.expire_time)
+        return response
 
     async def GetTenantConfig(
         self,
