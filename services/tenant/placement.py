@@ -3,6 +3,7 @@
 Refuses a place there is no room or server for before anything of the tenant is recorded.
 """
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -66,6 +67,13 @@ class Placement:
 
 
 POOLED = Placement(StoredPlace(PlacementKind.POOL))
+# Raises when a place is not wanted any more. Asked where nothing can be dropped before what follows is made: an answer from before
+# that would let a place be made behind its tenant's end.
+Refusal = Callable[[], Awaitable[None]]
+
+
+async def never() -> None:
+    """Refuses nothing."""
 
 
 class PlacementStore(Protocol):
@@ -90,8 +98,8 @@ class SchemaMaker(Protocol):
         """Raises: WrongState when no further schema may be made, or none can be."""
         ...
 
-    async def make(self, tenant_id: TenantId) -> None:
-        """Makes the schema, without tables. Raises: WrongState when the database is full."""
+    async def make(self, tenant_id: TenantId, refuse_unwanted: Refusal = never) -> None:
+        """Makes the schema, without tables. Raises: WrongState when the database is full, what `refuse_unwanted` raises."""
         ...
 
     async def drop(self, tenant_id: TenantId) -> None:
@@ -110,8 +118,8 @@ class SiloMaker(Protocol):
         """Returns DSNs with new passwords for a database that is not made yet. Raises: WrongState without a server for it."""
         ...
 
-    async def make(self, tenant_id: TenantId, stores: SiloStores) -> None:
-        """Makes database and roles with the planned passwords, without tables."""
+    async def make(self, tenant_id: TenantId, stores: SiloStores, refuse_unwanted: Refusal = never) -> None:
+        """Makes database and roles with the planned passwords, without tables. Raises: what `refuse_unwanted` raises."""
         ...
 
     async def drop(self, tenant_id: TenantId) -> None:
@@ -138,13 +146,13 @@ class Placements:
             case _:
                 pass
 
-    async def settle(self, tenant_id: TenantId, wish: PlacementWish) -> None:
+    async def settle(self, tenant_id: TenantId, wish: PlacementWish, refuse_unwanted: Refusal = never) -> None:
         """Gives a new tenant its place, empty: each service makes its own tables in it. Idempotent."""
         if wish.kind is PlacementKind.POOL:
             return
         # Written before it is made: a crash in between leaves the passwords known, and the next run makes the rest with them.
         place = await self._store.settle(tenant_id, self.planned(tenant_id, wish))
-        await self.make(tenant_id, place)
+        await self.make(tenant_id, place, refuse_unwanted)
 
     def planned(self, tenant_id: TenantId, wish: PlacementWish) -> StoredPlace:
         """Returns the place of a wish; nothing is made yet."""
@@ -155,12 +163,12 @@ class Placements:
         stores = SiloStores(plan.postgres_dsn, plan.postgres_owner_dsn, wish.silo.qdrant_url, wish.silo.qdrant_api_key)
         return StoredPlace(wish.kind, stores, made=True)
 
-    async def make(self, tenant_id: TenantId, place: StoredPlace) -> None:
-        """Makes what the place needs. Idempotent."""
+    async def make(self, tenant_id: TenantId, place: StoredPlace, refuse_unwanted: Refusal = never) -> None:
+        """Makes what the place needs, unless it is not wanted any more. Idempotent."""
         if place.kind is PlacementKind.BRIDGE:
-            await self._schemas.make(tenant_id)
+            await self._schemas.make(tenant_id, refuse_unwanted)
         elif place.made:
-            await self._silos.make(tenant_id, place.stores)
+            await self._silos.make(tenant_id, place.stores, refuse_unwanted)
 
     async def get(self, tenant_id: TenantId) -> Placement | None:
         """Returns where the tenant lives; None when it is gone."""

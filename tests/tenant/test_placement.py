@@ -217,6 +217,25 @@ async def test_a_database_bears_so_many_schemas(postgres: PostgresStore) -> None
     await maker.refuse_full()
 
 
+async def test_a_place_that_is_not_wanted_any_more_is_not_made(postgres: PostgresStore) -> None:
+    """Whether a place is wanted is asked where nobody can drop it before it is made; a refusal leaves neither schema, database nor role."""
+    places, tenant_id = KnownPlaces(await postgres.fresh_database(), "inference"), TenantId(new_uuid7())
+    await places.migrate()
+    schemas, silos = PostgresSchemaMaker(places.dsn("tenant_placement"), 10), PostgresSiloMaker(postgres.server.dsn())
+
+    async def refuse() -> None:
+        raise WrongState("tenant", "ERASING", "it ends")
+
+    with pytest.raises(WrongState):
+        await schemas.make(tenant_id, refuse)
+    with pytest.raises(WrongState):
+        await silos.make(tenant_id, silos.plan(tenant_id), refuse)
+    admin = await asyncpg.connect(places.admin_dsn)
+    for catalog, column in (("pg_namespace", "nspname"), ("pg_database", "datname"), ("pg_roles", "rolname")):
+        assert await admin.fetchval(f"SELECT count(*) FROM {catalog} WHERE starts_with({column}, $1)", f"t_{tenant_id.hex}") == 0
+    await admin.close()
+
+
 @pytest.mark.parametrize("survived", range(STATEMENTS_OF_A_SILO))
 async def test_a_silo_that_was_half_made_is_made_whole(postgres: PostgresStore, monkeypatch: pytest.MonkeyPatch, survived: int) -> None:
     """Making a silo may stop after any statement: the next run ends with a database its role can enter, and dropping leaves nothing."""

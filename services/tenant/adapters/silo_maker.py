@@ -11,7 +11,7 @@ from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.migrate import ensure_role
 from services.kernel.tenant_scan import ScannedStore
-from services.tenant.placement import SiloStores, no_silo_server
+from services.tenant.placement import Refusal, SiloStores, never, no_silo_server
 
 _CONNECT_SECONDS = 5.0
 _STATEMENT_SECONDS = 30.0
@@ -37,11 +37,12 @@ class PostgresSiloMaker:
         self.refuse_absent()
         return SiloStores(self._dsn(tenant_id, "service"), self._dsn(tenant_id, "placement"))
 
-    async def make(self, tenant_id: TenantId, stores: SiloStores) -> None:
+    async def make(self, tenant_id: TenantId, stores: SiloStores, refuse_unwanted: Refusal = never) -> None:
         """Makes roles, then the database, then who may connect to it."""
         name = _name(tenant_id)
         owner, service, maker = f"{name}_owner", f"{name}_service", f"{name}_placement"
         async with self._administrator() as connection:
+            await refuse_unwanted()
             await ensure_role(connection, owner, login=False, password=None)
             await ensure_role(connection, service, login=True, password=urlsplit(stores.postgres_dsn).password)
             await ensure_role(connection, maker, login=True, password=urlsplit(stores.postgres_owner_dsn).password)
