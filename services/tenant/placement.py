@@ -4,7 +4,7 @@ Refuses a place there is no room or server for before anything of the tenant is 
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
@@ -19,12 +19,40 @@ CONTENT_SERVICES = ("retrieval", "inference")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SiloStores:
-    """A tenant's own stores; every field is a secret, so there is no repr. Empty fields mean the shared or the service's own."""
+    """A tenant's own stores; every field is a secret, so there is no repr. Empty fields mean the shared or the service's own.
+
+    A service that has no DSN of its own here reads and writes, or makes its tables, with the one for all.
+    """
 
     postgres_dsn: str = ""
     postgres_owner_dsn: str = ""
     qdrant_url: str = ""
     qdrant_api_key: str = ""
+    retrieval_dsn: str = ""
+    retrieval_owner_dsn: str = ""
+    inference_dsn: str = ""
+    inference_owner_dsn: str = ""
+
+    @property
+    def has_database(self) -> bool:
+        """True when a database is named."""
+        return any((self.postgres_dsn, self.postgres_owner_dsn, self.retrieval_dsn, self.inference_dsn))
+
+    def dsn_for(self, service: str) -> str:
+        """Returns what the service reads and writes with."""
+        return {"retrieval": self.retrieval_dsn, "inference": self.inference_dsn}.get(service) or self.postgres_dsn
+
+    def owner_dsn_for(self, service: str) -> str:
+        """Returns what the service's tables are made with."""
+        return {"retrieval": self.retrieval_owner_dsn, "inference": self.inference_owner_dsn}.get(service) or self.postgres_owner_dsn
+
+    def named(self) -> dict[str, str]:
+        """Returns the fields as they are stored: those that came later only when there is something in them."""
+        return {name: value for name, value in asdict(self).items() if value or name in _ALWAYS_STORED}
+
+
+# What stood in every stored wish and placement before services had roles of their own: their digests and replicas must go on reading alike.
+_ALWAYS_STORED = frozenset({"postgres_dsn", "postgres_owner_dsn", "qdrant_url", "qdrant_api_key"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +169,7 @@ class Placements:
         match wish.kind:
             case PlacementKind.BRIDGE:
                 await self._schemas.refuse_full()
-            case PlacementKind.SILO if not wish.silo.postgres_dsn:
+            case PlacementKind.SILO if not wish.silo.has_database:
                 self._silos.refuse_absent()
             case _:
                 pass
@@ -156,11 +184,11 @@ class Placements:
 
     def planned(self, tenant_id: TenantId, wish: PlacementWish) -> StoredPlace:
         """Returns the place of a wish; nothing is made yet."""
-        made = wish.kind is PlacementKind.SILO and not wish.silo.postgres_dsn
+        made = wish.kind is PlacementKind.SILO and not wish.silo.has_database
         if not made:
             return StoredPlace(wish.kind, wish.silo)
         plan = self._silos.plan(tenant_id)
-        stores = SiloStores(plan.postgres_dsn, plan.postgres_owner_dsn, wish.silo.qdrant_url, wish.silo.qdrant_api_key)
+        stores = replace(plan, qdrant_url=wish.silo.qdrant_url, qdrant_api_key=wish.silo.qdrant_api_key)
         return StoredPlace(wish.kind, stores, made=True)
 
     async def make(self, tenant_id: TenantId, place: StoredPlace, refuse_unwanted: Refusal = never) -> None:
@@ -199,18 +227,44 @@ def refuse_malformed(wish: PlacementWish) -> None:
     silo = wish.silo
     if wish.kind is not PlacementKind.SILO and silo != SiloStores():
         raise InvalidRequest("silo", "is for isolation SILO alone")
-    if bool(silo.postgres_dsn) != bool(silo.postgres_owner_dsn):
-        raise InvalidRequest("silo.postgres_dsn", "comes with silo.postgres_owner_dsn, or neither is given")
-    if silo.postgres_dsn:
-        service, owner = _postgres("silo.postgres_dsn", silo.postgres_dsn), _postgres("silo.postgres_owner_dsn", silo.postgres_owner_dsn)
-        if service.username == owner.username:
-            raise InvalidRequest("silo.postgres_dsn", "must log in as another role than the tables' owner")
-        if (service.hostname, service.port, service.path) != (owner.hostname, owner.port, owner.path):
-            raise InvalidRequest("silo.postgres_owner_dsn", "must name the same database as silo.postgres_dsn")
+    if silo.has_database:
+        _refuse_database(silo)
     if silo.qdrant_api_key and not silo.qdrant_url:
         raise InvalidRequest("silo.qdrant_api_key", "comes with silo.qdrant_url")
     if silo.qdrant_url and urlsplit(silo.qdrant_url).scheme not in ("http", "https"):
         raise InvalidRequest("silo.qdrant_url", "must read like https://host:6334")
+
+
+def _refuse_database(silo: SiloStores) -> None:
+    if bool(silo.retrieval_dsn) != bool(silo.inference_dsn):
+        raise InvalidRequest("silo.retrieval_postgres_dsn", "comes with silo.inference_postgres_dsn, or neither is given")
+    if bool(silo.postgres_dsn) == bool(silo.retrieval_dsn):
+        raise InvalidRequest("silo.postgres_dsn", "is given, or one DSN for each service is: not both, and with an owner's not neither")
+    if not silo.postgres_owner_dsn:
+        raise InvalidRequest("silo.postgres_dsn", "comes with silo.postgres_owner_dsn, or neither is given")
+    owner, others = _postgres("silo.postgres_owner_dsn", silo.postgres_owner_dsn), set[str | None]()
+    for field_name, dsn in database_dsns(silo).items():
+        if field_name == "silo.postgres_owner_dsn":
+            continue
+        service = _postgres(field_name, dsn)
+        if service.username == owner.username:
+            raise InvalidRequest(field_name, "must log in as another role than the tables' owner")
+        if service.username in others:
+            raise InvalidRequest(field_name, "must log in as another role than the other service's")
+        if (service.hostname, service.port, service.path) != (owner.hostname, owner.port, owner.path):
+            raise InvalidRequest(field_name, "must name the same database as silo.postgres_owner_dsn")
+        others.add(service.username)
+
+
+def database_dsns(silo: SiloStores) -> dict[str, str]:
+    """Returns the DSNs that came with a wish, by the field's name on the wire."""
+    named = {
+        "silo.postgres_owner_dsn": silo.postgres_owner_dsn,
+        "silo.postgres_dsn": silo.postgres_dsn,
+        "silo.retrieval_postgres_dsn": silo.retrieval_dsn,
+        "silo.inference_postgres_dsn": silo.inference_dsn,
+    }
+    return {field_name: dsn for field_name, dsn in named.items() if dsn}
 
 
 def _postgres(field_name: str, dsn: str) -> SplitResult:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Protocol, assert_never
 from uuid import UUID
@@ -239,7 +239,7 @@ class ProvisioningPlan:
         """Returns the addresses of a place somebody else made, sealed for the time until they are used; empty when there are none."""
         if wish.placement.silo == SiloStores():
             return ""
-        plain = json.dumps(asdict(wish.placement.silo)).encode()
+        plain = json.dumps(wish.placement.silo.named()).encode()
         return base64.b64encode(await self._seal.seal(tenant_id, SEALED_STORES, plain)).decode()
 
     async def drop_seal(self, tenant_id: TenantId) -> None:

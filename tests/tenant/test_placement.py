@@ -23,14 +23,19 @@ from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.app.parts import build_parts
 from services.tenant.key_management import parse_master_keys
-from services.tenant.placement import Placements, PlacementWish, SiloStores, StoredPlace, refuse_malformed
+from services.tenant.placement import CONTENT_SERVICES, Placements, PlacementWish, SiloStores, StoredPlace, refuse_malformed
 from services.tenant.tenant_wish import TenantWish
 from tests.support.places import KnownPlaces
 from tests.support.stores import PostgresStore
 from tests.tenant.harness import Harness, as_service, call, new_master_key, refusal, wish
 
 SILO = SiloStores("postgresql://app:secret@db.example:5432/acme", "postgresql://owner:secret@db.example:5432/acme")
-STATEMENTS_OF_A_SILO = 11
+OWN = SiloStores(
+    postgres_owner_dsn=SILO.postgres_owner_dsn,
+    retrieval_dsn="postgresql://finder:secret@db.example:5432/acme",
+    inference_dsn="postgresql://answerer:secret@db.example:5432/acme",
+)
+STATEMENTS_OF_A_SILO = 23
 
 
 async def test_a_place_that_cannot_be_made_is_refused_before_anything_is_recorded(harness: Harness) -> None:
@@ -148,6 +153,13 @@ async def test_what_tables_are_made_with_is_told_in_no_callers_name(harness: Har
         PlacementWish(PlacementKind.SILO, replace(SILO, postgres_owner_dsn="postgresql://owner:secret@db.example:5432/other")),
         PlacementWish(PlacementKind.SILO, replace(SILO, postgres_dsn="mysql://app:secret@db.example/acme")),
         PlacementWish(PlacementKind.SILO, replace(SILO, postgres_dsn="postgresql://app:secret@db.example:port/acme")),
+        PlacementWish(PlacementKind.SILO, SiloStores(postgres_owner_dsn=SILO.postgres_owner_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(SILO, retrieval_dsn=OWN.retrieval_dsn, inference_dsn=OWN.inference_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(OWN, inference_dsn="")),
+        PlacementWish(PlacementKind.SILO, replace(OWN, inference_dsn=OWN.retrieval_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(OWN, inference_dsn=SILO.postgres_owner_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(OWN, inference_dsn="postgresql://answerer:secret@db.example:5432/other")),
+        PlacementWish(PlacementKind.SILO, replace(OWN, postgres_owner_dsn="")),
         PlacementWish(PlacementKind.SILO, replace(SILO, qdrant_api_key="secret")),
         PlacementWish(PlacementKind.SILO, replace(SILO, qdrant_url="file:///secret")),
     ],
@@ -157,7 +169,8 @@ def test_stores_that_do_not_fit_are_refused_without_being_repeated(wrong: Placem
     with pytest.raises(InvalidRequest) as refused:
         refuse_malformed(wrong)
     assert "secret" not in str(refused.value)
-    refuse_malformed(PlacementWish(PlacementKind.SILO, SILO))
+    for complete in (SILO, OWN):
+        refuse_malformed(PlacementWish(PlacementKind.SILO, complete))
 
 
 def test_a_wish_hides_its_secrets_and_counts_them() -> None:
@@ -238,7 +251,7 @@ async def test_a_place_that_is_not_wanted_any_more_is_not_made(postgres: Postgre
 
 @pytest.mark.parametrize("survived", range(STATEMENTS_OF_A_SILO))
 async def test_a_silo_that_was_half_made_is_made_whole(postgres: PostgresStore, monkeypatch: pytest.MonkeyPatch, survived: int) -> None:
-    """Making a silo may stop after any statement: the next run ends with a database its role can enter, and dropping leaves nothing."""
+    """Making a silo may stop after any statement: the next run ends with a database each service can enter, and dropping leaves nothing."""
     maker, tenant_id = PostgresSiloMaker(postgres.server.dsn()), TenantId(uuid4())
     stores, left, execute = maker.plan(tenant_id), survived, asyncpg.Connection.execute
 
@@ -254,9 +267,10 @@ async def test_a_silo_that_was_half_made_is_made_whole(postgres: PostgresStore, 
         with pytest.raises(ConnectionError):
             await maker.make(tenant_id, stores)
     await maker.make(tenant_id, stores)
-    connection = await asyncpg.connect(stores.postgres_dsn)
-    assert await connection.fetchval("SELECT current_user") == f"t_{tenant_id.hex}_service"
-    await connection.close()
+    for service in CONTENT_SERVICES:
+        connection = await asyncpg.connect(stores.dsn_for(service))
+        assert await connection.fetchval("SELECT current_user") == f"t_{tenant_id.hex}_{service}_service"
+        await connection.close()
     for _ in range(2):
         await maker.drop(tenant_id)
     admin = await asyncpg.connect(postgres.server.dsn())
