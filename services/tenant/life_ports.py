@@ -11,7 +11,7 @@ class PlaceKeeper(Protocol):
     """Where a tenant's content is: made before anything is put there, dropped after everything is removed. Safe to repeat."""
 
     async def refuse_impossible(self, wish: PlacementWish) -> None:
-        """Refuses a wish that could not be fulfilled, before anything is recorded. Raises: InvalidRequest, WrongState."""
+        """Refuses a wish that could not be fulfilled, before anything is recorded. Raises: InvalidRequest, WrongState, Unavailable."""
         ...
 
     async def settle(self, tenant_id: TenantId, wish: PlacementWish) -> None:

@@ -138,8 +138,8 @@ class SchemaMaker(Protocol):
 class SiloMaker(Protocol):
     """Makes and drops databases with their roles. Idempotent, and safe to repeat after a crash at any point."""
 
-    def refuse_absent(self) -> None:
-        """Raises: WrongState without a server to make databases on."""
+    async def refuse_absent(self) -> None:
+        """Raises: WrongState without a server to make databases on, Unavailable when it does not answer."""
         ...
 
     def plan(self, tenant_id: TenantId) -> SiloStores:
@@ -155,22 +155,34 @@ class SiloMaker(Protocol):
         ...
 
 
+class Probe(Protocol):
+    """Knocks at stores that somebody else made."""
+
+    async def refuse_unreachable(self, stores: SiloStores) -> None:
+        """Raises: Unavailable for an address that does not answer, InvalidRequest for a login that it refuses."""
+        ...
+
+
 class Placements:
     """Gives places to tenants and takes them back."""
 
-    def __init__(self, store: PlacementStore, schemas: SchemaMaker, silos: SiloMaker) -> None:
+    def __init__(self, store: PlacementStore, schemas: SchemaMaker, silos: SiloMaker, probe: Probe) -> None:
         self._store = store
         self._schemas = schemas
         self._silos = silos
+        self._probe = probe
 
     async def refuse_impossible(self, wish: PlacementWish) -> None:
-        """Refuses a wish that could not be fulfilled. Raises: InvalidRequest, WrongState."""
+        """Refuses a wish that could not be fulfilled. Raises: InvalidRequest, WrongState, Unavailable for stores that do not answer."""
         refuse_malformed(wish)
         match wish.kind:
             case PlacementKind.BRIDGE:
                 await self._schemas.refuse_full()
             case PlacementKind.SILO if not wish.silo.has_database:
-                self._silos.refuse_absent()
+                await self._silos.refuse_absent()
+                await self._probe.refuse_unreachable(wish.silo)
+            case PlacementKind.SILO:
+                await self._probe.refuse_unreachable(wish.silo)
             case _:
                 pass
 

@@ -245,7 +245,9 @@ async def test_an_erasure_ends_a_move_that_is_about_to_be_noted(world: World, mo
 
 
 @pytest.mark.parametrize("kind", OUTSIDE, ids=str)
-async def test_who_comes_to_a_move_after_the_erasure_copies_nothing(world: World, monkeypatch: pytest.MonkeyPatch, kind: PlacementKind) -> None:
+async def test_who_comes_to_a_move_after_the_erasure_copies_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: PlacementKind
+) -> None:
     """A mover that slept through the erasure of its tenant neither notes nor copies anything afterwards."""
     tenant_id = await a_tenant(world)
     context, (one, other) = await world.begin_move(tenant_id, kind), world.replicas

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import socket
+import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -11,6 +14,7 @@ import grpc
 import pytest
 from pydantic import SecretStr
 
+from devstack.ports import free_port
 from mesh.tenant.v1 import placement_service_pb2 as pb
 from mesh.tenant.v1 import placement_service_pb2_grpc, tenant_service_pb2
 from services.kernel.cell import Cell
@@ -21,6 +25,7 @@ from services.kernel.tenant_cipher import KeyUseFailed
 from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
+from services.tenant.adapters.store_probe import StoreProbe
 from services.tenant.app.parts import build_parts
 from services.tenant.key_management import parse_master_keys
 from services.tenant.placement import CONTENT_SERVICES, Placements, PlacementWish, SiloStores, StoredPlace, refuse_malformed
@@ -92,7 +97,7 @@ async def test_a_creation_that_fails_gives_its_place_up_and_can_be_erased(harnes
     """Once a service has refused a silo's tenant for good, its addresses and keys are gone; the FAILED tenant is erased like any other."""
     request = wish(plan="enterprise")
     request.isolation = pb.ISOLATION_SILO
-    request.silo.CopyFrom(pb.SiloStores(postgres_dsn=SILO.postgres_dsn, postgres_owner_dsn=SILO.postgres_owner_dsn))
+    request.silo.CopyFrom(await harness.own_database())
     harness.peers["retrieval"].failures = [grpc.StatusCode.INVALID_ARGUMENT]
     await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator()))
     found = "SELECT tenant_id FROM tenant.request_directory WHERE request_id = $1"
@@ -102,6 +107,68 @@ async def test_a_creation_that_fails_gives_its_place_up_and_can_be_erased(harnes
     assert await harness.value("SELECT content::text FROM tenant.sagas WHERE tenant_id = $1", tenant_id) == "{}"
     erase = tenant_service_pb2.EraseTenantRequest(request_id=str(uuid4()), tenant_id=str(tenant_id), confirm_slug=request.slug)
     assert (await call(harness.tenants.EraseTenant, erase, harness.as_operator())).receipt.verified
+
+
+async def test_stores_that_do_not_answer_are_refused_before_anything_is_recorded(harness: Harness) -> None:
+    """An address without a server, one that never answers and a refused login are named without a password, soon, and leave nothing."""
+    own, before = await harness.own_database(), await row_counts(harness)
+    password = urlsplit(own.postgres_owner_dsn).password or ""
+    closed = f"postgresql://finder:{password}@127.0.0.1:{free_port()}/acme"
+    request, refusals = wish(plan="enterprise", isolation=pb.ISOLATION_SILO), 0
+    # It listens and never accepts: a connection is made and nothing is ever said.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        waiting = f"127.0.0.1:{silent.getsockname()[1]}"
+        for code, stores in (
+            (grpc.StatusCode.UNAVAILABLE, pb.SiloStores(postgres_dsn=closed, postgres_owner_dsn=closed.replace("finder", "maker"))),
+            (grpc.StatusCode.UNAVAILABLE, with_host(own, waiting)),
+            (grpc.StatusCode.UNAVAILABLE, with_qdrant(own, f"http://127.0.0.1:{free_port()}")),
+            (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                with_qdrant(own, "", inference_postgres_dsn=own.inference_postgres_dsn.replace(password, "x")),
+            ),
+        ):
+            request.silo.CopyFrom(stores)
+            begun = time.monotonic()
+            refused = await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=30))
+            assert refused.code is code, refused
+            assert time.monotonic() - begun < 15
+            assert "127.0.0.1:" in refused.message
+            assert password not in f"{refused.message}{refused.metadata}"
+            refusals += 1
+    after = await row_counts(harness)
+    assert after.pop("audit") == before.pop("audit") + refusals
+    assert after == before
+    request.silo.CopyFrom(own)
+    assert (await call(harness.tenants.CreateTenant, request, harness.as_operator())).tenant.slug == request.slug
+
+
+def with_host(stores: pb.SiloStores, address: str) -> pb.SiloStores:
+    """The same stores at another address."""
+    at = {
+        field.name: urlunsplit(urlsplit(dsn)._replace(netloc=f"{urlsplit(dsn).username}:x@{address}")) for field, dsn in stores.ListFields()
+    }
+    return pb.SiloStores(**at)
+
+
+def with_qdrant(stores: pb.SiloStores, url: str, **changes: str) -> pb.SiloStores:
+    """The same stores with another Qdrant or other logins."""
+    found = pb.SiloStores(qdrant_url=url, **changes)
+    merged = pb.SiloStores()
+    merged.CopyFrom(stores)
+    merged.MergeFrom(found)
+    return merged
+
+
+async def test_each_service_is_told_its_own_login(harness: Harness) -> None:
+    """In a database that an operator made with a role for each service, neither is told the other's DSN."""
+    request = wish(plan="enterprise", isolation=pb.ISOLATION_SILO)
+    request.silo.CopyFrom(await harness.own_database())
+    created = await call(harness.tenants.CreateTenant, request, harness.as_operator())
+    token = (await harness.authenticate(created.api_key)).context_token
+    stub = placement_service_pb2_grpc.PlacementServiceStub(harness.channel)
+    for service, dsn in (("retrieval", request.silo.retrieval_postgres_dsn), ("inference", request.silo.inference_postgres_dsn)):
+        answer = await call(stub.GetPlacement, pb.GetPlacementRequest(), as_service(service, token, created.tenant.tenant_id))
+        assert answer.place.postgres_dsn == dsn
 
 
 async def test_another_regions_tenant_is_not_made_here(harness: Harness) -> None:
@@ -208,7 +275,7 @@ async def test_addresses_are_sealed_in_the_database(harness: Harness) -> None:
         with pytest.raises(WrongState):
             await placements.get(tenant_id)
         # What is dropped is known without its addresses: an undoing that was stopped behind the keys still ends.
-        kept = Placements(placements, PostgresSchemaMaker("", 0), PostgresSiloMaker(""))
+        kept = Placements(placements, PostgresSchemaMaker("", 0), PostgresSiloMaker(""), StoreProbe())
         assert await kept.drop(tenant_id) == []
         with pytest.raises(WrongState):
             await parts.box.seal(tenant_id, "placement", b"x")
@@ -247,6 +314,18 @@ async def test_a_place_that_is_not_wanted_any_more_is_not_made(postgres: Postgre
     for catalog, column in (("pg_namespace", "nspname"), ("pg_database", "datname"), ("pg_roles", "rolname")):
         assert await admin.fetchval(f"SELECT count(*) FROM {catalog} WHERE starts_with({column}, $1)", f"t_{tenant_id.hex}") == 0
     await admin.close()
+
+
+async def test_a_silo_that_was_planned_with_one_login_is_made_as_planned(postgres: PostgresStore) -> None:
+    """Passwords that were sealed with one login for both services are given to the roles they were sealed for, and those go with it."""
+    maker, tenant_id = PostgresSiloMaker(postgres.server.dsn()), TenantId(uuid4())
+    plan = maker.plan(tenant_id)
+    both, owner = plan.dsn_for("inference").replace("_inference_", "_"), plan.owner_dsn_for("inference").replace("_inference_", "_")
+    await maker.make(tenant_id, SiloStores(both, owner))
+    for dsn in (both, owner):
+        await (await asyncpg.connect(dsn)).close()
+    await maker.drop(tenant_id)
+    assert [item.found for item in await maker.scan(tenant_id)] == [0, 0]
 
 
 @pytest.mark.parametrize("survived", range(STATEMENTS_OF_A_SILO))

@@ -17,6 +17,7 @@ from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
+from services.tenant.adapters.store_probe import StoreProbe
 from services.tenant.app.parts import build_parts
 from services.tenant.placement import Placements
 from services.tenant.provisioning import ORDER, ProvisioningPlan, Step, TenantProvisioning
@@ -161,7 +162,7 @@ async def second_process(harness: Harness) -> AsyncIterator[tuple[TenantProvisio
     async with AsyncExitStack() as stack:
         parts = await build_parts(harness.settings, stack)
         store, peers = CrashingStore(parts.database), {Step[name.upper()]: (name, parts.peers[name]) for name in PEERS}
-        places = Placements(PostgresPlacements(parts.database, parts.box), PostgresSchemaMaker("", 0), PostgresSiloMaker(""))
+        places = Placements(PostgresPlacements(parts.database, parts.box), PostgresSchemaMaker("", 0), PostgresSiloMaker(""), StoreProbe())
         plan = ProvisioningPlan(store, parts.tenants, peers, places, parts.box, parts.vault, parts.minter)
         engine = SagaEngine(parts.sagas, {SagaKind.PROVISION: plan}, lease_seconds=10.0, max_attempts=20)
         yield TenantProvisioning(store, parts.sagas, plan, engine, parts.tenants, parts.tenants, places, region="local"), store

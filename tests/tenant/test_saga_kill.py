@@ -160,9 +160,9 @@ async def test_a_creation_killed_at_any_step_ends_by_itself(mortal: Mortal, step
 async def test_a_killed_creation_goes_on_with_the_addresses_it_was_given(mortal: Mortal, step: Step, moment: str) -> None:
     """What a silo's addresses were is known after the death, to whoever has the tenant's key: in plain words they stand in no table."""
     await mortal.start()
-    request, harness, password = wish(plan="enterprise", isolation=placement_service_pb2.ISOLATION_SILO), mortal.harness, uuid4().hex
-    request.silo.postgres_dsn = f"postgresql://app:{password}@db.example:5432/acme"
-    request.silo.postgres_owner_dsn = f"postgresql://owner:{password}@db.example:5432/acme"
+    request, harness = wish(plan="enterprise", isolation=placement_service_pb2.ISOLATION_SILO), mortal.harness
+    request.silo.CopyFrom(await harness.own_database())
+    password = urlsplit(request.silo.postgres_owner_dsn).password or ""
     mortal.death_wish.write_text(f"PROVISION {step.name} {moment}")
     with pytest.raises(MeshError):
         await call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=PATIENCE_SECONDS)
@@ -185,7 +185,7 @@ async def test_a_killed_creation_goes_on_with_the_addresses_it_was_given(mortal:
     places = placement_service_pb2_grpc.PlacementServiceStub(harness.channel)
     asked = placement_service_pb2.GetPlacementRequest(for_tables=True)
     found = await call(places.GetPlacement, asked, as_service("inference", token, answer.tenant.tenant_id))
-    assert (found.place.isolation, found.place.postgres_dsn) == (placement_service_pb2.ISOLATION_SILO, request.silo.postgres_dsn)
+    assert (found.place.isolation, found.place.postgres_dsn) == (placement_service_pb2.ISOLATION_SILO, request.silo.inference_postgres_dsn)
     assert found.migration_dsn == request.silo.postgres_owner_dsn
 
 

@@ -10,13 +10,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
-from services.kernel.errors import Unavailable
+from services.kernel.errors import InvalidRequest, Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.migrate import ensure_role
 from services.kernel.tenant_scan import ScannedStore
+from services.tenant.adapters.store_probe import address_of, knock
 from services.tenant.placement import CONTENT_SERVICES, Refusal, SiloStores, never, no_silo_server
 
 _CONNECT_SECONDS = 5.0
+_POSTGRES_PORT = 5432
 _STATEMENT_SECONDS = 30.0
 _LOCK_KEY = 7_400_000_002
 COUNT_DATABASES = "SELECT count(*) FROM pg_database WHERE datname = $1"
@@ -31,14 +33,19 @@ class PostgresSiloMaker:
     def __init__(self, admin_dsn: str) -> None:
         self._admin_dsn = admin_dsn
 
-    def refuse_absent(self) -> None:
-        """Raises: WrongState without a server."""
-        if not self._admin_dsn:
-            raise no_silo_server()
+    async def refuse_absent(self) -> None:
+        """Raises: WrongState without a server, Unavailable when it does not answer."""
+        self._refuse_unset()
+        address = address_of(self._admin_dsn, _POSTGRES_PORT)
+        try:
+            await knock("TENANTRY_SILO_ADMIN_DSN", self._admin_dsn)
+        except InvalidRequest:
+            # No caller can mend it.
+            raise Unavailable("silo", f"{address} refuses the login of TENANTRY_SILO_ADMIN_DSN", address=address) from None
 
     def plan(self, tenant_id: TenantId) -> SiloStores:
         """Returns DSNs with new passwords."""
-        self.refuse_absent()
+        self._refuse_unset()
         return SiloStores(
             retrieval_dsn=self._dsn(tenant_id, "retrieval_service"),
             retrieval_owner_dsn=self._dsn(tenant_id, "retrieval_placement"),
@@ -81,7 +88,7 @@ class PostgresSiloMaker:
 
     @asynccontextmanager
     async def _administrator(self) -> AsyncIterator[asyncpg.Connection]:
-        self.refuse_absent()
+        self._refuse_unset()
         try:
             connection = await asyncpg.connect(  # noqa: TID251 - another server than the service's own, for a moment
                 self._admin_dsn, timeout=_CONNECT_SECONDS, command_timeout=_STATEMENT_SECONDS
@@ -94,6 +101,10 @@ class PostgresSiloMaker:
             yield connection
         finally:
             await connection.close()
+
+    def _refuse_unset(self) -> None:
+        if not self._admin_dsn:
+            raise no_silo_server()
 
     def _dsn(self, tenant_id: TenantId, role: str) -> str:
         parts, name = urlsplit(self._admin_dsn), _name(tenant_id)

@@ -14,6 +14,7 @@ from services.tenant.adapters.postgres_sagas import PostgresDueSagas
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.adapters.smtp_mail import PostgresOwners, SmtpMail
+from services.tenant.adapters.store_probe import StoreProbe
 from services.tenant.adapters.webhook import Webhook
 from services.tenant.app.parts import Parts, now
 from services.tenant.archive import TenantArchive
@@ -76,6 +77,7 @@ def _placements(parts: Parts, silos: PostgresSiloMaker) -> tuple[Placements, Ten
         store,
         PostgresSchemaMaker(settings.postgres_placement_dsn.get_secret_value(), settings.max_bridge_schemas),
         silos,
+        StoreProbe(),
     )
     moves = TenantMoves(
         placements,
