@@ -26,7 +26,7 @@ MAY_ANSWER = {"NOT_FOUND", "FAILED_PRECONDITION", "UNAVAILABLE"}
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_an_erasure_that_meets_a_move_ends_and_leaves_nothing(mesh: Mesh, tmp_path: Path) -> None:
-    """The receipt verifies and no store holds anything of the tenant, whenever the erasure begins; the move says that there is no tenant."""
+    """The receipt verifies and no store holds anything of the tenant, whenever the erasure begins."""
     races = itertools.islice(zip(itertools.cycle(DELAYS_SECONDS), itertools.cycle(("silo", "bridge", "silo")), strict=False), RACES)
     for delay_seconds, to in races:
         used = await with_a_document(mesh)

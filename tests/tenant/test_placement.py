@@ -115,6 +115,7 @@ async def test_stores_that_do_not_answer_are_refused_before_anything_is_recorded
     password = urlsplit(own.postgres_owner_dsn).password or ""
     closed = f"postgresql://finder:{password}@127.0.0.1:{free_port()}/acme"
     request, refusals = wish(plan="enterprise", isolation=pb.ISOLATION_SILO), 0
+    wrong = own.inference_postgres_dsn.replace(password, "x")
     # It listens and never accepts: a connection is made and nothing is ever said.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         waiting = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -124,7 +125,7 @@ async def test_stores_that_do_not_answer_are_refused_before_anything_is_recorded
             (grpc.StatusCode.UNAVAILABLE, with_qdrant(own, f"http://127.0.0.1:{free_port()}")),
             (
                 grpc.StatusCode.INVALID_ARGUMENT,
-                with_qdrant(own, "", inference_postgres_dsn=own.inference_postgres_dsn.replace(password, "x")),
+                with_qdrant(own, "", inference_postgres_dsn=wrong),
             ),
         ):
             request.silo.CopyFrom(stores)

@@ -64,9 +64,5 @@ def address_of(url: str, default_port: int) -> str:
 
 def unreachable(field_name: str, address: str) -> Unavailable:
     """Builds the refusal of stores that do not answer."""
-    return Unavailable(
-        "silo",
-        f"{field_name}: {address} does not answer; nothing was begun, repeat the call once it does",
-        field=field_name,
-        address=address,
-    )
+    message = f"{field_name}: {address} does not answer; nothing was begun, repeat the call once it does"
+    return Unavailable("silo", message, field=field_name, address=address)
