@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from services.kernel.ids import TenantId
-from services.tenant.placement import PlacementWish
+from services.tenant.placement import PlacementWish, Refusal, never
 
 
 class PlaceKeeper(Protocol):
@@ -14,7 +14,7 @@ class PlaceKeeper(Protocol):
         """Refuses a wish that could not be fulfilled, before anything is recorded. Raises: InvalidRequest, WrongState, Unavailable."""
         ...
 
-    async def settle(self, tenant_id: TenantId, wish: PlacementWish) -> None:
+    async def settle(self, tenant_id: TenantId, wish: PlacementWish, refuse_unwanted: Refusal = never) -> None:
         """Makes the tenant's schema or database, empty. Raises: MeshError."""
         ...
 

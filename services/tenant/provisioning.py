@@ -97,7 +97,10 @@ class CreatedTenant:
 
 
 class ProvisioningStore(Protocol):
-    """Where each step becomes durable. Every method is one transaction, marks its step and is safe to repeat."""
+    """Where each step becomes durable. Every method is one transaction, marks its step and is safe to repeat.
+
+    With a lease it raises LeaseLost, and changes nothing, unless that is still the saga's.
+    """
 
     async def record(
         self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, region: str, actor: Actor
@@ -109,33 +112,47 @@ class ProvisioningStore(Protocol):
         """Tells whether the request was recorded before."""
         ...
 
-    async def write_defaults(self, tenant_id: TenantId, assistant_name: str, step: Step) -> None:
+    async def write_defaults(self, tenant_id: TenantId, assistant_name: str, step: Step, lease: UUID) -> None:
         """Writes the settings unless they are there."""
         ...
 
-    async def write_owner(self, tenant_id: TenantId, email: str, step: Step) -> None:
+    async def write_owner(self, tenant_id: TenantId, email: str, step: Step, lease: UUID) -> None:
         """Writes the owner unless there is one."""
         ...
 
-    async def finish_step(self, tenant_id: TenantId, step: Step) -> None:
+    async def hold(self, tenant_id: TenantId, lease: UUID) -> None:
+        """Asks whether the lease still is the saga's."""
+        ...
+
+    async def finish_step(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
         """Notes that the step is done."""
         ...
 
     async def issue_first_key(
-        self, tenant_id: TenantId, key: ApiKeyText, display_name: str, scopes: frozenset[str], actor: Actor, step: Step
+        self,
+        tenant_id: TenantId,
+        key: ApiKeyText,
+        display_name: str,
+        scopes: frozenset[str],
+        actor: Actor,
+        step: Step,
+        lease: UUID | None,
     ) -> bool:
-        """Stores the key as the first one, in place of an earlier first key that was never used; False when that one stays."""
+        """Stores the key as the first one, in place of an earlier first key that was never used; False when that one stays.
+
+        Without a lease it is for a tenant that is made already.
+        """
         ...
 
-    async def activate(self, tenant_id: TenantId, step: Step) -> None:
+    async def activate(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
         """Lets the tenant be used, tells of it, and ends the saga."""
         ...
 
-    async def undo_step(self, tenant_id: TenantId, step: Step) -> None:
+    async def undo_step(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
         """Removes what the step wrote here, if anything, and notes that it is undone."""
         ...
 
-    async def give_up(self, tenant_id: TenantId, step: Step, actor: Actor) -> None:
+    async def give_up(self, tenant_id: TenantId, step: Step, actor: Actor, lease: UUID) -> None:
         """Makes the tenant FAILED, lets its slug go and ends the saga; the request id stays spent."""
         ...
 
@@ -180,25 +197,25 @@ class ProvisioningPlan:
 
     async def run(self, step: int, saga: Saga) -> None:
         """Does the step and marks it done. Raises: MeshError."""
-        tenant_id, wish = saga.tenant_id, read_wish(saga.content)
+        tenant_id, lease, wish = saga.tenant_id, saga.lease, read_wish(saga.content)
         match Step(step):
             case Step.RECORDED:
-                await self._store.finish_step(tenant_id, Step.RECORDED)
+                await self._store.finish_step(tenant_id, Step.RECORDED, lease)
             case Step.PLACEMENT:
-                await self._places.settle(tenant_id, await self._place_wish(saga))
-                await self._store.finish_step(tenant_id, Step.PLACEMENT)
+                await self._places.settle(tenant_id, await self._place_wish(saga), lambda: self._store.hold(tenant_id, lease))
+                await self._store.finish_step(tenant_id, Step.PLACEMENT, lease)
             case Step.DEFAULTS:
-                await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, Step.DEFAULTS)
+                await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, Step.DEFAULTS, lease)
             case Step.RETRIEVAL | Step.INFERENCE | Step.RATELIMIT | Step.METERING as at:
-                await self._provision_peer(at, tenant_id)
+                await self._provision_peer(at, tenant_id, lease)
             case Step.OWNER:
-                await self._store.write_owner(tenant_id, wish.owner_email, Step.OWNER)
+                await self._store.write_owner(tenant_id, wish.owner_email, Step.OWNER, lease)
             case Step.FIRST_KEY:
-                text = await self.issue_first_key(tenant_id, wish.plan, saga.actor)
+                text = await self.issue_first_key(tenant_id, wish.plan, saga.actor, lease)
                 if tenant_id in self._wanted_keys:
                     self._wanted_keys[tenant_id] = text
             case Step.ACTIVE:
-                await self._store.activate(tenant_id, Step.ACTIVE)
+                await self._store.activate(tenant_id, Step.ACTIVE, lease)
             case unknown:
                 assert_never(unknown)
 
@@ -212,13 +229,13 @@ class ProvisioningPlan:
                 await self._places.drop(saga.tenant_id)
                 await self._data_keys.destroy(saga.tenant_id)
             case Step.RECORDED:
-                await self._store.give_up(saga.tenant_id, Step.RECORDED, saga.actor)
+                await self._store.give_up(saga.tenant_id, Step.RECORDED, saga.actor, saga.lease)
                 return
             case Step.DEFAULTS | Step.OWNER | Step.FIRST_KEY | Step.ACTIVE:
                 pass
             case unknown:
                 assert_never(unknown)
-        await self._store.undo_step(saga.tenant_id, Step(step))
+        await self._store.undo_step(saga.tenant_id, Step(step), saga.lease)
 
     @contextmanager
     def wanting_key(self, tenant_id: TenantId) -> Iterator[Callable[[], str]]:
@@ -229,10 +246,10 @@ class ProvisioningPlan:
         finally:
             self._wanted_keys.pop(tenant_id, None)
 
-    async def issue_first_key(self, tenant_id: TenantId, plan: str, actor: Actor) -> str:
+    async def issue_first_key(self, tenant_id: TenantId, plan: str, actor: Actor, lease: UUID | None = None) -> str:
         """Returns the first key's text, in place of one that was never used; empty when the first key stays."""
         key = new_api_key(plan)
-        issued = await self._store.issue_first_key(tenant_id, key, FIRST_KEY_NAME, TENANT_SCOPES, actor, Step.FIRST_KEY)
+        issued = await self._store.issue_first_key(tenant_id, key, FIRST_KEY_NAME, TENANT_SCOPES, actor, Step.FIRST_KEY, lease)
         return str(key) if issued else ""
 
     async def seal_stores(self, tenant_id: TenantId, wish: TenantWish) -> str:
@@ -253,7 +270,7 @@ class ProvisioningPlan:
         plain = await self._seal.open(saga.tenant_id, SEALED_STORES, base64.b64decode(sealed))
         return PlacementWish(wish.placement.kind, SiloStores(**json.loads(plain)))
 
-    async def _provision_peer(self, step: Step, tenant_id: TenantId) -> None:
+    async def _provision_peer(self, step: Step, tenant_id: TenantId, lease: UUID) -> None:
         name, peer = self._peers[step]
         context = await self._context(tenant_id)
         try:
@@ -261,7 +278,7 @@ class ProvisioningPlan:
         except MeshError as error:
             # Its own words would name a call the caller did not make; the engine looks at what stands behind ours.
             raise Unavailable(name, f"{name} could not make the tenant's place; repeat the call with the same request id") from error
-        await self._store.finish_step(tenant_id, step)
+        await self._store.finish_step(tenant_id, step, lease)
 
     async def _context(self, tenant_id: TenantId) -> TenantContext:
         facts = await self._directory.get_facts(tenant_id)

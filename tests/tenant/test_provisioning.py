@@ -134,16 +134,16 @@ class CrashingStore(PostgresProvisioning):
         self._maybe_die(Step.RECORDED)
         return recorded
 
-    async def write_defaults(self, tenant_id: Any, assistant_name: str, step: Step) -> None:
-        await super().write_defaults(tenant_id, assistant_name, step)
+    async def write_defaults(self, tenant_id: Any, assistant_name: str, step: Step, lease: UUID) -> None:
+        await super().write_defaults(tenant_id, assistant_name, step, lease)
         self._maybe_die(step)
 
-    async def finish_step(self, tenant_id: Any, step: Step) -> None:
-        await super().finish_step(tenant_id, step)
+    async def finish_step(self, tenant_id: Any, step: Step, lease: UUID) -> None:
+        await super().finish_step(tenant_id, step, lease)
         self._maybe_die(step)
 
-    async def write_owner(self, tenant_id: Any, email: str, step: Step) -> None:
-        await super().write_owner(tenant_id, email, step)
+    async def write_owner(self, tenant_id: Any, email: str, step: Step, lease: UUID) -> None:
+        await super().write_owner(tenant_id, email, step, lease)
         self._maybe_die(step)
 
     async def issue_first_key(self, *args: Any) -> bool:
@@ -151,8 +151,8 @@ class CrashingStore(PostgresProvisioning):
         self._maybe_die(Step.FIRST_KEY)
         return issued
 
-    async def activate(self, tenant_id: Any, step: Step) -> None:
-        await super().activate(tenant_id, step)
+    async def activate(self, tenant_id: Any, step: Step, lease: UUID) -> None:
+        await super().activate(tenant_id, step, lease)
         self._maybe_die(step)
 
 

@@ -69,6 +69,28 @@ class Mortal:
         assert await asyncio.wait_for(self.process.wait(), PATIENCE_SECONDS) == -signal.SIGKILL
         assert not self.death_wish.exists()
 
+    async def falls_asleep(self) -> None:
+        """Returns when the process has stopped where it was told to."""
+
+        async def sleeps() -> bool:
+            return not self.death_wish.exists()
+
+        await eventually(sleeps, within_seconds=PATIENCE_SECONDS)
+
+    def wake(self) -> None:
+        """Lets the process go on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def replica(self) -> Mortal:
+        """Another process on the same database, which never dies by itself."""
+        port = free_port()
+        environment = self.environment | {
+            "TENANTRY_LISTEN_ADDRESS": f"127.0.0.1:{port}",
+            "DEATH_WISH": str(self.death_wish.with_name("no wish")),
+        }
+        return replace(self, environment=environment, port=port, process=None)
+
     async def stop(self) -> None:
         """Ends the process."""
         if self.process is not None and self.process.returncode is None:
@@ -237,3 +259,65 @@ async def test_an_erasure_killed_at_any_step_ends_by_itself(mortal: Mortal, step
     again = replace(mortal, process=None).harness
     receipt = tenant_service_pb2.GetErasureReceiptRequest(tenant_id=created.tenant.tenant_id)
     assert (await call(again.tenants.GetErasureReceipt, receipt, again.as_operator())).receipt == answer.receipt
+
+
+@pytest.fixture
+async def pair(mortal: Mortal) -> AsyncIterator[tuple[Mortal, Mortal]]:
+    """The process, and a replica that is alive when it sleeps."""
+    await mortal.start()
+    other = mortal.replica()
+    yield mortal, other
+    await other.stop()
+
+
+@pytest.mark.slow
+async def test_a_replica_that_slept_through_its_lease_changes_nothing(pair: tuple[Mortal, Mortal]) -> None:
+    """While it slept another undid the creation; awake again it writes no row, asks no service, and tells its caller what became of it."""
+    sleeper, other = pair
+    harness, request = sleeper.harness, wish()
+    sleeper.death_wish.write_text("PROVISION DEFAULTS asleep")
+    creating = asyncio.ensure_future(
+        call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=4 * PATIENCE_SECONDS)
+    )
+    await sleeper.falls_asleep()
+    harness.peers["retrieval"].failures = [grpc.StatusCode.INVALID_ARGUMENT]
+    await other.start()
+    await sleeper.saga_is(request.request_id, "FAILED")
+    asked = {name: (list(peer.tenants), list(peer.erased)) for name, peer in harness.peers.items()}
+    sleeper.wake()
+    with pytest.raises(MeshError) as refused:
+        await creating
+    assert (refused.value.code, refused.value.metadata["state"]) == (grpc.StatusCode.FAILED_PRECONDITION, "FAILED")
+    tenant_id = await harness.value("SELECT tenant_id FROM tenant.sagas WHERE request_id = $1", UUID(request.request_id))
+    for table in ("tenant_settings", "users", "api_keys", "placements"):
+        assert await harness.value(f"SELECT count(*) FROM tenant.{table} WHERE tenant_id = $1", tenant_id) == 0, table
+    states = "SELECT array_agg(DISTINCT state) FROM tenant.saga_steps WHERE tenant_id = $1"
+    assert await harness.value(states, tenant_id) == ["UNDONE"]
+    assert {name: (peer.tenants, peer.erased) for name, peer in harness.peers.items()} == asked
+
+
+@pytest.mark.slow
+async def test_an_erasure_that_another_ended_is_not_written_again(pair: tuple[Mortal, Mortal]) -> None:
+    """A replica that wakes in an erasure which has ended meanwhile records no step and answers the one receipt."""
+    sleeper, other = pair
+    harness = sleeper.harness
+    created = await until_answered(sleeper, harness.tenants.CreateTenant, wish())
+    assert isinstance(created, tenant_service_pb2.CreateTenantResponse)
+    request = tenant_service_pb2.EraseTenantRequest(
+        request_id=str(uuid4()), tenant_id=created.tenant.tenant_id, confirm_slug=created.tenant.slug
+    )
+    sleeper.death_wish.write_text("ERASE OWN_RECORDS asleep")
+    erasing = asyncio.ensure_future(call(harness.tenants.EraseTenant, request, harness.as_operator(), timeout_seconds=4 * PATIENCE_SECONDS))
+    await sleeper.falls_asleep()
+    await other.start()
+    await sleeper.saga_is(request.request_id, "DONE")
+    books = "SELECT jsonb_agg(to_jsonb(s) ORDER BY step)::text FROM tenant.saga_steps s WHERE tenant_id = $1"
+    tenant_id = UUID(created.tenant.tenant_id)
+    written, feed = await harness.value(books, tenant_id), "SELECT count(*) FROM tenant.changes WHERE tenant_id = $1"
+    told = await harness.value(feed, tenant_id)
+    sleeper.wake()
+    answer = await erasing
+    assert answer.receipt.verified
+    assert (await harness.value(books, tenant_id), await harness.value(feed, tenant_id)) == (written, told)
+    kept = await harness.value("SELECT body FROM tenant.erasure_receipts WHERE tenant_id = $1", tenant_id)
+    assert kept == answer.receipt.body_json
