@@ -243,13 +243,18 @@ class TenantErasure:
         Unavailable when a service cannot be reached.
         """
         saga = await self._sagas.load(wish.tenant_id, SagaKind.ERASE)
+        if saga is None and (kept := await self._store.receipt(wish.tenant_id)) is not None:
+            # Longer ago than sagas are kept; receipts are kept for ever.
+            if json.loads(kept.body)["request_id"] != str(wish.request_id):
+                raise _another_erases()
+            return kept
         if saga is None:
             await self._begin(wish, actor)
             saga = await self._sagas.load(wish.tenant_id, SagaKind.ERASE)
         if saga is None:
             raise NotFound("tenant")
         if (saga.request_id, saga.content_digest) != (wish.request_id, wish.digest()):
-            raise ContentConflict("erasure", "another request erases this tenant; ask GetErasureReceipt for its receipt")
+            raise _another_erases()
         return await self._until_done(wish.tenant_id)
 
     async def receipt(self, tenant_id: TenantId) -> ErasureReceipt:
@@ -291,6 +296,10 @@ def is_clean(found: Sequence[ScannedStore]) -> bool:
 def slug_refused() -> InvalidRequest:
     """The refusal of an erasure whose slug is not the tenant's."""
     return InvalidRequest("confirm_slug", "is not the slug of this tenant; nothing was erased")
+
+
+def _another_erases() -> ContentConflict:
+    return ContentConflict("erasure", "another request erases this tenant; ask GetErasureReceipt for its receipt")
 
 
 def _canaries(saga: Saga) -> list[str]:

@@ -27,7 +27,7 @@ from services.tenant.plan import PlanDirectory
 from services.tenant.saga import Saga, SagaEngine, SagaKind, SagaState, SagaStore
 from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
-from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantDirectory
+from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantDirectory, TenantState
 from services.tenant.tenant_remains import RemovedRecords
 from services.tenant.tenant_wish import SEALED_STORES, TenantWish, read_wish
 
@@ -106,6 +106,18 @@ class ProvisioningStore(Protocol):
         self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, region: str, actor: Actor
     ) -> Recorded:
         """Claims request id and slug and writes the tenant with its saga, or answers what the request recorded before."""
+        ...
+
+    async def take_up(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, actor: Actor) -> None:
+        """Begins the saga of a tenant that was recorded without one; one that is there stays as it is."""
+        ...
+
+    async def note_key(self, tenant_id: TenantId) -> None:
+        """Notes that a data key is made next for a tenant that is not recorded yet: `record` takes the note along."""
+        ...
+
+    async def forget_key(self, tenant_id: TenantId) -> None:
+        """Removes the note of a key that is destroyed."""
         ...
 
     async def is_known(self, request_id: UUID) -> bool:
@@ -259,9 +271,17 @@ class ProvisioningPlan:
         plain = json.dumps(wish.placement.silo.named()).encode()
         return base64.b64encode(await self._seal.seal(tenant_id, SEALED_STORES, plain)).decode()
 
+    async def seal_before_record(self, tenant_id: TenantId, wish: TenantWish) -> str:
+        """As `seal_stores` for a tenant that is not recorded yet: what a crash leaves of its key is known, and swept."""
+        if wish.placement.silo == SiloStores():
+            return ""
+        await self._store.note_key(tenant_id)
+        return await self.seal_stores(tenant_id, wish)
+
     async def drop_seal(self, tenant_id: TenantId) -> None:
         """Destroys the keys of a tenant that was not recorded after all."""
         await self._data_keys.destroy(tenant_id)
+        await self._store.forget_key(tenant_id)
 
     async def _place_wish(self, saga: Saga) -> PlacementWish:
         wish, sealed = read_wish(saga.content), saga.content.get(SEALED_STORES, "")
@@ -329,13 +349,19 @@ class TenantProvisioning:
             await self._places.refuse_impossible(wish.placement)
         tenant_id = _accepted(await self._record(request_id, wish, actor, sealing=not known), wish)
         with self._plan.wanting_key(tenant_id) as issued:
-            await self._until_done(tenant_id)
+            await self._until_done(tenant_id, request_id, wish, actor)
+            tenant = await self._ready(tenant_id)
             # Looked at in every run: an answer that never arrived took the key's text with it.
             api_key = issued() or await self._plan.issue_first_key(tenant_id, wish.plan, actor)
+        return CreatedTenant(tenant, api_key)
+
+    async def _ready(self, tenant_id: TenantId) -> Tenant:
         tenant = await self._directory.get_tenant(tenant_id)
         if tenant is None:
             raise NotFound("tenant")
-        return CreatedTenant(tenant, api_key)
+        if tenant.state not in (TenantState.ACTIVE, TenantState.SUSPENDED):
+            raise WrongState("tenant", tenant.state, f"the tenant of this request is {tenant.state}; use a new request id to make another")
+        return tenant
 
     async def _refuse_unoffered(self, wish: TenantWish) -> None:
         for plan in await self._plans.list_plans():
@@ -346,16 +372,26 @@ class TenantProvisioning:
     async def _record(self, request_id: UUID, wish: TenantWish, actor: Actor, *, sealing: bool) -> Recorded:
         tenant_id = TenantId(new_uuid7())
         # What is recorded already has its addresses: a repeat makes no keys for a tenant that will never be.
-        sealed_stores = await self._plan.seal_stores(tenant_id, wish) if sealing else ""
+        sealed_stores = await self._plan.seal_before_record(tenant_id, wish) if sealing else ""
         recorded = await self._store.record(tenant_id, request_id, wish, sealed_stores, self._region, actor)
         if sealed_stores and recorded.tenant_id != tenant_id:
             await self._plan.drop_seal(tenant_id)
         return recorded
 
-    async def _until_done(self, tenant_id: TenantId) -> None:
+    async def _take_up(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, actor: Actor) -> bool:
+        tenant = await self._directory.get_tenant(tenant_id)
+        if tenant is None or tenant.state is not TenantState.PROVISIONING:
+            return False
+        # Recorded before creations were sagas, by a caller who gave up: this one says again what is wanted.
+        await self._store.take_up(tenant_id, request_id, wish, await self._plan.seal_stores(tenant_id, wish), actor)
+        return True
+
+    async def _until_done(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, actor: Actor) -> None:
         give_up_at = time.monotonic() + remaining_seconds(LONGEST_WAIT_SECONDS)
         while True:
             saga = await self._sagas.load(tenant_id, SagaKind.PROVISION)
+            if saga is None and await self._take_up(tenant_id, request_id, wish, actor):
+                continue
             if saga is None or saga.state is SagaState.DONE:
                 return
             if saga.state is not SagaState.RUNNING:

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
+import asyncpg
 import grpc
 import pytest
 from pydantic import SecretStr
@@ -321,3 +322,39 @@ async def test_an_erasure_that_another_ended_is_not_written_again(pair: tuple[Mo
     assert (await harness.value(books, tenant_id), await harness.value(feed, tenant_id)) == (written, told)
     kept = await harness.value("SELECT body FROM tenant.erasure_receipts WHERE tenant_id = $1", tenant_id)
     assert kept == answer.receipt.body_json
+
+
+@pytest.mark.slow
+async def test_a_key_whose_tenant_was_never_recorded_is_destroyed(mortal: Mortal) -> None:
+    """Killed between sealing a silo's addresses and recording the tenant, the service leaves a note of the key, and sweeps it."""
+    await mortal.stop()
+    poll = {"TENANTRY_RETENTION_POLL_SECONDS": "0.2"}
+    mortal.environment.update(poll)
+    await mortal.start()
+    harness, request = mortal.harness, wish(plan="enterprise", isolation=placement_service_pb2.ISOLATION_SILO)
+    request.silo.CopyFrom(await harness.own_database())
+    mortal.death_wish.write_text("PROVISION RECORDED before")
+    with pytest.raises(MeshError):
+        await call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=PATIENCE_SECONDS)
+    await mortal.dies()
+    [tenant_id] = [row["tenant_id"] for row in await rows(harness, "SELECT tenant_id FROM tenant.unrecorded_keys")]
+    keys = "SELECT count(*) FROM tenant_keys.data_keys WHERE tenant_id = $1"
+    assert await harness.value(keys, tenant_id) == 1
+    assert await harness.value("SELECT count(*) FROM tenant.tenants WHERE tenant_id = $1", tenant_id) == 0
+    await mortal.start()
+    await harness.execute("UPDATE tenant.unrecorded_keys SET create_time = now() - interval '1 hour'")
+
+    async def is_swept() -> bool:
+        return not await harness.value("SELECT count(*) FROM tenant.unrecorded_keys")
+
+    await eventually(is_swept, within_seconds=PATIENCE_SECONDS)
+    assert await harness.value(keys, tenant_id) == 0
+    answer = await until_answered(mortal, harness.tenants.CreateTenant, request)
+    assert isinstance(answer, tenant_service_pb2.CreateTenantResponse)
+    assert await harness.value(keys, UUID(answer.tenant.tenant_id)) == 1
+
+
+async def rows(harness: Harness, sql: str) -> list[asyncpg.Record]:
+    """Reads past every policy."""
+    async with harness.superuser() as connection:
+        return list(await connection.fetch(sql))

@@ -3,6 +3,7 @@
 import json
 from uuid import UUID
 
+from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
@@ -22,7 +23,10 @@ REQUEST_IS_KNOWN = "SELECT tenant_id FROM tenant.request_directory WHERE request
 INSERT_SAGA = """
 INSERT INTO tenant.sagas (tenant_id, kind, request_id, content_digest, content, subject, reason, due_time)
 VALUES ($1, 'PROVISION', $2, $3, $4::text::jsonb, $5, $6, clock_timestamp() + interval '2 seconds')
+ON CONFLICT DO NOTHING
 """
+INSERT_KEY_NOTE = "INSERT INTO tenant.unrecorded_keys (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+DELETE_KEY_NOTE = "DELETE FROM tenant.unrecorded_keys WHERE tenant_id = $1 RETURNING tenant_id"
 # Only ever raised: a slower run of the same request must not take a finished step back.
 COUNT_STEPS = """
 UPDATE tenant.provisioning p SET update_time = now(), steps_done = greatest(p.steps_done, (
@@ -93,10 +97,26 @@ class PostgresProvisioning:
             )
             outcome = RecordOutcome(row["outcome"])
             if outcome is RecordOutcome.RECORDED:
-                content = json.dumps(wish.content(sealed_stores))
-                await connection.execute(INSERT_SAGA, tenant_id, request_id, wish.digest(), content, actor.subject, actor.reason)
-                await _finish(connection, tenant_id, Step.RECORDED)
+                if sealed_stores and await connection.fetchval(DELETE_KEY_NOTE, tenant_id) is None:
+                    # Swept meanwhile, and the key with it: what was sealed cannot be opened.
+                    raise Unavailable("tenant", "the creation took too long to begin; repeat the call with the same request id")
+                await _begin(connection, tenant_id, request_id, wish, sealed_stores, actor)
             return Recorded(outcome, row["tenant_id"], row["content_digest"], row["steps_done"] or 0)
+
+    async def take_up(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, actor: Actor) -> None:
+        """Begins the saga of a tenant that was recorded without one."""
+        async with self._database.transaction(tenant_id) as connection:
+            await _begin(connection, tenant_id, request_id, wish, sealed_stores, actor)
+
+    async def note_key(self, tenant_id: TenantId) -> None:
+        """Notes that a data key is made next for a tenant that is not recorded yet."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(INSERT_KEY_NOTE, tenant_id)
+
+    async def forget_key(self, tenant_id: TenantId) -> None:
+        """Removes the note of a key that is destroyed."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(DELETE_KEY_NOTE, tenant_id)
 
     async def is_known(self, request_id: UUID) -> bool:
         """Tells whether the request was recorded before; the directory is read before any tenant is known."""
@@ -187,6 +207,12 @@ class PostgresProvisioning:
             await append_audit(connection, tenant_id, "TENANT_FAILED", f"tenant:{tenant_id}", actor)
             await mark_undone(connection, tenant_id, _KIND, step)
             await connection.execute(ANNOUNCE_STATE, tenant_id)
+
+
+async def _begin(connection: Connection, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, actor: Actor) -> None:
+    content = json.dumps(wish.content(sealed_stores))
+    await connection.execute(INSERT_SAGA, tenant_id, request_id, wish.digest(), content, actor.subject, actor.reason)
+    await _finish(connection, tenant_id, Step.RECORDED)
 
 
 async def _finish(connection: Connection, tenant_id: TenantId, step: Step) -> None:

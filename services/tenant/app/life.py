@@ -11,6 +11,7 @@ from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
 from services.tenant.adapters.postgres_sagas import PostgresDueSagas
+from services.tenant.adapters.postgres_sweeps import PostgresHistory, PostgresUnrecordedKeys
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.adapters.smtp_mail import PostgresOwners, SmtpMail
@@ -30,6 +31,7 @@ from services.tenant.servicers.event import EventServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
 from services.tenant.servicers.placement import PlacementServicer
 from services.tenant.servicers.tenant import TenantServicer
+from services.tenant.sweeping import HistoryKeeper, KeySweeper, sweep_forever
 from services.tenant.tenant_life import TenantLife
 from services.tenant.tenant_remains import TenantRemains
 
@@ -47,6 +49,7 @@ def build_life(parts: Parts, rotation: KeyRotation) -> list[Registration]:
     runner = SagaRunner(PostgresDueSagas(parts.jobs), engine, poll_seconds=parts.settings.saga_poll_seconds)
     parts.background.start("saga_runner", runner.run)
     _start_retention(parts)
+    _start_sweeps(parts)
     _start_events(parts)
     remains = PostgresRemains(parts.database)
     archive = TenantArchive(remains.export, parts.peers, parts.minter, clock=now)
@@ -122,6 +125,14 @@ def _start_retention(parts: Parts) -> None:
     calendar = PostgresRetention(parts.database, parts.jobs)
     runner = RetentionRunner(calendar, calendar, parts.peers, parts.minter, clock=now, poll_seconds=parts.settings.retention_poll_seconds)
     parts.background.start("retention", runner.run)
+
+
+def _start_sweeps(parts: Parts) -> None:
+    keys = KeySweeper(PostgresUnrecordedKeys(parts.database, parts.jobs), parts.vault)
+    parts.background.start("key_sweep", lambda: sweep_forever(keys.sweep, parts.settings.retention_poll_seconds))
+    if parts.settings.history_days:
+        history = HistoryKeeper(PostgresHistory(parts.database, parts.jobs), days=parts.settings.history_days)
+        parts.background.start("history_sweep", lambda: sweep_forever(history.sweep, parts.settings.retention_poll_seconds))
 
 
 def _start_events(parts: Parts) -> None:
