@@ -122,10 +122,9 @@ async def test_stores_that_do_not_answer_are_refused_before_anything_is_recorded
         for code, stores in (
             (grpc.StatusCode.UNAVAILABLE, pb.SiloStores(postgres_dsn=closed, postgres_owner_dsn=closed.replace("finder", "maker"))),
             (grpc.StatusCode.UNAVAILABLE, with_host(own, waiting)),
-            (grpc.StatusCode.UNAVAILABLE, with_qdrant(own, f"http://127.0.0.1:{free_port()}")),
             (
                 grpc.StatusCode.INVALID_ARGUMENT,
-                with_qdrant(own, "", inference_postgres_dsn=wrong),
+                changed(own, inference_postgres_dsn=wrong),
             ),
         ):
             request.silo.CopyFrom(stores)
@@ -151,13 +150,12 @@ def with_host(stores: pb.SiloStores, address: str) -> pb.SiloStores:
     return pb.SiloStores(**at)
 
 
-def with_qdrant(stores: pb.SiloStores, url: str, **changes: str) -> pb.SiloStores:
-    """The same stores with another Qdrant or other logins."""
-    found = pb.SiloStores(qdrant_url=url, **changes)
-    merged = pb.SiloStores()
-    merged.CopyFrom(stores)
-    merged.MergeFrom(found)
-    return merged
+def changed(stores: pb.SiloStores, **changes: str) -> pb.SiloStores:
+    """The same stores with other logins."""
+    found = pb.SiloStores()
+    found.CopyFrom(stores)
+    found.MergeFrom(pb.SiloStores(**changes))
+    return found
 
 
 async def test_each_service_is_told_its_own_login(harness: Harness) -> None:

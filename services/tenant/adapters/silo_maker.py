@@ -18,7 +18,6 @@ from services.tenant.adapters.store_probe import address_of, knock
 from services.tenant.placement import CONTENT_SERVICES, Refusal, SiloStores, never, no_silo_server
 
 _CONNECT_SECONDS = 5.0
-_POSTGRES_PORT = 5432
 _STATEMENT_SECONDS = 30.0
 _LOCK_KEY = 7_400_000_002
 COUNT_DATABASES = "SELECT count(*) FROM pg_database WHERE datname = $1"
@@ -36,7 +35,7 @@ class PostgresSiloMaker:
     async def refuse_absent(self) -> None:
         """Raises: WrongState without a server, Unavailable when it does not answer."""
         self._refuse_unset()
-        address = address_of(self._admin_dsn, _POSTGRES_PORT)
+        address = address_of(self._admin_dsn)
         try:
             await knock("TENANTRY_SILO_ADMIN_DSN", self._admin_dsn)
         except InvalidRequest:
