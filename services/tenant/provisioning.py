@@ -4,8 +4,6 @@ What was asked for is stored with the request, so a creation that stopped anywhe
 """
 
 import asyncio
-import base64
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,15 +19,15 @@ from services.kernel.tenant_context import TenantContext
 from services.tenant.actor import Actor
 from services.tenant.api_key import ApiKeyText, new_api_key
 from services.tenant.context_minting import PROVISIONING_SUBJECT, ContextMinter, Grant
-from services.tenant.life_ports import DataKeyStore, PlaceKeeper, SecretSeal
-from services.tenant.placement import PlacementWish, SiloStores
+from services.tenant.life_ports import DataKeyStore, PlaceKeeper
 from services.tenant.plan import PlanDirectory
 from services.tenant.saga import Saga, SagaEngine, SagaKind, SagaState, SagaStore
 from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
 from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantDirectory, TenantState
 from services.tenant.tenant_remains import RemovedRecords
-from services.tenant.tenant_wish import SEALED_STORES, TenantWish, read_wish
+from services.tenant.tenant_wish import TenantWish, read_wish
+from services.tenant.wish_seal import WishSeal
 
 FIRST_KEY_NAME = "First key"
 MAX_SLUG_LENGTH = 63
@@ -112,14 +110,6 @@ class ProvisioningStore(Protocol):
         """Begins the saga of a tenant that was recorded without one; one that is there stays as it is."""
         ...
 
-    async def note_key(self, tenant_id: TenantId) -> None:
-        """Notes that a data key is made next for a tenant that is not recorded yet: `record` takes the note along."""
-        ...
-
-    async def forget_key(self, tenant_id: TenantId) -> None:
-        """Removes the note of a key that is destroyed."""
-        ...
-
     async def is_known(self, request_id: UUID) -> bool:
         """Tells whether the request was recorded before."""
         ...
@@ -190,7 +180,7 @@ class ProvisioningPlan:
         directory: TenantDirectory,
         peers: Mapping[Step, tuple[str, LifecyclePeer]],
         places: PlaceKeeper,
-        seal: SecretSeal,
+        seal: WishSeal,
         data_keys: DataKeyStore,
         minter: ContextMinter,
     ) -> None:
@@ -214,7 +204,7 @@ class ProvisioningPlan:
             case Step.RECORDED:
                 await self._store.finish_step(tenant_id, Step.RECORDED, lease)
             case Step.PLACEMENT:
-                await self._places.settle(tenant_id, await self._place_wish(saga), lambda: self._store.hold(tenant_id, lease))
+                await self._places.settle(tenant_id, await self._seal.open(saga), lambda: self._store.hold(tenant_id, lease))
                 await self._store.finish_step(tenant_id, Step.PLACEMENT, lease)
             case Step.DEFAULTS:
                 await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, Step.DEFAULTS, lease)
@@ -264,32 +254,6 @@ class ProvisioningPlan:
         issued = await self._store.issue_first_key(tenant_id, key, FIRST_KEY_NAME, TENANT_SCOPES, actor, Step.FIRST_KEY, lease)
         return str(key) if issued else ""
 
-    async def seal_stores(self, tenant_id: TenantId, wish: TenantWish) -> str:
-        """Returns the addresses of a place somebody else made, sealed for the time until they are used; empty when there are none."""
-        if wish.placement.silo == SiloStores():
-            return ""
-        plain = json.dumps(wish.placement.silo.named()).encode()
-        return base64.b64encode(await self._seal.seal(tenant_id, SEALED_STORES, plain)).decode()
-
-    async def seal_before_record(self, tenant_id: TenantId, wish: TenantWish) -> str:
-        """As `seal_stores` for a tenant that is not recorded yet: what a crash leaves of its key is known, and swept."""
-        if wish.placement.silo == SiloStores():
-            return ""
-        await self._store.note_key(tenant_id)
-        return await self.seal_stores(tenant_id, wish)
-
-    async def drop_seal(self, tenant_id: TenantId) -> None:
-        """Destroys the keys of a tenant that was not recorded after all."""
-        await self._data_keys.destroy(tenant_id)
-        await self._store.forget_key(tenant_id)
-
-    async def _place_wish(self, saga: Saga) -> PlacementWish:
-        wish, sealed = read_wish(saga.content), saga.content.get(SEALED_STORES, "")
-        if not sealed:
-            return wish.placement
-        plain = await self._seal.open(saga.tenant_id, SEALED_STORES, base64.b64decode(sealed))
-        return PlacementWish(wish.placement.kind, SiloStores(**json.loads(plain)))
-
     async def _provision_peer(self, step: Step, tenant_id: TenantId, lease: UUID) -> None:
         name, peer = self._peers[step]
         context = await self._context(tenant_id)
@@ -319,6 +283,7 @@ class TenantProvisioning:
         directory: TenantDirectory,
         plans: PlanDirectory,
         places: PlaceKeeper,
+        seal: WishSeal,
         *,
         region: str,
     ) -> None:
@@ -329,6 +294,7 @@ class TenantProvisioning:
         self._directory = directory
         self._plans = plans
         self._places = places
+        self._seal = seal
         self._region = region
         self._runs: SharedFlight[tuple[UUID, bytes], CreatedTenant] = SharedFlight()
 
@@ -372,10 +338,10 @@ class TenantProvisioning:
     async def _record(self, request_id: UUID, wish: TenantWish, actor: Actor, *, sealing: bool) -> Recorded:
         tenant_id = TenantId(new_uuid7())
         # What is recorded already has its addresses: a repeat makes no keys for a tenant that will never be.
-        sealed_stores = await self._plan.seal_before_record(tenant_id, wish) if sealing else ""
+        sealed_stores = await self._seal.seal_before_record(tenant_id, wish) if sealing else ""
         recorded = await self._store.record(tenant_id, request_id, wish, sealed_stores, self._region, actor)
         if sealed_stores and recorded.tenant_id != tenant_id:
-            await self._plan.drop_seal(tenant_id)
+            await self._seal.drop(tenant_id)
         return recorded
 
     async def _take_up(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, actor: Actor) -> bool:
@@ -383,7 +349,7 @@ class TenantProvisioning:
         if tenant is None or tenant.state is not TenantState.PROVISIONING:
             return False
         # Recorded before creations were sagas, by a caller who gave up: this one says again what is wanted.
-        await self._store.take_up(tenant_id, request_id, wish, await self._plan.seal_stores(tenant_id, wish), actor)
+        await self._store.take_up(tenant_id, request_id, wish, await self._seal.seal(tenant_id, wish), actor)
         return True
 
     async def _until_done(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, actor: Actor) -> None:

@@ -23,6 +23,7 @@ from services.tenant.placement import Placements
 from services.tenant.provisioning import ORDER, ProvisioningPlan, Step, TenantProvisioning
 from services.tenant.saga import SagaEngine, SagaKind
 from services.tenant.tenant_wish import TenantWish
+from services.tenant.wish_seal import WishSeal
 from tests.tenant.harness import PEERS, Harness, as_service, call, refusal, taken_apart, wish, with_key
 
 ACTOR = Actor("operator:test", "test", "")
@@ -163,9 +164,10 @@ async def second_process(harness: Harness) -> AsyncIterator[tuple[TenantProvisio
         parts = await build_parts(harness.settings, stack)
         store, peers = CrashingStore(parts.database), {Step[name.upper()]: (name, parts.peers[name]) for name in PEERS}
         places = Placements(PostgresPlacements(parts.database, parts.box), PostgresSchemaMaker("", 0), PostgresSiloMaker(""), StoreProbe())
-        plan = ProvisioningPlan(store, parts.tenants, peers, places, parts.box, parts.vault, parts.minter)
+        seal = WishSeal(store, parts.box, parts.vault)
+        plan = ProvisioningPlan(store, parts.tenants, peers, places, seal, parts.vault, parts.minter)
         engine = SagaEngine(parts.sagas, {SagaKind.PROVISION: plan}, lease_seconds=10.0, max_attempts=20)
-        yield TenantProvisioning(store, parts.sagas, plan, engine, parts.tenants, parts.tenants, places, region="local"), store
+        yield TenantProvisioning(store, parts.sagas, plan, engine, parts.tenants, parts.tenants, places, seal, region="local"), store
 
 
 def content_of(request: tenant_service_pb2.CreateTenantRequest) -> TenantWish:

@@ -34,6 +34,7 @@ from services.tenant.servicers.tenant import TenantServicer
 from services.tenant.sweeping import HistoryKeeper, KeySweeper, sweep_forever
 from services.tenant.tenant_life import TenantLife
 from services.tenant.tenant_remains import TenantRemains
+from services.tenant.wish_seal import WishSeal
 
 PEER_STEPS = (Step.RETRIEVAL, Step.INFERENCE, Step.RATELIMIT, Step.METERING)
 ERASURE_PEERS = ("inference", "retrieval", "metering", "ratelimit")
@@ -97,7 +98,8 @@ def _sagas(parts: Parts, placements: Placements, erasure_store: PostgresErasure)
     settings = parts.settings
     store = PostgresProvisioning(parts.database, with_mail=bool(settings.smtp_url.get_secret_value()))
     peers = {step: (step.name.lower(), parts.peers[step.name.lower()]) for step in PEER_STEPS}
-    creation = ProvisioningPlan(store, parts.tenants, peers, placements, parts.box, parts.vault, parts.minter)
+    seal = WishSeal(store, parts.box, parts.vault)
+    creation = ProvisioningPlan(store, parts.tenants, peers, placements, seal, parts.vault, parts.minter)
     ending = ErasurePlan(
         erasure_store,
         parts.sagas,
@@ -116,7 +118,7 @@ def _sagas(parts: Parts, placements: Placements, erasure_store: PostgresErasure)
         max_attempts=settings.saga_max_attempts,
     )
     provisioning = TenantProvisioning(
-        store, parts.sagas, creation, engine, parts.tenants, parts.tenants, placements, region=settings.region
+        store, parts.sagas, creation, engine, parts.tenants, parts.tenants, placements, seal, region=settings.region
     )
     return provisioning, TenantErasure(erasure_store, parts.sagas, ending, engine), engine
 
