@@ -130,7 +130,7 @@ class SagaStore(Protocol):
         ...
 
     async def put_off(self, tenant_id: TenantId, kind: SagaKind, cause: str, pause_seconds: float, lease: UUID) -> None:
-        """Notes why an attempt stopped and when the next is due. Raises: LeaseLost."""
+        """Notes why an attempt stopped and when the next is due, unless it is another's by now."""
         ...
 
     async def turn_back(self, tenant_id: TenantId, kind: SagaKind, cause: str, lease: UUID) -> None:

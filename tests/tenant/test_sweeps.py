@@ -27,7 +27,7 @@ from tests.tenant.test_provisioning import assert_whole
 DAYS = 90
 AGE_SAGAS = "UPDATE tenant.sagas SET end_time = end_time - $2::interval WHERE tenant_id = $1 AND end_time IS NOT NULL"
 RECORD = "SELECT outcome FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, 'local', 'operator', '', '')"
-KEYS = "SELECT count(*) FROM tenant_keys.data_keys WHERE tenant_id = $1"
+NOTES = "SELECT count(*) FROM tenant.unrecorded_keys WHERE tenant_id = ANY ($1::uuid[])"
 
 
 @pytest.fixture
@@ -157,13 +157,14 @@ async def test_a_key_without_a_tenant_is_destroyed_and_no_other(harness: Harness
     request.silo.CopyFrom(await harness.own_database())
     made = await call(harness.tenants.CreateTenant, request, harness.as_operator())
     recorded, left = UUID(made.tenant.tenant_id), new_uuid7()
-    assert await harness.value("SELECT count(*) FROM tenant.unrecorded_keys") == 0
+    assert await harness.value(NOTES, [recorded]) == 0
     await parts.vault.live(TenantId(left))
     for tenant_id in (recorded, left):
         await harness.execute("INSERT INTO tenant.unrecorded_keys (tenant_id) VALUES ($1)", tenant_id)
     assert await sweeper.sweep() == 0
-    await harness.execute("UPDATE tenant.unrecorded_keys SET create_time = now() - interval '1 hour'")
+    age = "UPDATE tenant.unrecorded_keys SET create_time = now() - interval '1 hour' WHERE tenant_id = ANY ($1::uuid[])"
+    await harness.execute(age, [recorded, left])
     assert await sweeper.sweep() == 2
     assert await sweeper.sweep() == 0
     assert len(await parts.vault.live(TenantId(recorded))) == 1
-    assert (await parts.vault.destroy(TenantId(left)), await harness.value("SELECT count(*) FROM tenant.unrecorded_keys")) == (0, 0)
+    assert (await parts.vault.destroy(TenantId(left)), await harness.value(NOTES, [recorded, left])) == (0, 0)

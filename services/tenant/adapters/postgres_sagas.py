@@ -36,7 +36,7 @@ UPDATE tenant.sagas SET lease_holder = NULL, lease_until = NULL WHERE tenant_id 
 BEGIN_STEP = "INSERT INTO tenant.saga_steps (tenant_id, kind, step, state) VALUES ($1, $2, $3, 'BEGUN') ON CONFLICT DO NOTHING"
 PUT_OFF = """
 UPDATE tenant.sagas SET cause = $3, attempts = attempts + 1, due_time = clock_timestamp() + $4 * interval '1 second'
-WHERE tenant_id = $1 AND kind = $2 AND state IN ('RUNNING', 'COMPENSATING')
+WHERE tenant_id = $1 AND kind = $2 AND state IN ('RUNNING', 'COMPENSATING') AND lease_holder = $5
 """
 TURN_BACK = """
 UPDATE tenant.sagas SET state = 'COMPENSATING', cause = $3, attempts = attempts + 1
@@ -84,10 +84,9 @@ class PostgresSagas:
             await connection.execute(BEGIN_STEP, tenant_id, kind, int(step))
 
     async def put_off(self, tenant_id: TenantId, kind: SagaKind, cause: str, pause_seconds: float, lease: UUID) -> None:
-        """Notes why an attempt stopped and when the next is due. Raises: LeaseLost."""
+        """Notes why an attempt stopped and when the next is due, unless it is another's by now."""
         async with self._database.transaction(tenant_id) as connection:
-            await require_lease(connection, tenant_id, kind, lease)
-            await connection.execute(PUT_OFF, tenant_id, kind, cause, pause_seconds)
+            await connection.execute(PUT_OFF, tenant_id, kind, cause, pause_seconds, lease)
 
     async def turn_back(self, tenant_id: TenantId, kind: SagaKind, cause: str, lease: UUID) -> None:
         """Makes a running saga COMPENSATING. Raises: LeaseLost."""
