@@ -126,7 +126,7 @@ def rule_problem(rule: Rule) -> RuleProblem | None:
 def rule_of(terms: Mapping[str, object]) -> Rule:
     """Builds a rule out of terms that were checked before they were kept."""
     given = {field: terms[field] for field in KEPT if field in terms}
-    words = {field: word(given[field]) for field, word in WORDS.items() if field in given}
+    words = {field: word(str(given[field])) for field, word in WORDS.items() if field in given}
     edge = given.pop("near_edge", None)
     kept: dict[str, Any] = {**given, **words, "near_edge": NearEdge(**edge) if isinstance(edge, dict) else NOTHING_AT_THE_EDGE}
     return Rule(name=str(terms["name"]), **kept)

@@ -53,7 +53,7 @@ def effective_rules(
     """
     by_operator = {kept.rule.name: kept.rule for kept in own if kept.by_operator}
     plan_rules = terms.rules()
-    within_reach = [plan for plan in ladder if plan.name != terms.name and placement in plan.isolation]
+    within_reach = [plan for plan in larger_plans(terms, ladder) if placement in plan.isolation]
     found = [
         by_operator.pop(rule.name)
         if rule.name in by_operator
@@ -73,8 +73,14 @@ def effective_rules(
     return tuple(found)
 
 
+def larger_plans(plan: Plan, ladder: Sequence[Plan]) -> list[Plan]:
+    """Returns the plans above one: what only a smaller plan lacks is nothing to move for."""
+    names = [other.name for other in ladder]
+    return list(ladder[names.index(plan.name) + 1 :]) if plan.name in names else []
+
+
 def lifting_plan(rule: Rule, ladder: Sequence[Plan]) -> str:
-    """Returns the smallest plan whose rule of that name allows more, or that has no such rule; empty where none does."""
+    """Returns the first plan whose rule of that name allows more, or that has no such rule; empty where none does."""
     return next((plan.name for plan in ladder if _lifts(plan, rule)), "")
 
 

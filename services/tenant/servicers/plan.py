@@ -6,7 +6,7 @@ from dataclasses import replace
 from mesh.tenant.v1 import plan_service_pb2 as messages
 from mesh.tenant.v1 import plan_service_pb2_grpc
 from mesh.tenant.v1.tenant_service_pb2 import AiSettings, FeatureTerms, PlanLimits
-from services.tenant.limit_rules import LimitRules, lifting_plan
+from services.tenant.limit_rules import LimitRules, larger_plans, lifting_plan
 from services.tenant.plan import Plan, PlanDirectory
 from services.tenant.servicers.limit_rules import limit_rules_message
 from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME
@@ -55,7 +55,7 @@ def ai_settings(plan: Plan, assistant_name: str) -> AiSettings:
 
 
 def _plan(plan: Plan, ladder: Sequence[Plan]) -> messages.Plan:
-    rules = tuple(replace(rule, lifting_plan=lifting_plan(rule, ladder)) for rule in plan.rules())
+    rules = tuple(replace(rule, lifting_plan=lifting_plan(rule, larger_plans(plan, ladder))) for rule in plan.rules())
     return messages.Plan(
         name=plan.name,
         limits=plan_limits(plan),
