@@ -1,7 +1,9 @@
 """The plan file: complete, sensible, and never changed behind a version's back."""
 
 import copy
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from services.tenant.limit_rule import Mode, NearEdge, Rule, Scope, StoreFailure
 from services.tenant.plan import PlanCatalog, PlanCatalogRefused, needs_loading, read_catalog
 from services.tenant.plan_rules import AbuseGuard, LimitTerms
 
+ROOT = Path(__file__).parents[2]
 DOCUMENT = yaml.safe_load(PLAN_FILE.read_text())
 
 
@@ -228,3 +231,16 @@ def test_a_catalog_is_loaded_once_a_version() -> None:
             needs_loading(catalog, loaded, digest, names)
     with pytest.raises(PlanCatalogRefused, match="must stay"):
         needs_loading(PlanCatalog(catalog.version + 1, catalog.plans[1:]), catalog.version, catalog.digest(), names)
+
+
+def test_the_guides_plan_is_one_that_is_taken() -> None:
+    """What docs/limits.md shows of a plan can be written into the file as it stands, and gives the rules that it says."""
+    [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/limits.md").read_text(encoding="utf-8"), re.DOTALL)
+    [shown] = yaml.safe_load(block)
+    document = copy.deepcopy(DOCUMENT)
+    document["plans"][1].update(shown)
+    starter = read_catalog(document).plans[1]
+    rules = {rule.name: rule for rule in starter.rules()}
+    assert set(shown["rules"]) <= set(rules)
+    assert rules["chat_per_minute"] == Rule("chat_per_minute", Unit.REQUESTS, Window.SLIDING, 10, 60, scope=Scope.FEATURE, feature="chat")
+    assert rules["advanced_analytics"].limit == 0
