@@ -11,7 +11,9 @@ from mesh.tenant.v1 import api_key_service_pb2, authentication_service_pb2, tena
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import MeshError
 from services.kernel.tenant_context import TenantContext
+from services.tenant.adapters.plan_loader import read_plan_file
 from services.tenant.api_key import ApiKeyText, new_api_key, new_operator_key
+from services.tenant.app import PLAN_FILE
 from services.tenant.context_minting import public_key_id, read_signing_key
 from services.tenant.scopes import TENANT_SCOPES
 from tests.tenant.harness import Harness, as_service, call, refusal, taken_apart, with_key
@@ -68,7 +70,7 @@ async def test_an_api_key_becomes_the_claims_of_its_tenant(harness: Harness) -> 
     assert (context.tier, context.region, context.operator) == ("professional", "local", False)
     assert context.subject == f"key:{taken_apart(created.api_key).key_id}"
     assert context.scopes == TENANT_SCOPES
-    assert context.config_version == 3
+    assert context.config_version == read_plan_file(PLAN_FILE).version + 1
     assert timedelta(seconds=290) < context.expire_time - datetime.now(UTC) <= timedelta(seconds=300)
     assert answer.expire_time.ToDatetime(tzinfo=UTC) == context.expire_time
 
@@ -193,7 +195,7 @@ async def test_an_operator_acts_for_a_named_tenant_without_spending_its_money(ha
     context = await proven(harness, answer.context_token)
     assert context.operator
     assert context.tenant_id == tenant_id
-    assert context.scopes == (TENANT_SCOPES - {"inference:generate"}) | {"operator:tenants", "operator:resolve"}
+    assert context.scopes == (TENANT_SCOPES - {"inference:generate", "limits:consume"}) | {"operator:tenants", "operator:resolve"}
     [record] = await harness.audit(created.tenant.tenant_id, "OPERATOR_ACCESS")
     assert (record["subject"], record["reason"]) == (f"operator:{harness.operator.key_id}", "ticket 12")
 
