@@ -16,10 +16,6 @@ _READER = {
     "void_ok": "giving_up",
     "interrupt_ok": "interrupting",
     "settle_ok": "replied",
-    "extend_ok": "asking",
-    "extend_refused": "asking",
-    "raise_ok": "raising",
-    "raise_refused": "raising",
 }
 _ENDED = ("committed", "released")
 
@@ -100,8 +96,9 @@ def _unheard_by_m(s: State, m: Message) -> bool:
     match m.kind:
         case "raise":
             return i != "raising" and (now != "open" or m.epoch < s.m_epoch or s.m_bound[m.call] == EXTENDED)
-        case "extend_ok" | "extend_refused" | "raise_ok" | "raise_refused" if s.extensions:
-            return i not in ("dispatched", "asking", "raising")
+        case "extend_ok" | "extend_refused" | "raise_ok" | "raise_refused":
+            # An answer to an earlier question stays readable for who may ask again.
+            return i not in ("asking", "raising") and not (s.extensions and i == "dispatched")
         case "open":
             return i != "opening" and (now != "none" or m.epoch < s.m_epoch)
         case "void":
