@@ -30,7 +30,7 @@ PATIENCE_SECONDS = 60.0
 KEPT = {
     "tenant.audit", "tenant.audit_documents", "tenant.request_directory", "tenant.changes", "tenant.sagas",
     "tenant.saga_steps", "tenant.events", "tenant.erasure_receipts",
-    "metering.calls", "metering.entries", "metering.tenant_epochs", "metering.outbox", "metering.erased_tenants",
+    "metering.calls", "metering.entries", "metering.unit_entries", "metering.tenant_epochs", "metering.outbox", "metering.erased_tenants",
     "inference.erased_tenants", "retrieval.erased_tenants",
     "tenant_keys.destroyed_tenants",
 }  # fmt: skip

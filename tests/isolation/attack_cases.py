@@ -198,7 +198,27 @@ CASES: Mapping[str, Case] = {
     "/mesh.metering.v1.LedgerService/VoidCalls": lambda ids: {"calls": [{"ref": _ref(ids), "kind": 1, "cause": "stolen"}]},
     "/mesh.metering.v1.LedgerService/RenewCalls": lambda ids: {"calls": [_ref(ids)]},
     "/mesh.metering.v1.LedgerService/FenceCalls": lambda ids: {"calls": [{"ref": _ref(ids), "epoch": 1}]},
-    "/mesh.metering.v1.LedgerService/BeginEpoch": lambda ids: {"nonce": new_uuid7().hex},
+    "/mesh.metering.v1.LedgerService/ExtendCalls": lambda ids: {
+        "calls": [{"ref": _ref(ids), "bound_tokens": 9_000_000, "bound_nano_usd": 10**14}]
+    },
+    "/mesh.metering.v1.LedgerService/RecordUnits": lambda ids: {
+        "items": [
+            {
+                "ref": _ref(ids),
+                "epoch": 1,
+                "reserve_time": in_seconds(0),
+                "product_unit": "ai_interviews",
+                "quantity": 1_000_000,
+                "user": TAMPERED,
+            }
+        ]
+    },
+    "/mesh.metering.v1.LedgerService/BeginEpoch": lambda ids: {
+        "nonce": new_uuid7().hex,
+        # One sum for each user: whose names are told?
+        "periods": [{"unit": unit, "scope": 2, "start_time": in_seconds(-86_400), "end_time": in_seconds(60)} for unit in (1, 2, 3)],
+        "recent_seconds": 3_600,
+    },
     "/mesh.metering.v1.PriceService/GetPriceBook": _nothing,
     "/mesh.metering.v1.UsageService/GetUsageReport": _nothing,
     "/mesh.metering.v1.UsageService/ListCalls": lambda ids: {"page_size": 1000},

@@ -80,7 +80,7 @@ async def test_changing_what_was_recorded_is_not_granted(mesh: Mesh, table: str)
         await connection.close()
 
 
-@pytest.mark.parametrize("table", ["tenant.audit", "tenant.audit_documents", "metering.entries"])
+@pytest.mark.parametrize("table", ["tenant.audit", "tenant.audit_documents", "metering.entries", "metering.unit_entries"])
 async def test_a_trigger_alone_refuses_to_change_what_was_recorded(mesh: Mesh, table: str) -> None:
     """Were everything granted, a trigger would still refuse: it refuses the superuser."""
     connection = await superuser(mesh.stack)

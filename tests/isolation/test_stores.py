@@ -32,7 +32,14 @@ from tests.support.mesh import Mesh
 # The database is attacked directly, by its roles: no transport is in the way. Through PgBouncer: test_pooled_connections.
 pytestmark = over(PLAIN)
 
-APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
+APPEND_ONLY = (
+    "metering.entries",
+    "metering.unit_entries",
+    "tenant.audit",
+    "tenant.audit_documents",
+    "metering.prices",
+    "metering.price_versions",
+)
 SHARED_TABLES = {
     "metering": ("prices", "price_versions"),
     "tenant": (
@@ -57,6 +64,7 @@ JOBS_MAY = {
     "metering.calls": {"SELECT", "UPDATE"},
     "metering.call_leases": {"SELECT", "DELETE"},
     "metering.entries": {"SELECT", "INSERT"},
+    "metering.unit_entries": {"SELECT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "retrieval.documents": {"SELECT"},
     "retrieval.retrieval_placed_tenants": {"SELECT"},
