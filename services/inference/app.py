@@ -108,7 +108,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             settlement=Settlement(ledger, limits, memory, leases, finishing, audit),
             audit=audit,
         )
-        configs = TenantConfigCache(to_tenant)
+        configs = TenantConfigCache(to_tenant, feed=feed)
         lifecycle = LifecycleServicer(memory, configs, places, mover, PostgresSealedRows(database, cipher))
         inference = InferenceService(pipeline, configs, provider_keys, MeteringPrices(to_metering), settings.default_call_deadline_seconds)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)

@@ -14,7 +14,8 @@ from services.kernel.tenant_context import TenantContext
 
 FETCH_TIMEOUT_SECONDS = 2.0
 CAPACITY = 10_000
-_CHANGING = ("CONFIG", "PLANS")
+# The kinds of changes after which a configuration is another.
+CONFIG_CHANGES = ("CONFIG", "PLANS")
 
 
 class TenantConfigCache:
@@ -25,7 +26,7 @@ class TenantConfigCache:
         self._stub = tenant_service_pb2_grpc.TenantServiceStub(channel.channel)
         self._cache: SingleFlightCache[tuple[TenantId, int], tenant_service_pb2.TenantConfig] = SingleFlightCache(CAPACITY)
         if feed is not None:
-            feed.forget_on(_CHANGING, self._forget)
+            feed.forget_on(CONFIG_CHANGES, self._forget)
 
     async def get(self, context: TenantContext, at_least: int = 0) -> tenant_service_pb2.TenantConfig:
         """Returns the configuration of the context's tenant, of its version, of `at_least`, or newer.

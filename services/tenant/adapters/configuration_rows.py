@@ -48,7 +48,7 @@ def _plan(terms: Mapping[str, Any], features: Mapping[str, Any]) -> Plan:
 
 
 def configuration_of(row: asyncpg.Record) -> StoredConfiguration:
-    """Builds what is kept of a tenant's configuration from the columns of `tenant.get_config`."""
+    """Builds what is kept of a tenant's configuration from the columns of `tenant.get_limited_config`."""
     # Settings are written one step after the tenant: a service that asks in between finds none.
     settings: dict[str, Any] = json.loads(row["settings"] or "{}")
     own = {name: settings.get(name) for name in OVERRIDE_NAMES}

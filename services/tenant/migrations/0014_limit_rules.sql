@@ -11,9 +11,8 @@ ALTER TABLE tenant.tenant_settings
     ADD COLUMN cycle_anchor_time timestamptz,
     ADD COLUMN abuse_guard jsonb CHECK (jsonb_typeof(abuse_guard) = 'object');
 
-DROP FUNCTION tenant.get_config(uuid);
--- As before, and with the tenant's creation and all plans in their order: which plan lifts a limit is seen from all of them.
-CREATE FUNCTION tenant.get_config(p_tenant_id uuid)
+-- Beside tenant.get_config, which the release before calls until it is replaced: the same, and with the tenant's creation and all plans in their order: which plan lifts a limit is seen from all of them.
+CREATE FUNCTION tenant.get_limited_config(p_tenant_id uuid)
 RETURNS TABLE (
     tenant_id uuid, version bigint, plan text, region text, placement text, display_name text, terms jsonb, features jsonb, settings jsonb,
     create_time timestamptz, ladder jsonb
@@ -39,5 +38,5 @@ BEGIN
 END
 $$;
 
-REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA tenant FROM PUBLIC;
-GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA tenant TO :service;
+REVOKE ALL ON FUNCTION tenant.get_limited_config FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION tenant.get_limited_config TO :service;
