@@ -15,7 +15,8 @@ GET_TENANT = "SELECT tenant_id, slug, display_name, plan, region, state, create_
 LIST_TENANTS = "SELECT tenant_id, slug, display_name, plan, region, state, create_time FROM tenant.list_tenants($1, $2)"
 GET_FACTS = "SELECT state, plan, region, config_version, placement, encrypt_content FROM tenant.get_facts($1)"
 GET_CONFIG = """
-SELECT tenant_id, version, region, placement, display_name, create_time, terms, features, settings, ladder FROM tenant.get_limited_config($1)
+SELECT tenant_id, version, region, placement, display_name, create_time, terms, features, settings, ladder
+FROM tenant.get_limited_config($1)
 """
 LIST_PLANS = """
 SELECT to_jsonb(v) AS terms,
