@@ -28,13 +28,13 @@ USERS = ("", "ada", "bob", "eve")
 
 # Three scopes, every unit of a call, windows of each kind.
 NESTED = [
-    LimitRule("requests", Unit.REQUESTS, Window.SLIDING, 90, MINUTE_US),
+    LimitRule("requests", Unit.REQUESTS, Window.SLIDING, 60, MINUTE_US),
     LimitRule("tokens", Unit.TOKENS, Window.SLIDING, 4000, MINUTE_US),
-    LimitRule("money", Unit.COST, Window.MONTH, 60_000, shortens=True, min_output_tokens=5),
-    LimitRule("slots", Unit.RUNNING, Window.RUNNING, 40),
+    LimitRule("money", Unit.COST, Window.MONTH, 90_000, shortens=True, min_output_tokens=5),
+    LimitRule("slots", Unit.RUNNING, Window.RUNNING, 20),
     LimitRule("user_tokens", Unit.TOKENS, Window.DAY, 1500, scope=Scope.USER, shortens=True),
-    LimitRule("user_slots", Unit.RUNNING, Window.RUNNING, 15, scope=Scope.USER),
-    LimitRule("feature_requests", Unit.REQUESTS, Window.SLIDING, 30, MINUTE_US, Scope.FEATURE),
+    LimitRule("user_slots", Unit.RUNNING, Window.RUNNING, 8, scope=Scope.USER),
+    LimitRule("feature_requests", Unit.REQUESTS, Window.SLIDING, 12, MINUTE_US, Scope.FEATURE),
     LimitRule("pair_retries", Unit.RETRIES, Window.SLIDING, 4, MINUTE_US, Scope.USER_FEATURE),
 ]
 
@@ -72,8 +72,8 @@ async def test_four_replicas_decide_as_one_exact_oracle(link: PipelinedLink, red
             assert await replicas[place % 4].commit(reservation_id, CommitKind.SETTLED, amounts.tokens, amounts.cost_nano_usd)
             oracle.commit(reservation_id, "settled", amounts, 1)
         held = held[len(held) * 2 // 3 :]
-    for each in links:
-        await each.close()
+    for own_link in links:
+        await own_link.close()
     assert min(verdicts.values()) > 50
 
 
