@@ -82,7 +82,7 @@ async def ask(url: str, *, header: str = "", seconds: float = 5.0) -> tuple[Rece
     received, failure = Received(), None
     prompt = AssembledPrompt("Be brief.", (Turn(USER, "Hi"),), (), 100)
     try:
-        async for _ in provider.stream(question(seconds), prompt, received):
+        async for _ in provider.stream(question(seconds), prompt, 10, received):
             pass
     except ProviderFailure as error:
         failure = error
