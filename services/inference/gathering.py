@@ -25,12 +25,21 @@ class Gathering:
 
     def input_bound(self, question: Question) -> int:
         """Returns the input tokens to hold before anything is read: a strict bound of what is known, and budgets for the rest."""
+        history = HISTORY_BUDGET_BYTES if question.conversation_id else 0
+        documents = CHUNK_BUDGET_BYTES * question.top_k if question.with_documents else 0
+        return self._bound(question, history, documents)
+
+    def least_bound(self, question: Question) -> int:
+        """Returns the bound of the part that is there whatever is found and remembered."""
+        return self._bound(question, 0, 0)
+
+    def _bound(self, question: Question, history_bytes: int, documents_bytes: int) -> int:
         return hold_input_tokens(
             input_bound(known_texts(question.messages, with_documents=question.with_documents)),
             # Of the two parts of the prompt only the stored one has to be guessed.
             prompt_budget=self._prompt_sizes.expected(question.tenant_id) + text_bytes(with_prefix(question.prompt_prefix, "")),
-            history_budget=HISTORY_BUDGET_BYTES if question.conversation_id else 0,
-            documents_budget=CHUNK_BUDGET_BYTES * question.top_k if question.with_documents else 0,
+            history_budget=history_bytes,
+            documents_budget=documents_bytes,
             cap=question.context_tokens,
         )
 

@@ -57,12 +57,12 @@ class InputCounting:
         self._densities.seen(question.model.name, byte_count, input_tokens - overhead)
 
     def may_fit(self, question: Question, refusal: MeshError, hold: Hold) -> bool:
-        """Tells whether the call would fit if its input is what the estimate says."""
+        """Tells whether the call would fit if its input is what the estimate says, and if little is found and remembered for it."""
         room = refusal.metadata.get("remaining", refusal.metadata.get("limit", ""))
         if refusal.reason not in _OF_SIZE or not room.isdecimal():
             return False
         least_output = min(question.min_output_tokens, hold.max_output_tokens)
-        estimate = make_hold(self._estimate(question, hold), least_output, question.price, spare_tokens=hold.spare_tokens)
+        estimate = make_hold(self._estimate(question), least_output, question.price, spare_tokens=hold.spare_tokens)
         return estimate.input_tokens < hold.input_tokens and _needed(estimate, refusal) <= int(room)
 
     async def count(self, question: Question, hold: Hold) -> Counted | None:
@@ -84,9 +84,9 @@ class InputCounting:
         self.learn(question, prompt, tokens)
         return Counted(memory, found, prompt, tokens)
 
-    def _estimate(self, question: Question, hold: Hold) -> int:
-        overhead = _overhead(len(question.messages) + 1)
-        return min(hold.input_tokens, overhead + self._densities.bound(question.model.name, max(0, hold.input_tokens - overhead)))
+    def _estimate(self, question: Question) -> int:
+        overhead, bound = _overhead(len(question.messages) + 1), self._gathering.least_bound(question)
+        return min(bound, overhead + self._densities.bound(question.model.name, max(0, bound - overhead)))
 
 
 def _overhead(texts: int) -> int:
