@@ -81,6 +81,8 @@ class AnswerPipeline:
             raise failure.as_refusal(question.call_id) from failure
         except TimeoutError:
             raise DeadlineExceeded(_PHASES[attempt.stage] if attempt else "reserve") from None
+        self._counting.learn(question, ready.prompt, attempt.received.usage.total_input)
+        self._guard.learn(attempt)
         return Report(question, ready, attempt.received, settled, remaining_limits(attempt, settled))
 
     async def _answer(self, attempt: Attempt, counted: Counted | None, sink: Sink) -> Ready:
@@ -94,8 +96,6 @@ class AnswerPipeline:
         except BaseException as error:
             await self._settlement.end(attempt, error)
             raise
-        self._counting.learn(attempt.question, ready.prompt, attempt.received.usage.total_input)
-        self._guard.learn(attempt)
         return ready
 
     async def _reserve(self, question: Question) -> tuple[Attempt, Counted | None]:

@@ -82,14 +82,14 @@ async def set_budget(mesh: Mesh, tenant: DemoTenant, nano_usd: int) -> None:
 
 
 async def test_runaway_streams_never_cost_more_than_the_budget(mesh: Mesh) -> None:
-    """Of 200 streams against a budget for 20, at a provider that ignores max_tokens, about 20 run, each is stopped, and the bill stays within it.
+    """Of 200 streams against a budget for 20, at a provider that ignores max_tokens, 20 run, each is stopped, and the bill stays within it.
 
     A bill only grows, so its last sum is its highest; what is asked in between agrees.
     """
     tenant = await mesh.tenant("enterprise")
     for _ in range(2):
         # The first call learns how large the prompt is; the second is held as every other will be.
-        assert await call(mesh, tenant, HONEST) != ("", "")
+        assert (await call(mesh, tenant, HONEST))[1] == ""
     before = await own_ledger(mesh, tenant)
     one_hold = min(record.bound.nano_usd for record in before)
     budget = sum(record.cost.nano_usd for record in before) + COVERED * one_hold

@@ -12,7 +12,7 @@ from devstack.provider_stub.server import ROUTES
 from mesh.common.v1 import error_reason_pb2 as reasons
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from services.inference.overrun import COUNT_SECONDS, EXTEND_SECONDS
-from services.inference.stream_bound import spare_tokens
+from services.inference.settings import InferenceSettings
 from services.inference.worst_case import ceil_cost
 from services.kernel.errors import LimitExceeded, Unavailable
 from tests.inference.conftest import World, until
@@ -169,5 +169,6 @@ def not_open(request: Any) -> Any:
 
 
 def test_the_spare_covers_a_fast_model_for_as_long_as_a_decision_takes() -> None:
-    """What is held beside max_tokens is at least 200 tokens a second for the limits of counting and extending and a tenth for closing."""
-    assert spare_tokens(192) >= 200 * (COUNT_SECONDS + EXTEND_SECONDS + 0.1)
+    """What may be in flight is 200 tokens a second for as long as counting, extending and a fifth of a second for closing take."""
+    in_flight_tokens = InferenceSettings.model_fields["provider_in_flight_tokens"].default
+    assert in_flight_tokens >= 200 * (COUNT_SECONDS + EXTEND_SECONDS + 0.2)
