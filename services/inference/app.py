@@ -28,6 +28,7 @@ from services.inference.input_counting import InputCounting
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.overrun import StreamGuard
 from services.inference.pipeline import AnswerPipeline
+from services.inference.ports import Ledger, Limits, TokenCounter
 from services.inference.servicers.conversation_service import ConversationService
 from services.inference.servicers.inference_service import InferenceService
 from services.inference.servicers.lifecycle import LifecycleServicer
@@ -105,33 +106,34 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         stack.push_async_callback(finishing.close)
         gate = AdmissionGate(settings.max_concurrent_provider_calls, settings.max_waiting_calls)
         gathering = Gathering(RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval")), memory)
-        counter, in_flight_tokens = AnthropicCounter(provider.clients), settings.provider_in_flight_tokens
+        counting, guard = _counters(settings, AnthropicCounter(provider.clients), gathering, limits, ledger)
         pipeline = AnswerPipeline(
             ledger=ledger,
             gathering=gathering,
-            # Questions and answers differ in density: each learns by itself.
-            counting=InputCounting(gathering, counter, TokenDensities()),
+            counting=counting,
             provider=TracedProvider(provider),
-            guard=StreamGuard(limits, ledger, counter, TokenDensities(), in_flight_tokens),
+            guard=guard,
             gate=gate,
             leases=leases,
             settlement=Settlement(ledger, limits, memory, leases, finishing, audit),
             audit=audit,
-            spare_tokens=spare_tokens(in_flight_tokens),
+            spare_tokens=spare_tokens(settings.provider_in_flight_tokens),
         )
         configs = TenantConfigCache(to_tenant)
         lifecycle = LifecycleServicer(memory, configs, places, mover, PostgresSealedRows(database, cipher))
-        inference = InferenceService(
-            pipeline,
-            configs,
-            provider_keys,
-            MeteringPrices(to_metering),
-            settings.default_call_deadline_seconds,
-            settings.provider_account,
-        )
+        prices, deadline_seconds = MeteringPrices(to_metering), settings.default_call_deadline_seconds
+        inference = InferenceService(pipeline, configs, provider_keys, prices, deadline_seconds, settings.provider_account)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
+
+
+def _counters(
+    settings: InferenceSettings, counter: TokenCounter, gathering: Gathering, limits: Limits, ledger: Ledger
+) -> tuple[InputCounting, StreamGuard]:
+    # Questions and answers differ in density: each learns by itself.
+    guard = StreamGuard(limits, ledger, counter, TokenDensities(), settings.provider_in_flight_tokens)
+    return InputCounting(gathering, counter, TokenDensities()), guard
 
 
 def _start_loops(
