@@ -69,12 +69,12 @@ async def settled_limits(mesh: Mesh, api_key: str) -> dict[str, int]:
 
 EDGES = {
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "tenant mesh.tenant.v1.AuthenticationService/Authenticate"),
-    ("inference mesh.inference.v1.InferenceService/StreamGenerate", "ratelimit mesh.ratelimit.v1.RateLimitService/Reserve"),
+    ("inference mesh.inference.v1.InferenceService/StreamGenerate", "ratelimit mesh.ratelimit.v1.RateLimitService/ReserveBatch"),
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "metering mesh.metering.v1.LedgerService/OpenCalls"),
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "retrieval mesh.retrieval.v1.SearchService/Search"),
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "inference chat claude-sonnet-4-6"),
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "metering mesh.metering.v1.LedgerService/SettleCalls"),
-    ("ratelimit mesh.ratelimit.v1.RateLimitService/Reserve", "metering mesh.metering.v1.LedgerService/BeginEpoch"),
+    ("ratelimit mesh.ratelimit.v1.RateLimitService/ReserveBatch", "metering mesh.metering.v1.LedgerService/BeginEpoch"),
 }
 
 
