@@ -28,6 +28,8 @@ class Plan:
     rules: tuple[LimitRule, ...]
     packed: bytes
     has_shadow: bool
+    # Of each rule, the part of the subject that its scope tells apart.
+    parts: tuple[Subject, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class Terms:
             tuple(chain.from_iterable(_of_rule(rule, places, volatile=volatile) for rule in rules)),
             int(has_shadow),
         )
-        return Plan(subject, product_unit, rules, packed(content), has_shadow)
+        return Plan(subject, product_unit, rules, packed(content), has_shadow, tuple(rule.scope.of(subject) for rule in rules))
 
 
 def _of_family(family: Family) -> tuple[int, int, int, int]:
