@@ -42,6 +42,7 @@ SHARED_TABLES = {
         "plan_features",
         "flags",
         "flag_changes",
+        "change_turn",
         *(name.partition(".")[2] for name in DIRECTORIES),
     ),
 }

@@ -20,7 +20,7 @@ from tests.support.stores import PostgresStore
 from tests.tenant.harness import Harness, as_service, call, with_key
 
 CHANGES = ("UPDATE tenant.audit SET subject = 'nobody'", "DELETE FROM tenant.audit", "TRUNCATE tenant.audit")
-TRIGGERS = ("audit_is_chained", "audit_documents_are_found", "audit_is_append_only")
+TRIGGERS = ("audit_is_chained", "audit_documents_are_found", "audit_is_append_only", "records_come_first")
 OLD_INSERT = "INSERT INTO tenant.audit (tenant_id, action, subject) VALUES ($1, $2, $3)"
 INSERT = "INSERT INTO tenant.audit (tenant_id, action, subject) VALUES ($1, $2, 'test')"
 
