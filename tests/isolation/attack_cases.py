@@ -148,7 +148,7 @@ CASES: Mapping[str, Case] = {
                 "tenant_id": ids.tenant_id.bytes,
                 "audit_id": UUID(ids.call_id).bytes,
                 "occur_time": in_seconds(0),
-                "action": "FORGED",
+                "action": "DOCUMENTS_READ",
                 "user": TAMPERED,
                 "document_ids": [UUID(ids.document_id).bytes],
             }
