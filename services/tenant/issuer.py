@@ -8,13 +8,14 @@ from typing import Protocol
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from services.kernel.errors import AlreadyExists, InvalidRequest, NotFound, Unavailable
+from mesh.common.v1 import error_reason_pb2
+from services.kernel.errors import AlreadyExists, Forbidden, InvalidRequest, NotFound, Unavailable
 from services.kernel.ids import TenantId
 from services.tenant.actor import Actor
 from services.tenant.full import too_many
 from services.tenant.json_web_key import Algorithm, JwksMalformed, read_jwks
 from services.tenant.jwks_cache import JwksDown, JwksSource
-from services.tenant.scopes import TENANT_SCOPES
+from services.tenant.scopes import ISSUER_SCOPES, TENANT_SCOPES
 from services.tenant.text import printable
 
 MAX_ISSUERS = 20
@@ -71,7 +72,8 @@ class IssuerRegistry:
     async def add(self, tenant_id: TenantId, terms: IssuerTerms, actor: Actor) -> Issuer:
         """Registers the issuer once its keys were seen.
 
-        Raises: InvalidRequest, AlreadyExists, LimitExceeded(PLAN_LIMIT), Unavailable("jwks"); nothing is written then.
+        Raises: InvalidRequest, Forbidden(SCOPE_MISSING), AlreadyExists, LimitExceeded(PLAN_LIMIT), Unavailable("jwks"); nothing is
+        written then.
         """
         _refuse_unfit(terms)
         await self._refuse_without_keys(terms)
@@ -108,7 +110,13 @@ def _refuse_unfit(terms: IssuerTerms) -> None:
     printable(terms.audience, "audience")
     for scope in sorted(terms.scopes):
         if scope not in TENANT_SCOPES:
-            raise InvalidRequest("scopes", f"{scope} is no scope of a tenant's")
+            raise InvalidRequest("scopes", f"{scope} is no scope of a tenant's; leave it out")
+        if scope not in ISSUER_SCOPES:
+            raise Forbidden(
+                error_reason_pb2.ERROR_REASON_SCOPE_MISSING,
+                f"an operator does not hold {scope} and registers no issuer that grants it; leave it out: a tenant's own API key holds it",
+                scope=scope,
+            )
     _refuse_address(terms.jwks_uri)
 
 

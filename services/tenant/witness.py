@@ -42,4 +42,4 @@ def refuse_moment(occur_time: datetime, now: datetime, field: str) -> None:
         description = f"is more than {CLOCK_SKEW.total_seconds():.0f} s in the future; nothing was recorded: set the caller's clock"
         raise InvalidRequest(field, description)
     if occur_time < now - MAX_AGE:
-        raise InvalidRequest(field, f"is older than {MAX_AGE.days} days; nothing was recorded: keep it apart and send the others without it")
+        raise InvalidRequest(field, f"is older than {MAX_AGE.days} days; nothing was recorded: set it aside and send the others")

@@ -201,8 +201,8 @@ async def test_twenty_writers_at_once_do_not_fork_a_chain(harness: Harness) -> N
     async def write(turn: int) -> None:
         order = ids[turn % 4 :] + ids[: turn % 4]
         items = [
-            messages.AuditItem(tenant_id=tenant_id.bytes, audit_id=new_uuid7().bytes, context_token=token[str(tenant_id)], action="CALL_ENDED")
-            for tenant_id in order
+            messages.AuditItem(tenant_id=own.bytes, audit_id=new_uuid7().bytes, context_token=token[str(own)], action="CALL_ENDED")
+            for own in order
         ]
         for item in items:
             item.occur_time.GetCurrentTime()

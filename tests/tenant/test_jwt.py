@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -24,7 +25,7 @@ from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import MeshError
 from services.kernel.telemetry.logging import configure_logging
 from services.kernel.tenant_context import TenantContext
-from services.tenant.context_minting import ContextMinter, read_signing_key
+from services.tenant.context_minting import ContextMinter, Grant, new_signing_seed, read_signing_key
 from tests.support.jwks import JwksServer, SigningKey, claims_of, running_jwks, unsigned
 from tests.tenant.harness import Harness, as_service, call, refusal, with_key
 
@@ -322,6 +323,35 @@ async def test_a_bad_registration_is_refused_by_its_field(harness: Harness, fiel
         assert server.requests == []
 
 
+async def test_an_operator_registers_no_issuer_that_spends_a_tenants_money(harness: Harness) -> None:
+    """inference:generate is no operator's to hand out: such a registration is SCOPE_MISSING, and nothing is fetched or written."""
+    created, key = await harness.create(), SigningKey()
+    async with running_jwks(key) as server:
+        request = wish(server, key, scopes=["tenant:read", "inference:generate"])
+        error = await refusal(register(harness, created.tenant.tenant_id, request))
+        assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, error_reason_pb2.ERROR_REASON_SCOPE_MISSING)
+        assert error.metadata["scope"] == "inference:generate"
+        assert server.requests == []
+        listed = await call(harness.issuers.ListIssuers, pb.ListIssuersRequest(), harness.as_operator(created.tenant.tenant_id))
+        assert list(listed.issuers) == []
+
+
+async def test_no_token_carries_what_its_registrar_could_not_hand_out(harness: Harness) -> None:
+    """A registration that grants inference:generate all the same, as one from before this was refused, gives tokens without it."""
+    async with bench(harness) as b:
+        widened = "UPDATE tenant.issuers SET scopes = '{tenant:read,inference:generate}' WHERE tenant_id = $1"
+        await harness.execute(widened, UUID(b.tenant_id))
+        context = await proven(harness, b.token(scope="tenant:read inference:generate"))
+        assert context.scopes == frozenset({"tenant:read"})
+
+
+def test_an_operators_context_with_the_right_to_spend_is_not_minted() -> None:
+    """Whatever leads there, the one place that signs contexts signs none for an operator that holds inference:generate."""
+    minter = ContextMinter(read_signing_key(new_signing_seed()), [], region="", clock=lambda: datetime.now(UTC))
+    with pytest.raises(ValueError, match="inference:generate"):
+        minter.mint(Grant(None, None, "operator:test", frozenset({"operator:tenants", "inference:generate"}), operator=True))
+
+
 async def test_an_issuer_and_audience_speak_for_one_tenant_only(harness: Harness) -> None:
     """The same pair is ALREADY_EXISTS for whichever tenant; another audience of the issuer is another tenant's to have."""
     other = await harness.create()
@@ -383,6 +413,23 @@ async def test_only_operators_register_issuers(harness: Harness) -> None:
         assert error.reason == error_reason_pb2.ERROR_REASON_SCOPE_MISSING
         error = await refusal(call(harness.issuers.AddIssuer, wish(server, key), harness.as_operator()))
         assert error.metadata == {"key": "x-tenant-id"}
+
+
+async def test_a_right_token_out_of_its_time_or_place_is_on_record(harness: Harness) -> None:
+    """An ended token, a suspended tenant's and one of another region's tenant each leave a record that says what it was refused as."""
+    async with bench(harness) as b:
+        await b.refused(b.token(seconds=-20))
+        await harness.execute("UPDATE tenant.tenants SET state = 'SUSPENDED' WHERE tenant_id = $1", UUID(b.tenant_id))
+        await b.refused(b.token())
+        await harness.execute("UPDATE tenant.tenants SET state = 'ACTIVE', region = 'eu-west' WHERE tenant_id = $1", UUID(b.tenant_id))
+        await b.refused(b.token())
+        issuer = f"jwt:{b.issuer.issuer_id}"
+        records = await harness.audit(b.tenant_id, "CREDENTIAL_REFUSED")
+        assert {(record["subject"], record["target"], record["peer_address"]) for record in records} == {
+            (issuer, "refused:CREDENTIAL_EXPIRED", "192.0.2.7"),
+            (f"{issuer}:user-1", "refused:TENANT_SUSPENDED", "192.0.2.7"),
+            (f"{issuer}:user-1", "refused:WRONG_CELL", "192.0.2.7"),
+        }
 
 
 async def test_a_suspended_tenants_tokens_are_refused(harness: Harness) -> None:

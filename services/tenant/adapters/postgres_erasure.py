@@ -37,9 +37,17 @@ GET_RECEIPT = "SELECT body, signature, key_id FROM tenant.erasure_receipts WHERE
 # what flags once said, which is the operator's history.
 KEPT = frozenset(
     {
-        "audit", "audit_documents", "audit_chains", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts",
+        "audit",
+        "audit_documents",
+        "audit_chains",
+        "request_directory",
+        "changes",
+        "sagas",
+        "saga_steps",
+        "events",
+        "erasure_receipts",
         "flag_changes",
-    }  # fmt: skip
+    }
 )
 # A schema or a database named for the tenant is a store of its own, whoever can read in it.
 COUNT_NAMED = {

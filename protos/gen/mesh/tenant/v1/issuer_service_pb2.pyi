@@ -136,7 +136,9 @@ class AddIssuerRequest(_message.Message):
 
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What its tokens may be granted, such as "inference:generate": 1–20, unique."""
+        """What its tokens may be granted, such as "documents:read": 1–20, unique. "inference:generate" is refused: an operator, who registers issuers,
+        does not hold it.
+        """
 
     def __init__(
         self,

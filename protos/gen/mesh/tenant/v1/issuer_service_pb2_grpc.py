@@ -59,7 +59,8 @@ class IssuerServiceServicer:
     def AddIssuer(self, request, context):
         """Registers an issuer for the tenant. Its keys are fetched once first: nothing is written when they cannot be had.
         Errors: ALREADY_EXISTS when issuer and audience are registered, for whichever tenant; UNAVAILABLE DEPENDENCY_UNAVAILABLE ("jwks") when the
-        JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
+        JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; PERMISSION_DENIED SCOPE_MISSING for a scope that no
+        operator holds; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

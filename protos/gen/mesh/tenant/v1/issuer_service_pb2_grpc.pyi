@@ -19,7 +19,8 @@ class IssuerServiceStub:
     AddIssuer: _aio.UnaryUnaryMultiCallable[_issuer_service_pb2.AddIssuerRequest, _issuer_service_pb2.AddIssuerResponse]
     """Registers an issuer for the tenant. Its keys are fetched once first: nothing is written when they cannot be had.
     Errors: ALREADY_EXISTS when issuer and audience are registered, for whichever tenant; UNAVAILABLE DEPENDENCY_UNAVAILABLE ("jwks") when the
-    JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
+    JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; PERMISSION_DENIED SCOPE_MISSING for a scope that no
+    operator holds; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
     """
     ListIssuers: _aio.UnaryUnaryMultiCallable[_issuer_service_pb2.ListIssuersRequest, _issuer_service_pb2.ListIssuersResponse]
     """Lists the tenant's issuers, oldest first, at most 20. Reads only."""
@@ -37,7 +38,8 @@ class IssuerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_issuer_service_pb2.AddIssuerResponse]:
         """Registers an issuer for the tenant. Its keys are fetched once first: nothing is written when they cannot be had.
         Errors: ALREADY_EXISTS when issuer and audience are registered, for whichever tenant; UNAVAILABLE DEPENDENCY_UNAVAILABLE ("jwks") when the
-        JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
+        JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; PERMISSION_DENIED SCOPE_MISSING for a scope that no
+        operator holds; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
         """
 
     @_abc_1.abstractmethod
