@@ -49,6 +49,7 @@ SHARED_TABLES = {
 # What the jobs roles may do, by table and command; everything else must be refused or find nothing.
 JOBS_MAY = {
     "inference.audit_outbox": {"SELECT", "DELETE"},
+    "inference.audit_set_aside": {"SELECT", "INSERT"},
     "tenant.tenants": {"SELECT"},
     "tenant.sagas": {"SELECT"},
     "tenant.events": {"SELECT", "UPDATE"},
