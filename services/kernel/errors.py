@@ -109,11 +109,12 @@ class Forbidden(MeshError):
 class NotFound(MeshError):
     """Absent, or another tenant's: the two look alike."""
 
-    def __init__(self, resource: str) -> None:
+    def __init__(self, resource: str, message: str = "") -> None:
+        """`message` is for what no tenant's credential leads to, such as a plan; it never says more than that the resource is absent."""
         super().__init__(
             grpc.StatusCode.NOT_FOUND,
             error_reason_pb2.ERROR_REASON_NOT_FOUND,
-            f"no such {resource}; check its id and the tenant of your credential",
+            message or f"no such {resource}; check its id and the tenant of your credential",
             metadata={"resource": resource},
         )
 

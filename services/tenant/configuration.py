@@ -13,7 +13,7 @@ from services.kernel.ids import TenantId
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, refused_page_token
 from services.tenant.actor import Actor
 from services.tenant.effective_config import OVERRIDE_NAMES, StoredConfiguration, Value, judged_terms, shorter_retention
-from services.tenant.plan import Plan, sense_problem
+from services.tenant.plan import Plan, sense_problem, unknown_plan
 from services.tenant.scopes import OPERATOR_SCOPE
 
 LIMIT_NAMES = OVERRIDE_NAMES[:8]
@@ -145,7 +145,7 @@ def moved(stored: StoredConfiguration, plans: Mapping[str, Plan], plan_name: str
     """Returns the configuration on another plan. Raises: NotFound, WrongState."""
     plan = plans.get(plan_name)
     if plan is None:
-        raise NotFound("plan")
+        raise unknown_plan()
     if stored.placement not in plan.isolation:
         raise WrongState(
             "tenant",

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 
+from services.kernel.errors import NotFound
+
 PLACEMENTS = ("pool", "bridge", "silo")
 MAX_RETENTION_DAYS = 36_500
 _MAX_MONEY = 9_000_000_000_000_000
@@ -110,6 +112,11 @@ def needs_loading(catalog: PlanCatalog, loaded_version: int | None, loaded_diges
     if catalog.digest() != loaded_digest:
         raise PlanCatalogRefused(f"version {catalog.version} is loaded with other terms: raise `version` above it")
     return False
+
+
+def unknown_plan() -> NotFound:
+    """Builds the refusal of a plan that is not on offer."""
+    return NotFound("plan", "no such plan is on offer; ListPlans names those that are")
 
 
 def sense_problem(terms: Plan) -> SenseProblem | None:

@@ -23,7 +23,7 @@ from services.tenant.api_key import ApiKeyText, new_api_key
 from services.tenant.context_minting import PROVISIONING_SUBJECT, ContextMinter, Grant
 from services.tenant.life_ports import DataKeyStore, PlaceKeeper, SecretSeal
 from services.tenant.placement import PlacementWish, SiloStores
-from services.tenant.plan import PlanDirectory
+from services.tenant.plan import PlanDirectory, unknown_plan
 from services.tenant.saga import Saga, SagaEngine, SagaKind, SagaState, SagaStore
 from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
@@ -362,7 +362,7 @@ class TenantProvisioning:
 def _accepted(recorded: Recorded, wish: TenantWish) -> TenantId:
     match recorded.outcome:
         case RecordOutcome.UNKNOWN_PLAN:
-            raise NotFound("plan")
+            raise unknown_plan()
         case RecordOutcome.SLUG_TAKEN:
             raise AlreadyExists("tenant", "slug", f"the slug {wish.slug} is taken; choose another")
         case RecordOutcome.ERASED:

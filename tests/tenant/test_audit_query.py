@@ -215,3 +215,12 @@ async def test_clocks_may_differ_a_little(harness: Harness) -> None:
     token = (await harness.authenticate(created.api_key)).context_token
     ahead = item(created.tenant.tenant_id, token, occur_time=datetime.now(UTC) + timedelta(seconds=20))
     assert list(await record(harness, ahead)) == [RECORDED]
+
+
+async def test_a_period_that_ends_before_it_starts_is_refused(harness: Harness) -> None:
+    """Such a question could only find nothing, which would look like an answer: INVALID_ARGUMENT names the end and says what to do."""
+    created, now = await harness.create(), datetime.now(UTC)
+    error = await refusal(query(harness, with_key(created.api_key), start_time=now, end_time=now - timedelta(seconds=1)))
+    assert (error.reason, error.metadata["field"]) == (error_reason_pb2.ERROR_REASON_INVALID_REQUEST, "end_time")
+    assert "before start_time" in error.message
+    assert (await query(harness, with_key(created.api_key), start_time=now, end_time=now)).records == []

@@ -46,7 +46,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED. `x-tenant-id`, `x-tenant-host` or `x-tenant-path` names another tenant than the credential or context token proves. {}"""
     ERROR_REASON_CALLER_NOT_ALLOWED: _ErrorReason.ValueType  # 15
     """PERMISSION_DENIED. The method's policy does not list this caller, or not for what it asks: then the metadata names that instead of the
-    method. {"caller": "retrieval", "method": "/mesh…"} {"caller": "retrieval", "action": "CALL_ENDED", "field": "items[0].action"}
+    method. An operators' method adds {"needs": "operator"} for who is none. {"caller": "retrieval", "method": "/mesh…"} {"caller": "retrieval", "action": "CALL_ENDED", "field": "items[0].action"}
     """
     ERROR_REASON_SCOPE_MISSING: _ErrorReason.ValueType  # 16
     """PERMISSION_DENIED. The credential lacks a scope of the method. {"scope": "inference:generate"}"""
@@ -128,7 +128,7 @@ ERROR_REASON_TENANT_MISMATCH: ErrorReason.ValueType  # 14
 """PERMISSION_DENIED. `x-tenant-id`, `x-tenant-host` or `x-tenant-path` names another tenant than the credential or context token proves. {}"""
 ERROR_REASON_CALLER_NOT_ALLOWED: ErrorReason.ValueType  # 15
 """PERMISSION_DENIED. The method's policy does not list this caller, or not for what it asks: then the metadata names that instead of the
-method. {"caller": "retrieval", "method": "/mesh…"} {"caller": "retrieval", "action": "CALL_ENDED", "field": "items[0].action"}
+method. An operators' method adds {"needs": "operator"} for who is none. {"caller": "retrieval", "method": "/mesh…"} {"caller": "retrieval", "action": "CALL_ENDED", "field": "items[0].action"}
 """
 ERROR_REASON_SCOPE_MISSING: ErrorReason.ValueType  # 16
 """PERMISSION_DENIED. The credential lacks a scope of the method. {"scope": "inference:generate"}"""

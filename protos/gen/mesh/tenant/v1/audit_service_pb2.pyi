@@ -243,7 +243,7 @@ class QueryAuditRequest(_message.Message):
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Before this moment."""
+        """Before this moment; not before `start_time`."""
 
     def __init__(
         self,
