@@ -80,12 +80,11 @@ class RecordOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What is recorded of a request; tenant, digest and steps are absent for a refusal."""
+    """What is recorded of a request; tenant and digest are absent for a refusal."""
 
     outcome: RecordOutcome
     tenant_id: TenantId | None
     content_digest: bytes | None
-    steps_done: int
 
 
 @dataclass(frozen=True, slots=True, repr=False)

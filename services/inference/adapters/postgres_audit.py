@@ -114,7 +114,8 @@ def _entry(row: asyncpg.Record) -> AuditEntry:
 
 def _aside(items: Sequence[SetAside]) -> tuple[list[object], ...]:
     causes: list[object] = [item.cause[:MAX_CAUSE_LENGTH].replace("\0", "") for item in items]
-    return *_keys([item.entry for item in items]), causes, [as_json(item.entry) for item in items]
+    entries: list[object] = [as_json(item.entry) for item in items]
+    return *_keys([item.entry for item in items]), causes, entries
 
 
 def _rule(error: Exception) -> str:

@@ -16,7 +16,7 @@ from services.tenant.provisioning import Recorded, RecordOutcome, Step
 from services.tenant.tenant_wish import TenantWish
 
 RECORD_TENANT = """
-SELECT outcome, tenant_id, content_digest, steps_done FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+SELECT outcome, tenant_id, content_digest FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 """
 REQUEST_IS_KNOWN = "SELECT tenant_id FROM tenant.request_directory WHERE request_id = $1"
 INSERT_SAGA = """
@@ -96,7 +96,7 @@ class PostgresProvisioning:
                 content = json.dumps(wish.content(sealed_stores))
                 await connection.execute(INSERT_SAGA, tenant_id, request_id, wish.digest(), content, actor.subject, actor.reason)
                 await _finish(connection, tenant_id, Step.RECORDED)
-            return Recorded(outcome, row["tenant_id"], row["content_digest"], row["steps_done"] or 0)
+            return Recorded(outcome, row["tenant_id"], row["content_digest"])
 
     async def is_known(self, request_id: UUID) -> bool:
         """Tells whether the request was recorded before; the directory is read before any tenant is known."""
