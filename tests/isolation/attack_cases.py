@@ -90,6 +90,12 @@ CASES: Mapping[str, Case] = {
         "page_size": 1000,
         "page_token": ids.page_token("/mesh.tenant.v1.ApiKeyService/ListApiKeys"),
     },
+    "/mesh.tenant.v1.ApiKeyService/UpdateApiKey": lambda ids: {
+        "key_id": ids.key_id,
+        "display_name": TAMPERED,
+        "allowed_cidrs": ["0.0.0.0/0"],
+        "update_mask": {"paths": ["display_name", "allowed_cidrs"]},
+    },
     "/mesh.tenant.v1.ApiKeyService/RevokeApiKey": lambda ids: {"key_id": ids.key_id},
     "/mesh.tenant.v1.ApiKeyService/RotateApiKey": lambda ids: {"key_id": ids.key_id, "request_id": str(new_uuid7())},
     "/mesh.tenant.v1.IssuerService/AddIssuer": lambda ids: {

@@ -33,6 +33,19 @@ async def proven(harness: Harness, token: str) -> TenantContext:
     return await ContextTokenVerifier(Published()).verify(token)  # type: ignore[arg-type] # the key type is checked by the assert
 
 
+async def test_an_operator_reads_the_verifying_keys_and_a_tenant_does_not(harness: Harness) -> None:
+    """Who keeps receipts keeps the keys that prove them: operators get what services get; tenants' keys and front ends do not."""
+    request = authentication_service_pb2.GetContextKeysRequest()
+    to_service = await call(harness.authentication.GetContextKeys, request, as_service("metering"))
+    assert await call(harness.authentication.GetContextKeys, request, harness.as_operator()) == to_service
+    created = await harness.create()
+    for metadata in (with_key(created.api_key), harness.as_front()):
+        error = await refusal(call(harness.authentication.GetContextKeys, request, metadata))
+        assert (error.reason, error.metadata) == (error_reason_pb2.ERROR_REASON_SCOPE_MISSING, {"scope": "operator:tenants"})
+    error = await refusal(call(harness.authentication.GetContextKeys, request, harness.as_operator(reason=None)))
+    assert error.reason == error_reason_pb2.ERROR_REASON_OPERATOR_REASON_MISSING
+
+
 def facts(error: MeshError) -> tuple[object, ...]:
     """Everything of a refusal that reaches a caller."""
     return (

@@ -25,6 +25,8 @@ READ_FLAGS = f"SELECT {_COLUMNS} FROM tenant.flags ORDER BY name"  # noqa: S608 
 GET_FLAG = f"SELECT {_COLUMNS} FROM tenant.flags WHERE name = $1"  # noqa: S608 - as above
 SELECT_NAMES = "SELECT name FROM tenant.flags"
 SELECT_TIERS = "SELECT plan FROM tenant.plans"
+# The directory of slugs has every tenant from its first moment to its erasure, and is read over all tenants.
+SELECT_TENANTS = "SELECT tenant_id FROM tenant.slug_directory WHERE tenant_id = ANY ($1::uuid[])"
 UPSERT_FLAG = f"""
 INSERT INTO tenant.flags (
     name, description, default_value, tenants_on, tenants_off, tiers_on, tiers_off, percentage_basis_points, version
@@ -61,7 +63,7 @@ class PostgresFlags:
         """Keeps the flag; False when it was kept like this already. Raises: what `judge` raises."""
         async with self._database.transaction(NO_TENANT) as connection:
             await connection.execute(LOCK_FLAGS)
-            before = await _flags_before(connection, flag.name)
+            before = await _flags_before(connection, flag.name, flag.tenants_on | flag.tenants_off)
             judge(before)
             if before.kept is not None and before.kept.flag == flag:
                 return before.kept, False
@@ -78,7 +80,7 @@ class PostgresFlags:
         """Removes the flag; False when there is none."""
         async with self._database.transaction(NO_TENANT) as connection:
             await connection.execute(LOCK_FLAGS)
-            before = await _flags_before(connection, name)
+            before = await _flags_before(connection, name, frozenset())
             if before.kept is None:
                 return False
             version = await connection.fetchval(READ_VERSION) + 1
@@ -93,11 +95,12 @@ class PostgresFlags:
         return [_kept(row) for row in await self._database.call(None, LIST_FLAGS, after_name, limit)]
 
 
-async def _flags_before(connection: Connection, name: str) -> FlagsBefore:
+async def _flags_before(connection: Connection, name: str, listed: frozenset[TenantId]) -> FlagsBefore:
     row = await connection.fetchrow(GET_FLAG, name)
     names = [found["name"] for found in await connection.fetch(SELECT_NAMES)]
     tiers = [found["plan"] for found in await connection.fetch(SELECT_TIERS)]
-    return FlagsBefore(None if row is None else _kept(row), names, tiers)
+    tenants = {TenantId(found["tenant_id"]) for found in await connection.fetch(SELECT_TENANTS, list(listed))}
+    return FlagsBefore(None if row is None else _kept(row), names, tiers, tenants)
 
 
 async def _record(connection: Connection, version: int, name: str, before: KeptFlag | None, after: Flag | None, actor: Actor) -> None:

@@ -8,6 +8,7 @@ from services.kernel.placement import PlacementKind
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_events import append_events
 from services.tenant.adapters.postgres_placements import ANNOUNCE, SAY_IN_TOKENS, PostgresPlacements
 from services.tenant.adapters.postgres_secrets import lock_secrets
 from services.tenant.moving import MOVABLE, Left
@@ -91,6 +92,7 @@ class PostgresMoves:
             await connection.execute(RAISE_VERSION, tenant_id)
             await connection.execute(LOOK_AGAIN, tenant_id, grace_seconds)
             await append_audit(connection, tenant_id, "TENANT_MOVED", f"placement:{moved['left_kind']}:{moved['kind']}", actor)
+            await append_events(connection, tenant_id, "tenant.moved", {"from": moved["left_kind"], "to": moved["kind"]})
             await connection.execute(ANNOUNCE, tenant_id)
 
     async def left_behind(self, tenant_id: TenantId) -> Left:

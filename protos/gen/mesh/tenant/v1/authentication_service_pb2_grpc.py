@@ -83,7 +83,8 @@ class AuthenticationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetContextKeys(self, request, context):
-        """Returns the public keys that verify context tokens. Reads only.
+        """Returns the public keys that verify context tokens, erasure receipts and audit heads. Operators ask for them to keep them: what was
+        signed outlives the key's use here. Reads only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

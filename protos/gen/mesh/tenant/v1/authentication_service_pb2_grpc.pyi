@@ -30,7 +30,9 @@ class AuthenticationServiceStub:
     TENANT_MISMATCH where host and path name two tenants.
     """
     GetContextKeys: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.GetContextKeysRequest, _authentication_service_pb2.GetContextKeysResponse]
-    """Returns the public keys that verify context tokens. Reads only."""
+    """Returns the public keys that verify context tokens, erasure receipts and audit heads. Operators ask for them to keep them: what was
+    signed outlives the key's use here. Reads only.
+    """
     WatchChanges: _aio.UnaryStreamMultiCallable[_authentication_service_pb2.WatchChangesRequest, _authentication_service_pb2.WatchChangesResponse]
     """Streams what may end the trust in an answer remembered elsewhere, in the order of its commits, until the caller leaves or is cut for
     reading too slowly. Each message vouches that every change up to its `change_id` was told; while the store can be read there is one
@@ -72,7 +74,9 @@ class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _authentication_service_pb2.GetContextKeysRequest,
         context: _aio.ServicerContext[_authentication_service_pb2.GetContextKeysRequest, _abc.Awaitable[_authentication_service_pb2.GetContextKeysResponse]],
     ) -> _abc.Awaitable[_authentication_service_pb2.GetContextKeysResponse]:
-        """Returns the public keys that verify context tokens. Reads only."""
+        """Returns the public keys that verify context tokens, erasure receipts and audit heads. Operators ask for them to keep them: what was
+        signed outlives the key's use here. Reads only.
+        """
 
     @_abc_1.abstractmethod
     def WatchChanges(
