@@ -11,7 +11,7 @@ from services.tenant.issuer import Issuer
 from services.tenant.json_web_key import Algorithm
 from services.tenant.json_web_token import Claims, JsonWebToken
 from services.tenant.jwks_cache import JwksCache
-from services.tenant.scopes import ISSUER_SCOPES
+from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.tenant_record import TenantFacts
 
 MAX_SUBJECT_LENGTH = 200
@@ -91,7 +91,7 @@ def read_claims(token: JsonWebToken, issuer: Issuer, now: datetime) -> ProvenTok
         raise expired(end_time)
     return ProvenToken(
         subject=f"jwt:{issuer.issuer_id}:{_subject(claims)}",
-        scopes=_scopes(claims) & terms.scopes & ISSUER_SCOPES,
+        scopes=_scopes(claims) & terms.scopes & TENANT_SCOPES,
         # A token inside its skew has ended by this clock, and lives by its issuer's.
         end_time=end_time if end_time > now else end_time + skew,
     )

@@ -106,6 +106,7 @@ CASES: Mapping[str, Case] = {
         "scopes": ["tenant:admin"],
     },
     "/mesh.tenant.v1.IssuerService/ListIssuers": _nothing,
+    "/mesh.tenant.v1.IssuerService/SetIssuerScopes": lambda ids: {"issuer_id": ids.issuer_id, "scopes": ["tenant:admin", "usage:read"]},
     "/mesh.tenant.v1.IssuerService/RemoveIssuer": lambda ids: {"issuer_id": ids.issuer_id},
     "/mesh.tenant.v1.DomainService/AddDomain": lambda ids: {"domain": ids.domain},
     "/mesh.tenant.v1.DomainService/ListDomains": _nothing,
