@@ -151,7 +151,7 @@ class TenantMoves:
         if placement.following is not None:
             # Looked at again and again: a tenant that is being erased gets no new place.
             await self._refuse_unmovable(tenant_id)
-            await self._placements.make(tenant_id, placement.following)
+            await self._placements.make(tenant_id, placement.following, lambda: self._refuse_unmovable(tenant_id))
             for service in CONTENT_SERVICES:
                 if service not in placement.moved_services:
                     await self._refuse_unmovable(tenant_id)

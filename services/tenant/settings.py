@@ -76,6 +76,9 @@ class TenantSettings(ServiceSettings):
         default=10.0, gt=0.0, le=300.0, description="how long a creation or erasure stays with a replica that does not answer any more"
     )
     saga_max_attempts: int = Field(default=20, ge=1, description="failed attempts after which a creation is undone")
+    history_days: int = Field(
+        default=90, ge=0, description="days that ended creations and erasures and delivered events are kept; 0: for ever"
+    )
     event_webhook_url: str = Field(default="", description="where events of tenants' lives are posted; empty: they are kept and not sent")
     event_webhook_secret: SecretStr = Field(
         default=SecretStr(""), description="signs the events: whsec_<base64> of at least 24 bytes, or any text as long; needed with the URL"

@@ -41,6 +41,7 @@ TRANSIENT = {
     # On their way elsewhere and still here: who was away would be refused.
     "inference.inference_placed_tenants": "INSERT INTO inference.inference_placed_tenants VALUES ($1, 'silo', 'MOVING')",
     "retrieval.retrieval_placed_tenants": "INSERT INTO retrieval.retrieval_placed_tenants VALUES ($1, 'silo', 'MOVING')",
+    "tenant.unrecorded_keys": "INSERT INTO tenant.unrecorded_keys VALUES ($1, now() + interval '1 day')",
     "tenant.placements": "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
     "tenant.move_directory": "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
     "tenant.erasure_receipts": (

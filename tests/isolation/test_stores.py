@@ -54,6 +54,7 @@ JOBS_MAY = {
     "tenant.sagas": {"SELECT"},
     "tenant.events": {"SELECT", "UPDATE"},
     "tenant.purges": {"SELECT"},
+    "tenant.unrecorded_keys": {"SELECT"},
     "metering.tenant_epochs": {"SELECT"},
     "metering.calls": {"SELECT", "UPDATE"},
     "metering.call_leases": {"SELECT", "DELETE"},

@@ -34,6 +34,7 @@ from mesh.tenant.v1 import (
     flag_service_pb2,
     flag_service_pb2_grpc,
     issuer_service_pb2_grpc,
+    placement_service_pb2,
     plan_service_pb2_grpc,
     secret_service_pb2_grpc,
     tenant_service_pb2,
@@ -255,6 +256,17 @@ class Harness:
         """Reads one value past every policy."""
         async with self.superuser() as connection:
             return await connection.fetchval(sql, *args)
+
+    async def own_database(self) -> placement_service_pb2.SiloStores:
+        """Makes a database as an operator would for one tenant, with roles for its tables' owner and for each service."""
+        name, password = f"own_{secrets.token_hex(6)}", secrets.token_hex(16)
+        owner, finder, answerer = (f"{name}_{role}" for role in ("maker", "finder", "answerer"))
+        for role in (owner, finder, answerer):
+            await self.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{password}'")
+        await self.execute(f"CREATE DATABASE {name} OWNER {owner}")
+        address = urlsplit(self.admin_dsn).netloc.rpartition("@")[2]
+        dsns = [f"postgresql://{role}:{password}@{address}/{name}" for role in (owner, finder, answerer)]
+        return placement_service_pb2.SiloStores(postgres_owner_dsn=dsns[0], retrieval_postgres_dsn=dsns[1], inference_postgres_dsn=dsns[2])
 
     async def audit(self, tenant_id: str, action: str) -> list[asyncpg.Record]:
         """Reads a tenant's audit records of one kind, with everything still in memory written first."""

@@ -27,6 +27,7 @@ TENANT_TABLES = (
     "events",
     "erasure_receipts",
     "purges",
+    "unrecorded_keys",
 )
 # What is written there stays for ever, so that nobody can deny it.
 APPEND_ONLY = ("audit", "audit_documents", "audit_chains", "erasure_receipts")
@@ -60,6 +61,7 @@ async def furnished(harness: Harness) -> str:
     for sql in (
         "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
         "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
+        "INSERT INTO tenant.unrecorded_keys VALUES ($1, now() + interval '1 day')",
         "INSERT INTO tenant.purges (tenant_id, next_time) VALUES ($1, now() + interval '1 day') ON CONFLICT DO NOTHING",
         "INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) "
         "VALUES ($1, gen_random_uuid(), '{}', decode(repeat('00', 64), 'hex'), 'none')",
