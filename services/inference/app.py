@@ -33,6 +33,7 @@ from services.inference.servicers.conversation_service import ConversationServic
 from services.inference.servicers.inference_service import InferenceService
 from services.inference.servicers.lifecycle import LifecycleServicer
 from services.inference.servicers.prompt_service import PromptService
+from services.inference.set_aside import SetAsideCount
 from services.inference.settings import InferenceSettings
 from services.inference.settlement import Settlement
 from services.inference.stream_bound import spare_tokens
@@ -145,11 +146,12 @@ def _start_loops(
     jobs: JobsDatabase,
     log: AuditClient,
 ) -> CallAudit:
-    audit = CallAudit(PostgresAuditOutbox(database))
+    set_aside = SetAsideCount()
+    audit = CallAudit(PostgresAuditOutbox(database), set_aside)
     background.start("lease_keeper", leases.run)
     background.start("change_feed", feed.run)
     background.start("call_audit", audit.run)
-    background.start("audit_relay", AuditRelay(PostgresAuditRelay(jobs), log.record).run)
+    background.start("audit_relay", AuditRelay(PostgresAuditRelay(jobs), log.record, set_aside).run)
     stack.push_async_callback(audit.close)
     return audit
 

@@ -179,13 +179,10 @@ def role_names(schema: str) -> dict[str, str]:
     return {kind: f"{schema}_{kind}" for kind in _KINDS}
 
 
-def fill_placeholders(sql: str, schema: str) -> str:
-    """Puts the schema's role names where the file says :owner, :service and :jobs; `::owner` casts are left alone."""
-    return fill(sql, home_of(schema))
-
-
 def fill(sql: str, destination: Destination) -> str:
-    """Writes a file's text for a destination: its roles for the placeholders, its schema for the home's name.
+    """Writes a file's text for a destination: its roles for :owner, :service and :jobs, its schema for the home's name.
+
+    `::owner` casts are left alone.
 
     Raises: MigrationRefused when something is for the jobs role where there is none and cannot be left out.
     """

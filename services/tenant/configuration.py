@@ -23,7 +23,7 @@ from services.tenant.limit_changes import (
     refuse_two_numbers,
     with_limits,
 )
-from services.tenant.plan import Plan, sense_problem
+from services.tenant.plan import Plan, sense_problem, unknown_plan
 from services.tenant.scopes import OPERATOR_SCOPE
 
 LIMIT_NAMES = OVERRIDE_NAMES[:8]
@@ -167,7 +167,7 @@ def moved(stored: StoredConfiguration, plans: Mapping[str, Plan], plan_name: str
     """Returns the configuration on another plan. Raises: NotFound, WrongState."""
     plan = plans.get(plan_name)
     if plan is None:
-        raise NotFound("plan")
+        raise unknown_plan()
     if stored.placement not in plan.isolation:
         raise WrongState(
             "tenant",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Protocol
 
+from services.kernel.errors import NotFound
 from services.tenant.limit_rule import Rule
 from services.tenant.plan_rules import COUNTED_TERMS, Feature, LimitTerms, read_limit_terms, refuse_senseless, rules_of
 from services.tenant.rule_reading import RuleRefused
@@ -112,6 +113,11 @@ def needs_loading(catalog: PlanCatalog, loaded_version: int | None, loaded_diges
     if catalog.digest() != loaded_digest:
         raise PlanCatalogRefused(f"version {catalog.version} is loaded with other terms: raise `version` above it")
     return False
+
+
+def unknown_plan() -> NotFound:
+    """Builds the refusal of a plan that is not on offer."""
+    return NotFound("plan", "no such plan is on offer; ListPlans names those that are")
 
 
 def sense_problem(terms: Plan) -> SenseProblem | None:

@@ -20,7 +20,7 @@ from services.tenant.actor import Actor
 from services.tenant.api_key import ApiKeyText, new_api_key
 from services.tenant.context_minting import PROVISIONING_SUBJECT, ContextMinter, Grant
 from services.tenant.life_ports import DataKeyStore, PlaceKeeper
-from services.tenant.plan import PlanDirectory
+from services.tenant.plan import PlanDirectory, unknown_plan
 from services.tenant.saga import Saga, SagaEngine, SagaKind, SagaState, SagaStore
 from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
@@ -78,12 +78,11 @@ class RecordOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What is recorded of a request; tenant, digest and steps are absent for a refusal."""
+    """What is recorded of a request; tenant and digest are absent for a refusal."""
 
     outcome: RecordOutcome
     tenant_id: TenantId | None
     content_digest: bytes | None
-    steps_done: int
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -381,7 +380,7 @@ class TenantProvisioning:
 def _accepted(recorded: Recorded, wish: TenantWish) -> TenantId:
     match recorded.outcome:
         case RecordOutcome.UNKNOWN_PLAN:
-            raise NotFound("plan")
+            raise unknown_plan()
         case RecordOutcome.SLUG_TAKEN:
             raise AlreadyExists("tenant", "slug", f"the slug {wish.slug} is taken; choose another")
         case RecordOutcome.ERASED:

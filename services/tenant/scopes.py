@@ -28,6 +28,9 @@ TENANT_SCOPES = frozenset(
 )
 # An operator looks after a tenant but never spends its money or its units.
 OPERATOR_TENANT_SCOPES = (TENANT_SCOPES - {GENERATE_SCOPE, CONSUME_SCOPE}) | {OPERATOR_SCOPE, RESOLVE_SCOPE}
+# Operators register issuers, and whoever has an issuer's key makes tokens: a new issuer grants at most what an operator may hand out.
+# More is the tenant's own to grant.
+ISSUER_SCOPES = TENANT_SCOPES - {GENERATE_SCOPE, CONSUME_SCOPE}
 FRONT_SCOPES = frozenset((RESOLVE_SCOPE,))
 OPERATOR_SCOPES = frozenset((OPERATOR_SCOPE, RESOLVE_SCOPE))
 

@@ -106,6 +106,7 @@ CASES: Mapping[str, Case] = {
         "scopes": ["tenant:admin"],
     },
     "/mesh.tenant.v1.IssuerService/ListIssuers": _nothing,
+    "/mesh.tenant.v1.IssuerService/SetIssuerScopes": lambda ids: {"issuer_id": ids.issuer_id, "scopes": ["tenant:admin", "usage:read"]},
     "/mesh.tenant.v1.IssuerService/RemoveIssuer": lambda ids: {"issuer_id": ids.issuer_id},
     "/mesh.tenant.v1.DomainService/AddDomain": lambda ids: {"domain": ids.domain},
     "/mesh.tenant.v1.DomainService/ListDomains": _nothing,
@@ -154,7 +155,7 @@ CASES: Mapping[str, Case] = {
                 "tenant_id": ids.tenant_id.bytes,
                 "audit_id": UUID(ids.call_id).bytes,
                 "occur_time": in_seconds(0),
-                "action": "FORGED",
+                "action": "DOCUMENTS_READ",
                 "user": TAMPERED,
                 "document_ids": [UUID(ids.document_id).bytes],
             }

@@ -26,7 +26,7 @@ SELECT count(*) || ' rows ' || coalesce(md5(string_agg(r, '|' ORDER BY r)), '')
 FROM (SELECT (to_jsonb(t) - 'last_use_time')::text AS r FROM {table} t WHERE tenant_id = $1) rows
 """
 # Refusals of a tenant's own keys are recorded there: attacks that fail leave their trace in it.
-AUDIT = frozenset({"tenant.audit", "tenant.audit_documents"})
+AUDIT = frozenset({"tenant.audit", "tenant.audit_documents", "tenant.audit_chains"})
 UNSENT = """
 SELECT (SELECT count(*) FROM metering.outbox WHERE tenant_id = $1) + (SELECT count(*) FROM inference.audit_outbox WHERE tenant_id = $1)
 """

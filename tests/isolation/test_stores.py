@@ -49,12 +49,14 @@ SHARED_TABLES = {
         "plan_features",
         "flags",
         "flag_changes",
+        "change_turn",
         *(name.partition(".")[2] for name in DIRECTORIES),
     ),
 }
 # What the jobs roles may do, by table and command; everything else must be refused or find nothing.
 JOBS_MAY = {
     "inference.audit_outbox": {"SELECT", "DELETE"},
+    "inference.audit_set_aside": {"SELECT", "INSERT"},
     "tenant.tenants": {"SELECT"},
     "tenant.sagas": {"SELECT"},
     "tenant.events": {"SELECT", "UPDATE"},

@@ -52,6 +52,23 @@ PEERS = ("retrieval", "inference", "ratelimit", "metering")
 SERVICES = ("tenant", *PEERS)
 BASE_DOMAIN = "tenantry.example"
 SERVICE_TOKENS = {name: f"bearer-of-{name}" for name in SERVICES}
+# In every transaction of every test: records come before announcements. In two orders, two changes of one tenant could wait for each other.
+WATCH_THE_ORDER = """
+CREATE FUNCTION public.note_announcement() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('test.announced_in', pg_current_xact_id()::text, true);
+    RETURN NULL;
+END $$;
+CREATE FUNCTION public.refuse_record_after_announcement() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('test.announced_in', true) = pg_current_xact_id()::text THEN
+        RAISE EXCEPTION 'an audit record after an announcement: %', NEW.action USING ERRCODE = 'assert_failure';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER announcements_are_noted AFTER INSERT ON tenant.changes FOR EACH STATEMENT EXECUTE FUNCTION public.note_announcement();
+CREATE TRIGGER records_come_first BEFORE INSERT ON tenant.audit FOR EACH ROW EXECUTE FUNCTION public.refuse_record_after_announcement();
+"""
 Metadata = Sequence[tuple[str, str]]
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -390,6 +407,7 @@ async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
         addresses = {name: peer.address for name, peer in peers.items()}
         settings = settings_for(admin_dsn, service_dsn, operator, addresses, front, key_store_dsn=key_store_dsn)
         await migrate_schema(settings)
+        await _watch_the_order(admin_dsn)
         app = await build(settings)
         await app.server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{app.server.bound_port}", options=[("grpc.use_local_subchannel_pool", 1)])
@@ -399,3 +417,11 @@ async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
             await channel.close()
             await app.server.stop()
             await app.close()
+
+
+async def _watch_the_order(admin_dsn: str) -> None:
+    connection = await asyncpg.connect(admin_dsn)
+    try:
+        await connection.execute(WATCH_THE_ORDER)
+    finally:
+        await connection.close()

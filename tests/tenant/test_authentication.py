@@ -218,6 +218,32 @@ async def test_an_operator_naming_an_absent_tenant_is_told_and_audited(harness: 
     assert f"tenant:{absent}" in {record["target"] for record in records}
 
 
+async def test_a_wrong_operator_key_is_on_record(harness: Harness) -> None:
+    """A well-formed operator's key that nobody has is recorded with its address, and not by its id: made-up ids are without end."""
+    address = "198.51.100.23"
+    for _ in range(3):
+        await refusal(harness.authenticate(str(new_operator_key()), reason="guess", peer_address=address))
+    records = await harness.audit(str(UUID(int=0)), "CREDENTIAL_REFUSED")
+    [record] = [record for record in records if record["peer_address"] == address]
+    assert (record["subject"], record["occurrence_count"]) == ("operator:unknown", 3)
+
+
+async def test_the_use_of_a_front_ends_key_is_on_record(harness: Harness) -> None:
+    """A key that only resolves names is recorded when it is used, counted by the minute; so is the tenant it must not name."""
+    created = await harness.create()
+    for _ in range(2):
+        await harness.authenticate(str(harness.front), peer_address="198.51.100.24")
+    records = await harness.audit(str(UUID(int=0)), "FRONT_KEY_USED")
+    [record] = [record for record in records if record["peer_address"] == "198.51.100.24"]
+    assert (record["subject"], record["occurrence_count"]) == (f"front:{harness.front.key_id}", 2)
+    claimed = UUID(created.tenant.tenant_id)
+    error = await refusal(harness.authenticate(str(harness.front), claimed=claimed.bytes, peer_address="198.51.100.25"))
+    assert error.reason == error_reason_pb2.ERROR_REASON_TENANT_MISMATCH
+    records = await harness.audit(str(UUID(int=0)), "TENANT_MISMATCH")
+    [record] = [record for record in records if record["peer_address"] == "198.51.100.25"]
+    assert (record["subject"], record["target"]) == (f"front:{harness.front.key_id}", f"tenant:{claimed}")
+
+
 async def test_only_services_may_ask_who_a_credential_is(harness: Harness) -> None:
     """A tenant's own key cannot be used to test other credentials."""
     created = await harness.create()

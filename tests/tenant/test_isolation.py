@@ -16,6 +16,7 @@ TENANT_TABLES = (
     "provisioning",
     "audit",
     "audit_documents",
+    "audit_chains",
     "issuers",
     "domains",
     "configuration_changes",
@@ -29,9 +30,11 @@ TENANT_TABLES = (
     "unrecorded_keys",
 )
 # What is written there stays for ever, so that nobody can deny it.
-APPEND_ONLY = ("audit", "audit_documents", "erasure_receipts")
+APPEND_ONLY = ("audit", "audit_documents", "audit_chains", "erasure_receipts")
 # Ids and kinds of changes, read whole by every replica.
 FEEDS = ("changes",)
+# One row that is locked and never changed.
+TURNS = ("change_turn",)
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory", "issuer_directory", "domain_directory", "move_directory")
 PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions", "plan_features")
 FLAG_TABLES = ("flags", "flag_changes")
@@ -213,7 +216,7 @@ async def test_every_table_forces_row_level_security_and_belongs_to_the_owner(ha
             "SELECT relname, relrowsecurity, relforcerowsecurity, pg_get_userbyid(relowner) AS owner FROM pg_class "
             "WHERE relnamespace = 'tenant'::regnamespace AND relkind IN ('r', 'p') AND relname <> 'schema_migrations'"
         )
-        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES, *FLAG_TABLES}
+        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *TURNS, *PLAN_TABLES, *FLAG_TABLES}
         for row in tables:
             assert (row["relrowsecurity"], row["relforcerowsecurity"], row["owner"]) == (True, True, "tenant_owner"), row["relname"]
         policies = await connection.fetch(

@@ -22,6 +22,8 @@ from services.kernel.errors import InvalidRequest, WrongCell, WrongState
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.placement import PlacementKind
 from services.kernel.tenant_cipher import KeyUseFailed
+from services.tenant.actor import Actor
+from services.tenant.adapters.postgres_moves import PostgresMoves
 from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
@@ -280,6 +282,19 @@ async def test_addresses_are_sealed_in_the_database(harness: Harness) -> None:
             await parts.box.seal(tenant_id, "placement", b"x")
     with pytest.raises(ValueError, match="32 bytes"):
         parse_master_keys("first:c2hvcnQ=")
+
+
+async def test_the_begin_of_a_move_is_on_record(harness: Harness) -> None:
+    """Who begins a move, and where to, stands in the tenant's log before anything of it moves; a repeated call begins nothing."""
+    created = await harness.create()
+    tenant_id, actor = TenantId(UUID(created.tenant.tenant_id)), Actor("operator:test", "more room", "192.0.2.9")
+    async with AsyncExitStack() as stack:
+        parts = await build_parts(harness.settings, stack)
+        moves = PostgresMoves(parts.database, PostgresPlacements(parts.database, parts.box))
+        for _ in range(2):
+            await moves.begin_move(tenant_id, StoredPlace(PlacementKind.SILO, SILO), actor, 600.0)
+    [record] = await harness.audit(created.tenant.tenant_id, "TENANT_MOVE_BEGUN")
+    assert (record["subject"], record["reason"], record["target"]) == ("operator:test", "more room", "placement:pool:silo")
 
 
 async def test_a_database_bears_so_many_schemas(postgres: PostgresStore) -> None:

@@ -307,6 +307,8 @@ async def test_an_unknown_plan_is_not_found_and_writes_nothing(harness: Harness)
     request = wish(plan="platinum")
     error = await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator()))
     assert (error.code, error.metadata) == (grpc.StatusCode.NOT_FOUND, {"resource": "plan"})
+    assert "ListPlans" in error.message
+    assert "credential" not in error.message
     assert await harness.value(SLUGS, request.slug) == 0
     request.plan = "free"
     await call(harness.tenants.CreateTenant, request, harness.as_operator())

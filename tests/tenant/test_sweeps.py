@@ -12,7 +12,7 @@ import pytest
 
 from mesh.tenant.v1 import placement_service_pb2, tenant_service_pb2
 from services.kernel.ids import TenantId, new_uuid7
-from services.kernel.migrate import fill_placeholders
+from services.kernel.migrate import fill, home_of
 from services.tenant.adapters.postgres_sagas import LIST_DUE
 from services.tenant.adapters.postgres_sweeps import PostgresHistory, PostgresUnrecordedKeys
 from services.tenant.app import MIGRATIONS
@@ -124,7 +124,7 @@ async def test_a_tenant_left_half_made_is_undone_by_the_upgrade(harness: Harness
     [file] = Path(MIGRATIONS).glob("0012_*.sql")
     async with harness.superuser() as connection, connection.transaction():
         await connection.execute("SET LOCAL ROLE tenant_owner")
-        await connection.execute(fill_placeholders(file.read_text(), "tenant"))
+        await connection.execute(fill(file.read_text(), home_of("tenant")))
     await harness.execute("UPDATE tenant.sagas SET due_time = now() WHERE tenant_id = $1", tenant_id)
 
     async def is_undone() -> bool:

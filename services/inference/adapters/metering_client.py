@@ -25,7 +25,6 @@ OPEN_SECONDS = 5.0
 SETTLE_SECONDS = 5.0
 EXTEND_SECONDS = 0.2
 RENEW_SECONDS = 2.0
-SettleFlush = Callable[[list[CallToSettle]], Awaitable[Sequence[Settled | Exception]]]
 _MAX_BATCH = 500
 # Callers wait for opens before anything else happens, so a second rpc may start beside a slow one.
 _OPENS_IN_FLIGHT = 2

@@ -36,7 +36,18 @@ GET_RECEIPT = "SELECT body, signature, key_id FROM tenant.erasure_receipts WHERE
 # Kept of an erased tenant, and of it the id alone: the log and its index, the spent request id, the feed, the erasure's own books, and
 # what flags once said, which is the operator's history.
 KEPT = frozenset(
-    {"audit", "audit_documents", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts", "flag_changes"}
+    {
+        "audit",
+        "audit_documents",
+        "audit_chains",
+        "request_directory",
+        "changes",
+        "sagas",
+        "saga_steps",
+        "events",
+        "erasure_receipts",
+        "flag_changes",
+    }
 )
 # A schema or a database named for the tenant is a store of its own, whoever can read in it.
 COUNT_NAMED = {

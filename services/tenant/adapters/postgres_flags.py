@@ -9,6 +9,8 @@ from services.kernel.ids import NO_TENANT, TenantId
 from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_changes import announce
+from services.tenant.change_hub import ChangeKind
 from services.tenant.feature_flag import Flag, FlagSet, KeptFlag
 from services.tenant.flag_keeping import FlagsBefore, Judge
 
@@ -38,7 +40,6 @@ DELETE_FLAG = "DELETE FROM tenant.flags WHERE name = $1"
 INSERT_CHANGE = """
 INSERT INTO tenant.flag_changes (version, name, subject, reason, before, after) VALUES ($1, $2, $3, $4, $5::jsonb, $6::jsonb)
 """
-ANNOUNCE = "SELECT tenant.announce($1, 'FLAGS')"
 NOW = "SELECT clock_timestamp()"
 
 
@@ -72,6 +73,7 @@ class PostgresFlags:
             kept = _kept(await connection.fetchrow(UPSERT_FLAG, *_values(flag), version))
             await _record(connection, version, flag.name, before.kept, flag, actor)
             await append_audit(connection, NO_TENANT, "FLAG_CHANGED", f"flag:{flag.name}", actor)
+            await announce(connection, NO_TENANT, ChangeKind.FLAGS)
             return kept, True
 
     async def delete(self, name: str, actor: Actor) -> bool:
@@ -85,6 +87,7 @@ class PostgresFlags:
             await connection.execute(DELETE_FLAG, name)
             await _record(connection, version, name, before.kept, None, actor)
             await append_audit(connection, NO_TENANT, "FLAG_DELETED", f"flag:{name}", actor)
+            await announce(connection, NO_TENANT, ChangeKind.FLAGS)
             return True
 
     async def list_flags(self, after_name: str, limit: int) -> Sequence[KeptFlag]:
@@ -103,7 +106,6 @@ async def _flags_before(connection: Connection, name: str, listed: frozenset[Ten
 async def _record(connection: Connection, version: int, name: str, before: KeptFlag | None, after: Flag | None, actor: Actor) -> None:
     was = None if before is None else _json(before.flag)
     await connection.execute(INSERT_CHANGE, version, name, actor.subject, actor.reason, was, None if after is None else _json(after))
-    await connection.execute(ANNOUNCE, NO_TENANT)
 
 
 def _values(flag: Flag) -> tuple[object, ...]:

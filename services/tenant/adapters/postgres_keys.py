@@ -156,6 +156,9 @@ class PostgresKeys:
                 successor_id = before["key_id"]
                 renewed = await connection.fetchval(RENEW_UNUSED, tenant_id, successor_id, key.secret_sha256())
                 kept = renewed is not None
+                if kept:
+                    # Nobody remembers the text it ends: a text that was never used was never answered for.
+                    await append_audit(connection, tenant_id, "KEY_TEXT_REPLACED", f"key:{successor_id}", actor)
             replaced = _record(await connection.fetchrow(GET_KEY, tenant_id, wish.key_id))
             return Rotation(replaced, _record(await connection.fetchrow(GET_KEY, tenant_id, successor_id)), kept)
 

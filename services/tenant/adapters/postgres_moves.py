@@ -20,6 +20,7 @@ INSERT INTO tenant.placements AS p (tenant_id, kind, following_kind, following_s
 ON CONFLICT (tenant_id) DO UPDATE
 SET following_kind = $2, following_stores = $3, following_made = $4, moved_services = '{}', update_time = now()
 WHERE p.following_kind IS NULL
+RETURNING p.kind
 """
 PART_MOVED = """
 UPDATE tenant.placements SET moved_services = array_append(moved_services, $2), update_time = now()
@@ -53,8 +54,8 @@ class PostgresMoves:
         self._database = database
         self._placements = placements
 
-    async def begin_move(self, tenant_id: TenantId, following: StoredPlace, look_again_seconds: float) -> Placement:
-        """Writes where to, unless a move is under way."""
+    async def begin_move(self, tenant_id: TenantId, following: StoredPlace, actor: Actor, look_again_seconds: float) -> Placement:
+        """Writes where to, and that it begins, unless a move is under way."""
         async with self._database.transaction(tenant_id) as connection:
             await lock_secrets(connection, tenant_id)
             sealed = await self._placements.seal(tenant_id, following)
@@ -63,8 +64,10 @@ class PostgresMoves:
                 raise NotFound("tenant")
             if TenantState(state) not in MOVABLE:
                 raise WrongState("tenant", state, "only a tenant that is in use can be moved")
-            await connection.execute(BEGIN_MOVE, tenant_id, following.kind.value, sealed, following.made)
+            moving_from = await connection.fetchval(BEGIN_MOVE, tenant_id, following.kind.value, sealed, following.made)
             await connection.execute(LOOK_AGAIN, tenant_id, look_again_seconds)
+            if moving_from is not None:
+                await append_audit(connection, tenant_id, "TENANT_MOVE_BEGUN", f"placement:{moving_from}:{following.kind.value}", actor)
             await connection.execute(ANNOUNCE, tenant_id)
         found = await self._placements.get(tenant_id)
         if found is None:

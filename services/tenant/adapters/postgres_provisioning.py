@@ -17,7 +17,7 @@ from services.tenant.provisioning import Recorded, RecordOutcome, Step
 from services.tenant.tenant_wish import TenantWish
 
 RECORD_TENANT = """
-SELECT outcome, tenant_id, content_digest, steps_done FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+SELECT outcome, tenant_id, content_digest FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 """
 REQUEST_IS_KNOWN = "SELECT tenant_id FROM tenant.request_directory WHERE request_id = $1"
 INSERT_SAGA = """
@@ -101,7 +101,7 @@ class PostgresProvisioning:
                     # Swept meanwhile, and the key with it: what was sealed cannot be opened.
                     raise Unavailable("tenant", "the creation took too long to begin; repeat the call with the same request id")
                 await _begin(connection, tenant_id, request_id, wish, sealed_stores, actor)
-            return Recorded(outcome, row["tenant_id"], row["content_digest"], row["steps_done"] or 0)
+            return Recorded(outcome, row["tenant_id"], row["content_digest"])
 
     async def take_up(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, actor: Actor) -> None:
         """Begins the saga of a tenant that was recorded without one."""

@@ -141,7 +141,7 @@ def _start_events(parts: Parts) -> None:
     settings = parts.settings
     sinks: dict[Sink, EventSink] = {}
     if settings.event_webhook_url:
-        webhook = Webhook(settings.event_webhook_url, settings.event_webhook_secret.get_secret_value(), region=settings.region)
+        webhook = Webhook(settings.event_webhook_url, settings.webhook_signing_key(), region=settings.region)
         parts.stack.push_async_callback(webhook.close)
         sinks[Sink.WEBHOOK] = webhook
     if settings.smtp_url.get_secret_value():

@@ -26,7 +26,8 @@ class AuthenticationServiceStub:
     """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
     says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
     all others. Reads only.
-    Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
+    Errors: INVALID_ARGUMENT without host and path; NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED
+    TENANT_MISMATCH where host and path name two tenants.
     """
     GetContextKeys: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.GetContextKeysRequest, _authentication_service_pb2.GetContextKeysResponse]
     """Returns the public keys that verify context tokens, erasure receipts and audit heads. Operators ask for them to keep them: what was
@@ -63,7 +64,8 @@ class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
         says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
         all others. Reads only.
-        Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
+        Errors: INVALID_ARGUMENT without host and path; NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED
+        TENANT_MISMATCH where host and path name two tenants.
         """
 
     @_abc_1.abstractmethod
