@@ -51,6 +51,7 @@ async def test_the_limits_count_what_the_ledger_counts(mesh: Mesh) -> None:
     tokens = asked.summary.usage.input_tokens + asked.summary.usage.output_tokens
     assert used["concurrent_calls"] == 0
     assert {rule: amount for rule, amount in used.items() if amount} == {
+        "requests_burst": 1,
         "requests_per_minute": 1,
         "tokens_per_minute": tokens,
         "tokens_per_day": tokens,
