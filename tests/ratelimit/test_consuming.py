@@ -94,6 +94,7 @@ async def test_a_use_that_never_reached_the_ledger_is_given_back(service: Servic
     service.peer.ledger.silent = False
     await tenant.store.end_lease(consumption_id)
     await tenant.consume("ai_interviews", 3)
+    assert (await tenant.limits())["interviews"].used == 3
 
 
 async def test_twenty_at_once_use_what_there_is(service: Service) -> None:
