@@ -18,6 +18,7 @@ class Ports:
     postgres: int = 7411
     redis: int = 7412
     pgbouncer: int = 7413
+    events: int = 7414
     qdrant: int = 7416
     traces: int = 7417
     provider: int = 7418

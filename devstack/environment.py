@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from devstack.addresses import Ports
 from devstack.certificates import DevelopmentCertificates
+from devstack.event_receiver import PATH as EVENTS_PATH
 from devstack.ports import LOOPBACK
 from devstack.state import SERVICES, StackState
 
@@ -45,6 +46,8 @@ class Wiring:
 
     certificates: DevelopmentCertificates | None = None
     pgbouncer: bool = False
+    # Whether a receiver takes the webhooks of tenants' lives; without one they are kept and not sent.
+    events: bool = False
 
     def postgres_port(self, ports: Ports) -> int:
         """Where the services find Postgres; migrations always go to the server itself."""
@@ -89,6 +92,9 @@ def service_environment(
         setting = "TENANTRY_SILO_ADMIN_DSN" if service == "tenant" else "TENANTRY_SILO_MIGRATION_DSN"
         own[setting] = own["TENANTRY_POSTGRES_ADMIN_DSN"].rpartition("/")[0] + "/postgres"
     own |= _particular(service, state, ports, provider)
+    if service == "tenant" and wiring.events:
+        own["TENANTRY_EVENT_WEBHOOK_URL"] = f"http://{ports.address('events')}{EVENTS_PATH}"
+        own["TENANTRY_EVENT_WEBHOOK_SECRET"] = state.secrets.webhook_secret
     return {key: value for key, value in os.environ.items() if not key.startswith(("TENANTRY_", "ANTHROPIC_"))} | own
 
 

@@ -46,7 +46,7 @@ async def run(ports: Ports, *, tls: bool = False) -> None:
 
 
 async def _serve(ports: Ports, step: StepPrinter, shutdown: Shutdown, *, tls: bool) -> None:
-    wiring = Wiring(certificates_in(STATE_FOLDER) if tls else None)
+    wiring = Wiring(certificates_in(STATE_FOLDER) if tls else None, events=True)
     async with running_stack(STATE_FOLDER, ports, progress=step, shutdown=shutdown, wiring=wiring) as stack:
         provider = "the provider stub (set ANTHROPIC_API_KEY to call the real API)" if stack.provider.is_stub else "the real Anthropic API"
         step(f"model provider: {provider}")
@@ -74,7 +74,7 @@ async def _show_one_call(stack: Stack, client: MeshClient, step: StepPrinter) ->
         print("\n  trace " + asked.trace.trace_id)
         for line in render(spans):
             print("    " + line)
-    print("\n  try it yourself (`make tools` installs grpcurl where there is Go):")
+    print("\n  try it yourself (`make tools` puts grpcurl into .tools where there is Go; docs/operating.md goes on from here):")
     for line in grpcurl_lines(stack.ports, tenant, question, stack.client_leaf):
         print("    " + line)
 

@@ -28,6 +28,7 @@ from devstack.environment import (
     role_dsn,
     service_environment,
 )
+from devstack.event_receiver import EventReceiver
 from devstack.managed_process import ManagedProcess, ProcessFailedError
 from devstack.mesh_client import open_channel
 from devstack.pgbouncer import PgBouncer
@@ -40,6 +41,7 @@ from services.kernel.background import BackgroundTasks
 SERVICE_READY_SECONDS = 60.0
 RENEWAL_SECONDS = 600.0
 CERTIFICATES = "certificates"
+EVENTS_FILE = "events.jsonl"
 START_ORDER = ("tenant", "metering", "ratelimit", "retrieval", "inference")
 HEALTH_SERVICE_NAMES = {
     "tenant": "mesh.tenant.v1.AuthenticationService",
@@ -69,6 +71,7 @@ class Stack:
         self.wiring = wiring
         self.provider = Provider.choose(state, ports)
         self.traces = TraceReceiver(ports.traces)
+        self.events = EventReceiver(ports.events, state.secrets.webhook_secret, state.folder / EVENTS_FILE, progress)
         self._progress = progress
         self._trace_sample_ratio = trace_sample_ratio
         self._extra_environment: dict[str, dict[str, str]] = {}
@@ -108,6 +111,7 @@ class Stack:
         for name in ("provider", "qdrant", "redis", "pgbouncer", "postgres"):
             if name in self.processes:
                 await self.processes[name].stop()
+        await self.events.stop()
         await self.traces.stop()
 
     async def start_service(self, name: str, **extra_environment: str) -> None:
@@ -171,6 +175,8 @@ class Stack:
 
     async def _start_stores(self) -> None:
         await self.traces.start()
+        if self.wiring.events:
+            await self.events.start()
         self._progress("starting PostgreSQL, Redis and Qdrant")
         self.processes["qdrant"] = self._python(
             "qdrant",

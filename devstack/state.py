@@ -50,6 +50,11 @@ class Secrets:
         return hashlib.sha256(self.operator_key.encode()).hexdigest()
 
     @property
+    def webhook_secret(self) -> str:
+        """What signs the events of tenants' lives. It follows from the operator's key, so that stacks of before have one too."""
+        return hashlib.sha256(f"webhooks/{self.operator_key}".encode()).hexdigest()
+
+    @property
     def peer_token_hashes(self) -> str:
         """What every service is given to recognise the others by."""
         return ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in self.service_tokens.items())

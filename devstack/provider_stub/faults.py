@@ -12,7 +12,7 @@ from devstack.provider_stub.errors import ApiError, invalid
 
 OUTPUT_TOKENS_MAX = 200_000
 ERROR_STATUSES = frozenset({400, 401, 403, 404, 413, 429, 500, 529})
-NUMBERS = ("error", "retry_after", "overload_after", "cut_after", "stall_after", "latency_ms", "token_ms", "output_tokens")
+NUMBERS = ("error", "retry_after", "overload_after", "cut_after", "stall_after", "latency_ms", "token_ms", "output_tokens", "notice_ms")
 SWITCH = "ignore_max_tokens"
 RETRY_AFTER_DEFAULT_SECONDS = 1
 _HEADERS = {f"x-stub-{name.replace('_', '-')}": name for name in (*NUMBERS, SWITCH)}
@@ -40,6 +40,7 @@ class Faults:
     latency_ms: int = 0
     token_ms: int = 0
     output_tokens: int | None = None
+    notice_ms: int = 0
     ignore_max_tokens: bool = False
 
     def refusal(self) -> ApiError | None:
@@ -57,6 +58,12 @@ class Faults:
             return Ending.COMPLETE, token_count
         after, ending = min(given, key=lambda order: order[0])
         return ending, after
+
+    def written_unnoticed(self, left: int) -> int:
+        """Return how many of the tokens left are generated between a client's leaving and its being noticed: all of them without a pace."""
+        if not self.notice_ms:
+            return 0
+        return min(left, self.notice_ms // self.token_ms) if self.token_ms else left
 
 
 NO_FAULTS = Faults()
@@ -98,6 +105,7 @@ def parse(orders: Mapping[str, str]) -> Faults:
         latency_ms=numbers.get("latency_ms", 0),
         token_ms=numbers.get("token_ms", 0),
         output_tokens=numbers.get("output_tokens"),
+        notice_ms=numbers.get("notice_ms", 0),
         ignore_max_tokens=SWITCH in orders and orders[SWITCH].lower() not in ("0", "false"),
     )
 

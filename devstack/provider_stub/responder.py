@@ -49,6 +49,8 @@ async def respond(request: web.BaseRequest, reply: Reply, *, streaming: bool) ->
     try:
         return await (_events(request, reply) if streaming else _plain(request, reply))
     except (asyncio.CancelledError, ConnectionError):
+        _, token_count = reply.faults.ending(reply.generation.token_count)
+        call.generated_tokens += reply.faults.written_unnoticed(token_count - call.generated_tokens)
         call.end("cancelled")
         raise
     except ApiError:

@@ -9,6 +9,7 @@ from mesh.inference.v1.conversation_service_pb2_grpc import add_ConversationServ
 from mesh.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from mesh.inference.v1.prompt_service_pb2_grpc import add_PromptServiceServicer_to_server
 from services.inference.adapters.anthropic import AnthropicProvider
+from services.inference.adapters.anthropic_counter import AnthropicCounter
 from services.inference.adapters.metering_client import MeteringLedger
 from services.inference.adapters.metering_prices_client import MeteringPrices
 from services.inference.adapters.postgres import PostgresMemory
@@ -22,14 +23,21 @@ from services.inference.admission import AdmissionGate
 from services.inference.audit_relay import AuditRelay
 from services.inference.call_audit import CallAudit
 from services.inference.finishing import Finishing
+from services.inference.gathering import Gathering
+from services.inference.input_counting import InputCounting
 from services.inference.lease_keeper import LeaseKeeper
+from services.inference.overrun import StreamGuard
 from services.inference.pipeline import AnswerPipeline
+from services.inference.ports import Ledger, Limits, TokenCounter
 from services.inference.servicers.conversation_service import ConversationService
 from services.inference.servicers.inference_service import InferenceService
 from services.inference.servicers.lifecycle import LifecycleServicer
 from services.inference.servicers.prompt_service import PromptService
+from services.inference.set_aside import SetAsideCount
 from services.inference.settings import InferenceSettings
 from services.inference.settlement import Settlement
+from services.inference.stream_bound import spare_tokens
+from services.inference.token_density import TokenDensities
 from services.kernel.audit_client import AuditClient
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
@@ -89,6 +97,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         ledger = MeteringLedger(to_metering)
         stack.push_async_callback(ledger.close)
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
+        stack.push_async_callback(limits.close)
         provider = _provider(stack, settings, provider_keys)
         leases, background = LeaseKeeper(limits, ledger), BackgroundTasks()
         stack.push_async_callback(background.close)
@@ -97,23 +106,35 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         finishing = Finishing()
         stack.push_async_callback(finishing.close)
         gate = AdmissionGate(settings.max_concurrent_provider_calls, settings.max_waiting_calls)
+        gathering = Gathering(RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval")), memory)
+        counting, guard = _counters(settings, AnthropicCounter(provider.clients), gathering, limits, ledger)
         pipeline = AnswerPipeline(
-            limits=limits,
             ledger=ledger,
-            documents=RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval")),
-            memory=memory,
+            gathering=gathering,
+            counting=counting,
             provider=TracedProvider(provider),
+            guard=guard,
             gate=gate,
             leases=leases,
             settlement=Settlement(ledger, limits, memory, leases, finishing, audit),
             audit=audit,
+            spare_tokens=spare_tokens(settings.provider_in_flight_tokens),
         )
-        configs = TenantConfigCache(to_tenant)
+        configs = TenantConfigCache(to_tenant, feed=feed)
         lifecycle = LifecycleServicer(memory, configs, places, mover, PostgresSealedRows(database, cipher))
-        inference = InferenceService(pipeline, configs, provider_keys, MeteringPrices(to_metering), settings.default_call_deadline_seconds)
+        prices, deadline_seconds = MeteringPrices(to_metering), settings.default_call_deadline_seconds
+        inference = InferenceService(pipeline, configs, provider_keys, prices, deadline_seconds, settings.provider_account)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
         return InferenceApp(server, leases, gate, stack.pop_all())
+
+
+def _counters(
+    settings: InferenceSettings, counter: TokenCounter, gathering: Gathering, limits: Limits, ledger: Ledger
+) -> tuple[InputCounting, StreamGuard]:
+    # Questions and answers differ in density: each learns by itself.
+    guard = StreamGuard(limits, ledger, counter, TokenDensities(), settings.provider_in_flight_tokens)
+    return InputCounting(gathering, counter, TokenDensities()), guard
 
 
 def _start_loops(
@@ -125,11 +146,12 @@ def _start_loops(
     jobs: JobsDatabase,
     log: AuditClient,
 ) -> CallAudit:
-    audit = CallAudit(PostgresAuditOutbox(database))
+    set_aside = SetAsideCount()
+    audit = CallAudit(PostgresAuditOutbox(database), set_aside)
     background.start("lease_keeper", leases.run)
     background.start("change_feed", feed.run)
     background.start("call_audit", audit.run)
-    background.start("audit_relay", AuditRelay(PostgresAuditRelay(jobs), log.record).run)
+    background.start("audit_relay", AuditRelay(PostgresAuditRelay(jobs), log.record, set_aside).run)
     stack.push_async_callback(audit.close)
     return audit
 

@@ -7,6 +7,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 from uuid import UUID
 
+from mesh.common.v1 import limit_rule_pb2
 from services.inference.models import Model
 from services.inference.prompt_assembly import AssembledPrompt, Chunk, Turn
 from services.inference.worst_case import Hold, Price
@@ -34,7 +35,8 @@ class Question:
     """A validated request. `deadline` is on time.monotonic(), `context_tokens` the most input the plan and the model allow.
 
     `prompt_prefix` stands before the tenant's prompt; `endpoint` is the tenant's own place at the provider, empty for everybody's.
-    `provider_key` is the tenant's own; empty for the house's.
+    `provider_key` is the tenant's own; empty for the house's. Where the limits shorten its answer it needs `min_output_tokens`, and it may
+    wait for them `max_wait_seconds`. `provider_account` is whose own limits it shares, empty when that is not known.
     """
 
     call_id: CallId
@@ -56,6 +58,9 @@ class Question:
     prompt_prefix: str = ""
     endpoint: str = ""
     provider_key: str = field(default="", repr=False)
+    min_output_tokens: int = 1
+    max_wait_seconds: float = 0.0
+    provider_account: str = ""
 
     @property
     def with_documents(self) -> bool:
@@ -74,16 +79,31 @@ class LimitLeft:
     rule: str
     limit: int
     remaining: int
+    unit: limit_rule_pb2.LimitUnit.ValueType = limit_rule_pb2.LIMIT_UNIT_UNSPECIFIED
+
+
+@dataclass(frozen=True, slots=True)
+class HoldToTake:
+    """What the limits are asked to hold for one attempt; `attempt` counts from 1."""
+
+    reservation_id: ReservationId
+    question: Question
+    hold: Hold
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What the limits hold."""
+    """What the limits hold: `tokens` and `cost_nano_usd` in all, `output_tokens` of them for the answer."""
 
     reservation_id: ReservationId
     epoch: int
     reserve_time: datetime
     limits: tuple[LimitLeft, ...]
+    tokens: int
+    cost_nano_usd: int
+    output_tokens: int
+    waited_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -108,18 +128,29 @@ class Usage:
     @property
     def total(self) -> int:
         """All classes together."""
-        return self.input_tokens + self.output_tokens + self.cache_read_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens
+        return self.total_input + self.output_tokens
+
+    @property
+    def total_input(self) -> int:
+        """All classes of input together."""
+        return self.input_tokens + self.cache_read_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens
 
 
 @dataclass(slots=True)
 class Received:
-    """What the provider sent so far; `complete` once its final usage arrived."""
+    """What the provider sent so far; `complete` once its final usage arrived.
+
+    `output_bytes` of any kind were written; at `counted_bytes` of them the provider's own count was `counted_tokens`.
+    """
 
     usage: Usage = field(default_factory=Usage)
     complete: bool = False
     stop_reason: str = ""
     provider_request_id: str = ""
     parts: list[str] = field(default_factory=list)
+    output_bytes: int = 0
+    counted_tokens: int = 0
+    counted_bytes: int = 0
     dispatch_time: float = 0.0
     first_token_time: float | None = None
     end_time: float = 0.0
@@ -152,12 +183,13 @@ class Stage(Enum):
 
 @dataclass(slots=True)
 class Attempt:
-    """The one attempt at the provider that a reservation stands for."""
+    """The one attempt at the provider that a reservation stands for; `number` is which of the call, from 1."""
 
     question: Question
     hold: Hold
     reservation: Reservation
     lease: Lease
+    number: int = 1
     stage: Stage = Stage.RESERVED
     received: Received = field(default_factory=Received)
 
@@ -165,6 +197,12 @@ class Attempt:
     def ref(self) -> CallRef:
         """Its name at the limits and the ledger."""
         return self.lease.ref
+
+    @property
+    def allowance(self) -> "Allowance":
+        """What its answer may have."""
+        granted = self.reservation.output_tokens
+        return Allowance(granted, granted < self.question.max_output_tokens, self.reservation.waited_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +223,22 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """What the limits gave an answer: its output tokens, whether that is less than was asked for, and how long it waited for them."""
+
+    output_tokens: int
+    shortened: bool
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """All an attempt needs to be dispatched."""
 
     prompt: AssembledPrompt
     prompt_version: str
     degraded: bool
+    allowance: Allowance
 
 
 @dataclass(frozen=True, slots=True)

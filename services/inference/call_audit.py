@@ -13,9 +13,11 @@ from uuid import UUID
 import structlog
 
 from services.inference.call import Attempt, Question, Ready
+from services.inference.set_aside import EntryRefused, SetAside, SetAsideCount
 from services.kernel.audit_client import AuditEntry
 from services.kernel.batching import Batcher
 from services.kernel.errors import MeshError
+from services.kernel.halving import each_by_halves
 from services.kernel.ids import new_uuid7
 from services.kernel.request_context import current_peer_address
 
@@ -34,22 +36,30 @@ class AuditOutbox(Protocol):
     """Where records wait until the audit log has them."""
 
     async def add(self, entries: Sequence[AuditEntry]) -> None:
-        """Writes entries of many tenants durably, in one round trip; repeatable by audit id."""
+        """Writes entries of many tenants durably, in one round trip; repeatable by audit id.
+
+        Raises: Unavailable; EntryRefused when one of them is not taken at any time, and then none is written.
+        """
+        ...
+
+    async def set_aside(self, item: SetAside) -> None:
+        """Keeps one refused entry apart, durably; repeatable. Raises: Unavailable."""
         ...
 
 
 class CallAudit:
     """The records of one process's calls. `run` is a background loop of the app."""
 
-    def __init__(self, outbox: AuditOutbox) -> None:
+    def __init__(self, outbox: AuditOutbox, set_aside: SetAsideCount) -> None:
         self._outbox = outbox
+        self._set_aside = set_aside
         self._reads: Batcher[AuditEntry, None] = Batcher(self._add, max_batch=MAX_BATCH, max_in_flight=2)
         self._ended: list[AuditEntry] = []
         self._wake = asyncio.Event()
         self._flushing = asyncio.Lock()
 
     async def documents_read(self, question: Question, ready: Ready) -> None:
-        """Returns once it is durable which documents the call is about to show. Raises: Unavailable."""
+        """Returns once it is durable which documents the call is about to show. Raises: Unavailable, EntryRefused for this call alone."""
         documents = tuple({UUID(chunk.document_id): None for chunk in ready.prompt.chunks})
         if documents:
             detail = {"prompt_version": ready.prompt_version, "model": question.model.name}
@@ -86,11 +96,15 @@ class CallAudit:
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def flush(self) -> None:
-        """Writes every end noted so far. Raises: MeshError, keeping what is not written."""
+        """Writes every end noted so far; one that is refused for good is set aside. Raises: MeshError, keeping what is not written."""
         async with self._flushing:
             while self._ended:
                 batch = self._ended[:MAX_BATCH]
-                await self._outbox.add(batch)
+                for entry, refusal in zip(batch, await self._add(batch), strict=True):
+                    if refusal is not None:
+                        aside = SetAside(entry, str(refusal))
+                        await self._outbox.set_aside(aside)
+                        self._set_aside.tell([aside])
                 del self._ended[: len(batch)]
             self._wake.clear()
 
@@ -102,9 +116,12 @@ class CallAudit:
         except MeshError as error:
             log.error("call_ends_lost", count=len(self._ended), reason=error.reason_name)
 
-    async def _add(self, entries: list[AuditEntry]) -> Sequence[None]:
-        await self._outbox.add(entries)
-        return [None] * len(entries)
+    async def _add(self, entries: Sequence[AuditEntry]) -> Sequence[Exception | None]:
+        async def add(part: Sequence[AuditEntry]) -> Sequence[None]:
+            await self._outbox.add(part)
+            return [None] * len(part)
+
+        return await each_by_halves(entries, add, lambda error: isinstance(error, EntryRefused))
 
 
 def _entry(question: Question, action: str, detail: Mapping[str, object], documents: tuple[UUID, ...] = ()) -> AuditEntry:

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import Enum, auto
 from typing import Protocol
 
-from services.inference.call import CallRef, Found, Memory, Question, Ready, Received, Reservation, Settled, Usage
+from services.inference.call import CallRef, Found, HoldToTake, Memory, Question, Ready, Received, Reservation, Settled, Usage
 from services.inference.prompt_assembly import AssembledPrompt, Turn
 from services.inference.worst_case import Hold, Price
 from services.kernel.ids import CallId, ReservationId, TenantId
@@ -42,6 +42,7 @@ class CallToOpen:
     reservation: Reservation
     prompt_version: str
     dispatch_deadline: datetime
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,12 @@ class CallToVoid:
 class Limits(Protocol):
     """The limits of tenants."""
 
-    async def reserve(self, tenant: TenantContext, reservation_id: ReservationId, tokens: int, cost_nano_usd: int) -> Reservation:
-        """Holds the worst case, all or nothing; repeatable by reservation id."""
+    async def reserve(self, wanted: HoldToTake) -> Reservation:
+        """Holds the worst case, or less output where the rules shorten it; repeatable by reservation id."""
+        ...
+
+    async def extend(self, tenant: TenantContext, reservation: Reservation, hold: Hold) -> None:
+        """Raises a living hold to this one, all or nothing; repeatable. Raises: as reserve."""
         ...
 
     async def renew(self, refs: Sequence[CallRef]) -> Sequence[CallRef]:
@@ -83,6 +88,10 @@ class Ledger(Protocol):
 
     async def open(self, call: CallToOpen) -> Opened:
         """Records an attempt before it is sent."""
+        ...
+
+    async def extend(self, ref: CallRef, hold: Hold) -> bool:
+        """Raises the bound of an open call to what is held; False when the call is not open. Repeatable."""
         ...
 
     async def settle(self, call: CallToSettle) -> Settled:
@@ -137,11 +146,21 @@ class Recollection(Protocol):
 class Provider(Protocol):
     """A model provider. One attempt a call: it never retries."""
 
-    def stream(self, question: Question, prompt: AssembledPrompt, received: Received) -> AsyncGenerator[str, None]:
+    def stream(self, question: Question, prompt: AssembledPrompt, max_output_tokens: int, received: Received) -> AsyncGenerator[str, None]:
         """Sends the request, yields the answer's text as it comes and keeps `received` up to date.
 
-        Closing the iterator closes the connection. Raises: ProviderFailure.
+        What it writes beside text is counted in `received` and yielded as an empty piece. Closing the iterator closes the connection.
+
+        Raises: ProviderFailure.
         """
+        ...
+
+
+class TokenCounter(Protocol):
+    """The provider's own count of tokens, which costs nothing."""
+
+    async def count_tokens(self, question: Question, system: str, messages: Sequence[Turn]) -> int:
+        """Returns the input tokens a request of these texts would have. Raises: ProviderFailure."""
         ...
 
 

@@ -37,15 +37,24 @@ class Asked:
     stop_sequences: tuple[str, ...]
     deadline: float
     provider_key: str = field(default="", repr=False)
+    min_output_tokens: int = 0
+    max_wait_seconds: float = 0.0
 
 
-async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, prices: Prices) -> Question:
-    """Returns the question. Raises: InvalidRequest, NotFound, UnknownModel, ModelNotInPlan, PriceMissing, RequestTooLarge."""
+async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, prices: Prices, provider_account: str = "") -> Question:
+    """Returns the question; `provider_account` names the house's account, which tenants' own keys and endpoints do not use.
+
+    Raises: InvalidRequest, NotFound, UnknownModel, ModelNotInPlan, PriceMissing, RequestTooLarge.
+    """
     _refuse_malformed(asked.messages)
     if asked.conversation_id and not is_conversation_id(asked.conversation_id):
         raise NotFound("conversation")
     model, price = await _model(asked.model or config.ai.default_model, config, prices)
     context_tokens = min(config.limits.context_tokens or model.context_tokens, model.context_tokens)
+    max_output_tokens = _max_output_tokens(asked.max_output_tokens, config.ai, model)
+    if asked.min_output_tokens > max_output_tokens:
+        raise InvalidRequest("options.min_output_tokens", f"is more than the {max_output_tokens} output tokens the answer may have")
+    own_account = bool(asked.provider_key or config.ai.dedicated_endpoint)
     question = Question(
         call_id=asked.call_id,
         tenant=asked.tenant,
@@ -53,7 +62,7 @@ async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, pri
         messages=asked.messages,
         model=model,
         price=price,
-        max_output_tokens=_max_output_tokens(asked.max_output_tokens, config.ai, model),
+        max_output_tokens=max_output_tokens,
         context_tokens=context_tokens,
         weight=max(1, config.limits.weight),
         feature=asked.feature,
@@ -66,6 +75,9 @@ async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, pri
         prompt_prefix=config.ai.system_prompt_prefix,
         endpoint=config.ai.dedicated_endpoint,
         provider_key=asked.provider_key,
+        min_output_tokens=max(1, asked.min_output_tokens),
+        max_wait_seconds=asked.max_wait_seconds,
+        provider_account="" if own_account else provider_account,
     )
     needed = input_bound(known_texts(question.messages, with_documents=question.with_documents))
     if needed > context_tokens:

@@ -1,14 +1,31 @@
 """The ways a call of this service can be refused or fail, each with its reason, what varies and what to do next."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from mesh.common.v1 import error_reason_pb2
+from mesh.common.v1 import error_reason_pb2, limit_rule_pb2
+from mesh.common.v1.error_reason_pb2 import ErrorReason
 from services.inference.models import PROVIDER
-from services.kernel.errors import Forbidden, InvalidRequest, Unavailable, WrongState
+from services.kernel.errors import Forbidden, InvalidRequest, LimitExceeded, MeshError, QuotaViolation, Unavailable, WrongState
 from services.kernel.ids import CallId
 
 MAX_RETRY_AFTER_SECONDS = 60.0
 DEFAULT_RETRY_AFTER_SECONDS = 1.0
+
+
+class LimitRefused(LimitExceeded):
+    """A limit refuses the call; `unit` is what the rule counts, unspecified where no rule of the tenant's refused."""
+
+    def __init__(
+        self,
+        reason: ErrorReason.ValueType,
+        message: str,
+        retry_after_seconds: float | None,
+        quota: Sequence[QuotaViolation],
+        metadata: Mapping[str, str],
+        unit: limit_rule_pb2.LimitUnit.ValueType,
+    ) -> None:
+        super().__init__(reason, message, retry_after_seconds, quota, **metadata)
+        self.unit = unit
 
 
 class UnknownModel(InvalidRequest):
@@ -106,6 +123,21 @@ class StreamInterrupted(Unavailable):
             retry_after_seconds=None,
             reason=error_reason_pb2.ERROR_REASON_STREAM_INTERRUPTED,
             call_id=str(call_id),
+        )
+
+
+class AnswerStopped(MeshError):
+    """The provider wrote more than it was allowed, and the limits had no more for it: the answer ends where it stands."""
+
+    def __init__(self, cause: MeshError, call_id: CallId) -> None:
+        super().__init__(
+            cause.code,
+            cause.reason,
+            f"the answer grew past what was held for it and was ended; the text so far was delivered and call {call_id} is listed as "
+            f"unresolved until its bill is known: {cause.message}",
+            metadata={**cause.metadata, "call_id": str(call_id)},
+            retry_after_seconds=cause.retry_after_seconds,
+            quota_violations=cause.quota_violations,
         )
 
 

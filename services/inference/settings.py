@@ -43,6 +43,14 @@ class InferenceSettings(ServiceSettings):
     provider_base_url: str = Field(default="", description="whatever speaks Anthropic's Messages API; empty: Anthropic's own")
     anthropic_api_key: SecretStr = Field(default=SecretStr(""), description="the provider account's key")
     provider_call_id_header: str = Field(default="", description="request header that carries the call id to the provider; empty: none")
+    provider_account: str = Field(
+        default="",
+        max_length=100,
+        description="names the account the key is of, where its own limits are shared among tenants; empty: they are not",
+    )
+    provider_in_flight_tokens: int = Field(
+        default=192, ge=0, le=100_000, description="output a stream may bring between the decision to end it and its end at the provider"
+    )
     max_concurrent_provider_calls: int = Field(
         default=256, ge=1, description="provider calls under way in this process; others wait their turn"
     )

@@ -6,7 +6,7 @@ from typing import assert_never
 
 import structlog
 
-from services.inference.call import Attempt, Question, Reservation, Settled, Stage
+from services.inference.call import Attempt, HoldToTake, Reservation, Settled, Stage
 from services.inference.call_audit import CallAudit
 from services.inference.finishing import Finishing, until_acknowledged
 from services.inference.lease_keeper import LeaseKeeper
@@ -14,9 +14,7 @@ from services.inference.ports import CallToSettle, CallToVoid, Ledger, Limits, R
 from services.inference.prompt_assembly import ASSISTANT, Turn
 from services.inference.provider_failure import ProviderFailure
 from services.inference.refusals import SettlementPending
-from services.inference.worst_case import Hold
 from services.kernel.errors import MeshError
-from services.kernel.ids import ReservationId
 
 log = structlog.get_logger(__name__)
 
@@ -38,14 +36,18 @@ class Settlement:
         self._finishing = finishing
         self._audit = audit
 
-    async def reserve(self, question: Question, reservation_id: ReservationId, hold: Hold) -> Reservation:
+    async def reserve(self, wanted: HoldToTake) -> Reservation:
         """Takes the hold. A caller that goes away meanwhile leaves none behind: what was held is let go as soon as it is known."""
-        asking = self._limits.reserve(question.tenant, reservation_id, hold.tokens, hold.cost_nano_usd)
-        reserving = self._finishing.start(question.tenant, asking, call_id=question.call_id)
+        question = wanted.question
+        reserving = self._finishing.start(question.tenant, self._limits.reserve(wanted), call_id=question.call_id)
         try:
             return await asyncio.shield(reserving)
         except asyncio.CancelledError:
-            self._finishing.start(question.tenant, self._release_late(question, reservation_id, reserving), call_id=question.call_id)
+            if question.max_wait_seconds > 0:
+                # It gives up its place in the line. A hold that was just being given ends with its lease.
+                reserving.cancel()
+            else:
+                self._finishing.start(question.tenant, self._release_late(wanted, reserving), call_id=question.call_id)
             raise
 
     async def settle(self, attempt: Attempt) -> Settled:
@@ -127,13 +129,13 @@ class Settlement:
             # Only an early release: the ledger's outbox or the lease's end let the hold go as well.
             log.warning("hold_not_released", reservation_id=str(attempt.ref.reservation_id), error=str(error))
 
-    async def _release_late(self, question: Question, reservation_id: ReservationId, reserving: "asyncio.Task[Reservation]") -> None:
+    async def _release_late(self, wanted: HoldToTake, reserving: "asyncio.Task[Reservation]") -> None:
         try:
             reservation = await reserving
-            await self._limits.release(question.tenant, reservation_id, reservation.epoch)
+            await self._limits.release(wanted.question.tenant, wanted.reservation_id, reservation.epoch)
         except MeshError as error:
             # Refused, so nothing is held; or not told, and then the lease's end and the ledger let it go.
-            log.info("late_hold_not_released", reservation_id=str(reservation_id), error=str(error))
+            log.info("late_hold_not_released", reservation_id=str(wanted.reservation_id), error=str(error))
 
     async def _remember(self, attempt: Attempt) -> None:
         question = attempt.question

@@ -23,17 +23,25 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """The worst case that is reserved: `input_tokens` binds the assembled prompt, `max_output_tokens` is sent to the provider."""
+    """The worst case that is reserved: `input_tokens` binds the assembled prompt, `max_output_tokens` is sent to the provider.
+
+    `spare_tokens` of output are held beside them, for a provider that writes past what it was told until it notices that it is cut off.
+    """
 
     input_tokens: int
     max_output_tokens: int
+    spare_tokens: int
     cost_nano_usd: int
     price_version: str
 
     @property
     def tokens(self) -> int:
-        """Input and output together."""
-        return self.input_tokens + self.max_output_tokens
+        """All that is held."""
+        return self.input_tokens + self.max_output_tokens + self.spare_tokens
+
+    def within(self, tokens: int, cost_nano_usd: int) -> bool:
+        """Tells whether these amounts cover it."""
+        return self.tokens <= tokens and self.cost_nano_usd <= cost_nano_usd
 
 
 def text_bytes(text: str) -> int:
@@ -60,14 +68,20 @@ def hold_input_tokens(known_bound: int, *, prompt_budget: int, history_budget: i
     return min(cap, known_bound + prompt + history_budget + documents_budget)
 
 
-def make_hold(input_tokens: int, max_output_tokens: int, price: Price) -> Hold:
+def make_hold(input_tokens: int, max_output_tokens: int, price: Price, *, spare_tokens: int = 0) -> Hold:
     """Returns the hold: each line rounded up, so no rounding of the bill can pass it.
 
     Input is held at the plain price: no request asks the provider to write its cache, and reads are cheaper.
     """
-    cost = _ceil_cost(input_tokens, price.input) + _ceil_cost(max_output_tokens, price.output)
-    return Hold(input_tokens, max_output_tokens, cost, price.version)
+    cost = ceil_cost(input_tokens, price.input) + ceil_cost(max_output_tokens, price.output) + ceil_cost(spare_tokens, price.output)
+    return Hold(input_tokens, max_output_tokens, spare_tokens, cost, price.version)
 
 
-def _ceil_cost(tokens: int, nano_usd_per_million: int) -> int:
+def granted_hold(asked: Hold, output_tokens: int, price: Price) -> Hold:
+    """Returns what was asked for with so many output tokens instead."""
+    return make_hold(asked.input_tokens, output_tokens, price, spare_tokens=asked.spare_tokens)
+
+
+def ceil_cost(tokens: int, nano_usd_per_million: int) -> int:
+    """Returns what the tokens cost, in nano-USD, rounded up."""
     return -(-tokens * nano_usd_per_million // TOKENS_PER_PRICE)

@@ -1,6 +1,6 @@
 """Every way a call can fail, as one exception family that knows its status code, reason and next step.
 
-Raise one where the fact is known; the status interceptor puts it on the wire and `from_rpc_error` (in rpc_errors) takes it off again.
+Raise one where the fact is known; the status interceptor puts it on the wire and `rpc.wire_status` takes it off again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -109,11 +109,12 @@ class Forbidden(MeshError):
 class NotFound(MeshError):
     """Absent, or another tenant's: the two look alike."""
 
-    def __init__(self, resource: str) -> None:
+    def __init__(self, resource: str, message: str = "") -> None:
+        """`message` is for what no tenant's credential leads to, such as a plan; it never says more than that the resource is absent."""
         super().__init__(
             grpc.StatusCode.NOT_FOUND,
             error_reason_pb2.ERROR_REASON_NOT_FOUND,
-            f"no such {resource}; check its id and the tenant of your credential",
+            message or f"no such {resource}; check its id and the tenant of your credential",
             metadata={"resource": resource},
         )
 
@@ -243,11 +244,3 @@ def reason_from_name(name: str) -> ErrorReason.ValueType:
         return ErrorReason.Value(_PREFIX + name)
     except ValueError:
         return error_reason_pb2.ERROR_REASON_INTERNAL
-
-
-def from_rpc_error(error: grpc.aio.AioRpcError, dependency: str = "peer") -> MeshError:
-    """Turns a peer's failed call back into the MeshError it raised; a bare status becomes the nearest one."""
-    # Imported late: the wire form builds MeshErrors, so it needs this module whole.
-    from services.kernel.rpc.wire_status import decode_rpc_error
-
-    return decode_rpc_error(error, dependency)

@@ -13,7 +13,6 @@ TenantId = NewType("TenantId", UUID)
 CallId = NewType("CallId", UUID)
 ReservationId = NewType("ReservationId", UUID)
 DocumentId = NewType("DocumentId", UUID)
-ConversationId = NewType("ConversationId", UUID)
 
 # The tenant in whose name stands what concerns no tenant, or all of them.
 NO_TENANT = TenantId(UUID(int=0))

@@ -45,7 +45,12 @@ BRIDGES = """
 SELECT n.nspname AS name FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid
 WHERE n.nspname ~ '^t_[0-9a-f]{{32}}$' AND c.relname = '{history}' ORDER BY 1
 """
-SILOS = "SELECT datname AS name FROM pg_database WHERE datname ~ '^t_[0-9a-f]{32}$' ORDER BY 1"
+# The databases, each with what the names of the service's roles begin with there: in early ones all services share one.
+SILOS = """
+SELECT d.datname AS name, d.datname || CASE WHEN r.rolname IS NULL THEN '' ELSE '_' || $1 END AS roles
+FROM pg_database d LEFT JOIN pg_roles r ON r.rolname = d.datname || '_' || $1 || '_owner'
+WHERE d.datname ~ '^t_[0-9a-f]{32}$' ORDER BY 1
+"""
 SCHEMA_EXISTS = "SELECT true FROM pg_namespace WHERE nspname = $1"
 
 
@@ -130,21 +135,21 @@ async def migrate_all_places(dsn_admin: str, silo_admin_dsn: str, home: str, mig
     A database that somebody else made is brought forward by `ProvisionTenant`, which alone knows its owner's DSN.
     """
     names, places = role_names(home), 0
-    for schema in await _names(dsn_admin, BRIDGES.format(history=f"{home}_migrations")):
-        await migrate_place(dsn_admin, Destination(home, schema, names["owner"], names["service"]), migrations_dir)
+    for bridge in await _listed(dsn_admin, BRIDGES.format(history=f"{home}_migrations")):
+        await migrate_place(dsn_admin, Destination(home, bridge["name"], names["owner"], names["service"]), migrations_dir)
         places += 1
     if silo_admin_dsn:
-        for name in await _names(silo_admin_dsn, SILOS):
-            dsn = urlunsplit(urlsplit(silo_admin_dsn)._replace(path=f"/{name}"))
-            await migrate_place(dsn, Destination(home, home, f"{name}_owner", f"{name}_service"), migrations_dir)
+        for silo in await _listed(silo_admin_dsn, SILOS, home):
+            dsn = urlunsplit(urlsplit(silo_admin_dsn)._replace(path=f"/{silo['name']}"))
+            await migrate_place(dsn, Destination(home, home, f"{silo['roles']}_owner", f"{silo['roles']}_service"), migrations_dir)
             places += 1
     return places
 
 
-async def _names(dsn: str, sql: str) -> list[str]:
+async def _listed(dsn: str, sql: str, *args: object) -> list[asyncpg.Record]:
     connection = await asyncpg.connect(dsn)  # noqa: TID251 - as migrate does
     try:
-        return [row["name"] for row in await connection.fetch(sql)]
+        return list(await connection.fetch(sql, *args))
     finally:
         await connection.close()
 
@@ -174,13 +179,10 @@ def role_names(schema: str) -> dict[str, str]:
     return {kind: f"{schema}_{kind}" for kind in _KINDS}
 
 
-def fill_placeholders(sql: str, schema: str) -> str:
-    """Puts the schema's role names where the file says :owner, :service and :jobs; `::owner` casts are left alone."""
-    return fill(sql, home_of(schema))
-
-
 def fill(sql: str, destination: Destination) -> str:
-    """Writes a file's text for a destination: its roles for the placeholders, its schema for the home's name.
+    """Writes a file's text for a destination: its roles for :owner, :service and :jobs, its schema for the home's name.
+
+    `::owner` casts are left alone.
 
     Raises: MigrationRefused when something is for the jobs role where there is none and cannot be left out.
     """

@@ -9,12 +9,12 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr
 
-from services.kernel.errors import WrongState
+from services.kernel.errors import NotFound, WrongState
 from services.kernel.ids import TenantId
 from services.kernel.migrate import Destination, migrate_place, role_names
 from services.kernel.placement import HOME, Place, PlacementKind, Whereabouts
 from services.kernel.tenant_context import TenantContext
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import Connection, TenantDatabase
 
 _PLACEMENT = "_placement"
 
@@ -66,8 +66,9 @@ class PlaceMaker:
         return Destination(self._home, self._home, owner, service), dsn
 
     async def note_away(self, tenant_id: TenantId, place: Place) -> None:
-        """Puts the tenant on the list: from now on the pool refuses it."""
+        """Puts the tenant on the list: from now on the pool refuses it. Raises: NotFound for an erased tenant."""
         async with self._database.transaction_at(HOME, tenant_id, walled=False) as connection:
+            await hold_off_erasure(connection, self._home, tenant_id)
             await connection.execute(
                 f"INSERT INTO {self._home}_placed_tenants (tenant_id, kind, state) VALUES ($1, $2, 'AWAY') "  # noqa: S608 - a schema's name
                 "ON CONFLICT (tenant_id) DO UPDATE SET kind = excluded.kind, state = 'AWAY', update_time = clock_timestamp()",
@@ -80,3 +81,16 @@ class PlaceMaker:
         async with self._database.transaction_at(HOME, tenant_id, walled=False) as connection:
             await connection.execute(f"DELETE FROM {self._home}_placed_tenants WHERE tenant_id = $1", tenant_id)  # noqa: S608 - as above
         self._database.forget_place(tenant_id)
+
+
+async def refuse_erased(connection: Connection, home_schema: str, tenant_id: TenantId) -> None:
+    """Looks for the tombstone that the service keeps at home. Raises: NotFound for an erased tenant."""
+    if await connection.fetchval(f"SELECT true FROM {home_schema}.erased_tenants WHERE tenant_id = $1", tenant_id):  # noqa: S608 - as above
+        raise NotFound("tenant")
+
+
+async def hold_off_erasure(connection: Connection, home_schema: str, tenant_id: TenantId) -> None:
+    """Lets no erasure begin before this transaction has ended; one that began is waited for. Raises: NotFound for an erased tenant."""
+    # The look is a statement of its own after the lock: in one statement it would see what was there before the wait.
+    await connection.execute(f"SELECT pg_advisory_xact_lock_shared({home_schema}.erasure_lock($1))", tenant_id)
+    await refuse_erased(connection, home_schema, tenant_id)

@@ -81,12 +81,6 @@ def maybe_tenant() -> TenantContext | None:
     return None if found is None else found.tenant
 
 
-def flag_enabled(name: str) -> bool:
-    """Tells whether a feature flag is on for the tenant of the call in hand; where there is no tenant, none is."""
-    tenant = maybe_tenant()
-    return tenant is not None and name in tenant.flags
-
-
 def current_caller() -> str:
     """Returns the calling service's name, or `external`."""
     return required_scope().caller

@@ -53,6 +53,11 @@ class SingleFlightCache(Generic[Key, Value]):
             self._known.pop(key, None)
             self._fetching.pop(key, None)
 
+    def forget_where(self, is_meant: Callable[[Key], bool]) -> None:
+        """Forgets every value whose key is meant. It looks at all keys: for what happens seldom."""
+        for key in [key for key in (*self._known, *self._fetching) if is_meant(key)]:
+            self.forget(key)
+
     async def _fetch(self, key: Key, fetch: Callable[[], Awaitable[Value]]) -> Value:
         own = asyncio.current_task()
         try:

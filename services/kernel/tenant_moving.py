@@ -2,6 +2,8 @@
 
 The order is the guarantee. While the wall is closed nobody reads or writes the tenant here; the copy is committed, and only then the note
 that the tenant lives elsewhere. A crash before the note leaves the tenant where it was; one after it leaves it where it is going.
+
+An erasure ends a move: behind the service's tombstone nothing is noted, and what was copied before it is removed by the erasure.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ import structlog
 
 from services.kernel.errors import NotFound, Unavailable
 from services.kernel.ids import TenantId
-from services.kernel.place_making import PlaceMaker, TableSource
+from services.kernel.place_making import PlaceMaker, TableSource, hold_off_erasure, refuse_erased
 from services.kernel.placement import HOME, Place, PlacementKind, Whereabouts
 from services.kernel.table_copying import TenantTable, copy_tables, digest, prepare
 from services.kernel.tenant_context import TenantContext
@@ -43,6 +45,10 @@ class Belongings(Protocol):
         """Removes what is left in the shared stores of a tenant that lives elsewhere; returns counts by kind."""
         ...
 
+    async def drop_copy(self, tenant_id: TenantId, target: Place) -> None:
+        """Removes what `copy` made in stores of the target's own. Repeatable."""
+        ...
+
 
 class TenantMover:
     """One service's moves. `tables` are listed parents first."""
@@ -66,7 +72,8 @@ class TenantMover:
     async def move(self, context: TenantContext) -> dict[str, int]:
         """Moves the context's tenant to where the tenant service says it is going; returns its rows by table.
 
-        Idempotent. Raises: Unavailable when the tenant writes faster than can be copied, or a store is away: repeat the call.
+        Idempotent. Raises: NotFound for a tenant that is erased meanwhile, Unavailable when the tenant writes faster than can be copied,
+        or a store is away: repeat the call.
         """
         tenant_id = _id_of(context)
         whereabouts = await self._source.fetch(tenant_id, context, for_tables=True)
@@ -115,8 +122,12 @@ class TenantMover:
                 state = await self._state(connection, tenant_id)
             if state == MOVING and (following := (await self._source.fetch(tenant_id, context)).following) is not None:
                 async with self._database.transaction_at(following, tenant_id, walled=False) as copy:
+                    # Whoever is copying ends first; who copies later finds the tombstone.
+                    await copy.fetchval(LOCK, _copying(tenant_id))
                     for table in reversed(self._tables):
                         await copy.execute(f"DELETE FROM {table.name} WHERE tenant_id = $1", tenant_id)  # noqa: S608 - this code's names
+                if self._belongings is not None:
+                    await self._belongings.drop_copy(tenant_id, following)
         except (NotFound, PlaceMissing):
             # The place, or all that was known of the tenant, is gone already.
             return
@@ -125,15 +136,28 @@ class TenantMover:
         for _ in range(MAX_PASSES):
             changed = await self._copy_once(tenant_id, whereabouts)
             if self._belongings is not None:
-                changed += await self._belongings.copy(tenant_id, whereabouts.place, _following(whereabouts))
+                changed += await self._copy_belongings(self._belongings, tenant_id, whereabouts)
             if changed <= FEW_ROWS:
                 return
+
+    async def _copy_belongings(self, belongings: Belongings, tenant_id: TenantId, whereabouts: Whereabouts) -> int:
+        changed = await belongings.copy(tenant_id, whereabouts.place, _following(whereabouts))
+        try:
+            async with self._database.transaction_at(whereabouts.place, tenant_id, walled=False) as ours:
+                await refuse_erased(ours, self._home, tenant_id)
+        except NotFound:
+            # Too many to be copied inside a transaction, and so the erasure did not wait for them.
+            await belongings.drop_copy(tenant_id, _following(whereabouts))
+            raise
+        return changed
 
     async def _copy_once(self, tenant_id: TenantId, whereabouts: Whereabouts) -> int:
         async with self._database.transaction_at(_following(whereabouts), tenant_id, walled=False) as copy:
             # Before the source is looked at: a pass that saw an older source must not write over one that saw a newer.
             await copy.fetchval(LOCK, _copying(tenant_id))
             async with self._database.transaction_at(whereabouts.place, tenant_id, walled=False, snapshot=True) as ours:
+                # Begun behind the lock: an erasure that this snapshot does not show yet comes for the copy after it.
+                await refuse_erased(ours, self._home, tenant_id)
                 if await self._state(ours, tenant_id) == AWAY:
                     return 0
                 await prepare(ours)
@@ -150,6 +174,7 @@ class TenantMover:
                 await prepare(copy)
                 await ours.execute("SET LOCAL lock_timeout = '2s'")
                 await ours.fetchval(LOCK, f"{source.schema or self._home}.{self._home}_placed_tenants:{tenant_id}")
+                await refuse_erased(ours, self._home, tenant_id)
                 if await self._state(ours, tenant_id) == AWAY:
                     return
                 await copy_tables(ours, copy, self._tables, tenant_id)
@@ -159,6 +184,8 @@ class TenantMover:
             await self._note(ours, tenant_id, target, AWAY)
 
     async def _note(self, connection: Connection, tenant_id: TenantId, place: Place, state: str) -> None:
+        # An erased tenant that the list still named would be looked for at a place that is gone, by its own erasure above all.
+        await hold_off_erasure(connection, self._home, tenant_id)
         await connection.execute(
             f"INSERT INTO {self._home}_placed_tenants AS p (tenant_id, kind, state) VALUES ($1, $2, $3) "  # noqa: S608 - a schema's name
             "ON CONFLICT (tenant_id) DO UPDATE SET kind = excluded.kind, state = excluded.state, update_time = clock_timestamp() "

@@ -46,6 +46,13 @@ class VoidKind(IntEnum):
     UNKNOWN = 2
 
 
+class ExtendOutcome(IntEnum):
+    """What came of an extension."""
+
+    EXTENDED = 1
+    NOT_OPEN = 2
+
+
 class FenceOutcome(IntEnum):
     """What the limits do with a hold whose lease ended."""
 
@@ -200,6 +207,16 @@ class Fenced:
 
     outcome: FenceOutcome
     told_epoch: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """The bounds an open attempt is to have at least: not the difference."""
+
+    tenant_id: bytes
+    reservation_id: bytes
+    bound_tokens: int
+    bound_nano_usd: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""The ledger of calls: opens, settles, ends, renews and fences them in group commits, and tells the limits of every end.
+"""The ledger: opens, extends, settles, ends, renews and fences calls in group commits, records units, and tells the limits of every end.
 
 Refuses nothing by itself but unproven tenants: what may follow what is decided inside the store's transaction.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 from uuid import UUID
 
 import structlog
@@ -16,6 +16,8 @@ from services.metering.call import (
     CallState,
     Ended,
     Ending,
+    ExtendOutcome,
+    Extension,
     Fenced,
     Fencing,
     Opened,
@@ -32,6 +34,7 @@ from services.metering.group_commit import GroupCommit
 from services.metering.outbox import CallEnd, EndKind
 from services.metering.price_catalog import PriceCatalog
 from services.metering.rating import cost_nano_usd
+from services.metering.unit_use import Recorded, RecordUnitsOutcome, UnitUse
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +43,25 @@ _REMEMBERED_CALLS = 100_000
 _TELL_SECONDS = 0.05
 _END_KINDS = {VoidKind.NOT_BILLED: EndKind.VOID, VoidKind.UNKNOWN: EndKind.PIN}
 _NOT_PROVEN = Opened(OpenOutcome.TENANT_NOT_PROVEN, CallState.NONE)
+_USE_NOT_PROVEN = Recorded(RecordUnitsOutcome.TENANT_NOT_PROVEN, None)
+
+
+class Proving(Protocol):
+    """An item that brings the proof of its tenant."""
+
+    @property
+    def tenant_id(self) -> bytes:
+        """Whose it says it is."""
+        ...
+
+    @property
+    def context_token(self) -> str:
+        """What proves it."""
+        ...
+
+
+I = TypeVar("I", bound=Proving)  # noqa: E741 - item
+O = TypeVar("O")  # noqa: E741 - outcome
 
 
 class LedgerStore(Protocol):
@@ -47,6 +69,14 @@ class LedgerStore(Protocol):
 
     async def open(self, items: Sequence[Opening]) -> Sequence[Opened]:
         """Records attempts."""
+        ...
+
+    async def extend(self, items: Sequence[Extension]) -> Sequence[ExtendOutcome]:
+        """Raises bounds of open attempts; never lowers one."""
+        ...
+
+    async def record(self, items: Sequence[UnitUse]) -> Sequence[Recorded]:
+        """Records uses of units, each with its entry and its outbox row."""
         ...
 
     async def price_keys(self, keys: Sequence[CallKey]) -> Sequence[PriceKey | None]:
@@ -100,6 +130,8 @@ class Ledger:
         # What calls opened here are rated by, to settle them without asking first. Never stale: an opened call keeps its price.
         self._price_keys: dict[bytes, PriceKey] = {}
         self._opens = GroupCommit(store.open)
+        self._extensions = GroupCommit(store.extend)
+        self._uses = GroupCommit(self._record_batch)
         self._settles = GroupCommit(self._settle_batch)
         self._endings = GroupCommit(self._end_batch)
         self._renewals = GroupCommit(store.renew)
@@ -107,17 +139,23 @@ class Ledger:
 
     async def open(self, items: Sequence[Opening]) -> list[Opened]:
         """Records attempts whose context token proves their tenant; the others leave no trace."""
-        proven = [item for item in items if await self._proves(item.context_token, item.tenant_id)]
-        if not proven:
-            return [_NOT_PROVEN] * len(items)
-        opened = await self._opens.submit(proven)
-        for item, result in zip(proven, opened, strict=True):
+        answers = await self._of_the_proven(items, self._opens, _NOT_PROVEN)
+        for item, result in zip(items, answers, strict=True):
             if result.outcome is OpenOutcome.OPENED:
                 self._remember(item)
-        if len(proven) == len(items):
-            return opened
-        answers = {id(item): result for item, result in zip(proven, opened, strict=True)}
-        return [answers.get(id(item), _NOT_PROVEN) for item in items]
+        return answers
+
+    async def extend(self, items: Sequence[Extension]) -> list[ExtendOutcome]:
+        """Raises the bounds of open attempts, before more than the old ones is used."""
+        return await self._extensions.submit(items)
+
+    async def record(self, items: Sequence[UnitUse]) -> list[RecordUnitsOutcome]:
+        """Records uses of units whose context token proves their tenant, once each; the others leave no trace."""
+        recorded = await self._of_the_proven(items, self._uses, _USE_NOT_PROVEN)
+        for item, result in zip(items, recorded, strict=True):
+            if result.outcome is RecordUnitsOutcome.CONFLICT:
+                _alarm_of_use(item)
+        return [result.outcome for result in recorded]
 
     async def settle(self, items: Sequence[Settlement]) -> list[Settled]:
         """Records what attempts were billed, once each."""
@@ -147,8 +185,14 @@ class Ledger:
 
     async def close(self) -> None:
         """Waits for every accepted batch."""
-        for commits in (self._opens, self._settles, self._endings, self._renewals, self._fences):
+        for commits in (self._opens, self._extensions, self._uses, self._settles, self._endings, self._renewals, self._fences):
             await commits.close()
+
+    async def _of_the_proven(self, items: Sequence[I], commits: GroupCommit[I, O], otherwise: O) -> list[O]:
+        proven = [item for item in items if await self._proves(item.context_token, item.tenant_id)]
+        committed = await commits.submit(proven) if proven else []
+        answers = {id(item): result for item, result in zip(proven, committed, strict=True)}
+        return [answers.get(id(item), otherwise) for item in items]
 
     # The ends are handed on inside the group commits: a caller that went away meanwhile must not delay them.
 
@@ -163,6 +207,16 @@ class Ledger:
         for item in items:
             self._price_keys.pop(item.tenant_id + item.reservation_id, None)
         return settled
+
+    async def _record_batch(self, items: Sequence[UnitUse]) -> Sequence[Recorded]:
+        recorded = await self._store.record(items)
+        # The hold knows how much: an end of units tells no amounts.
+        self._ends.send(
+            CallEnd(item.tenant_id, item.reservation_id, EndKind.SETTLED, result.told_epoch)
+            for item, result in zip(items, recorded, strict=True)
+            if result.told_epoch is not None
+        )
+        return recorded
 
     async def _end_batch(self, items: Sequence[Ending]) -> Sequence[Ended]:
         ended = await self._store.end(items)
@@ -217,4 +271,14 @@ def _alarm(item: Settlement, result: Settled) -> None:
         provider_request_id=item.provider_request_id,
         refused_tokens=item.usage.total,
         recorded_nano_usd=result.cost_nano_usd,
+    )
+
+
+def _alarm_of_use(item: UnitUse) -> None:
+    log.error(
+        "units_conflict",
+        tenant_id=str(UUID(bytes=item.tenant_id)),
+        reservation_id=str(UUID(bytes=item.reservation_id)),
+        product_unit=item.product_unit,
+        refused_quantity=item.quantity,
     )

@@ -8,6 +8,7 @@ from services.kernel.tenant_scan import ScannedStore
 
 CALLS = "postgres:metering.calls"
 ENTRIES = "postgres:metering.entries"
+UNITS = "postgres:metering.unit_entries"
 EPOCHS = "postgres:metering.tenant_epochs"
 
 
@@ -27,5 +28,5 @@ class TenantRecords(Protocol):
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
-        """Yields each record's kind and its JSON object: calls, then entries, in order of reservation."""
+        """Yields each record's kind and its JSON object: calls, then entries, then entries of units, each in order of reservation."""
         ...

@@ -79,7 +79,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         allowance = OpenAllowance(store)
         background.start("ratelimit.open_allowance", allowance.run)
-        counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant)), rebuilder, fencing, allowance)
+        counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant, feed=feed), feed=feed), rebuilder, fencing, allowance)
         room = _waiting_room(stack, background, settings, scripts)
         guard = AbuseGuard(RedisGuards(scripts))
         share_store = RedisShares(decisions)

@@ -24,7 +24,7 @@ from services.ratelimit.limits import NOBODY, Demand, Subject
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
 from services.ratelimit.reservation import STORE, Ask, Held, lost_or_invalid, minted_us
 from services.ratelimit.standing import Answer, Verdict
-from services.ratelimit.terms import Terms
+from services.ratelimit.terms import Plan, Terms
 from services.ratelimit.turn import Queued, Stand
 from services.ratelimit.waiting_room import WaitingRoom, until_of
 
@@ -66,6 +66,10 @@ class ConsumptionStore(Protocol):
 
     async def reserve(self, tenant_id: TenantId, terms: Terms, asks: list[Ask]) -> list[Answer]:
         """Takes holds, or uses at once, in their order."""
+        ...
+
+    async def look(self, tenant_id: TenantId, terms: Terms, plan: Plan, demand: Demand) -> Answer:
+        """Says what is used. Writes nothing."""
         ...
 
     async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> None:
@@ -196,6 +200,7 @@ class Consumptions:
                     await self._record(context, use, answer)
             case Verdict.OLD | Verdict.ENDED if terms.is_durable(use.product_unit):
                 await self._known(context, use, answer)
+                answer = await self._store.look(tenant_id, terms, plan, Demand(attempt=0))
             case Verdict.DONE:
                 pass
             case _:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 from typing import Protocol
 
-from services.ratelimit.limits import Subject
+from services.ratelimit.limits import NOBODY, Subject
 
 SECOND_US = 1_000_000
 MINUTE_US = 60 * SECOND_US
@@ -53,7 +53,7 @@ class Scope(StrEnum):
         """The part of the subject that this scope tells apart."""
         match self:
             case Scope.TENANT:
-                return Subject()
+                return NOBODY
             case Scope.USER:
                 return Subject(user=subject.user)
             case Scope.FEATURE:

@@ -74,8 +74,8 @@ def statuses(plan: Plan, answer: Answer) -> list[LimitStatus]:
     """Every rule of the plan as it stands, in the tenant's order."""
     figures = answer.figures
     return [
-        LimitStatus(rule, figures[3 * place], reset_us(rule, answer, figures[3 * place + 1]), rule.scope.of(plan.subject))
-        for place, rule in enumerate(plan.rules)
+        LimitStatus(rule, figures[3 * place], reset_us(rule, answer, figures[3 * place + 1]), part)
+        for place, (rule, part) in enumerate(zip(plan.rules, plan.parts, strict=True))
     ]
 
 

@@ -31,6 +31,8 @@ class Plan:
     rules: tuple[LimitRule, ...]
     packed: bytes
     has_shadow: bool
+    # Of each rule, the part of the subject that its scope tells apart.
+    parts: tuple[Subject, ...]
     lanes: tuple[bytes, ...] = ()
 
 
@@ -147,7 +149,9 @@ class Terms:
             tuple(chain.from_iterable(_of_rule(rule, places, volatile=volatile) for rule in rules)),
             int(has_shadow),
         )
-        return Plan(subject, product_unit, rules, packed(content), has_shadow, tuple(_lane(rule, subject) for rule in rules))
+        parts = tuple(rule.scope.of(subject) for rule in rules)
+        lanes = tuple(_lane(rule, part) for rule, part in zip(rules, parts, strict=True))
+        return Plan(subject, product_unit, rules, packed(content), has_shadow, parts, lanes)
 
 
 def _of_family(family: Family) -> tuple[int, int, int, int]:
@@ -162,7 +166,6 @@ def _of_rule(rule: LimitRule, places: dict[Family, int], *, volatile: bool) -> t
     return place, rule.unit, rule.limit, int(rule.shadow), rule.min_output_tokens if rule.shortens else 0, rule.scope.value, blind
 
 
-def _lane(rule: LimitRule, subject: Subject) -> bytes:
+def _lane(rule: LimitRule, part: Subject) -> bytes:
     # Short, and without names of users, as it lies in the store beside every ticket.
-    part = rule.scope.of(subject)
     return blake2b(packed((rule.name, part.user, part.feature)), digest_size=8).digest()

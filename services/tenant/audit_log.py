@@ -1,4 +1,4 @@
-"""A tenant's audit log as it is read, proven and added to. Refuses records whose tenant no context token proves."""
+"""A tenant's audit log as it is read, proven and added to. Refuses records whose tenant no token proves, of foreign kinds and times."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,6 +13,7 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
 from services.tenant.audit_chain import AuditRecord, KeptRecord, Link, follow
 from services.tenant.audit_head import AuditHead, HeadSigner
+from services.tenant.witness import refuse_action, refuse_moment
 
 _VERIFY_PAGE = 500
 
@@ -104,7 +105,14 @@ class AuditStore(Protocol):
 class AuditLog:
     """The log of every tenant. `prove` returns what a token proved at a moment, or raises Unauthenticated."""
 
-    def __init__(self, store: AuditStore, signer: HeadSigner, prove: Callable[[str, datetime], Awaitable[TenantContext]]) -> None:
+    def __init__(
+        self,
+        store: AuditStore,
+        signer: HeadSigner,
+        prove: Callable[[str, datetime], Awaitable[TenantContext]],
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._clock = clock
         self._store = store
         self._signer = signer
         self._prove = prove
@@ -145,7 +153,15 @@ class AuditLog:
         return EarlierHead.IN_CHAIN if kept == earlier.link.record_hash else EarlierHead.MISSING
 
     async def record(self, source: str, items: Sequence[Witnessed]) -> Sequence[bool]:
-        """Adds what a service witnessed and answers for each item whether its tenant was proven, and so whether it is in the chain."""
+        """Adds what a service witnessed and answers for each item whether its tenant was proven, and so whether it is in the chain.
+
+        Raises: Forbidden(CALLER_NOT_ALLOWED) for an action that is not the source's to record, InvalidRequest for a time in the future or
+        too long ago; nothing of the batch is recorded then.
+        """
+        now = self._clock()
+        for index, item in enumerate(items):
+            refuse_action(source, item.action, f"items[{index}].action")
+            refuse_moment(item.occur_time, now, f"items[{index}].occur_time")
         proven = [await self._proven(source, item) for item in items]
         records = [record for record in proven if record is not None]
         if records:

@@ -34,12 +34,13 @@ _NOBODY = TenantId(UUID(int=0))
 
 
 class AuditAction(StrEnum):
-    """What is written into a tenant's audit log although nothing was changed."""
+    """What is written into an audit log although nothing was changed."""
 
     CREDENTIAL_REFUSED = "CREDENTIAL_REFUSED"
     KEY_USE_REFUSED = "KEY_USE_REFUSED"
     TENANT_MISMATCH = "TENANT_MISMATCH"
     KEY_USE_FAILED = "KEY_USE_FAILED"
+    FRONT_KEY_USED = "FRONT_KEY_USED"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -168,15 +169,7 @@ class Authenticator:
             self._audit(stored.tenant_id, AuditAction.KEY_USE_REFUSED, subject, "", attempt)
             raise invalid()
         now = self._clock()
-        try:
-            if stored.expire_time is not None and stored.expire_time <= now:
-                raise expired(stored.expire_time)
-            _refuse_unusable(stored.facts)
-            self._cell.refuse_elsewhere(stored.facts.region)
-        except MeshError as refusal:
-            # A right secret whose time is over, or whose tenant may not act, is worth more attention than a guess.
-            self._audit(stored.tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, f"refused:{refusal.reason_name}", attempt)
-            raise
+        self._refuse_unusable(stored.tenant_id, stored.facts, subject, attempt, ended=_ended(stored.expire_time, now))
         grant = Grant(stored.tenant_id, stored.facts, subject, stored.scopes, end_time=stored.expire_time)
         await self._refuse_elsewhere(grant, attempt)
         await self._note_use(stored, key, now)
@@ -187,12 +180,12 @@ class Authenticator:
         try:
             proven = await self._tokens.prove(token, known.issuer)
         except Unauthenticated as error:
-            if error.reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID:
-                # By the issuer alone: nothing the token says of its subject is proven.
-                self._audit(known.tenant_id, AuditAction.CREDENTIAL_REFUSED, f"jwt:{known.issuer.issuer_id}", "", attempt)
+            # By the issuer alone: nothing the token says of its subject is proven, or is proven any more.
+            wrong = error.reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
+            target = "" if wrong else f"refused:{error.reason_name}"
+            self._audit(known.tenant_id, AuditAction.CREDENTIAL_REFUSED, f"jwt:{known.issuer.issuer_id}", target, attempt)
             raise
-        _refuse_unusable(known.facts)
-        self._cell.refuse_elsewhere(known.facts.region)
+        self._refuse_unusable(known.tenant_id, known.facts, proven.subject, attempt)
         grant = Grant(known.tenant_id, known.facts, proven.subject, proven.scopes, end_time=proven.end_time)
         await self._refuse_elsewhere(grant, attempt)
         return grant
@@ -201,7 +194,7 @@ class Authenticator:
         digest = key.text_sha256()
         # Every hash is compared, so that the time does not tell which one fits.
         if not any([hmac.compare_digest(digest, known) for known in self._operator_key_hashes]):
-            return self._prove_front(key, digest)
+            return self._prove_front(key, digest, attempt)
         reason = printable(attempt.operator_reason, "operator_reason").strip()
         if not 1 <= len(reason) <= MAX_REASON_LENGTH:
             raise reason_missing()
@@ -218,11 +211,31 @@ class Authenticator:
         await self._refuse_elsewhere(grant, attempt)
         return grant
 
-    def _prove_front(self, key: OperatorKeyText, digest: bytes) -> Grant:
+    def _prove_front(self, key: OperatorKeyText, digest: bytes, attempt: CredentialAttempt) -> Grant:
         if not any([hmac.compare_digest(digest, known) for known in self._front_key_hashes]):
+            # Not by its id: a caller can make up ids without end, and each would be a record.
+            self._audit(None, AuditAction.CREDENTIAL_REFUSED, "operator:unknown", "", attempt)
             raise invalid()
-        # It acts for no tenant, whichever one it names: `x-tenant-id` beside it is refused as naming another one.
-        return Grant(None, None, f"front:{key.key_id}", FRONT_SCOPES, operator=True)
+        subject = f"front:{key.key_id}"
+        # It acts for no tenant, whichever one it names.
+        if attempt.claimed_tenant_id is not None:
+            self._audit(None, AuditAction.TENANT_MISMATCH, subject, f"tenant:{attempt.claimed_tenant_id}", attempt)
+            raise mismatch("x-tenant-id")
+        self._audit(None, AuditAction.FRONT_KEY_USED, subject, "", attempt)
+        return Grant(None, None, subject, FRONT_SCOPES, operator=True)
+
+    def _refuse_unusable(
+        self, tenant_id: TenantId, facts: TenantFacts, subject: str, attempt: CredentialAttempt, *, ended: MeshError | None = None
+    ) -> None:
+        try:
+            if ended is not None:
+                raise ended
+            _refuse_state(facts)
+            self._cell.refuse_elsewhere(facts.region)
+        except MeshError as refusal:
+            # A right secret whose time is over, or whose tenant may not act, is worth more attention than a guess.
+            self._audit(tenant_id, AuditAction.CREDENTIAL_REFUSED, subject, f"refused:{refusal.reason_name}", attempt)
+            raise
 
     async def _refuse_elsewhere(self, grant: Grant, attempt: CredentialAttempt) -> None:
         claimed = attempt.claimed_tenant_id
@@ -248,7 +261,11 @@ class Authenticator:
         self._trail.audit(_NOBODY if tenant_id is None else tenant_id, action, subject, target, attempt.peer_address)
 
 
-def _refuse_unusable(facts: TenantFacts) -> None:
+def _ended(expire_time: datetime | None, now: datetime) -> MeshError | None:
+    return None if expire_time is None or expire_time > now else expired(expire_time)
+
+
+def _refuse_state(facts: TenantFacts) -> None:
     if facts.state is TenantState.SUSPENDED:
         raise suspended()
     if facts.state is not TenantState.ACTIVE:

@@ -13,7 +13,17 @@ from services.kernel.ids import TenantId
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, refused_page_token
 from services.tenant.actor import Actor
 from services.tenant.effective_config import OVERRIDE_NAMES, StoredConfiguration, Value, judged_terms, shorter_retention
-from services.tenant.plan import Plan, sense_problem
+from services.tenant.limit_changes import GROUP as LIMIT_RULES
+from services.tenant.limit_changes import (
+    RULES_PATH,
+    LimitWish,
+    changed_limit_paths,
+    is_limit_path,
+    limit_value_at,
+    refuse_two_numbers,
+    with_limits,
+)
+from services.tenant.plan import Plan, sense_problem, unknown_plan
 from services.tenant.scopes import OPERATOR_SCOPE
 
 LIMIT_NAMES = OVERRIDE_NAMES[:8]
@@ -88,16 +98,24 @@ class TenantConfiguration:
         return stored
 
     async def update(
-        self, tenant_id: TenantId, wish: Mapping[str, Value], actor: Actor, *, by_operator: bool, expected_version: int, validate_only: bool
+        self,
+        tenant_id: TenantId,
+        wish: Mapping[str, Value],
+        limits: LimitWish,
+        actor: Actor,
+        *,
+        by_operator: bool,
+        expected_version: int,
+        validate_only: bool,
     ) -> Outcome:
-        """Sets each named override, or takes it back where the value is None.
+        """Sets each named override, or takes it back where the value is None; likewise the tenant's own limits.
 
         Raises: InvalidRequest, Forbidden(SCOPE_MISSING | MODEL_TIER), WrongState for another version than the expected one, NotFound.
         """
 
         def decide(stored: StoredConfiguration, plans: Mapping[str, Plan]) -> StoredConfiguration:
             _refuse_other_version(stored, expected_version)
-            return updated(stored, plans, wish, by_operator=by_operator)
+            return updated(stored, plans, wish, limits, by_operator=by_operator)
 
         return _found(await self._store.change(tenant_id, decide, actor, validate_only=validate_only))
 
@@ -124,7 +142,9 @@ class TenantConfiguration:
 _MOST_VERSIONS = 2**63 - 1
 
 
-def updated(stored: StoredConfiguration, plans: Mapping[str, Plan], wish: Mapping[str, Value], *, by_operator: bool) -> StoredConfiguration:
+def updated(
+    stored: StoredConfiguration, plans: Mapping[str, Plan], wish: Mapping[str, Value], limits: LimitWish, *, by_operator: bool
+) -> StoredConfiguration:
     """Returns the configuration with the wish in it. Raises: InvalidRequest, Forbidden."""
     for name, value in wish.items():
         if not by_operator:
@@ -134,7 +154,9 @@ def updated(stored: StoredConfiguration, plans: Mapping[str, Plan], wish: Mappin
     for name in _CEILINGS & set(wish):
         # A value taken back is nobody's: the plan's stands again, and the tenant may narrow it.
         marked = marked | {name} if by_operator and wish[name] is not None else marked - {name}
-    overrides = replace(stored.overrides, **wish, operator_fields=frozenset(marked))  # type: ignore[arg-type] # checked by the contract
+    own_limits = with_limits(stored.overrides.own_limits, limits, list(plans.values()), by_operator=by_operator)
+    overrides = replace(stored.overrides, **wish, operator_fields=frozenset(marked), own_limits=own_limits)  # type: ignore[arg-type] # checked by the contract
+    refuse_two_numbers(own_limits, [name for name in LIMIT_NAMES if overrides.value(name) is not None])
     problem = sense_problem(judged_terms(stored, wish))
     if problem is not None:
         raise InvalidRequest(_field(problem.field), f"with this change, {problem.field} {problem.rule}")
@@ -145,7 +167,7 @@ def moved(stored: StoredConfiguration, plans: Mapping[str, Plan], plan_name: str
     """Returns the configuration on another plan. Raises: NotFound, WrongState."""
     plan = plans.get(plan_name)
     if plan is None:
-        raise NotFound("plan")
+        raise unknown_plan()
     if stored.placement not in plan.isolation:
         raise WrongState(
             "tenant",
@@ -159,27 +181,46 @@ def changed_paths(before: StoredConfiguration, after: StoredConfiguration) -> tu
     """Returns the paths that differ, sorted; a change of who set a value counts as a change of the value."""
     marks = before.overrides.operator_fields ^ after.overrides.operator_fields
     differing = {path for path, name in PATHS.items() if before.overrides.value(name) != after.overrides.value(name) or name in marks}
+    differing |= changed_limit_paths(before.overrides.own_limits, after.overrides.own_limits)
     if before.plan.name != after.plan.name:
         differing.add(PLAN_PATH)
     return tuple(sorted(differing))
 
 
-def values_at(stored: StoredConfiguration, paths: Sequence[str]) -> dict[str, Value]:
+def audited_paths(paths: Sequence[str]) -> tuple[str, ...]:
+    """Returns what the audit log, which outlives the tenant, is told of the paths: no name that a tenant made up."""
+    return tuple(sorted({RULES_PATH if path.startswith(f"{RULES_PATH}.") else path for path in paths}))
+
+
+def values_at(stored: StoredConfiguration, paths: Sequence[str]) -> dict[str, object]:
     """Returns what the history keeps of a configuration: the values at the paths that a change touches."""
-    return {path: stored.plan.name if path == PLAN_PATH else stored.overrides.value(PATHS[path]) for path in paths}
+    return {path: _value_at(stored, path) for path in paths}
+
+
+def _value_at(stored: StoredConfiguration, path: str) -> object:
+    if path == PLAN_PATH:
+        return stored.plan.name
+    if is_limit_path(path):
+        return limit_value_at(stored.overrides.own_limits, path)
+    return stored.overrides.value(PATHS[path])
 
 
 def expand_paths(paths: Sequence[str]) -> tuple[str, ...]:
-    """Returns the override names that a mask's paths stand for. Raises: InvalidRequest(update_mask)."""
+    """Returns the override names that a mask's paths stand for; those of a tenant's own limits are passed over.
+
+    Raises: InvalidRequest(update_mask).
+    """
     names: dict[str, None] = {}
     for path in paths:
+        if is_limit_path(path):
+            continue
         if path in GROUPS:
             names |= dict.fromkeys(name for known, name in PATHS.items() if known.startswith(f"{path}."))
         elif path in PATHS:
             names[PATHS[path]] = None
         else:
-            raise InvalidRequest("update_mask", f"knows no such path; the paths are {', '.join((*GROUPS, *PATHS))}")
-    if not names:
+            raise InvalidRequest("update_mask", f"knows no such path; the paths are {', '.join((*GROUPS, *PATHS, LIMIT_RULES))}")
+    if not paths:
         raise InvalidRequest("update_mask", "must name at least one path")
     return tuple(names)
 

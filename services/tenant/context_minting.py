@@ -15,6 +15,7 @@ from services.kernel.context_token import MAX_LIFETIME, SigningKey, mint
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
 from services.kernel.timestamps import to_timestamp
+from services.tenant.scopes import GENERATE_SCOPE
 from services.tenant.tenant_record import TenantFacts
 
 PROVISIONING_SUBJECT = "mesh:tenant"
@@ -51,7 +52,13 @@ class ContextMinter:
         return self._public_keys
 
     def mint(self, grant: Grant) -> TenantContext:
-        """Returns the signed context: it lives 300 s, or as long as the credential when that is less."""
+        """Returns the signed context: it lives 300 s, or as long as the credential when that is less.
+
+        Raises: ValueError for an operator with the right to spend a tenant's money.
+        """
+        if grant.operator and GENERATE_SCOPE in grant.scopes:
+            msg = f"an operator's context never holds {GENERATE_SCOPE}"
+            raise ValueError(msg)
         now = self._clock()
         expire_time = now + MAX_LIFETIME
         if grant.end_time is not None:

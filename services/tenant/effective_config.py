@@ -4,10 +4,13 @@ What a tenant chose for itself never reaches above its plan, whatever plan it co
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 
 from services.kernel.ids import TenantId
+from services.tenant.limit_rules import LimitRules, OwnLimits, effective_rules
 from services.tenant.plan import Plan
+from services.tenant.plan_rules import COUNTED_TERMS
 from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, TenantConfig
 
 Value = int | bool | str | tuple[str, ...] | None
@@ -17,7 +20,7 @@ Value = int | bool | str | tuple[str, ...] | None
 class Overrides:
     """What a tenant has instead of its plan's terms; None: as the plan says.
 
-    `operator_fields` names the overrides that an operator set and that may therefore reach above the plan.
+    `operator_fields` names the overrides that an operator set and that may therefore reach above the plan; `own_limits` are its rules.
     """
 
     requests_per_minute: int | None = None
@@ -38,6 +41,7 @@ class Overrides:
     encrypt_content: bool | None = None
     data_retention_days: int | None = None
     operator_fields: frozenset[str] = frozenset()
+    own_limits: OwnLimits = field(default_factory=OwnLimits)
 
     def value(self, name: str) -> Value:
         """Returns one override by its name."""
@@ -45,14 +49,17 @@ class Overrides:
         return found
 
 
-OVERRIDE_NAMES = tuple(field.name for field in fields(Overrides) if field.name != "operator_fields")
+OVERRIDE_NAMES = tuple(part.name for part in fields(Overrides) if part.name not in ("operator_fields", "own_limits"))
 # Everything that a plan has a word on too; the rest of the overrides are the tenant's alone.
-_TERM_NAMES = tuple(name for name in OVERRIDE_NAMES if name in {field.name for field in fields(Plan)})
+_TERM_NAMES = tuple(name for name in OVERRIDE_NAMES if name in {part.name for part in fields(Plan)})
 
 
 @dataclass(frozen=True, slots=True)
 class StoredConfiguration:
-    """What is kept of a tenant's configuration: the plan's terms in force, and the tenant's overrides. Not yet put together."""
+    """What is kept of a tenant's configuration: the plan's terms in force, and the tenant's overrides. Not yet put together.
+
+    `ladder` holds all plans in force from the smallest to the largest: what is refused in one may be had in another.
+    """
 
     tenant_id: TenantId
     version: int
@@ -61,21 +68,43 @@ class StoredConfiguration:
     display_name: str
     plan: Plan
     overrides: Overrides
+    create_time: datetime | None = None
+    ladder: tuple[Plan, ...] = ()
 
 
 def effective(stored: StoredConfiguration) -> TenantConfig:
     """Returns what is in force. It makes sense whenever the plan does: an override that the plan no longer carries is held to the plan."""
     overrides = stored.overrides
+    terms = _held_to_plan(_with_overrides(stored), stored.plan, overrides.operator_fields)
+    limit_rules = _limit_rules(stored, terms)
     return TenantConfig(
         tenant_id=stored.tenant_id,
         version=stored.version,
         region=stored.region,
         display_name=stored.display_name,
         assistant_name=overrides.assistant_name or DEFAULT_ASSISTANT_NAME,
-        plan=_held_to_plan(_with_overrides(stored), stored.plan, overrides.operator_fields),
+        plan=_as_ruled(terms, limit_rules),
+        limit_rules=limit_rules,
         system_prompt_prefix=overrides.system_prompt_prefix or "",
         dedicated_endpoint=overrides.dedicated_endpoint or "",
     )
+
+
+def _limit_rules(stored: StoredConfiguration, terms: Plan) -> LimitRules:
+    own = stored.overrides.own_limits
+    overridden = frozenset(name for name in COUNTED_TERMS if stored.overrides.value(name) is not None)
+    return LimitRules(
+        rules=effective_rules(terms, own.rules, stored.ladder, overridden, stored.placement),
+        time_zone=own.time_zone or "",
+        cycle_anchor_time=own.cycle_anchor_time or stored.create_time,
+        abuse_guard=own.abuse_guard or stored.plan.limit_terms.abuse_guard,
+    )
+
+
+def _as_ruled(terms: Plan, limit_rules: LimitRules) -> Plan:
+    # A rule that an operator put in a term's place is what the term says everywhere else.
+    numbers = {rule.name: rule.limit for rule in limit_rules.rules if rule.name in COUNTED_TERMS}
+    return replace(terms, **numbers)  # type: ignore[arg-type] # counts for counts
 
 
 def judged_terms(before: StoredConfiguration, wish: Mapping[str, Value]) -> Plan:

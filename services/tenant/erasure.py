@@ -68,7 +68,10 @@ class ErasureWish:
 
 
 class ErasureStore(Protocol):
-    """The tenant service's own part, step by step. Every method is one transaction and safe to repeat."""
+    """The tenant service's own part, step by step. Every method is one transaction and safe to repeat.
+
+    With a lease it raises LeaseLost, and changes nothing, unless that is still the saga's.
+    """
 
     async def begin(self, wish: ErasureWish, actor: Actor) -> TenantState | None:
         """Makes the tenant ERASING with its saga if it is ACTIVE, SUSPENDED or FAILED and the slug is right.
@@ -77,19 +80,19 @@ class ErasureStore(Protocol):
         """
         ...
 
-    async def finish_step(self, tenant_id: TenantId, step: EraseStep, detail: str) -> None:
+    async def finish_step(self, tenant_id: TenantId, step: EraseStep, detail: str, lease: UUID) -> None:
         """Notes that the step is done, and what it found."""
         ...
 
-    async def revoke_keys(self, tenant_id: TenantId, step: EraseStep, actor: Actor) -> None:
+    async def revoke_keys(self, tenant_id: TenantId, step: EraseStep, actor: Actor, lease: UUID) -> None:
         """Revokes every key, durably."""
         ...
 
-    async def remove_own(self, tenant_id: TenantId, step: EraseStep, actor: Actor) -> None:
+    async def remove_own(self, tenant_id: TenantId, step: EraseStep, actor: Actor, lease: UUID) -> None:
         """Removes the records, and notes how many."""
         ...
 
-    async def keep_receipt(self, tenant_id: TenantId, request_id: UUID, receipt: ErasureReceipt, step: EraseStep) -> None:
+    async def keep_receipt(self, tenant_id: TenantId, request_id: UUID, receipt: ErasureReceipt, step: EraseStep, lease: UUID) -> None:
         """Stores the receipt, tells of the erasure and ends the saga."""
         ...
 
@@ -145,28 +148,28 @@ class ErasurePlan:
 
     async def run(self, step: int, saga: Saga) -> None:
         """Does the step and marks it done. Raises: MeshError."""
-        tenant_id, at = saga.tenant_id, EraseStep(step)
+        tenant_id, at, lease = saga.tenant_id, EraseStep(step), saga.lease
         match at:
             case EraseStep.CLOSED:
-                await self._store.finish_step(tenant_id, at, "[]")
+                await self._store.finish_step(tenant_id, at, "[]", lease)
             case EraseStep.KEYS_DEAD:
-                await self._store.revoke_keys(tenant_id, at, saga.actor)
+                await self._store.revoke_keys(tenant_id, at, saga.actor, lease)
             case EraseStep.INVENTORY:
-                await self._store.finish_step(tenant_id, at, _json(await self.scan(tenant_id, ())))
+                await self._store.finish_step(tenant_id, at, _json(await self.scan(tenant_id, ())), lease)
             case EraseStep.INFERENCE | EraseStep.RETRIEVAL | EraseStep.METERING | EraseStep.RATELIMIT:
-                await self._store.finish_step(tenant_id, at, _json(await self._peers[at].erase(self._context(tenant_id))))
+                await self._store.finish_step(tenant_id, at, _json(await self._peers[at].erase(self._context(tenant_id))), lease)
             case EraseStep.PLACEMENT:
                 await self._store.finish_step(
-                    tenant_id, at, _json([RemovedRecords(name, 1) for name in await self._places.drop(tenant_id)])
+                    tenant_id, at, _json([RemovedRecords(name, 1) for name in await self._places.drop(tenant_id)]), lease
                 )
             case EraseStep.DATA_KEYS:
                 destroyed = await self._data_keys.destroy(tenant_id)
                 await self._key_records.note(tenant_id, "DATA_KEY_DESTROYED", "data_key:all", saga.actor)
-                await self._store.finish_step(tenant_id, at, _json([RemovedRecords(DATA_KEYS, destroyed)]))
+                await self._store.finish_step(tenant_id, at, _json([RemovedRecords(DATA_KEYS, destroyed)]), lease)
             case EraseStep.OWN_RECORDS:
-                await self._store.remove_own(tenant_id, at, saga.actor)
+                await self._store.remove_own(tenant_id, at, saga.actor, lease)
             case EraseStep.VERIFIED:
-                await self._store.finish_step(tenant_id, at, _json(await self._verify(tenant_id, _canaries(saga))))
+                await self._store.finish_step(tenant_id, at, _json(await self._verify(tenant_id, _canaries(saga))), lease)
             case EraseStep.RECEIPT:
                 await self._sign(saga)
             case _:
@@ -217,7 +220,7 @@ class ErasurePlan:
             },
         }
         receipt = sign_receipt(statement, self._signing_key)
-        await self._store.keep_receipt(saga.tenant_id, saga.request_id, receipt, EraseStep.RECEIPT)
+        await self._store.keep_receipt(saga.tenant_id, saga.request_id, receipt, EraseStep.RECEIPT, saga.lease)
 
     def _context(self, tenant_id: TenantId) -> TenantContext:
         # Minted without facts: in the later steps the tenant's record is gone, and nothing here depends on its plan.
@@ -240,13 +243,18 @@ class TenantErasure:
         Unavailable when a service cannot be reached.
         """
         saga = await self._sagas.load(wish.tenant_id, SagaKind.ERASE)
+        if saga is None and (kept := await self._store.receipt(wish.tenant_id)) is not None:
+            # Longer ago than sagas are kept; receipts are kept for ever.
+            if json.loads(kept.body)["request_id"] != str(wish.request_id):
+                raise _another_erases()
+            return kept
         if saga is None:
             await self._begin(wish, actor)
             saga = await self._sagas.load(wish.tenant_id, SagaKind.ERASE)
         if saga is None:
             raise NotFound("tenant")
         if (saga.request_id, saga.content_digest) != (wish.request_id, wish.digest()):
-            raise ContentConflict("erasure", "another request erases this tenant; ask GetErasureReceipt for its receipt")
+            raise _another_erases()
         return await self._until_done(wish.tenant_id)
 
     async def receipt(self, tenant_id: TenantId) -> ErasureReceipt:
@@ -288,6 +296,10 @@ def is_clean(found: Sequence[ScannedStore]) -> bool:
 def slug_refused() -> InvalidRequest:
     """The refusal of an erasure whose slug is not the tenant's."""
     return InvalidRequest("confirm_slug", "is not the slug of this tenant; nothing was erased")
+
+
+def _another_erases() -> ContentConflict:
+    return ContentConflict("erasure", "another request erases this tenant; ask GetErasureReceipt for its receipt")
 
 
 def _canaries(saga: Saga) -> list[str]:

@@ -1,7 +1,7 @@
 """Feature flags: who gets what, decided the same way by everybody who asks. Pure; refuses a flag whose rules contradict each other."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, auto
@@ -15,6 +15,8 @@ MAX_NAME_BYTES = 4_000
 MAX_LISTED_TENANTS = 1_000
 BASIS_POINTS = 10_000
 _REMEMBERED = 10_000
+# A refusal travels in metadata, which is bounded.
+_NAMED_TENANTS = 20
 
 
 class FlagRule(Enum):
@@ -89,6 +91,16 @@ def refuse_contradictions(flag: Flag, known_tiers: Iterable[str]) -> None:
     unknown = (flag.tiers_on | flag.tiers_off) - set(known_tiers)
     if unknown:
         raise InvalidRequest("flag.tiers_on" if unknown & flag.tiers_on else "flag.tiers_off", f"no plan is called {min(unknown)}")
+
+
+def refuse_unknown_tenants(flag: Flag, known: Collection[TenantId]) -> None:
+    """Raises InvalidRequest for listed ids that are no tenant's: at most 20 of them are named."""
+    for path, listed in (("flag.tenants_on", flag.tenants_on), ("flag.tenants_off", flag.tenants_off)):
+        unknown = sorted(str(tenant_id) for tenant_id in listed if tenant_id not in known)
+        if unknown:
+            others = len(unknown) - _NAMED_TENANTS
+            named = ", ".join(unknown[:_NAMED_TENANTS]) + (f" and {others} more" if others > 0 else "")
+            raise InvalidRequest(path, f"no tenant has the id {named}", metadata={"tenant_ids": ",".join(unknown[:_NAMED_TENANTS])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,16 @@ from services.kernel.errors import LimitExceeded, NotFound, QuotaViolation, Wron
 from services.kernel.ids import TenantId
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token
 from services.tenant.actor import Actor
-from services.tenant.feature_flag import MAX_FLAGS, MAX_NAME_BYTES, Evaluation, Flag, KeptFlag, evaluate, refuse_contradictions
+from services.tenant.feature_flag import (
+    MAX_FLAGS,
+    MAX_NAME_BYTES,
+    Evaluation,
+    Flag,
+    KeptFlag,
+    evaluate,
+    refuse_contradictions,
+    refuse_unknown_tenants,
+)
 from services.tenant.tenant_record import TenantDirectory
 
 MAX_PAGE_SIZE = 50
@@ -18,11 +27,12 @@ _LISTING = "flags"
 
 @dataclass(frozen=True, slots=True)
 class FlagsBefore:
-    """What a change of a flag is judged by: the flag that is there, the names of all, and the plans there are."""
+    """What a change of a flag is judged by: the flag that is there, the names of all, the plans there are, and which of its tenants are."""
 
     kept: KeptFlag | None
     names: Collection[str]
     tiers: Collection[str]
+    tenants: Collection[TenantId]
 
 
 # Raises when the change must not be made. Pure; called while nobody else can change a flag.
@@ -58,6 +68,7 @@ class FlagKeeping:
         def judge(before: FlagsBefore) -> None:
             _refuse_other_version(before.kept, expected_version)
             refuse_contradictions(flag, before.tiers)
+            refuse_unknown_tenants(flag, before.tenants)
             _refuse_too_many({*before.names, flag.name})
 
         return await self._store.put(flag, judge, actor, validate_only=validate_only)

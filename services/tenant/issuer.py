@@ -1,20 +1,24 @@
-"""Issuers of JWTs, each registered for one tenant. Refuses one whose keys cannot be had now, and a second registration of a name."""
+"""Issuers of JWTs, each registered for one tenant.
+
+Refuses one whose keys cannot be had at the time, a second registration of a name, and scopes from who does not hold them.
+"""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from services.kernel.errors import AlreadyExists, InvalidRequest, NotFound, Unavailable
+from mesh.common.v1 import error_reason_pb2
+from services.kernel.errors import AlreadyExists, Forbidden, InvalidRequest, NotFound, Unavailable
 from services.kernel.ids import TenantId
 from services.tenant.actor import Actor
 from services.tenant.full import too_many
 from services.tenant.json_web_key import Algorithm, JwksMalformed, read_jwks
 from services.tenant.jwks_cache import JwksDown, JwksSource
-from services.tenant.scopes import TENANT_SCOPES
+from services.tenant.scopes import ISSUER_SCOPES, TENANT_SCOPES, grantable
 from services.tenant.text import printable
 
 MAX_ISSUERS = 20
@@ -45,6 +49,10 @@ class IssuerTaken(Exception):
     """Issuer and audience are registered."""
 
 
+# Given the scopes an issuer has, those it shall have. Pure; called while nobody else can change them. Raises what must not be.
+DecideScopes = Callable[[frozenset[str]], frozenset[str]]
+
+
 class IssuerStore(Protocol):
     """Where issuers are kept. Every method is one transaction of that tenant."""
 
@@ -56,13 +64,17 @@ class IssuerStore(Protocol):
         """Returns the tenant's issuers, oldest first."""
         ...
 
+    async def change_scopes(self, tenant_id: TenantId, issuer_id: UUID, decide: DecideScopes, actor: Actor) -> Issuer | None:
+        """Keeps the scopes that are decided, and returns the issuer with them; None when the tenant does not have it."""
+        ...
+
     async def remove_issuer(self, tenant_id: TenantId, issuer_id: UUID, actor: Actor) -> bool:
         """Removes the issuer; False when the tenant does not have it."""
         ...
 
 
 class IssuerRegistry:
-    """The issuers of whichever tenant an operator names."""
+    """The issuers of whichever tenant a call acts for."""
 
     def __init__(self, store: IssuerStore, source: JwksSource) -> None:
         self._store = store
@@ -71,7 +83,8 @@ class IssuerRegistry:
     async def add(self, tenant_id: TenantId, terms: IssuerTerms, actor: Actor) -> Issuer:
         """Registers the issuer once its keys were seen.
 
-        Raises: InvalidRequest, AlreadyExists, LimitExceeded(PLAN_LIMIT), Unavailable("jwks"); nothing is written then.
+        Raises: InvalidRequest, Forbidden(SCOPE_MISSING), AlreadyExists, LimitExceeded(PLAN_LIMIT), Unavailable("jwks"); nothing is
+        written then.
         """
         _refuse_unfit(terms)
         await self._refuse_without_keys(terms)
@@ -86,6 +99,18 @@ class IssuerRegistry:
     async def list(self, tenant_id: TenantId) -> Sequence[Issuer]:
         """Returns the tenant's issuers."""
         return await self._store.list_issuers(tenant_id)
+
+    async def set_scopes(self, tenant_id: TenantId, held: frozenset[str], issuer_id: UUID, scopes: frozenset[str], actor: Actor) -> Issuer:
+        """Replaces what the issuer's tokens may be granted; what is added must be `held`. Raises: NotFound, Forbidden(SCOPE_MISSING)."""
+
+        def decide(before: frozenset[str]) -> frozenset[str]:
+            grantable(scopes - before, held)
+            return scopes
+
+        issuer = await self._store.change_scopes(tenant_id, issuer_id, decide, actor)
+        if issuer is None:
+            raise NotFound("issuer")
+        return issuer
 
     async def remove(self, tenant_id: TenantId, issuer_id: UUID, actor: Actor) -> None:
         """Removes the issuer. Raises: NotFound, also for another tenant's."""
@@ -108,7 +133,14 @@ def _refuse_unfit(terms: IssuerTerms) -> None:
     printable(terms.audience, "audience")
     for scope in sorted(terms.scopes):
         if scope not in TENANT_SCOPES:
-            raise InvalidRequest("scopes", f"{scope} is no scope of a tenant's")
+            raise InvalidRequest("scopes", f"{scope} is no scope of a tenant's; leave it out")
+        if scope not in ISSUER_SCOPES:
+            raise Forbidden(
+                error_reason_pb2.ERROR_REASON_SCOPE_MISSING,
+                f"an operator does not hold {scope} and cannot hand it out; add the issuer without it, "
+                "then grant it by SetIssuerScopes with the tenant's own key",
+                scope=scope,
+            )
     _refuse_address(terms.jwks_uri)
 
 

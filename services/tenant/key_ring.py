@@ -1,4 +1,4 @@
-"""A tenant's API keys: made, listed, rotated, revoked. Refuses a hundred-and-first live key, and any look at another tenant's."""
+"""A tenant's API keys: made, listed, changed, rotated, revoked. Refuses a hundred-and-first live key, and any look at another tenant's."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,29 +13,16 @@ from services.kernel.ids import TenantId
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, position_time
 from services.tenant.actor import Actor
 from services.tenant.api_key import ApiKeyText, new_api_key
+from services.tenant.api_key_record import ApiKeyRecord
 from services.tenant.cidr import read_cidrs
 from services.tenant.full import too_many
+from services.tenant.key_change import KeyChange, changed_key
 from services.tenant.scopes import grantable
 from services.tenant.text import printable
 
 MAX_LIVE_KEYS = 100
 DEFAULT_OVERLAP_SECONDS = 86_400
 _LISTING = "api_keys"
-
-
-@dataclass(frozen=True, slots=True)
-class ApiKeyRecord:
-    """A key without its secret."""
-
-    key_id: str
-    display_name: str
-    scopes: tuple[str, ...]
-    create_time: datetime
-    expire_time: datetime | None
-    revoke_time: datetime | None
-    last_use_time: datetime | None
-    allowed_cidrs: tuple[str, ...]
-    replaced_by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +68,10 @@ class Rotation:
     text_is_kept: bool
 
 
+# Given the key as it is, what it shall be. Pure; called while nobody else can change it. Raises what must not be.
+Decide = Callable[[ApiKeyRecord], ApiKeyRecord]
+
+
 class KeyStore(Protocol):
     """Where a tenant's keys are kept. Every method is one transaction of that tenant."""
 
@@ -94,6 +85,12 @@ class KeyStore(Protocol):
 
     async def get_key(self, tenant_id: TenantId, key_id: str) -> ApiKeyRecord | None:
         """Returns the key; None when the tenant has no such key."""
+        ...
+
+    async def change_key(
+        self, tenant_id: TenantId, key_id: str, decide: Decide, actor: Actor
+    ) -> tuple[ApiKeyRecord, tuple[str, ...]] | None:
+        """Keeps what is decided, and returns it with the paths that changed; None when the tenant has no such key."""
         ...
 
     async def rotate_key(
@@ -131,6 +128,15 @@ class KeyRing:
         if record is None:
             raise _too_many(tenant_id)
         return record, key
+
+    async def update(
+        self, tenant_id: TenantId, held: frozenset[str], key_id: str, change: KeyChange, actor: Actor
+    ) -> tuple[ApiKeyRecord, tuple[str, ...]]:
+        """Changes a live key; widening it takes its scopes. Raises: NotFound, InvalidRequest, WrongState, Forbidden(SCOPE_MISSING)."""
+        changed = await self._store.change_key(tenant_id, key_id, lambda key: changed_key(key, change, held, self._clock()), actor)
+        if changed is None:
+            raise NotFound("api_key")
+        return changed
 
     async def rotate(
         self, tenant_id: TenantId, tier: str, held: frozenset[str], wish: RotationWish, actor: Actor

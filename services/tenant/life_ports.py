@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from services.kernel.ids import TenantId
-from services.tenant.placement import PlacementWish
+from services.tenant.placement import PlacementWish, Refusal, never
 
 
 class PlaceKeeper(Protocol):
     """Where a tenant's content is: made before anything is put there, dropped after everything is removed. Safe to repeat."""
 
     async def refuse_impossible(self, wish: PlacementWish) -> None:
-        """Refuses a wish that could not be fulfilled, before anything is recorded. Raises: InvalidRequest, WrongState."""
+        """Refuses a wish that could not be fulfilled, before anything is recorded. Raises: InvalidRequest, WrongState, Unavailable."""
         ...
 
-    async def settle(self, tenant_id: TenantId, wish: PlacementWish) -> None:
+    async def settle(self, tenant_id: TenantId, wish: PlacementWish, refuse_unwanted: Refusal = never) -> None:
         """Makes the tenant's schema or database, empty. Raises: MeshError."""
         ...
 

@@ -39,8 +39,8 @@ class Left:
 class MoveStore(Protocol):
     """Where moves are kept. Every method is one transaction and safe to repeat."""
 
-    async def begin_move(self, tenant_id: TenantId, following: StoredPlace, look_again_seconds: float) -> Placement:
-        """Writes where to, unless a move is under way already, and returns the placement; the sweep looks at it after that time."""
+    async def begin_move(self, tenant_id: TenantId, following: StoredPlace, actor: Actor, look_again_seconds: float) -> Placement:
+        """Writes where to, and that it begins, unless a move is under way; returns the placement. The sweep looks at it after that time."""
         ...
 
     async def part_moved(self, tenant_id: TenantId, service: str) -> None:
@@ -115,7 +115,7 @@ class TenantMoves:
             await self._refuse_unmovable(tenant_id)
             await self._placements.refuse_impossible(wish)
             planned = self._placements.planned(tenant_id, wish)
-            placement = await self._store.begin_move(tenant_id, planned, HANDS_OFF_SECONDS)
+            placement = await self._store.begin_move(tenant_id, planned, actor, HANDS_OFF_SECONDS)
         if placement.following is None or placement.following.kind is not wish.kind:
             raise WrongState("placement", "MOVING", "the tenant is being moved to another place; wait until it is there")
         return await self._go_on(tenant_id, placement, actor)
@@ -151,7 +151,7 @@ class TenantMoves:
         if placement.following is not None:
             # Looked at again and again: a tenant that is being erased gets no new place.
             await self._refuse_unmovable(tenant_id)
-            await self._placements.make(tenant_id, placement.following)
+            await self._placements.make(tenant_id, placement.following, lambda: self._refuse_unmovable(tenant_id))
             for service in CONTENT_SERVICES:
                 if service not in placement.moved_services:
                     await self._refuse_unmovable(tenant_id)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.kernel.errors import NotFound
+from services.kernel.errors import InvalidRequest, NotFound
 from services.kernel.ids import TenantId
 from services.tenant.credential_refusals import mismatch
 from services.tenant.domain_name import NameClaim, read_claim
@@ -55,14 +55,20 @@ class NameResolution:
         return frozenset(claimed)
 
     async def resolve(self, host: str, path: str) -> Tenant:
-        """Returns the tenant. Raises: NotFound for names nobody has, Forbidden(TENANT_MISMATCH) where host and path name two tenants."""
+        """Returns the tenant. Raises: InvalidRequest without a name, NotFound for names nobody has, Forbidden(TENANT_MISMATCH) for two."""
+        if not host and not path:
+            raise InvalidRequest("host", "neither host nor path was sent; send the host or the path your caller asked for, as it came")
         claimed = await self.claimed_tenants(host, path)
         if len(claimed - {None}) > 1:
             raise mismatch("the path")
         if len(claimed) != 1:
-            raise NotFound("tenant")
+            raise _nobody()
         [tenant_id] = claimed
         tenant = None if tenant_id is None else await self._directory.get_tenant(tenant_id)
         if tenant is None:
-            raise NotFound("tenant")
+            raise _nobody()
         return tenant
+
+
+def _nobody() -> NotFound:
+    return NotFound("tenant", "no tenant has this host or path; check its spelling, or have the operator add the domain to the tenant")

@@ -7,28 +7,26 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Protocol
+
+from services.kernel.errors import NotFound
+from services.tenant.limit_rule import Rule
+from services.tenant.plan_rules import COUNTED_TERMS, Feature, LimitTerms, read_limit_terms, refuse_senseless, rules_of
+from services.tenant.rule_reading import RuleRefused
 
 PLACEMENTS = ("pool", "bridge", "silo")
 MAX_RETENTION_DAYS = 36_500
 _MAX_MONEY = 9_000_000_000_000_000
 _MAX_WEIGHT = 1000
 _MAX_FEATURES = 100
+# What a plan need not say.
+_MAY_SAY = frozenset(("rules", "abuse_guard"))
 _FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
 
 class PlanCatalogRefused(Exception):
     """The plan file is wrong, or does not fit what was loaded before; the message says where and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Feature:
-    """Whether a feature is part of a plan, and how much of it in a billing cycle, in the feature's own unit; 0 means unlimited."""
-
-    name: str
-    enabled: bool
-    limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,11 @@ class Plan:
     encrypt_content: bool
     isolation: tuple[str, ...]
     features: tuple[Feature, ...]
+    limit_terms: LimitTerms = field(default_factory=LimitTerms)
+
+    def rules(self) -> tuple[Rule, ...]:
+        """Returns every rule of the plan, terms and features among them."""
+        return rules_of({name: getattr(self, name) for name in COUNTED_TERMS}, self.features, self.limit_terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,11 @@ def needs_loading(catalog: PlanCatalog, loaded_version: int | None, loaded_diges
     return False
 
 
+def unknown_plan() -> NotFound:
+    """Builds the refusal of a plan that is not on offer."""
+    return NotFound("plan", "no such plan is on offer; ListPlans names those that are")
+
+
 def sense_problem(terms: Plan) -> SenseProblem | None:
     """Tells what of the terms makes no sense together; None when all does. A tenant's own terms are held to the same as a plan's."""
     if not 1 <= terms.weight <= _MAX_WEIGHT:
@@ -126,10 +134,11 @@ def sense_problem(terms: Plan) -> SenseProblem | None:
 
 
 def _read_plan(entry: object) -> Plan:
-    names = {field.name for field in fields(Plan)}
-    if not isinstance(entry, dict) or set(entry) != names:
+    names = {part.name for part in fields(Plan)} - {"limit_terms"}
+    if not isinstance(entry, dict) or not names <= set(entry) <= names | _MAY_SAY:
         given = set(entry) if isinstance(entry, dict) else set()
-        raise PlanCatalogRefused(f"a plan holds exactly {sorted(names)}; differing: {sorted(map(str, given ^ names))}")
+        differing = sorted(map(str, (given ^ names) - _MAY_SAY))
+        raise PlanCatalogRefused(f"a plan holds exactly {sorted(names)}, and may hold {sorted(_MAY_SAY)}; differing: {differing}")
     models = entry["allowed_models"]
     if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
         raise PlanCatalogRefused(f"plan {entry['name']}: allowed_models must list model names")
@@ -137,13 +146,24 @@ def _read_plan(entry: object) -> Plan:
         _require_count(entry, name)
     if type(entry["encrypt_content"]) is not bool:
         raise PlanCatalogRefused(f"plan {entry['name']}: encrypt_content must be true or false")
-    read = {"allowed_models": tuple(models), "isolation": _read_isolation(entry), "features": _read_features(entry)}
-    plan = Plan(**{**entry, **read})
+    features = _read_features(entry)
+    terms = {name: entry[name] for name in names}
+    read = {"allowed_models": tuple(models), "isolation": _read_isolation(entry), "features": features}
+    plan = Plan(**{**terms, **read, "limit_terms": _read_limits(entry, features)})
     _require_name(plan)
     problem = sense_problem(plan)
     if problem is not None:
         raise PlanCatalogRefused(f"plan {plan.name}: {problem.field} {problem.rule}")
     return plan
+
+
+def _read_limits(entry: Mapping[str, object], features: tuple[Feature, ...]) -> LimitTerms:
+    try:
+        terms = read_limit_terms(entry, features)
+        refuse_senseless(features, terms)
+    except RuleRefused as refused:
+        raise PlanCatalogRefused(f"plan {entry['name']}: {refused}") from None
+    return terms
 
 
 def _read_isolation(entry: Mapping[str, object]) -> tuple[str, ...]:

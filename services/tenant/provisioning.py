@@ -4,12 +4,10 @@ What was asked for is stored with the request, so a creation that stopped anywhe
 """
 
 import asyncio
-import base64
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Protocol, assert_never
 from uuid import UUID
@@ -21,15 +19,15 @@ from services.kernel.tenant_context import TenantContext
 from services.tenant.actor import Actor
 from services.tenant.api_key import ApiKeyText, new_api_key
 from services.tenant.context_minting import PROVISIONING_SUBJECT, ContextMinter, Grant
-from services.tenant.life_ports import DataKeyStore, PlaceKeeper, SecretSeal
-from services.tenant.placement import PlacementWish, SiloStores
-from services.tenant.plan import PlanDirectory
+from services.tenant.life_ports import DataKeyStore, PlaceKeeper
+from services.tenant.plan import PlanDirectory, unknown_plan
 from services.tenant.saga import Saga, SagaEngine, SagaKind, SagaState, SagaStore
 from services.tenant.scopes import TENANT_SCOPES
 from services.tenant.shared_flight import SharedFlight
-from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantDirectory
+from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, Tenant, TenantDirectory, TenantState
 from services.tenant.tenant_remains import RemovedRecords
-from services.tenant.tenant_wish import SEALED_STORES, TenantWish, read_wish
+from services.tenant.tenant_wish import TenantWish, read_wish
+from services.tenant.wish_seal import WishSeal
 
 FIRST_KEY_NAME = "First key"
 MAX_SLUG_LENGTH = 63
@@ -80,12 +78,11 @@ class RecordOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What is recorded of a request; tenant, digest and steps are absent for a refusal."""
+    """What is recorded of a request; tenant and digest are absent for a refusal."""
 
     outcome: RecordOutcome
     tenant_id: TenantId | None
     content_digest: bytes | None
-    steps_done: int
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -97,7 +94,10 @@ class CreatedTenant:
 
 
 class ProvisioningStore(Protocol):
-    """Where each step becomes durable. Every method is one transaction, marks its step and is safe to repeat."""
+    """Where each step becomes durable. Every method is one transaction, marks its step and is safe to repeat.
+
+    With a lease it raises LeaseLost, and changes nothing, unless that is still the saga's.
+    """
 
     async def record(
         self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, region: str, actor: Actor
@@ -105,37 +105,55 @@ class ProvisioningStore(Protocol):
         """Claims request id and slug and writes the tenant with its saga, or answers what the request recorded before."""
         ...
 
+    async def take_up(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, actor: Actor) -> None:
+        """Begins the saga of a tenant that was recorded without one; one that is there stays as it is."""
+        ...
+
     async def is_known(self, request_id: UUID) -> bool:
         """Tells whether the request was recorded before."""
         ...
 
-    async def write_defaults(self, tenant_id: TenantId, assistant_name: str, step: Step) -> None:
+    async def write_defaults(self, tenant_id: TenantId, assistant_name: str, step: Step, lease: UUID) -> None:
         """Writes the settings unless they are there."""
         ...
 
-    async def write_owner(self, tenant_id: TenantId, email: str, step: Step) -> None:
+    async def write_owner(self, tenant_id: TenantId, email: str, step: Step, lease: UUID) -> None:
         """Writes the owner unless there is one."""
         ...
 
-    async def finish_step(self, tenant_id: TenantId, step: Step) -> None:
+    async def hold(self, tenant_id: TenantId, lease: UUID) -> None:
+        """Asks whether the lease still is the saga's."""
+        ...
+
+    async def finish_step(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
         """Notes that the step is done."""
         ...
 
     async def issue_first_key(
-        self, tenant_id: TenantId, key: ApiKeyText, display_name: str, scopes: frozenset[str], actor: Actor, step: Step
+        self,
+        tenant_id: TenantId,
+        key: ApiKeyText,
+        display_name: str,
+        scopes: frozenset[str],
+        actor: Actor,
+        step: Step,
+        lease: UUID | None,
     ) -> bool:
-        """Stores the key as the first one, in place of an earlier first key that was never used; False when that one stays."""
+        """Stores the key as the first one, in place of an earlier first key that was never used; False when that one stays.
+
+        Without a lease it is for a tenant that is made already.
+        """
         ...
 
-    async def activate(self, tenant_id: TenantId, step: Step) -> None:
+    async def activate(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
         """Lets the tenant be used, tells of it, and ends the saga."""
         ...
 
-    async def undo_step(self, tenant_id: TenantId, step: Step) -> None:
+    async def undo_step(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
         """Removes what the step wrote here, if anything, and notes that it is undone."""
         ...
 
-    async def give_up(self, tenant_id: TenantId, step: Step, actor: Actor) -> None:
+    async def give_up(self, tenant_id: TenantId, step: Step, actor: Actor, lease: UUID) -> None:
         """Makes the tenant FAILED, lets its slug go and ends the saga; the request id stays spent."""
         ...
 
@@ -161,7 +179,7 @@ class ProvisioningPlan:
         directory: TenantDirectory,
         peers: Mapping[Step, tuple[str, LifecyclePeer]],
         places: PlaceKeeper,
-        seal: SecretSeal,
+        seal: WishSeal,
         data_keys: DataKeyStore,
         minter: ContextMinter,
     ) -> None:
@@ -180,25 +198,25 @@ class ProvisioningPlan:
 
     async def run(self, step: int, saga: Saga) -> None:
         """Does the step and marks it done. Raises: MeshError."""
-        tenant_id, wish = saga.tenant_id, read_wish(saga.content)
+        tenant_id, lease, wish = saga.tenant_id, saga.lease, read_wish(saga.content)
         match Step(step):
             case Step.RECORDED:
-                await self._store.finish_step(tenant_id, Step.RECORDED)
+                await self._store.finish_step(tenant_id, Step.RECORDED, lease)
             case Step.PLACEMENT:
-                await self._places.settle(tenant_id, await self._place_wish(saga))
-                await self._store.finish_step(tenant_id, Step.PLACEMENT)
+                await self._places.settle(tenant_id, await self._seal.open(saga), lambda: self._store.hold(tenant_id, lease))
+                await self._store.finish_step(tenant_id, Step.PLACEMENT, lease)
             case Step.DEFAULTS:
-                await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, Step.DEFAULTS)
+                await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, Step.DEFAULTS, lease)
             case Step.RETRIEVAL | Step.INFERENCE | Step.RATELIMIT | Step.METERING as at:
-                await self._provision_peer(at, tenant_id)
+                await self._provision_peer(at, tenant_id, lease)
             case Step.OWNER:
-                await self._store.write_owner(tenant_id, wish.owner_email, Step.OWNER)
+                await self._store.write_owner(tenant_id, wish.owner_email, Step.OWNER, lease)
             case Step.FIRST_KEY:
-                text = await self.issue_first_key(tenant_id, wish.plan, saga.actor)
+                text = await self.issue_first_key(tenant_id, wish.plan, saga.actor, lease)
                 if tenant_id in self._wanted_keys:
                     self._wanted_keys[tenant_id] = text
             case Step.ACTIVE:
-                await self._store.activate(tenant_id, Step.ACTIVE)
+                await self._store.activate(tenant_id, Step.ACTIVE, lease)
             case unknown:
                 assert_never(unknown)
 
@@ -212,13 +230,13 @@ class ProvisioningPlan:
                 await self._places.drop(saga.tenant_id)
                 await self._data_keys.destroy(saga.tenant_id)
             case Step.RECORDED:
-                await self._store.give_up(saga.tenant_id, Step.RECORDED, saga.actor)
+                await self._store.give_up(saga.tenant_id, Step.RECORDED, saga.actor, saga.lease)
                 return
             case Step.DEFAULTS | Step.OWNER | Step.FIRST_KEY | Step.ACTIVE:
                 pass
             case unknown:
                 assert_never(unknown)
-        await self._store.undo_step(saga.tenant_id, Step(step))
+        await self._store.undo_step(saga.tenant_id, Step(step), saga.lease)
 
     @contextmanager
     def wanting_key(self, tenant_id: TenantId) -> Iterator[Callable[[], str]]:
@@ -229,31 +247,13 @@ class ProvisioningPlan:
         finally:
             self._wanted_keys.pop(tenant_id, None)
 
-    async def issue_first_key(self, tenant_id: TenantId, plan: str, actor: Actor) -> str:
+    async def issue_first_key(self, tenant_id: TenantId, plan: str, actor: Actor, lease: UUID | None = None) -> str:
         """Returns the first key's text, in place of one that was never used; empty when the first key stays."""
         key = new_api_key(plan)
-        issued = await self._store.issue_first_key(tenant_id, key, FIRST_KEY_NAME, TENANT_SCOPES, actor, Step.FIRST_KEY)
+        issued = await self._store.issue_first_key(tenant_id, key, FIRST_KEY_NAME, TENANT_SCOPES, actor, Step.FIRST_KEY, lease)
         return str(key) if issued else ""
 
-    async def seal_stores(self, tenant_id: TenantId, wish: TenantWish) -> str:
-        """Returns the addresses of a place somebody else made, sealed for the time until they are used; empty when there are none."""
-        if wish.placement.silo == SiloStores():
-            return ""
-        plain = json.dumps(asdict(wish.placement.silo)).encode()
-        return base64.b64encode(await self._seal.seal(tenant_id, SEALED_STORES, plain)).decode()
-
-    async def drop_seal(self, tenant_id: TenantId) -> None:
-        """Destroys the keys of a tenant that was not recorded after all."""
-        await self._data_keys.destroy(tenant_id)
-
-    async def _place_wish(self, saga: Saga) -> PlacementWish:
-        wish, sealed = read_wish(saga.content), saga.content.get(SEALED_STORES, "")
-        if not sealed:
-            return wish.placement
-        plain = await self._seal.open(saga.tenant_id, SEALED_STORES, base64.b64decode(sealed))
-        return PlacementWish(wish.placement.kind, SiloStores(**json.loads(plain)))
-
-    async def _provision_peer(self, step: Step, tenant_id: TenantId) -> None:
+    async def _provision_peer(self, step: Step, tenant_id: TenantId, lease: UUID) -> None:
         name, peer = self._peers[step]
         context = await self._context(tenant_id)
         try:
@@ -261,7 +261,7 @@ class ProvisioningPlan:
         except MeshError as error:
             # Its own words would name a call the caller did not make; the engine looks at what stands behind ours.
             raise Unavailable(name, f"{name} could not make the tenant's place; repeat the call with the same request id") from error
-        await self._store.finish_step(tenant_id, step)
+        await self._store.finish_step(tenant_id, step, lease)
 
     async def _context(self, tenant_id: TenantId) -> TenantContext:
         facts = await self._directory.get_facts(tenant_id)
@@ -282,6 +282,7 @@ class TenantProvisioning:
         directory: TenantDirectory,
         plans: PlanDirectory,
         places: PlaceKeeper,
+        seal: WishSeal,
         *,
         region: str,
     ) -> None:
@@ -292,6 +293,7 @@ class TenantProvisioning:
         self._directory = directory
         self._plans = plans
         self._places = places
+        self._seal = seal
         self._region = region
         self._runs: SharedFlight[tuple[UUID, bytes], CreatedTenant] = SharedFlight()
 
@@ -312,13 +314,19 @@ class TenantProvisioning:
             await self._places.refuse_impossible(wish.placement)
         tenant_id = _accepted(await self._record(request_id, wish, actor, sealing=not known), wish)
         with self._plan.wanting_key(tenant_id) as issued:
-            await self._until_done(tenant_id)
+            await self._until_done(tenant_id, request_id, wish, actor)
+            tenant = await self._ready(tenant_id)
             # Looked at in every run: an answer that never arrived took the key's text with it.
             api_key = issued() or await self._plan.issue_first_key(tenant_id, wish.plan, actor)
+        return CreatedTenant(tenant, api_key)
+
+    async def _ready(self, tenant_id: TenantId) -> Tenant:
         tenant = await self._directory.get_tenant(tenant_id)
         if tenant is None:
             raise NotFound("tenant")
-        return CreatedTenant(tenant, api_key)
+        if tenant.state not in (TenantState.ACTIVE, TenantState.SUSPENDED):
+            raise WrongState("tenant", tenant.state, f"the tenant of this request is {tenant.state}; use a new request id to make another")
+        return tenant
 
     async def _refuse_unoffered(self, wish: TenantWish) -> None:
         for plan in await self._plans.list_plans():
@@ -329,16 +337,26 @@ class TenantProvisioning:
     async def _record(self, request_id: UUID, wish: TenantWish, actor: Actor, *, sealing: bool) -> Recorded:
         tenant_id = TenantId(new_uuid7())
         # What is recorded already has its addresses: a repeat makes no keys for a tenant that will never be.
-        sealed_stores = await self._plan.seal_stores(tenant_id, wish) if sealing else ""
+        sealed_stores = await self._seal.seal_before_record(tenant_id, wish) if sealing else ""
         recorded = await self._store.record(tenant_id, request_id, wish, sealed_stores, self._region, actor)
         if sealed_stores and recorded.tenant_id != tenant_id:
-            await self._plan.drop_seal(tenant_id)
+            await self._seal.drop(tenant_id)
         return recorded
 
-    async def _until_done(self, tenant_id: TenantId) -> None:
+    async def _take_up(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, actor: Actor) -> bool:
+        tenant = await self._directory.get_tenant(tenant_id)
+        if tenant is None or tenant.state is not TenantState.PROVISIONING:
+            return False
+        # Recorded before creations were sagas, by a caller who gave up: this one says again what is wanted.
+        await self._store.take_up(tenant_id, request_id, wish, await self._seal.seal(tenant_id, wish), actor)
+        return True
+
+    async def _until_done(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, actor: Actor) -> None:
         give_up_at = time.monotonic() + remaining_seconds(LONGEST_WAIT_SECONDS)
         while True:
             saga = await self._sagas.load(tenant_id, SagaKind.PROVISION)
+            if saga is None and await self._take_up(tenant_id, request_id, wish, actor):
+                continue
             if saga is None or saga.state is SagaState.DONE:
                 return
             if saga.state is not SagaState.RUNNING:
@@ -362,7 +380,7 @@ class TenantProvisioning:
 def _accepted(recorded: Recorded, wish: TenantWish) -> TenantId:
     match recorded.outcome:
         case RecordOutcome.UNKNOWN_PLAN:
-            raise NotFound("plan")
+            raise unknown_plan()
         case RecordOutcome.SLUG_TAKEN:
             raise AlreadyExists("tenant", "slug", f"the slug {wish.slug} is taken; choose another")
         case RecordOutcome.ERASED:

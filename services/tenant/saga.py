@@ -1,13 +1,15 @@
 """A saga: steps in an order, each durable before the next, run by one replica at a time, ended by whoever is alive.
 
 Refuses to stop half-way: what fails for now is tried again, what fails for good is undone in reverse. A plan says what the steps are.
+A lease is also a fence: every transaction that records something of a saga refuses who does not hold the lease any more, so that a
+replica which slept through its lease changes nothing when it wakes.
 """
 
 import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
@@ -16,13 +18,15 @@ from uuid import UUID, uuid4
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import MeshError, reason_name
+from services.kernel.errors import MeshError, Unavailable, reason_name
 from services.kernel.ids import TenantId
 from services.tenant.actor import Actor
 
 log = structlog.get_logger(__name__)
 
 MAX_ATTEMPTS = 20
+# The lease of a saga that was read and not taken: nobody's, so nothing can be recorded with it.
+NO_LEASE = UUID(int=0)
 _FIRST_PAUSE_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 60.0
 # Status codes that a repetition cannot change. A refused identity is none of them: it is a fault of the deployment, which people mend.
@@ -71,7 +75,10 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Saga:
-    """A saga as it is kept. `content` is what was asked for, empty once ended. No repr: it holds a mail address."""
+    """A saga as it is kept. `content` is what was asked for, empty once ended. No repr: it holds a mail address.
+
+    `lease` is that of this attempt: a new one each time the saga is taken, and never used again.
+    """
 
     tenant_id: TenantId
     kind: SagaKind
@@ -84,11 +91,19 @@ class Saga:
     attempts: int
     create_time: datetime
     steps: Mapping[int, StepRecord]
+    lease: UUID = NO_LEASE
 
     def is_in(self, step: int, *states: StepState) -> bool:
         """Tells whether a step is in one of the states."""
         record = self.steps.get(step)
         return record is not None and record.state in states
+
+
+class LeaseLost(Unavailable):
+    """Another has taken the saga over, or ended it; nothing was recorded."""
+
+    def __init__(self) -> None:
+        super().__init__("tenant", "another replica goes on with this; repeat the call with the same request id")
 
 
 class SagaStore(Protocol):
@@ -98,28 +113,28 @@ class SagaStore(Protocol):
         """Returns the saga with its steps."""
         ...
 
-    async def take(self, tenant_id: TenantId, kind: SagaKind, holder: UUID, lease_seconds: float) -> Saga | None:
+    async def take(self, tenant_id: TenantId, kind: SagaKind, lease: UUID, lease_seconds: float) -> Saga | None:
         """Takes the lease of a saga that has not ended; None when it has, or another holds it."""
         ...
 
-    async def renew(self, tenant_id: TenantId, kind: SagaKind, holder: UUID, lease_seconds: float) -> bool:
-        """Prolongs the lease; False when it is not this holder's any more."""
+    async def renew(self, tenant_id: TenantId, kind: SagaKind, lease: UUID, lease_seconds: float) -> bool:
+        """Prolongs the lease; False when it is another's by now."""
         ...
 
-    async def release(self, tenant_id: TenantId, kind: SagaKind, holder: UUID) -> None:
-        """Gives the lease back, if it is this holder's."""
+    async def release(self, tenant_id: TenantId, kind: SagaKind, lease: UUID) -> None:
+        """Gives the lease back, if it is still this one."""
         ...
 
-    async def begin_step(self, tenant_id: TenantId, kind: SagaKind, step: int) -> None:
-        """Notes that the step begins."""
+    async def begin_step(self, tenant_id: TenantId, kind: SagaKind, step: int, lease: UUID) -> None:
+        """Notes that the step begins. Raises: LeaseLost."""
         ...
 
-    async def put_off(self, tenant_id: TenantId, kind: SagaKind, cause: str, pause_seconds: float) -> None:
-        """Notes why an attempt stopped and when the next is due."""
+    async def put_off(self, tenant_id: TenantId, kind: SagaKind, cause: str, pause_seconds: float, lease: UUID) -> None:
+        """Notes why an attempt stopped and when the next is due, unless it is another's by now."""
         ...
 
-    async def turn_back(self, tenant_id: TenantId, kind: SagaKind, cause: str) -> None:
-        """Makes a running saga COMPENSATING."""
+    async def turn_back(self, tenant_id: TenantId, kind: SagaKind, cause: str, lease: UUID) -> None:
+        """Makes a running saga COMPENSATING. Raises: LeaseLost."""
         ...
 
 
@@ -132,7 +147,7 @@ class DueSagas(Protocol):
 
 
 class SagaPlan(Protocol):
-    """What a kind of saga does. Steps mark themselves done in the transaction of what they do."""
+    """What a kind of saga does. Steps mark themselves done in the transaction of what they do, under the saga's lease."""
 
     @property
     def order(self) -> Sequence[int]:
@@ -167,12 +182,17 @@ class SagaEngine:
 
         Raises: what the step that stopped it raised, once that is noted and the next attempt is due.
         """
-        holder = uuid4()
-        saga = await self._store.take(tenant_id, kind, holder, self._lease_seconds)
+        saga = await self._store.take(tenant_id, kind, uuid4(), self._lease_seconds)
         if saga is None:
             return False
-        async with self._held(saga, holder) as attempt:
-            attempt.failure = await self._attempt(saga)
+        async with self._held(saga) as attempt:
+            try:
+                attempt.failure = await self._attempt(saga)
+            except LeaseLost as lost:
+                attempt.failure = lost
+        if isinstance(attempt.failure, LeaseLost):
+            log.warning("saga_lease_lost", tenant_id=str(tenant_id), kind=kind)
+            return False
         if attempt.failure is not None:
             raise attempt.failure
         return True
@@ -184,10 +204,12 @@ class SagaEngine:
                 failure = await self._go_on(plan, saga)
                 if failure is None or not await self._turns_back(plan, saga, failure):
                     return failure
-                saga = await self._store.load(saga.tenant_id, saga.kind) or saga
+                saga = replace(await self._store.load(saga.tenant_id, saga.kind) or saga, lease=saga.lease)
                 await self._go_back(plan, saga)
                 return failure
             await self._go_back(plan, saga)
+        except LeaseLost:
+            raise
         except Exception as error:
             await self._put_off(saga, error)
             return error
@@ -198,8 +220,10 @@ class SagaEngine:
             if saga.is_in(step, StepState.DONE):
                 continue
             try:
-                await self._store.begin_step(saga.tenant_id, saga.kind, step)
+                await self._store.begin_step(saga.tenant_id, saga.kind, step, saga.lease)
                 await plan.run(step, saga)
+            except LeaseLost:
+                raise
             except Exception as error:
                 return error
         return None
@@ -207,7 +231,7 @@ class SagaEngine:
     async def _turns_back(self, plan: SagaPlan, saga: Saga, failure: Exception) -> bool:
         if plan.can_fail and (is_for_good(failure) or saga.attempts + 1 >= self._max_attempts):
             log.warning("saga_turned_back", tenant_id=str(saga.tenant_id), kind=saga.kind, cause=cause_of(failure))
-            await self._store.turn_back(saga.tenant_id, saga.kind, cause_of(failure))
+            await self._store.turn_back(saga.tenant_id, saga.kind, cause_of(failure), saga.lease)
             return True
         await self._put_off(saga, failure)
         return False
@@ -220,14 +244,15 @@ class SagaEngine:
     async def _put_off(self, saga: Saga, failure: Exception) -> None:
         pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(saga.attempts, 10))
         log.warning("saga_put_off", tenant_id=str(saga.tenant_id), kind=saga.kind, cause=cause_of(failure), attempts=saga.attempts + 1)
-        await self._store.put_off(saga.tenant_id, saga.kind, cause_of(failure), pause * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+        pause *= random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+        await self._store.put_off(saga.tenant_id, saga.kind, cause_of(failure), pause, saga.lease)
 
     @contextlib.asynccontextmanager
-    async def _held(self, saga: Saga, holder: UUID) -> AsyncIterator["_Attempt"]:
+    async def _held(self, saga: Saga) -> AsyncIterator["_Attempt"]:
         attempt = _Attempt()
         try:
             async with asyncio.TaskGroup() as group:
-                keeper = group.create_task(self._keep(saga, holder))
+                keeper = group.create_task(self._keep(saga))
                 try:
                     yield attempt
                 finally:
@@ -235,15 +260,14 @@ class SagaEngine:
         finally:
             # Shielded: a caller that hangs up leaves the saga to the next one at once, and not after the lease.
             with contextlib.suppress(MeshError):
-                await asyncio.shield(self._store.release(saga.tenant_id, saga.kind, holder))
+                await asyncio.shield(self._store.release(saga.tenant_id, saga.kind, saga.lease))
 
-    async def _keep(self, saga: Saga, holder: UUID) -> None:
+    async def _keep(self, saga: Saga) -> None:
         while True:
             await asyncio.sleep(self._lease_seconds / 3)
             try:
-                if not await self._store.renew(saga.tenant_id, saga.kind, holder, self._lease_seconds):
-                    # Another replica has it: what both do is done once, because every step is safe to repeat.
-                    log.warning("saga_lease_lost", tenant_id=str(saga.tenant_id), kind=saga.kind)
+                if not await self._store.renew(saga.tenant_id, saga.kind, saga.lease, self._lease_seconds):
+                    # The step under way finds out by itself when it records something; until then it may be repeated beside another's.
                     return
             except MeshError as error:
                 log.warning("saga_lease_not_renewed", tenant_id=str(saga.tenant_id), reason=error.reason_name)

@@ -9,6 +9,7 @@ OPERATOR_SCOPE = "operator:tenants"
 # A front end asks which tenant a host names, and nothing else.
 RESOLVE_SCOPE = "operator:resolve"
 GENERATE_SCOPE = "inference:generate"
+CONSUME_SCOPE = "limits:consume"
 TENANT_SCOPES = frozenset(
     (
         GENERATE_SCOPE,
@@ -19,13 +20,17 @@ TENANT_SCOPES = frozenset(
         "conversations:read",
         "conversations:write",
         "limits:read",
+        CONSUME_SCOPE,
         "usage:read",
         "tenant:read",
         "tenant:admin",
     )
 )
-# An operator looks after a tenant but never spends its money.
-OPERATOR_TENANT_SCOPES = (TENANT_SCOPES - {GENERATE_SCOPE}) | {OPERATOR_SCOPE, RESOLVE_SCOPE}
+# An operator looks after a tenant but never spends its money or its units.
+OPERATOR_TENANT_SCOPES = (TENANT_SCOPES - {GENERATE_SCOPE, CONSUME_SCOPE}) | {OPERATOR_SCOPE, RESOLVE_SCOPE}
+# Operators register issuers, and whoever has an issuer's key makes tokens: a new issuer grants at most what an operator may hand out.
+# More is the tenant's own to grant.
+ISSUER_SCOPES = TENANT_SCOPES - {GENERATE_SCOPE, CONSUME_SCOPE}
 FRONT_SCOPES = frozenset((RESOLVE_SCOPE,))
 OPERATOR_SCOPES = frozenset((OPERATOR_SCOPE, RESOLVE_SCOPE))
 

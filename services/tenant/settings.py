@@ -21,6 +21,7 @@ from services.kernel.settings import (
     SiloAdminDsn,
 )
 from services.tenant.domain_name import read_base_domains
+from services.tenant.events import read_webhook_secret
 from services.tenant.key_management import parse_master_keys
 
 _SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
@@ -75,9 +76,12 @@ class TenantSettings(ServiceSettings):
         default=10.0, gt=0.0, le=300.0, description="how long a creation or erasure stays with a replica that does not answer any more"
     )
     saga_max_attempts: int = Field(default=20, ge=1, description="failed attempts after which a creation is undone")
+    history_days: int = Field(
+        default=90, ge=0, description="days that ended creations and erasures and delivered events are kept; 0: for ever"
+    )
     event_webhook_url: str = Field(default="", description="where events of tenants' lives are posted; empty: they are kept and not sent")
     event_webhook_secret: SecretStr = Field(
-        default=SecretStr(""), description="signs the events: any text, or whsec_<base64>; needed with the URL"
+        default=SecretStr(""), description="signs the events: whsec_<base64> of at least 24 bytes, or any text as long; needed with the URL"
     )
     event_max_attempts: int = Field(default=12, ge=1, description="deliveries after which an event is given up")
     event_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for events that wait")
@@ -92,6 +96,8 @@ class TenantSettings(ServiceSettings):
         if self.event_webhook_url and not self.event_webhook_secret.get_secret_value():
             msg = "TENANTRY_EVENT_WEBHOOK_URL needs TENANTRY_EVENT_WEBHOOK_SECRET: an unsigned event proves nothing"
             raise ValueError(msg)
+        if self.event_webhook_secret.get_secret_value():
+            self.webhook_signing_key()
         if self.event_webhook_url and urlsplit(self.event_webhook_url).scheme not in ("http", "https"):
             msg = "TENANTRY_EVENT_WEBHOOK_URL must begin with https:// or http://"
             raise ValueError(msg)
@@ -117,6 +123,14 @@ class TenantSettings(ServiceSettings):
             msg = f"TENANTRY_BASE_DOMAINS must list host names: {error}"
             raise ValueError(msg) from None
         return value
+
+    def webhook_signing_key(self) -> bytes:
+        """Returns the key that signs events. Raises: ValueError when the secret holds none."""
+        try:
+            return read_webhook_secret(self.event_webhook_secret.get_secret_value())
+        except ValueError as error:
+            msg = f"TENANTRY_EVENT_WEBHOOK_SECRET {error}"
+            raise ValueError(msg) from None
 
     def base_domain_names(self) -> tuple[str, ...]:
         """Returns the base domains in lower-case ASCII."""

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from services.kernel.ids import TenantId
+from services.tenant.limit_rules import LimitRules
 from services.tenant.plan import Plan
 
 DEFAULT_ASSISTANT_NAME = "Assistant"
@@ -60,6 +61,7 @@ class TenantConfig:
     display_name: str
     assistant_name: str
     plan: Plan
+    limit_rules: LimitRules
     system_prompt_prefix: str = ""
     dedicated_endpoint: str = ""
 

@@ -28,6 +28,8 @@ class TenantWish:
         if self.placement == PlacementWish():
             # A wish that says nothing of its place has the digest it had before places could be chosen.
             del content["placement"]
+        else:
+            content["placement"]["silo"] = self.placement.silo.named()
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
 
     def content(self, sealed_stores: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ SHARED_TABLES = {
     "plan_features",
     "flags",
     "flag_changes",
+    "change_turn",
     "prices",
     "price_versions",
     "schema_migrations",

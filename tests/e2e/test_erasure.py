@@ -28,9 +28,9 @@ PLACEMENTS = ("pool", "bridge", "silo")
 PATIENCE_SECONDS = 60.0
 # What an erased tenant leaves on purpose, and of it the id alone: the operator's books, the log, the erasure itself, tombstones.
 KEPT = {
-    "tenant.audit", "tenant.audit_documents", "tenant.request_directory", "tenant.changes", "tenant.sagas",
+    "tenant.audit", "tenant.audit_documents", "tenant.audit_chains", "tenant.request_directory", "tenant.changes", "tenant.sagas",
     "tenant.saga_steps", "tenant.events", "tenant.erasure_receipts",
-    "metering.calls", "metering.entries", "metering.tenant_epochs", "metering.outbox", "metering.erased_tenants",
+    "metering.calls", "metering.entries", "metering.unit_entries", "metering.tenant_epochs", "metering.outbox", "metering.erased_tenants",
     "inference.erased_tenants", "retrieval.erased_tenants",
     "tenant_keys.destroyed_tenants",
 }  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 
 from devstack.environment import DATABASE
 from devstack.mesh_client import credentials, refusal
-from mesh.tenant.v1 import tenant_service_pb2
+from mesh.tenant.v1 import placement_service_pb2, tenant_service_pb2
 from services.tenant.erasure import ERASE_ORDER, EraseStep
 from tests.e2e.test_erasure import Used, administrator, as_operator, erasing, nothing_is_left, use
 from tests.support.mesh import Mesh, running_mesh
@@ -91,6 +91,26 @@ async def receipt_of(mesh: Mesh, used: Used) -> tenant_service_pb2.ErasureReceip
         assert refusal(error).code in ("NOT_FOUND", "UNAVAILABLE")
         return None
     return answer.receipt
+
+
+@pytest.mark.timeout(300)
+async def test_a_receiver_is_told_of_a_move_once(told: Told) -> None:
+    """A tenant that moved is told with the place it left and the one it lives in; repeating the call tells nothing more."""
+    tenant = await told.mesh.tenant("enterprise")
+    metadata = (*as_operator(told.mesh), ("x-tenant-id", tenant.tenant_id))
+    request = placement_service_pb2.MoveTenantRequest(to=placement_service_pb2.ISOLATION_BRIDGE)
+    for _ in range(2):
+        await told.mesh.client.placements.MoveTenant(request, metadata=metadata, timeout=120)
+    suspend = tenant_service_pb2.SuspendTenantRequest(tenant_id=tenant.tenant_id)
+    await told.mesh.client.tenants.SuspendTenant(suspend, metadata=as_operator(told.mesh), timeout=30)
+
+    async def is_told() -> bool:
+        return "tenant.suspended" in await told.events(tenant.tenant_id)
+
+    await eventually(is_told, within_seconds=PATIENCE_SECONDS)
+    assert await told.events(tenant.tenant_id) == ["tenant.provisioned", "tenant.moved", "tenant.suspended"]
+    [moved] = [event for _, body in told.receiver.received if (event := json.loads(body))["type"] == "tenant.moved"]
+    assert moved["data"] == {"from": "pool", "to": "bridge"}
 
 
 @pytest.mark.timeout(300)

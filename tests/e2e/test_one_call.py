@@ -49,12 +49,15 @@ async def test_the_limits_count_what_the_ledger_counts(mesh: Mesh) -> None:
     asked = await ask(mesh.client, tenant, "What do you know?")
     used = await settled_limits(mesh, tenant.api_key)
     tokens = asked.summary.usage.input_tokens + asked.summary.usage.output_tokens
-    assert used == {
+    assert used["concurrent_calls"] == 0
+    assert {rule: amount for rule, amount in used.items() if amount} == {
+        "requests_burst": 1,
         "requests_per_minute": 1,
         "tokens_per_minute": tokens,
         "tokens_per_day": tokens,
+        "tokens_per_month": tokens,
+        "cost_nano_usd_per_day": asked.cost_nano_usd,
         "cost_nano_usd_per_month": asked.cost_nano_usd,
-        "concurrent_calls": 0,
     }
 
 
@@ -69,12 +72,12 @@ async def settled_limits(mesh: Mesh, api_key: str) -> dict[str, int]:
 
 EDGES = {
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "tenant mesh.tenant.v1.AuthenticationService/Authenticate"),
-    ("inference mesh.inference.v1.InferenceService/StreamGenerate", "ratelimit mesh.ratelimit.v1.RateLimitService/Reserve"),
+    ("inference mesh.inference.v1.InferenceService/StreamGenerate", "ratelimit mesh.ratelimit.v1.RateLimitService/ReserveBatch"),
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "metering mesh.metering.v1.LedgerService/OpenCalls"),
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "retrieval mesh.retrieval.v1.SearchService/Search"),
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "inference chat claude-sonnet-4-6"),
     ("inference mesh.inference.v1.InferenceService/StreamGenerate", "metering mesh.metering.v1.LedgerService/SettleCalls"),
-    ("ratelimit mesh.ratelimit.v1.RateLimitService/Reserve", "metering mesh.metering.v1.LedgerService/BeginEpoch"),
+    ("ratelimit mesh.ratelimit.v1.RateLimitService/ReserveBatch", "metering mesh.metering.v1.LedgerService/BeginEpoch"),
 }
 
 

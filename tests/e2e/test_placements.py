@@ -54,7 +54,7 @@ async def test_places_keep_the_isolation_rules(mesh: Mesh) -> None:
     await shared.close()
     own = await asyncpg.connect(mesh.stack.postgres.dsn(name_of(silo)))
     for home in ("inference", "retrieval"):
-        destination = Destination(home, home, f"{name_of(silo)}_owner", f"{name_of(silo)}_service")
+        destination = Destination(home, home, f"{name_of(silo)}_{home}_owner", f"{name_of(silo)}_{home}_service")
         assert await catalog.violations(own, home, destinations=[destination]) == []
     await own.close()
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,6 +61,11 @@ class World:
     stub: ProviderStub
     provider_ledger: Ledger
     inference_dsn: str = ""
+    provider_url: str = ""
+
+    def through(self, channel: grpc.aio.Channel) -> World:
+        """The same surroundings, called over another channel."""
+        return replace(self, channel=channel)
 
     @property
     def script(self) -> Script:
@@ -267,7 +272,7 @@ async def shared_world(inference_dsn: str, tmp_path_factory: pytest.TempPathFact
         running_provider(peers.script, tmp_path_factory.mktemp("provider")) as (stub, ledger, url),
         running_service(service_settings(inference_dsn, peers.address, url)) as (app, channel),
     ):
-        yield World(app, peers, channel, stub, ledger, inference_dsn)
+        yield World(app, peers, channel, stub, ledger, inference_dsn, url)
 
 
 @pytest.fixture

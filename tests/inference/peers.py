@@ -14,6 +14,7 @@ from uuid import UUID
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mesh.common.v1 import limit_rule_pb2
 from mesh.common.v1.tenant_claims_pb2 import TenantClaims
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from mesh.metering.v1 import ledger_service_pb2_grpc as ledger_grpc
@@ -77,7 +78,8 @@ class Script:
 
     def names(self, *ignored: str) -> list[str]:
         """The events in order, immediate repetitions once, housekeeping left out."""
-        passed_over = {"authenticate", "keys", "config", "prices", "renew", "renew_calls", "audit", "data_keys", "provider_key", *ignored}
+        passed_over = {"authenticate", "keys", "config", "prices", "renew", "renew_calls", "audit", "data_keys", "provider_key"}
+        passed_over |= {"alone", "batch", *ignored}
         found: list[str] = []
         for name, _ in self.heard:
             if name not in passed_over and (not found or found[-1] != name):
@@ -89,16 +91,20 @@ class Script:
         return [request for heard, request in self.heard if heard == name]
 
     async def hear(self, name: str, request: Any, context: Any, usual: Callable[[], Any]) -> Any:
+        try:
+            return await self.take(name, request, usual)
+        except MeshError as error:
+            await context.abort(error.code, error.message, ((DETAILS_KEY, encode(error)),))
+
+    async def take(self, name: str, request: Any, usual: Callable[[], Any]) -> Any:
+        """Writes the event down and answers it. Raises: MeshError as the hook does."""
         async with self.changed:
             self.heard.append((name, request))
             self.changed.notify_all()
         hook = self.hooks.get(name)
-        try:
-            answer = hook(request) if hook else None
-            if asyncio.iscoroutine(answer):
-                answer = await answer
-        except MeshError as error:
-            await context.abort(error.code, error.message, ((DETAILS_KEY, encode(error)),))
+        answer = hook(request) if hook else None
+        if asyncio.iscoroutine(answer):
+            answer = await answer
         return usual() if answer is None else answer
 
     async def wait_for(self, *names: str) -> None:
@@ -177,22 +183,33 @@ class AuditLog(audit_grpc.AuditServiceServicer):
 
 
 class Limits(limit_grpc.RateLimitServiceServicer):
-    """The ratelimit service."""
+    """The ratelimit service. A reservation is heard as "reserve" whether it came alone or in a batch; how, tells "alone" and "batch"."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
 
     async def Reserve(self, request: Any, context: Any) -> Any:
-        def usual() -> Any:
-            response = limit_pb.ReserveResponse(epoch=7)
-            response.reserve_time.FromDatetime(datetime.now(UTC))
-            response.limits.add(rule="requests_per_minute", limit=60, used=1, remaining=59)
-            response.limits.add(rule="tokens_per_day", limit=1_000_000, remaining=1_000_000 - request.amounts.tokens)
-            response.limits.add(rule="cost_nano_usd_per_month", limit=10**12, remaining=10**12 - request.amounts.cost_nano_usd)
-            response.limits.add(rule="concurrent_calls", limit=5, used=1, remaining=4)
-            return response
+        self.script.heard.append(("alone", request))
+        return await self.script.hear("reserve", request, context, lambda: held(request))
 
-        return await self.script.hear("reserve", request, context, usual)
+    async def ReserveBatch(self, request: Any, context: Any) -> Any:
+        self.script.heard.append(("batch", request))
+        # Side by side, so that a hook may hold up one item; the answers are in order all the same.
+        async with asyncio.TaskGroup() as items:
+            decided = [items.create_task(self.decide(item.request)) for item in request.items]
+        return limit_pb.ReserveBatchResponse(outcomes=[one.result() for one in decided])
+
+    async def decide(self, request: Any) -> Any:
+        try:
+            answer = await self.script.take("reserve", request, lambda: held(request))
+        except MeshError as error:
+            return limit_pb.ReserveBatchOutcome(error_status=encode(error))
+        if isinstance(answer, limit_pb.Refusal):
+            return limit_pb.ReserveBatchOutcome(refused=answer)
+        return limit_pb.ReserveBatchOutcome(held=answer)
+
+    async def Extend(self, request: Any, context: Any) -> Any:
+        return await self.script.hear("extend", request, context, lambda: limit_pb.ExtendResponse(granted=request.amounts))
 
     async def Renew(self, request: Any, context: Any) -> Any:
         return await self.script.hear("renew", request, context, limit_pb.RenewResponse)
@@ -211,6 +228,12 @@ class Ledger(ledger_grpc.LedgerServiceServicer, price_grpc.PriceServiceServicer)
         return await self.script.hear(
             "open", request, context, lambda: opened(request, ledger_pb.OPEN_OUTCOME_OPENED, ledger_pb.CALL_STATE_OPEN)
         )
+
+    async def ExtendCalls(self, request: Any, context: Any) -> Any:
+        def usual() -> Any:
+            return ledger_pb.ExtendCallsResponse(outcomes=[ledger_pb.EXTEND_OUTCOME_EXTENDED for _ in request.calls])
+
+        return await self.script.hear("extend_calls", request, context, usual)
 
     async def SettleCalls(self, request: Any, context: Any) -> Any:
         def usual() -> Any:
@@ -248,6 +271,25 @@ class Search(search_grpc.SearchServiceServicer):
 
     async def Search(self, request: Any, context: Any) -> Any:
         return await self.script.hear("search", request, context, lambda: search_pb.SearchResponse(chunks=[chunk()]))
+
+
+def held(request: Any, output_tokens: int | None = None) -> limit_pb.ReserveResponse:
+    """What was asked for, held; or so many output tokens of it."""
+    asked = request.shorten.max_output_tokens
+    output = asked if output_tokens is None else output_tokens
+    price = request.shorten.output_nano_usd_per_million
+    less = -(-asked * price // 1_000_000) - -(-output * price // 1_000_000)
+    granted = limit_pb.Amounts(tokens=request.amounts.tokens - asked + output, cost_nano_usd=request.amounts.cost_nano_usd - less)
+    response = limit_pb.ReserveResponse(epoch=7, granted=granted, granted_output_tokens=output, shortened=output < asked)
+    response.reserve_time.FromDatetime(datetime.now(UTC))
+    for rule, unit, limit, used in (
+        ("requests_per_minute", limit_rule_pb2.LIMIT_UNIT_REQUESTS, 60, 1),
+        ("tokens_per_day", limit_rule_pb2.LIMIT_UNIT_TOKENS, 1_000_000, granted.tokens),
+        ("cost_nano_usd_per_month", limit_rule_pb2.LIMIT_UNIT_COST_NANO_USD, 10**12, granted.cost_nano_usd),
+        ("concurrent_calls", limit_rule_pb2.LIMIT_UNIT_CONCURRENT_CALLS, 5, 1),
+    ):
+        response.limits.add(rule=rule, unit=unit, limit=limit, used=used, remaining=limit - used)
+    return response
 
 
 def opened(request: Any, outcome: Any, state: Any = ledger_pb.CALL_STATE_UNSPECIFIED) -> ledger_pb.OpenCallsResponse:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
 import grpc
 import pytest
 
+from mesh.common.v1 import error_reason_pb2
 from mesh.inference.v1 import inference_service_pb2 as pb
 from mesh.retrieval.v1 import search_service_pb2 as search_pb
 from mesh.tenant.v1 import audit_service_pb2 as audit_pb
-from services.kernel.errors import Unavailable
+from services.kernel.errors import Forbidden, InvalidRequest, MeshError, Unavailable
 from tests.inference.conftest import World
 from tests.inference.peers import Tenant, chunk
+from tests.support.stores import PostgresStore
 
 REQUIRED = pb.RetrievalOptions(mode=pb.RETRIEVAL_MODE_REQUIRED)
 DELIVERED_WITHIN_SECONDS = 60.0
@@ -157,6 +160,115 @@ async def test_documents_that_cannot_be_recorded_are_not_shown(world: World, ten
         assert (await world.generate(tenant)).text
     ended = await delivered(world, tenant, "CALL_ENDED", 2)
     assert {json.loads(item.detail_json)["outcome"] for item in ended} == {"void", "settled"}
+
+
+async def aside(inference_dsn: str, tenant: Tenant) -> list[asyncpg.Record]:
+    """What of the tenant is set aside."""
+    async with as_jobs(inference_dsn) as connection:
+        return list(await connection.fetch("SELECT * FROM inference.audit_set_aside WHERE tenant_id = $1", tenant.tenant_id))
+
+
+def refusing(user: str, error: Callable[[int], MeshError]) -> Callable[[Any], Any]:
+    """A log that refuses any batch with an item of that end user, as `error` says for its place."""
+
+    def answer(request: Any) -> Any:
+        for index, item in enumerate(request.items):
+            if item.user == user:
+                raise error(index)
+        return audit_pb.RecordAuditResponse(outcomes=[audit_pb.AUDIT_OUTCOME_RECORDED for _ in request.items])
+
+    return answer
+
+
+async def test_an_entry_the_log_refuses_holds_up_nobody(world: World, tenant: Tenant, inference_dsn: str) -> None:
+    """An entry that the log refuses for what it says is set aside whole, with the refusal; every other one is delivered."""
+    world.script.hooks["audit"] = refusing("refused", lambda index: InvalidRequest(f"items[{index}].occur_time", "is older than 7 days"))
+    for user in ("carol", "refused", "dave", "refused", "erin"):
+        await world.generate(tenant, user=user)
+    await is_empty(inference_dsn, tenant)
+    assert {item.user for item in items(world, tenant, "CALL_ENDED")} >= {"carol", "dave", "erin"}
+    kept = await aside(inference_dsn, tenant)
+    assert len(kept) == 2
+    entry = json.loads(kept[0]["entry"])
+    assert (entry["user"], entry["action"], json.loads(entry["detail"])["outcome"]) == ("refused", "CALL_ENDED", "settled")
+    assert "older than 7 days" in kept[0]["cause"]
+    world.script.hooks.clear()
+
+
+async def test_an_entry_the_log_fails_at_is_put_off_alone(world: World, tenant: Tenant, inference_dsn: str) -> None:
+    """An entry at which the log fails, whatever comes with it, stays in the outbox for later; every other one is delivered."""
+    internal = MeshError(grpc.StatusCode.INTERNAL, error_reason_pb2.ERROR_REASON_INTERNAL, "failed")
+    world.script.hooks["audit"] = refusing("unlucky", lambda _: internal)
+    for user in ("carol", "unlucky", "dave"):
+        await world.generate(tenant, user=user)
+    async with asyncio.timeout(DELIVERED_WITHIN_SECONDS):
+        while [row["user_name"] for row in await waiting(inference_dsn, tenant) if row["send_count"]] != ["unlucky"]:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.05)
+    assert await aside(inference_dsn, tenant) == []
+    world.script.hooks.clear()
+    await is_empty(inference_dsn, tenant)
+
+
+async def test_a_log_that_refuses_the_service_sets_nothing_aside(world: World, tenant: Tenant, inference_dsn: str) -> None:
+    """A refusal that is not about an item says nothing of the entries: they wait."""
+    refusal = Forbidden(error_reason_pb2.ERROR_REASON_CALLER_NOT_ALLOWED, "not for inference", caller="inference", method="/x")
+
+    def refused(_: Any) -> Any:
+        raise refusal
+
+    world.script.hooks["audit"] = refused
+    await world.generate(tenant)
+    await world.script.wait_for("audit")
+    world.script.hooks.clear()
+    await delivered(world, tenant, "CALL_ENDED")
+    await is_empty(inference_dsn, tenant)
+    assert await aside(inference_dsn, tenant) == []
+
+
+async def test_an_entry_the_outbox_refuses_holds_up_nobody(
+    world: World, tenant: Tenant, inference_dsn: str, postgres: PostgresStore
+) -> None:
+    """The end of a call that the own database refuses to note for what it says is set aside; the ends behind it are noted."""
+    admin = await asyncpg.connect(postgres.server.dsn(urlsplit(inference_dsn).path.lstrip("/")))
+    rule = "ALTER TABLE inference.audit_outbox {} CONSTRAINT takes_no_mallory {}"
+    try:
+        await admin.execute(rule.format("ADD", "CHECK (user_name <> 'mallory')"))
+        async with asyncio.TaskGroup() as calls:
+            for user in ("carol", "mallory", "dave", "mallory"):
+                calls.create_task(world.generate(tenant, user=user))
+        await world.generate(tenant, user="erin")
+        assert {item.user for item in await delivered(world, tenant, "CALL_ENDED", 3)} == {"carol", "dave", "erin"}
+        kept = await aside(inference_dsn, tenant)
+        assert [json.loads(row["entry"])["user"] for row in kept] == ["mallory", "mallory"]
+        assert {row["cause"] for row in kept} == {"CheckViolationError: takes_no_mallory"}
+    finally:
+        await admin.execute(rule.format("DROP", ""))
+        await admin.close()
+
+
+async def test_a_read_the_outbox_refuses_fails_alone(world: World, tenant: Tenant, inference_dsn: str, postgres: PostgresStore) -> None:
+    """A call whose read cannot be noted shows nothing; the calls whose reads are noted with it go on."""
+    admin = await asyncpg.connect(postgres.server.dsn(urlsplit(inference_dsn).path.lstrip("/")))
+    rule = "ALTER TABLE inference.audit_outbox {} CONSTRAINT takes_no_mallory {}"
+    world.script.hooks["search"] = lambda _: search_pb.SearchResponse(chunks=[chunk()])
+    try:
+        await admin.execute(rule.format("ADD", "CHECK (user_name <> 'mallory' OR action <> 'DOCUMENTS_READ')"))
+        async with asyncio.TaskGroup() as calls:
+            answered = [calls.create_task(world.generate(tenant, retrieval=REQUIRED, user=user)) for user in ("carol", "dave")]
+            refused = calls.create_task(world.refusal(tenant, retrieval=REQUIRED, user="mallory"))
+        assert all(task.result().text for task in answered)
+        assert refused.result().code == grpc.StatusCode.INTERNAL
+    finally:
+        await admin.execute(rule.format("DROP", ""))
+        await admin.close()
+
+
+async def test_what_is_set_aside_is_not_altered_by_the_service(inference_dsn: str) -> None:
+    """Neither role changes or removes what is kept apart."""
+    async with as_jobs(inference_dsn) as connection:
+        for sql in ("UPDATE inference.audit_set_aside SET cause = ''", "DELETE FROM inference.audit_set_aside"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(sql)
 
 
 def _away(_: Any) -> Any:

@@ -82,7 +82,7 @@ async def ask(url: str, *, header: str = "", seconds: float = 5.0) -> tuple[Rece
     received, failure = Received(), None
     prompt = AssembledPrompt("Be brief.", (Turn(USER, "Hi"),), (), 100)
     try:
-        async for _ in provider.stream(question(seconds), prompt, received):
+        async for _ in provider.stream(question(seconds), prompt, 10, received):
             pass
     except ProviderFailure as error:
         failure = error
@@ -98,6 +98,8 @@ async def test_usage_is_exact_in_every_class() -> None:
     assert failure is None
     assert received.usage == Usage(10, 7, cache_read_tokens=3, cache_write_5m_tokens=4, cache_write_1h_tokens=5)
     assert (received.text, received.stop_reason, received.complete, received.provider_request_id) == ("Hé", "end_turn", True, "req_1")
+    # "hm" was thought and "Hé" said: both were written, and the final usage is the count of all that.
+    assert (received.output_bytes, received.counted_bytes, received.counted_tokens) == (5, 5, 7)
 
 
 @pytest.mark.parametrize("count", ["200000000", "-1", "1.5", '"7"', "true"])

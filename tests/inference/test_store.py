@@ -1,7 +1,7 @@
 """Prompts and conversations over a real Postgres: the same store answers alike in the pool, in a bridge and in a silo."""
 
 from collections.abc import AsyncIterator, ItemsView
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -157,7 +157,8 @@ async def test_making_a_place_again_keeps_what_is_in_it(desk: Desk) -> None:
             await desk.maker.make_tables(found.place, found.migration_dsn)
         case PlacementKind.SILO:
             stores = PostgresSiloMaker(desk.places.admin_dsn)
-            made = type(stores.plan(tenant_id))(found.place.dsn.get_secret_value(), found.migration_dsn.get_secret_value())
+            dsn, owner_dsn = found.place.dsn.get_secret_value(), found.migration_dsn.get_secret_value()
+            made = replace(stores.plan(tenant_id), inference_dsn=dsn, inference_owner_dsn=owner_dsn)
             await stores.make(tenant_id, made)
             await desk.maker.make_tables(found.place, found.migration_dsn)
         case PlacementKind.POOL:

@@ -90,6 +90,12 @@ CASES: Mapping[str, Case] = {
         "page_size": 1000,
         "page_token": ids.page_token("/mesh.tenant.v1.ApiKeyService/ListApiKeys"),
     },
+    "/mesh.tenant.v1.ApiKeyService/UpdateApiKey": lambda ids: {
+        "key_id": ids.key_id,
+        "display_name": TAMPERED,
+        "allowed_cidrs": ["0.0.0.0/0"],
+        "update_mask": {"paths": ["display_name", "allowed_cidrs"]},
+    },
     "/mesh.tenant.v1.ApiKeyService/RevokeApiKey": lambda ids: {"key_id": ids.key_id},
     "/mesh.tenant.v1.ApiKeyService/RotateApiKey": lambda ids: {"key_id": ids.key_id, "request_id": str(new_uuid7())},
     "/mesh.tenant.v1.IssuerService/AddIssuer": lambda ids: {
@@ -100,6 +106,7 @@ CASES: Mapping[str, Case] = {
         "scopes": ["tenant:admin"],
     },
     "/mesh.tenant.v1.IssuerService/ListIssuers": _nothing,
+    "/mesh.tenant.v1.IssuerService/SetIssuerScopes": lambda ids: {"issuer_id": ids.issuer_id, "scopes": ["tenant:admin", "usage:read"]},
     "/mesh.tenant.v1.IssuerService/RemoveIssuer": lambda ids: {"issuer_id": ids.issuer_id},
     "/mesh.tenant.v1.DomainService/AddDomain": lambda ids: {"domain": ids.domain},
     "/mesh.tenant.v1.DomainService/ListDomains": _nothing,
@@ -148,7 +155,7 @@ CASES: Mapping[str, Case] = {
                 "tenant_id": ids.tenant_id.bytes,
                 "audit_id": UUID(ids.call_id).bytes,
                 "occur_time": in_seconds(0),
-                "action": "FORGED",
+                "action": "DOCUMENTS_READ",
                 "user": TAMPERED,
                 "document_ids": [UUID(ids.document_id).bytes],
             }
@@ -200,7 +207,27 @@ CASES: Mapping[str, Case] = {
     "/mesh.metering.v1.LedgerService/VoidCalls": lambda ids: {"calls": [{"ref": _ref(ids), "kind": 1, "cause": "stolen"}]},
     "/mesh.metering.v1.LedgerService/RenewCalls": lambda ids: {"calls": [_ref(ids)]},
     "/mesh.metering.v1.LedgerService/FenceCalls": lambda ids: {"calls": [{"ref": _ref(ids), "epoch": 1}]},
-    "/mesh.metering.v1.LedgerService/BeginEpoch": lambda ids: {"nonce": new_uuid7().hex},
+    "/mesh.metering.v1.LedgerService/ExtendCalls": lambda ids: {
+        "calls": [{"ref": _ref(ids), "bound_tokens": 9_000_000, "bound_nano_usd": 10**14}]
+    },
+    "/mesh.metering.v1.LedgerService/RecordUnits": lambda ids: {
+        "items": [
+            {
+                "ref": _ref(ids),
+                "epoch": 1,
+                "reserve_time": in_seconds(0),
+                "product_unit": "ai_interviews",
+                "quantity": 1_000_000,
+                "user": TAMPERED,
+            }
+        ]
+    },
+    "/mesh.metering.v1.LedgerService/BeginEpoch": lambda ids: {
+        "nonce": new_uuid7().hex,
+        # One sum for each user: whose names are told?
+        "periods": [{"unit": unit, "scope": 2, "start_time": in_seconds(-86_400), "end_time": in_seconds(60)} for unit in (1, 2, 3)],
+        "recent_seconds": 3_600,
+    },
     "/mesh.metering.v1.PriceService/GetPriceBook": _nothing,
     "/mesh.metering.v1.UsageService/GetUsageReport": _nothing,
     "/mesh.metering.v1.UsageService/ListCalls": lambda ids: {"page_size": 1000},

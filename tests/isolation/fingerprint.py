@@ -26,12 +26,12 @@ SELECT count(*) || ' rows ' || coalesce(md5(string_agg(r, '|' ORDER BY r)), '')
 FROM (SELECT (to_jsonb(t) - 'last_use_time')::text AS r FROM {table} t WHERE tenant_id = $1) rows
 """
 # Refusals of a tenant's own keys are recorded there: attacks that fail leave their trace in it.
-AUDIT = frozenset({"tenant.audit", "tenant.audit_documents"})
+AUDIT = frozenset({"tenant.audit", "tenant.audit_documents", "tenant.audit_chains"})
 UNSENT = """
 SELECT (SELECT count(*) FROM metering.outbox WHERE tenant_id = $1) + (SELECT count(*) FROM inference.audit_outbox WHERE tenant_id = $1)
 """
 REST_SECONDS = 30.0
-COUNTERS = ("epoch", "outstanding", "tokens_used", "tokens_held", "cost_used", "cost_held")
+COUNTERS = ("epoch", "outstanding")
 
 
 async def superuser(stack: Stack) -> asyncpg.Connection:
@@ -101,7 +101,10 @@ async def _is_at_rest(stack: Stack, tenant_id: TenantId) -> bool:
 async def _counters(stack: Stack, tenant_id: TenantId) -> dict[str, str]:
     async with redis_of(stack) as redis:
         kept = cast("dict[bytes, bytes]", await redis.hgetall(f"{{{tenant_id}}}:meta"))
-    return {f"redis {name.decode()}": value.decode() for name, value in kept.items() if name.decode().startswith(COUNTERS)}
+        counted = cast("dict[bytes, bytes]", await redis.hgetall(f"{{{tenant_id}}}:counters"))
+    # Those of days and months; windows that slide change by the passing of time.
+    found = {f"redis {name.decode()}": value.decode() for name, value in kept.items() if name.decode().startswith(COUNTERS)}
+    return found | {f"redis {name.decode()}": value.decode() for name, value in counted.items() if b"@" in name}
 
 
 async def _points(stack: Stack, tenant_id: TenantId) -> dict[str, str]:

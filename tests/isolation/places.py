@@ -33,11 +33,15 @@ TRANSIENT = {
         "peer_address, context_token, due_time) "
         "VALUES ($1, uuidv7(), 'CALL_ENDED', uuidv7(), now(), '', '{}', '{}', '', '', now() + interval '1 day')"
     ),
+    "inference.audit_set_aside": (
+        "INSERT INTO inference.audit_set_aside (tenant_id, audit_id, cause, entry) VALUES ($1, uuidv7(), 'planted', '{}')"
+    ),
     "inference.inference_sealing": "INSERT INTO inference.inference_sealing VALUES ($1, 1)",
     "retrieval.retrieval_sealing": "INSERT INTO retrieval.retrieval_sealing VALUES ($1, 1)",
     # On their way elsewhere and still here: who was away would be refused.
     "inference.inference_placed_tenants": "INSERT INTO inference.inference_placed_tenants VALUES ($1, 'silo', 'MOVING')",
     "retrieval.retrieval_placed_tenants": "INSERT INTO retrieval.retrieval_placed_tenants VALUES ($1, 'silo', 'MOVING')",
+    "tenant.unrecorded_keys": "INSERT INTO tenant.unrecorded_keys VALUES ($1, now() + interval '1 day')",
     "tenant.placements": "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
     "tenant.move_directory": "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
     "tenant.erasure_receipts": (

@@ -16,6 +16,7 @@ from mesh.retrieval.v1 import document_service_pb2
 from mesh.tenant.v1 import (
     api_key_service_pb2,
     audit_service_pb2,
+    authentication_service_pb2,
     configuration_service_pb2,
     domain_service_pb2,
     issuer_service_pb2,
@@ -23,7 +24,7 @@ from mesh.tenant.v1 import (
     user_service_pb2,
 )
 from services.kernel.ids import new_uuid7
-from tests.isolation.surface import Answer, Surface
+from tests.isolation.surface import LEAF, Answer, Surface
 from tests.support.jwks import SigningKey, running_jwks
 from tests.support.mesh import Mesh
 from tests.support.waiting import eventually
@@ -118,7 +119,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool", *, sealed: bool = True) -> Target:
-    """Makes a tenant that has keys, two documents, a prompt, a conversation with turns and a settled call, all with its canary.
+    """Makes a tenant with keys, two documents, a prompt, a conversation with turns, a settled call and a use of units, all with its canary.
 
     Its content is sealed under its own key, as its plan has it, unless told.
     """
@@ -132,6 +133,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolatio
     conversation_id, call_id = await _plant_conversation(surface, metadata, canary)
     await eventually(lambda: _read_is_on_record(mesh, metadata, call_id), within_seconds=ON_RECORD_SECONDS)
     call = (await mesh.client.usage.GetCall(usage_service_pb2.GetCallRequest(call_id=call_id), metadata=metadata)).attempts[0]
+    await _plant_use(mesh, surface, tenant, canary)
     made = await _must(
         surface,
         "tenant",
@@ -231,6 +233,27 @@ async def _plant_conversation(surface: Surface, metadata: Metadata, canary: str)
     asked = inference_service_pb2.GenerateRequest(messages=[message], options=options)
     await _must(surface, "inference", "InferenceService/Generate", asked, (*metadata, ("x-request-id", call_id)))
     return conversation_id, call_id
+
+
+async def _plant_use(mesh: Mesh, surface: Surface, tenant: DemoTenant, canary: str) -> None:
+    """Records a use of units as the limits do, in whatever epoch the tenant is."""
+    tokens = mesh.stack.state.secrets.service_tokens
+    limits = [(LEAF, "ratelimit")] if surface.tls else [("x-mesh-service", "ratelimit"), ("x-mesh-service-token", tokens["ratelimit"])]
+    asked = authentication_service_pb2.AuthenticateRequest(credential=tenant.api_key)
+    known = await _must(surface, "tenant", "AuthenticationService/Authenticate", asked, limits)
+    use = {
+        "ref": {"tenant_id": uuid.UUID(tenant.tenant_id).bytes, "reservation_id": new_uuid7().bytes},
+        "context_token": known.messages[0].context_token,  # type: ignore[attr-defined] # a class of the reflected pool
+        "epoch": 2**40,
+        "reserve_time": in_seconds(0),
+        "product_unit": "ai_interviews",
+        "quantity": 3,
+        "user": f"user-{canary}",
+        "feature": f"feature_{canary}",
+    }
+    rpc = surface.find("metering", "LedgerService/RecordUnits")
+    recorded = await _must(surface, "metering", "LedgerService/RecordUnits", rpc.request_type(items=[use]), limits)
+    assert list(recorded.messages[0].outcomes) == [1]  # type: ignore[attr-defined] # as above
 
 
 async def _plant_settings(surface: Surface, metadata: Metadata, canary: str) -> None:

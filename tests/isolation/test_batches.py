@@ -136,10 +136,31 @@ async def test_a_batch_opens_only_what_its_own_token_proves(surface: Surface, in
     await protocol.say("metering", "LedgerService/VoidCalls", "inference", calls=[{"ref": good.ref, "kind": 1, "cause": "done"}])
 
 
+async def test_a_batch_records_only_what_its_own_token_proves(mesh: Mesh, surface: Surface, inside: Inside, victim: Target) -> None:
+    """A use of units whose token is of another tenant or absent is TENANT_NOT_PROVEN and leaves no row; its neighbour is recorded."""
+    attacker = await plant(mesh, surface)
+    protocol = Protocol(surface, inside)
+    before = await fingerprint(mesh.stack, TenantId(victim.tenant_id))
+    own = {
+        "context_token": await inside.context_of(attacker.tenant.api_key),
+        "epoch": 2**40,
+        "reserve_time": in_seconds(0),
+        "product_unit": "ai_interviews",
+        "quantity": 5,
+    }
+    owners = (victim.tenant_id, attacker.tenant_id, victim.tenant_id)
+    items = [own | {"ref": {"tenant_id": owner.bytes, "reservation_id": new_uuid7().bytes}} for owner in owners]
+    items[2]["context_token"] = ""
+    recorded = await protocol.say("metering", "LedgerService/RecordUnits", "ratelimit", items=items)
+    refused = ledger.RECORD_UNITS_OUTCOME_TENANT_NOT_PROVEN
+    assert list(recorded.outcomes) == [refused, ledger.RECORD_UNITS_OUTCOME_RECORDED, refused]
+    assert await fingerprint(mesh.stack, TenantId(victim.tenant_id)) == before
+
+
 async def test_another_tenants_reservation_cannot_be_moved(
     mesh: Mesh, surface: Surface, inside: Inside, victim: Target, attacker: Target
 ) -> None:
-    """Settle, void, renew, fence, commit and release under the wrong tenant change nothing of the call's own tenant."""
+    """Settle, extend, void, renew, fence, commit and release under the wrong tenant change nothing of the call's own tenant."""
     protocol = Protocol(surface, inside)
     running = await protocol.reserve(victim)
     assert await protocol.open(running) == [ledger.OPEN_OUTCOME_OPENED]
@@ -186,6 +207,9 @@ async def _move(protocol: Protocol, surface: Surface, inside: Inside, attacker: 
         "metering", "LedgerService/SettleCalls", "inference", calls=[{"ref": stolen, "usage": {"output_tokens": 99_999}}]
     )
     assert settled.results[0].outcome == ledger.SETTLE_OUTCOME_NOT_OPEN
+    wider = {"ref": stolen, "bound_tokens": 2 * BOUND_TOKENS, "bound_nano_usd": 2 * BOUND_NANO_USD}
+    extended = await protocol.say("metering", "LedgerService/ExtendCalls", "inference", calls=[wider])
+    assert list(extended.outcomes) == [ledger.EXTEND_OUTCOME_NOT_OPEN]
     lost = await protocol.say("metering", "LedgerService/RenewCalls", "inference", calls=[stolen])
     assert [ref.reservation_id for ref in lost.lost] == [running.reservation_id.bytes]
     lost = await protocol.say("ratelimit", "RateLimitService/Renew", "inference", reservations=[stolen])

@@ -80,7 +80,7 @@ async def test_changing_what_was_recorded_is_not_granted(mesh: Mesh, table: str)
         await connection.close()
 
 
-@pytest.mark.parametrize("table", ["tenant.audit", "tenant.audit_documents", "metering.entries"])
+@pytest.mark.parametrize("table", ["tenant.audit", "tenant.audit_documents", "metering.entries", "metering.unit_entries"])
 async def test_a_trigger_alone_refuses_to_change_what_was_recorded(mesh: Mesh, table: str) -> None:
     """Were everything granted, a trigger would still refuse: it refuses the superuser."""
     connection = await superuser(mesh.stack)
@@ -183,7 +183,8 @@ async def test_an_audit_record_needs_its_own_tenants_token(
             "audit_id": new_uuid7().bytes,
             "context_token": context,
             "occur_time": in_seconds(0),
-            "action": "FORGED",
+            "action": "DOCUMENTS_READ",
+            "user": "forged",
             "document_ids": [UUID(victim.ids.document_id).bytes],
         }
         for context in contexts
@@ -194,5 +195,5 @@ async def test_an_audit_record_needs_its_own_tenants_token(
     assert outcomes == [audit_service_pb2.AUDIT_OUTCOME_TENANT_NOT_PROVEN] * 2
     async with as_role(mesh.stack, "tenant") as connection:
         await connection.fetch(SET_SESSION, str(victim.tenant_id))
-        forged = "SELECT count(*) FROM tenant.audit WHERE tenant_id = $1 AND action = 'FORGED'"
+        forged = "SELECT count(*) FROM tenant.audit WHERE tenant_id = $1 AND user_name = 'forged'"
         assert not await connection.fetchval(forged, victim.tenant_id)

@@ -59,7 +59,7 @@ async def in_silo(planted: Planted) -> Target:
 async def neighbour(mesh: Mesh, surface: Surface) -> AsyncIterator[str]:
     """The attacker's own silo: its role's DSN, as one who had stolen it would have it, without the database's name."""
     target = await plant(mesh, surface, isolation="silo")
-    role = f"t_{target.tenant_id.hex}_service"
+    role = f"t_{target.tenant_id.hex}_inference_service"
     admin = await superuser(mesh.stack)
     await admin.execute(f"ALTER ROLE {role} PASSWORD '{PASSWORD}'")
     await admin.close()
@@ -115,17 +115,46 @@ async def test_a_silos_role_reaches_no_other_tenant(
             with pytest.raises(KEPT_OUT):
                 await connection.fetch(f"SELECT * FROM {table}")
     own = neighbour.partition("//")[2].partition(":")[0].removesuffix("_service")
-    others = ("inference_service", "retrieval_owner", "tenant_placement", f"{own}_owner", f"t_{in_silo.tenant_id.hex}_service")
+    others = ("inference_service", "retrieval_owner", "tenant_placement", f"{own}_owner", f"t_{in_silo.tenant_id.hex}_inference_service")
     for role in others:
         with pytest.raises(KEPT_OUT):
             await connection.execute(f"SET ROLE {role}")
     await connection.close()
 
 
-async def test_a_silos_own_role_is_held_by_row_level_security(mesh: Mesh, in_silo: Target, attacker: Target) -> None:
-    """In a database of one tenant its role still finds nothing when another tenant is set, or none."""
+@pytest.mark.parametrize(("service", "other"), [("inference", "retrieval"), ("retrieval", "inference")])
+async def test_a_service_reaches_only_its_own_schema_in_a_silo(mesh: Mesh, in_silo: Target, service: str, other: str) -> None:
+    """With the tenant set, neither the role a service works with nor the one its tables are made with gets at the other service's."""
+    name = f"t_{in_silo.tenant_id.hex}"
+    admin = await asyncpg.connect(mesh.stack.postgres.dsn(name))
+    try:
+        theirs = [table for table in await tenant_tables(admin, (other,)) if not table.endswith("_migrations")]
+        assert len(theirs) >= len(CONTENT) // 2
+        for role in (f"{name}_{service}_service", f"{name}_{service}_placement", f"{name}_{service}_owner"):
+            await admin.execute(f"SET SESSION AUTHORIZATION {role}")
+            await admin.fetch(SET_SESSION, str(in_silo.tenant_id))
+            for table in theirs:
+                for sql in (f"SELECT * FROM {table}", f"DELETE FROM {table}", f"TRUNCATE {table}", f"DROP TABLE {table}"):
+                    with pytest.raises(KEPT_OUT):
+                        await admin.execute(sql)
+            for sql, arguments in AT_HOME[other]:
+                with pytest.raises(KEPT_OUT):
+                    await admin.fetch(sql, in_silo.tenant_id, *arguments)
+            for kind in ("service", "placement", "owner"):
+                with pytest.raises(KEPT_OUT):
+                    await admin.execute(f"SET ROLE {name}_{other}_{kind}")
+            with pytest.raises(KEPT_OUT):
+                await admin.execute(f"DROP SCHEMA {other} CASCADE")
+            await admin.execute("RESET SESSION AUTHORIZATION")
+    finally:
+        await admin.close()
+
+
+@pytest.mark.parametrize("service", ["inference", "retrieval"])
+async def test_a_silos_own_role_is_held_by_row_level_security(mesh: Mesh, in_silo: Target, attacker: Target, service: str) -> None:
+    """In a database of one tenant a service's role still finds nothing when another tenant is set, or none."""
     async with full(mesh.stack, in_silo, attacker) as (admin, attacked):
-        await admin.execute(f"SET SESSION AUTHORIZATION t_{in_silo.tenant_id.hex}_service")
+        await admin.execute(f"SET SESSION AUTHORIZATION t_{in_silo.tenant_id.hex}_{service}_service")
         through = await without_tenant_on(admin, attacked)
         await admin.fetch(SET_SESSION, str(attacker.tenant_id))
         for item in attacked:

@@ -32,7 +32,14 @@ from tests.support.mesh import Mesh
 # The database is attacked directly, by its roles: no transport is in the way. Through PgBouncer: test_pooled_connections.
 pytestmark = over(PLAIN)
 
-APPEND_ONLY = ("metering.entries", "tenant.audit", "tenant.audit_documents", "metering.prices", "metering.price_versions")
+APPEND_ONLY = (
+    "metering.entries",
+    "metering.unit_entries",
+    "tenant.audit",
+    "tenant.audit_documents",
+    "metering.prices",
+    "metering.price_versions",
+)
 SHARED_TABLES = {
     "metering": ("prices", "price_versions"),
     "tenant": (
@@ -42,20 +49,24 @@ SHARED_TABLES = {
         "plan_features",
         "flags",
         "flag_changes",
+        "change_turn",
         *(name.partition(".")[2] for name in DIRECTORIES),
     ),
 }
 # What the jobs roles may do, by table and command; everything else must be refused or find nothing.
 JOBS_MAY = {
     "inference.audit_outbox": {"SELECT", "DELETE"},
+    "inference.audit_set_aside": {"SELECT", "INSERT"},
     "tenant.tenants": {"SELECT"},
     "tenant.sagas": {"SELECT"},
     "tenant.events": {"SELECT", "UPDATE"},
     "tenant.purges": {"SELECT"},
+    "tenant.unrecorded_keys": {"SELECT"},
     "metering.tenant_epochs": {"SELECT"},
     "metering.calls": {"SELECT", "UPDATE"},
     "metering.call_leases": {"SELECT", "DELETE"},
     "metering.entries": {"SELECT", "INSERT"},
+    "metering.unit_entries": {"SELECT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "retrieval.documents": {"SELECT"},
     "retrieval.retrieval_placed_tenants": {"SELECT"},

@@ -7,10 +7,11 @@ import grpc
 import pytest
 
 from mesh.common.v1 import lifecycle_service_pb2 as pb
-from services.kernel.errors import MeshError, from_rpc_error
+from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
 from services.kernel.request_context import client_call_id, current_caller, current_tenant, maybe_tenant, required_scope
 from services.kernel.rpc.identity import peer_host
+from services.kernel.rpc.wire_status import decode_rpc_error
 from tests.kernel.mesh import BEARERS, Mesh
 
 PROVISION = "/mesh.common.v1.TenantLifecycleService/ProvisionTenant"
@@ -21,7 +22,7 @@ async def refusal(mesh: Mesh, metadata: Mapping[str, str], path: str = PROVISION
     """What the server answers to these metadata."""
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await mesh.raw_call(path, b"", metadata)
-    return from_rpc_error(refused.value)
+    return decode_rpc_error(refused.value, "peer")
 
 
 async def test_a_service_acts_for_the_tenant_of_a_signed_token(mesh: Mesh) -> None:
@@ -114,7 +115,7 @@ async def test_a_key_sent_twice_is_refused(mesh: Mesh) -> None:
     pairs = (*SERVICE.items(), ("x-tenant-id", str(mesh.tenant.tenant_id)), ("x-tenant-id", str(new_uuid7())))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await mesh.raw_pairs(PROVISION, b"", *pairs)
-    assert from_rpc_error(refused.value).metadata == {"key": "x-tenant-id"}
+    assert decode_rpc_error(refused.value, "peer").metadata == {"key": "x-tenant-id"}
 
 
 async def test_a_scope_does_not_leak_into_the_next_call(mesh: Mesh) -> None:

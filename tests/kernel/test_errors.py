@@ -23,10 +23,9 @@ from services.kernel.errors import (
     Unauthenticated,
     Unavailable,
     WrongState,
-    from_rpc_error,
     reason_from_name,
 )
-from services.kernel.rpc.wire_status import decode, encode
+from services.kernel.rpc.wire_status import decode, decode_rpc_error, encode
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
 CODES = st.sampled_from([code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
@@ -92,7 +91,7 @@ def test_each_case_has_its_code_and_reason(error: MeshError, code: str, reason: 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_a_bare_status_becomes_the_nearest_error(code: grpc.StatusCode) -> None:
     """A peer that answers without details is still a MeshError, and one that is gone names the dependency."""
-    error = from_rpc_error(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "text"), "metering")
+    error = decode_rpc_error(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "text"), "metering")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         assert (error.code, error.metadata) == (grpc.StatusCode.UNAVAILABLE, {"dependency": "metering"})
     else:
@@ -107,4 +106,5 @@ def test_details_that_are_not_of_the_mesh_are_not_read() -> None:
     assert decode(foreign.SerializeToString()) is None
     assert reason_from_name("OF_A_LATER_VERSION") == error_reason_pb2.ERROR_REASON_INTERNAL
     trailers = grpc.aio.Metadata(("grpc-status-details-bin", b"\xff\xff"))
-    assert from_rpc_error(grpc.aio.AioRpcError(grpc.StatusCode.NOT_FOUND, grpc.aio.Metadata(), trailers)).reason_name == "NOT_FOUND"
+    error = grpc.aio.AioRpcError(grpc.StatusCode.NOT_FOUND, grpc.aio.Metadata(), trailers)
+    assert decode_rpc_error(error, "peer").reason_name == "NOT_FOUND"

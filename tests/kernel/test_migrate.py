@@ -6,7 +6,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from services.kernel.migrate import MigrationRefused, fill_placeholders, migrate, read_migrations
+from services.kernel.migrate import MigrationRefused, fill, home_of, migrate, read_migrations
 from tests.kernel.test_tenant_database import dsn_for
 from tests.support.stores import PostgresStore
 
@@ -106,5 +106,5 @@ def test_names_are_numbered_without_gaps(tmp_path: Path, name: str) -> None:
 
 def test_placeholders_are_names_of_roles_and_nothing_else() -> None:
     """Casts and longer words keep their colons."""
-    filled = fill_placeholders("GRANT x TO :service, :jobs; SELECT 'a'::owner, b:owners, :owner", "shop")
+    filled = fill("GRANT x TO :service, :jobs; SELECT 'a'::owner, b:owners, :owner", home_of("shop"))
     assert filled == "GRANT x TO shop_service, shop_jobs; SELECT 'a'::owner, b:owners, shop_owner"

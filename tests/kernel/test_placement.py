@@ -5,6 +5,7 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -15,7 +16,7 @@ from services.inference.app import TENANT_TABLES
 from services.inference.conversation import new_conversation_id
 from services.inference.prompt_assembly import USER, Turn
 from services.kernel import catalog, tenant_moving
-from services.kernel.errors import Unavailable
+from services.kernel.errors import NotFound, Unavailable
 from services.kernel.ids import CallId, TenantId, new_uuid7
 from services.kernel.lending import Lending
 from services.kernel.migrate import Destination, MigrationRefused, fill, home_of, migrate_all_places
@@ -30,6 +31,7 @@ from services.kernel.tenant_database import TenantDatabase
 from services.kernel.tenant_moving import MoveNotVerified, TenantMover
 from tests.support.places import MIGRATIONS, KnownPlaces
 from tests.support.stores import PostgresStore
+from tests.support.waiting import eventually
 
 OUTSIDE = (PlacementKind.BRIDGE, PlacementKind.SILO)
 
@@ -219,6 +221,89 @@ async def test_a_move_that_dies_before_its_note_leaves_the_tenant_at_home(world:
     await one.mover.move(context)
     await one.mover.move(context)
     assert (await other.memory.newest_prompt(tenant_id)).text == "Be brief."
+
+
+@pytest.mark.parametrize("kind", OUTSIDE, ids=str)
+async def test_an_erasure_ends_a_move_that_is_about_to_be_noted(world: World, monkeypatch: pytest.MonkeyPatch, kind: PlacementKind) -> None:
+    """A tenant whose tombstone stands is not noted as living elsewhere, however far its move is, and its copy goes with its erasure."""
+    tenant_id = await a_tenant(world)
+    context, (one, other) = await world.begin_move(tenant_id, kind), world.replicas
+    note, erasing = TenantMover._note, list[asyncio.Task[object]]()
+
+    async def late(mover: TenantMover, connection: asyncpg.Connection, tenant: TenantId, place: Place, state: str) -> None:
+        if state == tenant_moving.AWAY:
+            erasing.append(asyncio.create_task(erase(other, context)))  # type: ignore[arg-type] # any coroutine
+            await eventually(lambda: has_tombstone(world, tenant_id), within_seconds=4)
+        await note(mover, connection, tenant, place, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TenantMover, "_note", late)
+        with pytest.raises(NotFound):
+            await one.mover.move(context)
+    await erasing[0]
+    await nothing_is_kept(world, tenant_id)
+
+
+@pytest.mark.parametrize("kind", OUTSIDE, ids=str)
+async def test_who_comes_to_a_move_after_the_erasure_copies_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: PlacementKind
+) -> None:
+    """A mover that slept through the erasure of its tenant neither notes nor copies anything afterwards."""
+    tenant_id = await a_tenant(world)
+    context, (one, other) = await world.begin_move(tenant_id, kind), world.replicas
+    copy = TenantMover._copy_open
+
+    async def sleeps(mover: TenantMover, tenant: TenantId, whereabouts: Whereabouts) -> None:
+        await erase(other, context)
+        await copy(mover, tenant, whereabouts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TenantMover, "_copy_open", sleeps)
+        with pytest.raises(NotFound):
+            await one.mover.move(context)
+    await nothing_is_kept(world, tenant_id)
+    with pytest.raises(NotFound):
+        await one.mover.move(context)
+    with pytest.raises(NotFound):
+        await one.maker.note_away(tenant_id, world.places.where[tenant_id].following or HOME)
+    await nothing_is_kept(world, tenant_id)
+
+
+async def erase(one: Replica, context: TenantContext) -> None:
+    """Erases the context's tenant, as the service does."""
+    assert context.tenant_id is not None
+    with bind_tenant(context):
+        await one.memory.erase(context.tenant_id)
+        await one.mover.erase_copies(context)
+        await one.maker.forget(context.tenant_id)
+
+
+async def has_tombstone(world: World, tenant_id: TenantId) -> bool:
+    """Tells whether the erasure has begun."""
+    return bool(await count(world.places.admin_dsn, "inference.erased_tenants", tenant_id))
+
+
+async def nothing_is_kept(world: World, tenant_id: TenantId) -> None:
+    """Looks at both ends of a move, past every policy: no row of the tenant is in its tables, and no list names it."""
+    following = world.places.where[tenant_id].following
+    assert following is not None
+    there = world.places.admin_dsn
+    if following.kind is PlacementKind.SILO:
+        there = urlunsplit(urlsplit(there)._replace(path=f"/t_{tenant_id.hex}"))
+    schema = following.schema or "inference"
+    for table in ("prompts", "conversations", "turns"):
+        assert await count(world.places.admin_dsn, f"inference.{table}", tenant_id) == 0
+        assert await count(there, f"{schema}.{table}", tenant_id) == 0
+    assert await count(world.places.admin_dsn, "inference.inference_placed_tenants", tenant_id) == 0
+
+
+async def count(dsn: str, table: str, tenant_id: TenantId) -> int:
+    """How many rows of the tenant a table holds."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return int(await connection.fetchval(f"SELECT count(*) FROM {table} WHERE tenant_id = $1", tenant_id))
+    finally:
+        await connection.close()
 
 
 async def test_a_copy_that_differs_stops_the_move(world: World) -> None:

@@ -82,6 +82,19 @@ def test_a_call_that_lacks_something_is_told_what(asked: Policy, made: RequestSc
     assert refused.value.reason_name == reason
 
 
+def test_who_is_no_operator_is_told_so() -> None:
+    """At an operators' method a tenant's credential, and none at all, hear that it is for operators, and what to send."""
+    for made in (call(x_operator_reason="r"), anonymous(EXTERNAL, x_operator_reason="r")):
+        with pytest.raises(MeshError) as refused:
+            refuse_unlisted(policy(OPERATOR, EXTERNAL), made)
+        said = refused.value.message
+        assert "is for operators" in said
+        assert "operator's key" in said
+        assert "x-operator-reason" in said
+        assert "outside" not in said
+        assert refused.value.metadata["needs"] == "operator"
+
+
 def test_the_policy_is_the_one_of_the_contract() -> None:
     """Policies are read from the descriptors, not repeated in code."""
     policies = policies_of([LIFECYCLE])

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from services.kernel.ids import TenantId, new_uuid7
-from services.kernel.request_context import bind_tenant, current_tenant_id, flag_enabled
+from services.kernel.request_context import bind_tenant, current_tenant_id
 from services.kernel.tenant_context import TenantContext
 
 CONTEXT = TenantContext(TenantId(new_uuid7()), "free", "local", "key:1", frozenset(), 1, datetime.now(UTC), False, "token")
@@ -24,11 +24,3 @@ def test_a_call_without_a_tenant_has_no_id_to_give() -> None:
         current_tenant_id()
     with pytest.raises(RuntimeError, match="has no tenant"):
         current_tenant_id()
-
-
-def test_a_flag_is_on_where_the_context_says_so() -> None:
-    """Flags are those of the call's own tenant; without a call none is on."""
-    with bind_tenant(replace(CONTEXT, flags=frozenset(("new_search",)))):
-        assert flag_enabled("new_search")
-        assert not flag_enabled("old_search")
-    assert not flag_enabled("new_search")

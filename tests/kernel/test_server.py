@@ -55,10 +55,9 @@ async def test_health_and_reflection_need_no_identity(mesh: Mesh) -> None:
     for service in ("", LIFECYCLE):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    await mesh.server.set_serving(LIFECYCLE, serving=False)
-    answer = await health.Check(health_pb2.HealthCheckRequest(service=LIFECYCLE))
-    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-    await mesh.server.set_serving(LIFECYCLE, serving=True)
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await health.Check(health_pb2.HealthCheckRequest(service="mesh.common.v1.Nothing"))
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
     call = reflection_pb2_grpc.ServerReflectionStub(mesh.raw).ServerReflectionInfo()
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     listed = await call.read()

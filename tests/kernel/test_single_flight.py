@@ -24,6 +24,31 @@ async def test_concurrent_misses_share_one_fetch() -> None:
     assert ([answer.result() for answer in answers], fetches) == ([7] * 10, 1)
 
 
+async def test_values_are_forgotten_by_what_their_keys_say() -> None:
+    """Every meant key is fetched again, one that was under way as well; the others stay remembered."""
+    cache: SingleFlightCache[tuple[str, int], int] = SingleFlightCache(10)
+    gate, fetches = asyncio.Event(), 0
+
+    async def fetch() -> int:
+        nonlocal fetches
+        fetches += 1
+        return fetches
+
+    async def slow() -> int:
+        await gate.wait()
+        return 0
+
+    for key in (("a", 1), ("a", 2), ("b", 1)):
+        await cache.get(key, fetch)
+    async with asyncio.TaskGroup() as group:
+        under_way = group.create_task(cache.get(("a", 3), slow))
+        await asyncio.sleep(0)
+        cache.forget_where(lambda key: key[0] == "a")
+        gate.set()
+    assert under_way.result() == 0
+    assert [cache.peek(key) for key in (("a", 1), ("a", 2), ("a", 3), ("b", 1))] == [None, None, None, 3]
+
+
 async def test_a_failed_fetch_is_tried_again() -> None:
     """A failure reaches its waiters and is not remembered."""
     cache: SingleFlightCache[str, int] = SingleFlightCache(10)

@@ -182,11 +182,44 @@ class Mesh:
         )
         return list(response.outcomes)
 
-    async def begin_epoch(self, tenant: Tenant, nonce: str = "n") -> pb.BeginEpochResponse:
-        """Begins an epoch as the limits do."""
-        return await self.ratelimit.channel.unary(
-            self.ratelimit.ledger.BeginEpoch, pb.BeginEpochRequest(nonce=nonce), timeout_seconds=10, tenant=tenant.context
+    async def extend(self, *calls: pb.ExtendCall) -> list[int]:
+        """Raises bounds in one batch."""
+        response = await self.inference.channel.unary(
+            self.inference.ledger.ExtendCalls, pb.ExtendCallsRequest(calls=calls), timeout_seconds=10
         )
+        return list(response.outcomes)
+
+    def use(self, tenant: Tenant, consumption: UUID | None = None, **changes: object) -> pb.RecordUnits:
+        """A use of units that nothing is wrong with, unless changed."""
+        item = pb.RecordUnits(
+            ref=ref(tenant, consumption or new_uuid7()),
+            context_token=tenant.context.token,
+            product_unit="ai_interviews",
+            quantity=1,
+            user="user-1",
+            feature="hiring",
+        )
+        item.reserve_time.FromDatetime(datetime.now(UTC))
+        for name, value in changes.items():
+            if isinstance(value, datetime):
+                getattr(item, name).FromDatetime(value)
+            else:
+                setattr(item, name, value)
+        return item
+
+    async def record(self, *items: pb.RecordUnits) -> list[int]:
+        """Records uses of units in one batch, as the limits do."""
+        response = await self.ratelimit.channel.unary(
+            self.ratelimit.ledger.RecordUnits, pb.RecordUnitsRequest(items=items), timeout_seconds=10
+        )
+        return list(response.outcomes)
+
+    async def begin_epoch(
+        self, tenant: Tenant, nonce: str = "n", periods: Sequence[pb.CountedPeriod] = (), recent_seconds: int = 0
+    ) -> pb.BeginEpochResponse:
+        """Begins an epoch as the limits do."""
+        request = pb.BeginEpochRequest(nonce=nonce, periods=periods, recent_seconds=recent_seconds)
+        return await self.ratelimit.channel.unary(self.ratelimit.ledger.BeginEpoch, request, timeout_seconds=10, tenant=tenant.context)
 
     async def row(self, reference: pb.CallRef) -> asyncpg.Record | None:
         """The call's row, past row-level security."""
@@ -230,6 +263,14 @@ def not_billed(reference: pb.CallRef, cause: str = "provider_429") -> pb.VoidCal
 def unknown(reference: pb.CallRef, received: pb.TokenUsage | None = None) -> pb.VoidCall:
     """A call whose bill cannot be known."""
     return pb.VoidCall(ref=reference, kind=pb.VOID_KIND_UNKNOWN, cause="cut", received=received)
+
+
+def period(unit: int, scope: int, start: datetime, end: datetime, product_unit: str = "") -> pb.CountedPeriod:
+    """A unit to add up from `start` to before `end`."""
+    wanted = pb.CountedPeriod(unit=unit, scope=scope, product_unit=product_unit)  # type: ignore[arg-type] # the enum's numbers
+    wanted.start_time.FromDatetime(start)
+    wanted.end_time.FromDatetime(end)
+    return wanted
 
 
 async def running_mesh(admin_dsn: str, peers: Peers, admin: asyncpg.Pool, **overrides: object) -> Mesh:

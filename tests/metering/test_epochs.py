@@ -4,8 +4,9 @@ import asyncio
 import random
 from datetime import UTC, datetime, timedelta
 
+from mesh.common.v1 import limit_rule_pb2 as rule
 from mesh.metering.v1 import ledger_service_pb2 as pb
-from tests.metering.mesh import Mesh, bill, not_billed, ref, unknown
+from tests.metering.mesh import Mesh, bill, not_billed, period, ref, unknown
 
 
 def counted(calls: list[pb.CountedCall]) -> dict[bytes, tuple[int, int, int]]:
@@ -30,27 +31,6 @@ async def test_snapshot_counts_every_call_as_the_limits_must(mesh: Mesh) -> None
         running.ref.reservation_id: (pb.CALL_STATE_OPEN, 1_000, 5_000_000),
     }
     assert abs(snapshot.snapshot_time.ToDatetime(tzinfo=UTC) - datetime.now(UTC)) < timedelta(seconds=5)
-
-
-async def test_windows_follow_the_time_of_reservation_in_utc(mesh: Mesh) -> None:
-    """A call counts in the minute, day and month it was reserved in, whenever it was settled; older ones have left the windows."""
-    tenant = mesh.new_tenant()
-    now = datetime.now(UTC)
-    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    yesterday = midnight - timedelta(days=1)
-    moment = timedelta(microseconds=1)
-    times = [now, midnight, midnight - moment, yesterday, yesterday - moment, now - timedelta(days=70)]
-    calls = [await mesh.opened(tenant, reserve_time=time) for time in times]
-    for index, call in enumerate(calls):
-        await mesh.settle(bill(call.ref, input_tokens=10**index, output_tokens=0))
-    snapshot = await mesh.begin_epoch(tenant)
-    recent = {call.ref.reservation_id for call, time in zip(calls, times, strict=True) if time > now - timedelta(seconds=59)}
-    assert set(counted(list(snapshot.recent))) == recent
-    assert dict(snapshot.settled_tokens_by_day) == {f"{midnight:%Y-%m-%d}": 11, f"{yesterday:%Y-%m-%d}": 1_100}
-    by_month: dict[str, int] = {}
-    for index, time in enumerate(times[:5]):
-        by_month[f"{time:%Y-%m}"] = by_month.get(f"{time:%Y-%m}", 0) + 10**index * 1_000
-    assert dict(snapshot.settled_nano_usd_by_month) == by_month
 
 
 async def test_outstanding_calls_count_however_old_they_are(mesh: Mesh) -> None:
@@ -104,10 +84,12 @@ async def test_no_settlement_is_counted_twice_or_not_at_all_around_an_epoch(mesh
         tenant = mesh.new_tenant()
         calls = [await mesh.opened(tenant) for _ in range(3)]
         snapshots: list[pb.BeginEpochResponse] = []
+        now = datetime.now(UTC)
+        tokens = period(rule.LIMIT_UNIT_TOKENS, rule.LIMIT_SCOPE_TENANT, now - timedelta(hours=1), now + timedelta(hours=1))
 
-        async def begin(pause: float, tenant=tenant, snapshots=snapshots) -> None:
+        async def begin(pause: float, tenant=tenant, snapshots=snapshots, tokens=tokens) -> None:
             await asyncio.sleep(pause)
-            snapshots.append(await mesh.begin_epoch(tenant))
+            snapshots.append(await mesh.begin_epoch(tenant, periods=[tokens]))
 
         async def settle_one(call: pb.OpenCall, pause: float) -> None:
             await asyncio.sleep(pause)
@@ -119,5 +101,5 @@ async def test_no_settlement_is_counted_twice_or_not_at_all_around_an_epoch(mesh
                 group.create_task(settle_one(call, randomness.uniform(0, 0.005)))
         rows = await mesh.admin.fetch("SELECT epoch, total_tokens FROM metering.entries WHERE tenant_id = $1", tenant.id)
         before = sum(row["total_tokens"] for row in rows if row["epoch"] == 0)
-        assert sum(snapshots[0].settled_tokens_by_day.values()) == before
+        assert sum(found.amount for found in snapshots[0].sums) == before
         assert len(snapshots[0].outstanding) == sum(1 for row in rows if row["epoch"] == 1)

@@ -35,18 +35,22 @@ async def test_provisioning_makes_the_first_epoch_once(mesh: Mesh) -> None:
 
 
 async def test_export_streams_every_call_and_entry_as_json(mesh: Mesh) -> None:
-    """All calls, tombstones included, and all entries of the tenant and of nobody else, across several chunks."""
+    """All calls, tombstones and uses of units included, and all entries of the tenant and of nobody else, across several chunks."""
     tenant, other = mesh.new_tenant(), mesh.new_tenant()
     calls = [mesh.opening(tenant) for _ in range(700)]
     await mesh.open(*calls)
     await mesh.settle(*[bill(call.ref) for call in calls[:600]])
     await mesh.void(not_billed(ref(tenant)))
     await mesh.opened(other)
+    await mesh.record(*[mesh.use(tenant, quantity=2) for _ in range(650)], mesh.use(other))
     records = await export(mesh, tenant)
     kinds = [kind for kind, _ in records]
-    assert (kinds.count("postgres:metering.calls"), kinds.count("postgres:metering.entries")) == (701, 600)
+    assert (kinds.count("postgres:metering.calls"), kinds.count("postgres:metering.entries")) == (701 + 650, 600)
+    units = [record for kind, record in records if kind == "postgres:metering.unit_entries"]
+    assert (len({record["reservation_id"] for record in units}), sum(int(str(record["quantity"])) for record in units)) == (650, 1_300)
+    assert sum(record.get("quantity") == 2 and record["user_name"] == "user-1" for kind, record in records if kind.endswith("calls")) == 650
     assert {record["tenant_id"] for _, record in records} == {str(tenant.id)}
-    assert sum(int(record["cost_nano_usd"]) for kind, record in records if kind.endswith("entries")) == 600 * 350_000
+    assert sum(int(record["cost_nano_usd"]) for kind, record in records if kind.endswith(".entries")) == 600 * 350_000
 
 
 async def test_erasure_forgets_people_and_keeps_amounts(mesh: Mesh) -> None:
@@ -87,4 +91,28 @@ async def test_a_call_opened_late_for_an_erased_tenant_is_billed_without_names(m
     found = {(store.store, store.sight): store.found_count for store in scan.stores if store.found_count}
     assert found[("postgres:metering.calls", "tenant")] == 2
     assert all(store.kept for store in scan.stores if store.found_count)
+    assert not any(store.canary_count for store in scan.stores if store.sight == "tenant")
+
+
+async def test_uses_of_an_erased_tenant_are_kept_without_names(mesh: Mesh) -> None:
+    """Users and features of uses are blanked, also of those that come late; a repeat with the names is still the same use."""
+    tenant = mesh.new_tenant()
+    early, late = mesh.use(tenant), mesh.use(tenant)
+    await mesh.record(early)
+    assert await erase(mesh, tenant) == {"postgres:metering.calls": 1}
+    recorded, conflict = ledger_pb.RECORD_UNITS_OUTCOME_RECORDED, ledger_pb.RECORD_UNITS_OUTCOME_CONFLICT
+    assert await mesh.record(late) == [recorded]
+    early.quantity = 9
+    assert await mesh.record(early, late) == [conflict, recorded]
+    early.quantity = 1
+    assert await mesh.record(early) == [recorded]
+    rows = await mesh.admin.fetch("SELECT user_name, feature, prompt_version FROM metering.calls WHERE tenant_id = $1", tenant.id)
+    assert [tuple(row) for row in rows] == [("", "", "")] * 2
+    caller = mesh.tenant_service
+    scan = await caller.channel.unary(
+        caller.lifecycle.ScanTenant, pb.ScanTenantRequest(canaries=["user-1", "hiring"]), timeout_seconds=20, tenant=tenant.context
+    )
+    found = {(store.store, store.sight): store for store in scan.stores if store.found_count}
+    assert found[("postgres:metering.unit_entries", "tenant")].found_count == 2
+    assert all(store.kept for store in found.values())
     assert not any(store.canary_count for store in scan.stores if store.sight == "tenant")

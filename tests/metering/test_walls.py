@@ -9,7 +9,8 @@ from services.kernel.catalog import violations
 from services.kernel.ids import TenantId, new_uuid7
 from tests.metering.mesh import Mesh, bill, dsn_of
 
-TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs")
+TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries")
+BOOKS = ("entries", "unit_entries")
 
 
 async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) -> None:
@@ -21,19 +22,25 @@ async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) ->
         await connection.close()
 
 
-@pytest.mark.parametrize(
-    "change", ["UPDATE metering.entries SET cost_nano_usd = 0", "DELETE FROM metering.entries", "TRUNCATE metering.entries"]
-)
-async def test_entries_cannot_be_changed_even_by_an_administrator(mesh: Mesh, change: str) -> None:
+@pytest.mark.parametrize("table", BOOKS)
+@pytest.mark.parametrize("change", ["UPDATE metering.{} SET epoch = 0", "DELETE FROM metering.{}", "TRUNCATE metering.{}"])
+async def test_entries_cannot_be_changed_even_by_an_administrator(mesh: Mesh, table: str, change: str) -> None:
     """The trigger refuses what the grants would not."""
-    await mesh.settle(bill((await mesh.opened(mesh.new_tenant())).ref))
+    tenant = mesh.new_tenant()
+    await mesh.settle(bill((await mesh.opened(tenant)).ref))
+    await mesh.record(mesh.use(tenant))
     with pytest.raises(asyncpg.PostgresError, match="append-only"):
-        await mesh.admin.execute(change)
+        await mesh.admin.execute(change.format(table))
 
 
 @pytest.mark.parametrize("role", ["metering_service", "metering_jobs"])
 @pytest.mark.parametrize(
-    "change", ["UPDATE metering.entries SET cost_nano_usd = 0", "DELETE FROM metering.entries", "DELETE FROM metering.calls"]
+    "change",
+    [
+        "UPDATE metering.entries SET cost_nano_usd = 0",
+        "UPDATE metering.unit_entries SET quantity = 1",
+        *(f"DELETE FROM metering.{table}" for table in (*BOOKS, "calls")),
+    ],
 )
 async def test_roles_have_no_right_to_rewrite_the_ledger(ledger_dsn: str, mesh: Mesh, role: str, change: str) -> None:
     """Neither role was granted update or delete of entries, or delete of calls."""
@@ -52,6 +59,7 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await mesh.begin_epoch(one)
     await mesh.settle(bill((await mesh.opened(one, epoch=1)).ref))
     await mesh.opened(one, epoch=1)
+    await mesh.record(mesh.use(one, epoch=1))
     async with mesh.app.database.transaction(TenantId(other.id)) as connection:
         assert await connection.fetchval(f"SELECT count(*) FROM metering.{table}") == 0
         assert await connection.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", one.id) == 0

@@ -1,6 +1,7 @@
 """Explores the call protocol exhaustively: every order of every step, until no new state appears or an invariant breaks.
 
-python -m tests.protocol.explore [--calls N] [--flushes N] [--limit N]   states seen; exits 1 with the run that goes wrong
+python -m tests.protocol.explore [--calls N] [--flushes N] [--extensions N] [--limit N]
+                                                                         states seen; exits 1 with the run that goes wrong
 python -m tests.protocol.explore --variants                              removes one rule at a time and shows the run that goes wrong
 States that nothing can tell apart are one (`reduce.py`), except with --plain and --variants; --large also takes like calls for each other.
 """
@@ -15,8 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.protocol.model import Choices, Protocol, Rules, State, beginning, successors, violation
+from tests.protocol.model import successors, violation
 from tests.protocol.reduce import canonical, quiet
+from tests.protocol.world import Choices, Protocol, Rules, State, beginning
 
 WORLDS = ((1, 0), (1, 1), (1, 2))  # calls, data losses: each removed rule goes wrong in one of them
 
@@ -36,7 +38,7 @@ def as_it_is(s: State) -> State:
 
 def explore(x: Protocol, alike: Callable[[State], State] = quiet, most: int = 5_000_000) -> Found:
     """Go breadth first, so that the run reported is a shortest one; states for which `alike` gives one answer are one."""
-    start = alike(beginning(x.calls))
+    start = alike(beginning(x))
     parent: dict[State, tuple[State, str] | None] = {start: None}
     queue = deque([start])
     while queue:
@@ -68,7 +70,7 @@ def _run_to(s: State, parent: dict[State, tuple[State, str] | None]) -> tuple[st
 
 def explore_large(x: Protocol, seconds: float = float("inf")) -> Found:
     """Explore with 64-bit hashes only: far more states, no run (two states with one hash are taken for one)."""
-    start = canonical(beginning(x.calls))
+    start = canonical(beginning(x))
     seen, waiting, stop = {hash(start)}, [start], time.monotonic() + seconds
     while waiting:
         s = waiting.pop()
@@ -90,10 +92,11 @@ def explore_large(x: Protocol, seconds: float = float("inf")) -> Found:
 
 
 def first_run(x: Protocol) -> Found:
-    """Look for a run that goes wrong in ever larger worlds, taking no two states for one."""
+    """Look for a run that goes wrong in ever larger worlds, with an extension where its rule is gone, taking no two states for one."""
     found = Found(0, None)
+    extensions = any(name.startswith("extension") and not in_force for name, in_force in x.rules._asdict().items())
     for calls, flushes in WORLDS:
-        found = explore(x._replace(calls=calls, flushes=flushes), as_it_is)
+        found = explore(x._replace(calls=calls, flushes=flushes, extensions=int(extensions)), as_it_is)
         if found.broken:
             break
     return found
@@ -122,6 +125,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=2)
     parser.add_argument("--flushes", type=int, default=1)
+    parser.add_argument("--extensions", type=int, default=0, help="how often a call may be extended, of all calls together")
     parser.add_argument("--limit", type=int, default=3, help="the budget")
     parser.add_argument("--variants", action="store_true", help="one rule removed at a time")
     parser.add_argument("--large", action="store_true", help="hashes only: no run, many more states")
@@ -131,9 +135,9 @@ def main() -> int:
     gc.disable()  # millions of live tuples and no cycles: a collector pass only costs time
     if a.variants:
         return _variants(a.limit)
-    x = Protocol(calls=a.calls, flushes=a.flushes, limit=a.limit)
+    x = Protocol(calls=a.calls, flushes=a.flushes, limit=a.limit, extensions=a.extensions)
     found = explore_large(x, a.seconds) if a.large else explore(x, alike=as_it_is if a.plain else quiet)
-    _say(found, f"{a.calls} calls, {a.flushes} data losses, budget {a.limit}")
+    _say(found, f"{a.calls} calls, {a.flushes} data losses, {a.extensions} extensions, budget {a.limit}")
     return 1 if found.broken else 0
 
 

@@ -6,100 +6,10 @@ Postgres, durable), P (the provider). A message once sent may be delivered at an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
 
-T = TypeVar("T")
-
-HOLD = 2  # what a call reserves: its worst case
-ACTUALS = (1, 2)  # what the provider may bill: never more than the hold, because the hold bounds the max_tokens sent
-
-
-class Message(NamedTuple):
-    """What is on the wire; a kind uses only the fields it needs."""
-
-    kind: str
-    call: int = -1
-    epoch: int = -1
-    amount: int = 0
-    says: str = ""  # fenced: what M knows of the call
-    nonce: int = -1  # rebuild, snapshot: which request
-    loads: tuple[str, ...] = ()  # snapshot: the state of each call at R
-
-
-class State(NamedTuple):
-    """One moment of all parties and the wire."""
-
-    # none -> reserving -> opening -> ready -> dispatched -> replied -> done; opening -> giving_up -> done;
-    # dispatched -> interrupting -> done; dead
-    i: tuple[str, ...]
-    i_epoch: tuple[int, ...]  # the epoch of R under which the call was reserved
-    expired: tuple[bool, ...]  # the call's Reserve message is too old: R refuses it from here on
-    r: tuple[str, ...]  # none | held | pinned | committed | released
-    r_epoch: int  # -1: lost its data, must rebuild
-    r_used: int
-    r_nonce: int  # which rebuild request R waits for
-    m: tuple[str, ...]  # none | open | settled | void | unresolved
-    m_epoch: int
-    p: tuple[int, ...]  # billed amount, 0 = not billed
-    p_sent: tuple[bool, ...]  # a dispatch is on the wire
-    net: frozenset[Message]
-    flushes: int
-
-
-class Rules(NamedTuple):
-    """What the protocol relies on; each is turned off in turn, and each removal has a run that goes wrong."""
-
-    open_before_dispatch: bool = True
-    fence_on_expiry: bool = True  # R asks M before it lets go of an expired hold
-    fence_leaves_tombstone: bool = True  # ... and M remembers the answer, so that a late Open is refused
-    epoch_checked_on_open: bool = True  # M refuses an Open reserved before the last rebuild
-    epoch_checked_on_commit: bool = True  # R ignores a Commit whose settlement the rebuild already counted
-    epoch_checked_on_pin: bool = True  # R ignores a Pin sent before its rebuild: the call may have ended since
-    newer_epoch_means_rebuild: bool = True  # a late rebuild request may have moved M on: R that meets a newer epoch rebuilds again
-    rebuild_answers_own_request: bool = True  # R loads only the snapshot it asked for last
-    rebuild_counts_open_calls: bool = True  # the snapshot carries open and unresolved calls, not only settled ones
-    fence_dates_the_settlement: bool = True  # a hold whose call was settled before R's epoch came from a repeated Reserve: it goes
-    void_before_release: bool = True  # a caller that gives up after sending Open voids the call at M first
-    void_told_by_outbox: bool = True  # every end of a call reaches R through M's outbox, a void too (as a commit of nothing)
-    repeated_open_is_acknowledged: bool = True  # an Open that meets its own call unresolved is acknowledged, not refused
-    forget_only_after_reserve_expired: bool = True  # R drops the record of an ended call only once it refuses that call's Reserve
-
-
-class Choices(NamedTuple):
-    """What an implementation may decide either way: the invariants hold with each turned off."""
-
-    unresolved_loaded_pinned: bool = True  # off: a rebuilt R loads unresolved calls as held, and fences them when their lease ends
-    unresolved_told_by_outbox: bool = True  # off: R learns of it only by its own fence
-
-
-class Protocol(NamedTuple):
-    """The rules in force and the size of the world."""
-
-    rules: Rules = Rules()
-    choices: Choices = Choices()
-    calls: int = 1
-    flushes: int = 0  # how often R may lose its data
-    limit: int = 3  # the budget
-
-
-Steps = Iterator[tuple[str, State, bool]]  # label, next state, whether it must happen in the end (crashes and losses need not)
-
-
-def beginning(calls: int) -> State:
-    """Nothing has happened to any of `calls` calls."""
-    none, zero, no = ("none",) * calls, (0,) * calls, (False,) * calls
-    return State(none, zero, no, none, 0, 0, 0, none, 0, zero, no, frozenset(), 0)
-
-
-def put(t: tuple[T, ...], k: int, v: T) -> tuple[T, ...]:
-    """Return the tuple with its `k`th value replaced."""
-    return (*t[:k], v, *t[k + 1 :])
-
-
-def holds(s: State) -> int:
-    """Sum what R keeps aside for calls whose end it does not know."""
-    return sum(HOLD for x in s.r if x in ("held", "pinned"))
+from tests.protocol.extension import asks_for_more, extend_at_ledger, extend_at_limits
+from tests.protocol.world import EXTENDED, HOLD, Message, Protocol, State, Steps, holds, put, replica
 
 
 def successors(s: State, x: Protocol) -> Steps:
@@ -107,6 +17,7 @@ def successors(s: State, x: Protocol) -> Steps:
     for c in range(x.calls):
         yield from _replica_before_open(s, c, x)
         yield from _replica_after_open(s, c)
+        yield from asks_for_more(s, c, x)
         yield from _provider(s, c)
         yield from _time(s, c, x)
     for message in s.net:
@@ -118,31 +29,27 @@ def successors(s: State, x: Protocol) -> Steps:
 
 
 def _emptied(s: State) -> State:
-    return s._replace(r=("none",) * len(s.r), r_epoch=-1, r_used=0, r_nonce=s.r_nonce + 1)
-
-
-def _replica(s: State, c: int, state: str, *sent: Message) -> State:
-    return s._replace(i=put(s.i, c, state), net=s.net.union(sent))
+    return s._replace(r=("none",) * len(s.r), r_hold=(0,) * len(s.r), r_epoch=-1, r_used=0, r_nonce=s.r_nonce + 1)
 
 
 def _replica_before_open(s: State, c: int, x: Protocol) -> Steps:
     release = Message("release", c, s.i_epoch[c])
     match s.i[c]:
         case "none":
-            yield f"I{c} sends Reserve", _replica(s, c, "reserving", Message("reserve", c)), True
+            yield f"I{c} sends Reserve", replica(s, c, "reserving", Message("reserve", c)), True
         case "reserving":
             yield from _replica_reserved(s, c, x)
         case "opening":
             if Message("open_ok", c) in s.net:
-                yield f"I{c} sees Open acknowledged", _replica(s, c, "ready"), True
+                yield f"I{c} sees Open acknowledged", replica(s, c, "ready"), True
             if Message("open_refused", c) in s.net:
-                yield f"I{c} sees Open refused", _replica(s, c, "done", release), True
+                yield f"I{c} sees Open refused", replica(s, c, "done", release), True
             if x.rules.void_before_release:
-                yield f"I{c} gives up, sends Void", _replica(s, c, "giving_up", Message("void", c)), False
+                yield f"I{c} gives up, sends Void", replica(s, c, "giving_up", Message("void", c)), False
             else:
-                yield f"I{c} gives up, sends Release", _replica(s, c, "done", release), False
+                yield f"I{c} gives up, sends Release", replica(s, c, "done", release), False
         case "giving_up" if Message("void_ok", c) in s.net:
-            yield f"I{c} releases after Void", _replica(s, c, "done", release), True
+            yield f"I{c} releases after Void", replica(s, c, "done", release), True
 
 
 def _replica_reserved(s: State, c: int, x: Protocol) -> Steps:
@@ -151,35 +58,35 @@ def _replica_reserved(s: State, c: int, x: Protocol) -> Steps:
             reserved = s._replace(i_epoch=put(s.i_epoch, c, m.epoch))
             opening = Message("open", c, m.epoch)
             if x.rules.open_before_dispatch:
-                yield f"I{c} sends Open", _replica(reserved, c, "opening", opening), True
+                yield f"I{c} sends Open", replica(reserved, c, "opening", opening), True
             else:
-                sent = _replica(reserved, c, "dispatched", opening)
+                sent = replica(reserved, c, "dispatched", opening)
                 yield f"I{c} dispatches without Open", sent._replace(p_sent=put(s.p_sent, c, True)), True
-            yield f"I{c} cancels before Open", _replica(reserved, c, "done", Message("release", c, m.epoch)), False
+            yield f"I{c} cancels before Open", replica(reserved, c, "done", Message("release", c, m.epoch)), False
     if Message("refused", c) in s.net:
-        yield f"I{c} is refused", _replica(s, c, "done"), True
+        yield f"I{c} is refused", replica(s, c, "done"), True
 
 
 def _replica_after_open(s: State, c: int) -> Steps:
     i = s.i[c]
     match i:
         case "ready":
-            yield f"I{c} dispatches", _replica(s, c, "dispatched")._replace(p_sent=put(s.p_sent, c, True)), True
-        case "dispatched":
+            yield f"I{c} dispatches", replica(s, c, "dispatched")._replace(p_sent=put(s.p_sent, c, True)), True
+        case "dispatched" | "asking" | "raising":
             if s.p[c]:
-                yield f"I{c} receives the reply", _replica(s, c, "replied", Message("settle", c, amount=s.p[c])), True
-            yield f"I{c} cannot learn the usage, sends Interrupt", _replica(s, c, "interrupting", Message("interrupt", c)), False
+                yield f"I{c} receives the reply", replica(s, c, "replied", Message("settle", c, amount=s.p[c])), True
+            yield f"I{c} cannot learn the usage, sends Interrupt", replica(s, c, "interrupting", Message("interrupt", c)), False
         case "interrupting" if Message("interrupt_ok", c) in s.net:
-            yield f"I{c} sees Interrupt acknowledged", _replica(s, c, "done"), True
+            yield f"I{c} sees Interrupt acknowledged", replica(s, c, "done"), True
         case "replied" if Message("settle_ok", c) in s.net:
-            yield f"I{c} sees Settle acknowledged", _replica(s, c, "done"), True
+            yield f"I{c} sees Settle acknowledged", replica(s, c, "done"), True
     if i not in ("none", "done", "dead"):
-        yield f"I{c} is killed", _replica(s, c, "dead"), False
+        yield f"I{c} is killed", replica(s, c, "dead"), False
 
 
 def _provider(s: State, c: int) -> Steps:
     if s.p_sent[c] and not s.p[c]:
-        for amount in ACTUALS:
+        for amount in range(1, s.p_cap[c] + 1):
             yield f"P bills {amount} for call {c}", s._replace(p=put(s.p, c, amount), p_sent=put(s.p_sent, c, False)), True
 
 
@@ -190,7 +97,7 @@ def _time(s: State, c: int, x: Protocol) -> Steps:
             asked = s._replace(net=s.net | {Message("fence", c, s.r_epoch)})
             yield f"R: lease of call {c} ends, asks M", asked, s.i[c] in ("done", "dead")
         else:
-            yield f"R: lease of call {c} ends, lets go", s._replace(r=put(s.r, c, "released")), s.i[c] in ("done", "dead")
+            yield f"R: lease of call {c} ends, lets go", _ended(s, c, "released"), s.i[c] in ("done", "dead")
     if s.m[c] == "open":
         yield f"M: lease of call {c} ends, unresolved", _unresolved(s, c, x), False
     if s.i[c] != "none" and not s.expired[c]:
@@ -205,6 +112,10 @@ def _unresolved(s: State, c: int, x: Protocol) -> State:
     return s._replace(m=put(s.m, c, "unresolved"), net=s.net | told)
 
 
+def _ended(s: State, c: int, state: str) -> State:
+    return s._replace(r=put(s.r, c, state), r_hold=put(s.r_hold, c, 0))
+
+
 def _for_the_replica(s: State, m: Message, x: Protocol) -> Steps:
     """Answers stay readable on the wire: the replica's own steps take them."""
     yield from ()
@@ -217,16 +128,20 @@ def _reserve(s: State, m: Message, x: Protocol) -> Steps:
     room = s.r_used + holds(s) + HOLD <= x.limit
     answer = Message("reserve_ok", c, s.r_epoch)
     if not s.expired[c] and s.r[c] == "none" and room:
-        yield f"R holds for call {c}", s._replace(r=put(s.r, c, "held"), net=s.net | {answer}), True
+        yield f"R holds for call {c}", _held(s, c, answer), True
     elif not s.expired[c] and s.r[c] in ("held", "pinned"):
         yield f"R repeats its answer for call {c}", s._replace(net=s.net | {answer}), True
     elif (s.expired[c] or s.r[c] == "none") and s.i[c] == "reserving":
         yield f"R refuses call {c}", s._replace(net=s.net | {Message("refused", c)}), True
 
 
+def _held(s: State, c: int, answer: Message) -> State:
+    return s._replace(r=put(s.r, c, "held"), r_hold=put(s.r_hold, c, HOLD), net=s.net | {answer})
+
+
 def _release(s: State, m: Message, x: Protocol) -> Steps:
     if s.r_epoch == m.epoch and s.r[m.call] == "held":
-        yield f"R releases call {m.call}", s._replace(r=put(s.r, m.call, "released")), True
+        yield f"R releases call {m.call}", _ended(s, m.call, "released"), True
 
 
 def _open(s: State, m: Message, x: Protocol) -> Steps:
@@ -266,7 +181,7 @@ def _settle(s: State, m: Message, x: Protocol) -> Steps:
 
 def _commit(s: State, m: Message, x: Protocol) -> Steps:
     c = m.call
-    committed = s._replace(r=put(s.r, c, "committed"), r_used=s.r_used + m.amount)
+    committed = _ended(s, c, "committed")._replace(r_used=s.r_used + m.amount)
     if s.r_epoch < 0:
         return
     if not x.rules.epoch_checked_on_commit:
@@ -308,7 +223,7 @@ def _fenced(s: State, m: Message, x: Protocol) -> Steps:
     if s.r_epoch != m.epoch or s.r[c] != "held":
         return
     if m.says in ("void", "settled_before"):
-        yield f"R lets go of call {c}", s._replace(r=put(s.r, c, "released")), True
+        yield f"R lets go of call {c}", _ended(s, c, "released"), True
     elif m.says == "unresolved":
         yield f"R pins call {c}", s._replace(r=put(s.r, c, "pinned")), True
 
@@ -318,20 +233,25 @@ def _rebuild(s: State, m: Message, x: Protocol) -> Steps:
         return
     known = {"open": "held", "unresolved": "pinned" if x.choices.unresolved_loaded_pinned else "held"}
     loads = tuple(known.get(now, "none") if x.rules.rebuild_counts_open_calls else "none" for now in s.m)
+    known_bounds = s.m_bound if x.rules.extension_in_snapshot else (HOLD,) * len(s.m)
+    bounds = tuple(0 if state == "none" else bound for bound, state in zip(known_bounds, loads, strict=True))
     used = sum(billed for billed, now in zip(s.p, s.m, strict=True) if now == "settled")
-    answer = Message("snapshot", epoch=s.m_epoch + 1, amount=used, nonce=m.nonce, loads=loads)
+    answer = Message("snapshot", epoch=s.m_epoch + 1, amount=used, nonce=m.nonce, loads=loads, bounds=bounds)
     yield "M begins an epoch, sends a snapshot", s._replace(m_epoch=s.m_epoch + 1, net=s.net | {answer}), True
 
 
 def _snapshot(s: State, m: Message, x: Protocol) -> Steps:
     if s.r_epoch < 0 and (m.nonce == s.r_nonce or not x.rules.rebuild_answers_own_request):
-        yield f"R loads the snapshot of epoch {m.epoch}", s._replace(r=m.loads, r_epoch=m.epoch, r_used=m.amount), True
+        loaded = s._replace(r=m.loads, r_hold=m.bounds, r_epoch=m.epoch, r_used=m.amount)
+        yield f"R loads the snapshot of epoch {m.epoch}", loaded, True
 
 
 _DELIVERIES: dict[str, Callable[[State, Message, Protocol], Steps]] = {
     "reserve": _reserve,
     "release": _release,
+    "extend": extend_at_limits,
     "open": _open,
+    "raise": extend_at_ledger,
     "void": _void,
     "interrupt": _interrupt,
     "settle": _settle,
@@ -353,10 +273,14 @@ def violation(s: State, at_rest: bool, limit: int) -> str | None:
     for c, billed in enumerate(s.p):
         if billed and s.m[c] not in ("settled", "unresolved"):
             return f"invariant 2: call {c} was billed {billed}, the ledger says {s.m[c]}"
+        if s.m[c] == "unresolved" and billed > s.m_bound[c]:
+            return f"invariant 2: call {c} was billed {billed}, the ledger holds it at {s.m_bound[c]}"
         if s.m[c] == "settled" and not billed:
             return f"invariant 4: call {c} settled but never billed"
     settled = sum(billed for billed, now in zip(s.p, s.m, strict=True) if now == "settled")
-    unresolved = sum(HOLD for now in s.m if now == "unresolved")
-    if s.r_used != settled or holds(s) != unresolved:
-        return f"invariant 3: R has used={s.r_used} held={holds(s)}, the ledger settled={settled} unresolved={unresolved}"
+    unresolved = tuple(bound if now == "unresolved" else 0 for bound, now in zip(s.m_bound, s.m, strict=True))
+    # More than the bound only of a call R was asked to hold more for and M was not, or too late: its end lets go of it.
+    rightly = all(hold == bound or EXTENDED == hold > bound > 0 for hold, bound in zip(s.r_hold, unresolved, strict=True))
+    if s.r_used != settled or not rightly:
+        return f"invariant 3: R has used={s.r_used} held={s.r_hold}, the ledger settled={settled} unresolved={unresolved}"
     return None

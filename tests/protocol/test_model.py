@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 
 from tests.protocol.explore import as_it_is, explore, explore_large, first_run
-from tests.protocol.model import Choices, Protocol, Rules, State, beginning, successors
+from tests.protocol.model import successors
 from tests.protocol.reduce import quiet
+from tests.protocol.world import Choices, Protocol, Rules, State, beginning
+
+# Data losses and extensions of one call.
+REDUCED = ((1, 0), (0, 2), pytest.param(1, 1, marks=pytest.mark.slow))
 
 
-@pytest.mark.parametrize(("calls", "flushes"), [(1, 0), (1, 1), (1, 2), (2, 0)])
-def test_protocol_holds_in_every_order_of_every_step(calls: int, flushes: int) -> None:
+@pytest.mark.parametrize(("calls", "flushes", "extensions"), [(1, 0, 0), (1, 1, 0), (1, 2, 0), (2, 0, 0), (1, 0, 2), (1, 1, 1)])
+def test_protocol_holds_in_every_order_of_every_step(calls: int, flushes: int, extensions: int) -> None:
     """Whatever is killed, lost, late or repeated: no overspending, no billed call unknown, no phantom hold, none settled twice."""
-    assert explore(Protocol(calls=calls, flushes=flushes)).broken is None
+    assert explore(Protocol(calls=calls, flushes=flushes, extensions=extensions)).broken is None
 
 
 def test_protocol_holds_without_taking_states_for_one() -> None:
@@ -40,23 +44,32 @@ def test_budget_of_any_size_holds(limit: int) -> None:
     assert explore_large(Protocol(calls=2, flushes=0, limit=limit)).broken is None
 
 
-def test_reduction_loses_and_invents_no_state() -> None:
+@pytest.mark.parametrize(("flushes", "extensions"), REDUCED)
+def test_reduction_loses_and_invents_no_state(flushes: int, extensions: int) -> None:
     """The reduced exploration visits exactly the reduced images of the states the full one visits."""
-    x = Protocol(calls=1, flushes=1)
+    x = Protocol(calls=1, flushes=flushes, extensions=extensions)
     assert _reached(x, reduced=True) == {quiet(s) for s in _reached(x, reduced=False)}
 
 
-def test_a_state_and_its_reduction_rest_together() -> None:
+@pytest.mark.parametrize(("flushes", "extensions"), REDUCED)
+def test_a_state_and_its_reduction_rest_together(flushes: int, extensions: int) -> None:
     """A state from which something must still happen, other than messages nobody acts on, stays so when reduced."""
-    x = Protocol(calls=1, flushes=1)
+    x = Protocol(calls=1, flushes=flushes, extensions=extensions)
     for s in _reached(x, reduced=False):
         assert _must_go_on(s, x) == _must_go_on(quiet(s), x)
 
 
 @pytest.mark.slow
-def test_protocol_holds_for_two_calls_and_a_data_loss() -> None:
-    """Two calls of one tenant, with one loss of the reservations at any moment."""
-    assert explore_large(Protocol(calls=2, flushes=1)).broken is None
+@pytest.mark.parametrize(("flushes", "extensions"), [(1, 0), (0, 1)])
+def test_protocol_holds_for_two_calls(flushes: int, extensions: int) -> None:
+    """Two calls of one tenant, with one loss of the reservations or one extension at any moment."""
+    assert explore_large(Protocol(calls=2, flushes=flushes, extensions=extensions)).broken is None
+
+
+@pytest.mark.parametrize("limit", [2, 4])
+def test_extension_without_room_is_refused_and_with_it_is_kept_to(limit: int) -> None:
+    """A budget that is full with the call itself is never passed, and one with room to spare is not either."""
+    assert explore(Protocol(calls=1, flushes=0, extensions=2, limit=limit)).broken is None
 
 
 @pytest.mark.slow
@@ -68,7 +81,7 @@ def test_free_choices_are_free_for_two_calls(choice: str) -> None:
 
 def _reached(x: Protocol, *, reduced: bool) -> set[State]:
     alike = quiet if reduced else as_it_is
-    seen = {alike(beginning(x.calls))}
+    seen = {alike(beginning(x))}
     waiting = list(seen)
     while waiting:
         for _, step, _ in successors(waiting.pop(), x):

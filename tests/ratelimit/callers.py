@@ -45,7 +45,7 @@ UNLIMITED = 9_000_000_000_000_000
 STANDARD_RULES = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "cost_nano_usd_per_month", "concurrent_calls")
 _STATES = {1: "held", 2: "pinned", 3: "settled", 4: "void", 5: "released"}
 
-TOKENS = {name: f"token-of-{name}" for name in ("inference", "metering", "tenant")}
+TOKENS = {name: f"token-of-{name}" for name in ("inference", "metering", "tenant", "gateway")}
 
 
 class InferenceSettings(ServiceSettings):
@@ -81,6 +81,10 @@ class MeteringSettings(ServiceSettings):
 
 class TenantSettings(ServiceSettings):
     service_name: ClassVar[str] = "tenant"
+
+
+class GatewaySettings(ServiceSettings):
+    service_name: ClassVar[str] = "gateway"
 
 
 @dataclass
@@ -265,6 +269,7 @@ class Service:
     inference: MeshChannel
     metering: MeshChannel
     tenant: MeshChannel
+    gateway: MeshChannel
 
     def tenant_with(self, *limit_rules: rules.LimitRule, **limits: int) -> AtService:
         """A new tenant with these rules, or a plan with these limits."""
@@ -298,7 +303,7 @@ async def running_service(redis_url: str, peer: Peer, **options: object) -> Asyn
     link = PipelinedLink(redis_url, timeout_seconds=2.0)
     channels = [
         MeshChannel(address, settings=kind(service_token=SecretStr(TOKENS[kind.service_name])), target_service="ratelimit")
-        for kind in (InferenceSettings, MeteringSettings, TenantSettings)
+        for kind in (InferenceSettings, MeteringSettings, TenantSettings, GatewaySettings)
     ]
     try:
         yield Service(app, peer, Stores(link), link, *channels)

@@ -56,11 +56,16 @@ class Oracle:
     epoch: int = 0
     calls: dict[UUID, OracleCall] | None = None
     sums: dict[tuple[Unit, Window], int] = field(default_factory=dict)
+    # Since when it knows of units that the ledger does not have; 0: always.
+    knows_since_us: int = 0
 
     def used(self, rule: LimitRule, subject: Subject, now_us: int) -> int:
         """What a rule counts for a subject as of now."""
         if rule.window is Window.REQUEST:
             return 0
+        volatile = rule.unit is Unit.PRODUCT and rule.window is Window.SLIDING and not rule.fails_open
+        if volatile and self.knows_since_us > now_us - rule.window_us:
+            return rule.limit
         used = sum(self._amount(rule, call) for call in self._of(rule, subject) if self._within(rule, call, now_us))
         return used + (self.sums.get((rule.unit, rule.window), 0) if rule.scope.of(subject) == NOBODY else 0)
 
@@ -134,9 +139,10 @@ class Oracle:
         """Loses all counters."""
         self.calls, self.sums = None, {}
 
-    def load(self, epoch: int, calls: Mapping[ReservationId, OracleCall], sums: Mapping[tuple[Unit, Window], int]) -> None:
+    def load(self, epoch: int, calls: Mapping[ReservationId, OracleCall], sums: Mapping[tuple[Unit, Window], int], now_us: int) -> None:
         """Takes a snapshot of the ledger: what has ended comes in sums, and once more as recent calls for the windows only."""
         self.epoch, self.calls, self.sums = epoch, dict(calls.items()), dict(sums)
+        self.knows_since_us = now_us if epoch > 1 else 0
         for call in calls.values():
             call.in_sums, call.shadow = not call.held, call.amounts
 

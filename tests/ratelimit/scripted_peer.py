@@ -161,6 +161,8 @@ class ScriptedTenants(
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self._configs: dict[str, tenant_service_pb2.TenantConfig] = {}
         self.audited: list[audit_service_pb2.AuditItem] = []
+        # Credentials and the addresses they are good from, with what each proves.
+        self.credentials: dict[tuple[str, str], TenantContext] = {}
 
     def context(self, tenant_id: UUID, limit_rules: rules.LimitRules | None = None, version: int = 1, **limits: int) -> TenantContext:
         """Registers a tenant with these rules or limits, or changes them under a higher version, and returns its proven context."""
@@ -184,6 +186,22 @@ class ScriptedTenants(
             token=mint(claims, self._key),
         )
 
+    async def Authenticate(
+        self,
+        request: authentication_service_pb2.AuthenticateRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> authentication_service_pb2.AuthenticateResponse:
+        """Knows the credentials a test wrote down, and one operator."""
+        if request.credential == OPERATOR_KEY:
+            return self._operator(request.claimed_tenant_id)
+        known = self.credentials.get((request.credential, request.peer_address))
+        if known is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown")
+            raise AssertionError
+        response = authentication_service_pb2.AuthenticateResponse(context_token=known.token)
+        response.expire_time.FromDatetime(known.expire_time)
+        return response
+
     async def GetTenantConfig(
         self,
         request: tenant_service_pb2.GetTenantConfigRequest,
@@ -193,23 +211,10 @@ class ScriptedTenants(
         tenant_id = str(dict(context.invocation_metadata() or ())["x-tenant-id"])
         return tenant_service_pb2.GetTenantConfigResponse(config=self._configs[tenant_id])
 
-    async def Authenticate(
-        self,
-        request: authentication_service_pb2.AuthenticateRequest,
-        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
-    ) -> authentication_service_pb2.AuthenticateResponse:
-        """Knows one operator."""
-        if request.credential != OPERATOR_KEY:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown")
+    def _operator(self, tenant_id: bytes) -> authentication_service_pb2.AuthenticateResponse:
         now = datetime.now(UTC)
-        claims = TenantClaims(
-            tenant_id=request.claimed_tenant_id,
-            tier="test",
-            region="local",
-            subject="operator:1",
-            operator=True,
-            scopes=["operator:tenants"],
-        )
+        claims = TenantClaims(tenant_id=tenant_id, tier="test", region="local", subject="operator:1", operator=True)
+        claims.scopes.append("operator:tenants")
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + timedelta(seconds=300))
         return authentication_service_pb2.AuthenticateResponse(context_token=mint(claims, self._key), expire_time=claims.expire_time)

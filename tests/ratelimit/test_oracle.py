@@ -53,6 +53,7 @@ def a_rule(draw: st.DrawFn) -> LimitRule:
         product_unit="interviews" if unit is Unit.PRODUCT else "",
         user=draw(st.sampled_from(("", "ada"))) if scope in (Scope.USER, Scope.USER_FEATURE) else "",
         shadow=draw(st.booleans()),
+        fails_open=draw(st.booleans()),
         shortens=draw(st.booleans()),
         min_output_tokens=draw(st.integers(1, 20)),
     )
@@ -184,7 +185,7 @@ class Run:
                 amount = sums.setdefault((family.unit, family.window), tokens + 50)
                 start, _ = self.oracle.calendar.period(family.window, now)
                 counted.append(CountedSum([family], start, amount))
-        self.oracle.load(self.oracle.epoch + 1, calls, sums)
+        self.oracle.load(self.oracle.epoch + 1, calls, sums, now)
         self.tenant.epoch = self.oracle.epoch
         told = [
             CountedCall(each, CountedState(call.state), call.reserve_us, call.amounts.tokens, call.amounts.cost_nano_usd, subject)
@@ -205,7 +206,7 @@ class Run:
                     assert await self.tenant.used_by(subject, unit) == counted
 
 
-@settings(max_examples=150, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rule_sets, st.sampled_from((Calendar(UTC, 31), Calendar(ZoneInfo("Asia/Kathmandu"), 5))), st.lists(steps, min_size=5, max_size=25))
 async def test_scripts_and_oracle_agree(
     link: PipelinedLink, rules: list[LimitRule], calendar: Calendar, taken: list[tuple[Any, ...]]

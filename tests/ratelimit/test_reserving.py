@@ -5,10 +5,14 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 
 from services.kernel.ids import ReservationId, new_uuid7
-from services.ratelimit.packing import unpacked
-from services.ratelimit.rebuild import CountedCall, CountedState
+from services.ratelimit.adapters.tenant_scripts import KINDS
+from services.ratelimit.counter import Family
+from services.ratelimit.limit_rule import LimitRule, Scope, Unit, Window
+from services.ratelimit.packing import packed, unpacked
+from services.ratelimit.rebuild import CountedCall, CountedState, CountedSum
 from services.ratelimit.reservation import CommitKind
 from services.ratelimit.standing import Verdict
+from services.ratelimit.terms import Terms
 from tests.ratelimit.callers import AtStore, cost_of_month, eventually, now_us, standard_terms, tokens_of_day
 
 MakeTenant = Callable[..., AtStore]
@@ -217,3 +221,37 @@ async def test_an_idle_tenants_keys_expire_and_a_busy_ones_do_not(at_store: Make
     lives = [int(str(await tenant.link.send("TTL", f"{prefix}{kind}"))) for kind in ("meta", "reservations", "counters", "ended")]
     assert all(life > 3600 for life in lives)
     assert lives[0] == min(lives)
+
+
+async def test_a_tenant_at_rest_takes_little_and_the_sweep_knows_when_it_is_done(at_store: MakeTenant) -> None:
+    """Once windows have passed and ended calls are forgotten, only sums are left: less than 2 KB, and nothing more to sweep."""
+    tenant = await at_store(forget_seconds=0.05).loaded()
+    for _ in range(30):
+        await tenant.commit(await tenant.held(50, 900), tokens=40, cost=700)
+    (holds,) = await tenant.store.expired([tenant.tenant_id], 10)
+    assert holds.leftovers
+    # As if the minute had passed: the logs' first times are a minute earlier.
+    for unit in "qt":
+        log = unpacked(bytes(await tenant.link.send("HGET", f"{{{tenant.tenant_id}}}:counters", f"{unit}:s60:t")))  # type: ignore[arg-type] # bytes
+        earlier = [log[0] - 61_000_000, *log[1:]]  # type: ignore[index, operator] # a list of numbers
+        await tenant.link.send("HSET", f"{{{tenant.tenant_id}}}:counters", f"{unit}:s60:t", packed(earlier))
+    await asyncio.sleep(0.06)
+    (holds,) = await tenant.store.expired([tenant.tenant_id], 10)
+    assert (holds.leftovers, holds.lease_count) == (False, 0)
+    sizes = [await tenant.link.send("MEMORY", "USAGE", f"{{{tenant.tenant_id}}}:{kind}") for kind in KINDS]
+    assert sum(size for size in sizes if isinstance(size, int)) < 2048
+    assert await tenant.used() == (0, 0, 1200, 21_000, 0)
+
+
+async def test_counters_of_users_are_forgotten_with_their_windows_and_periods(at_store: MakeTenant) -> None:
+    """A counter goes when nothing can read it again: a log with its window, a day after three days, a month after seventy."""
+    tenant = at_store()
+    user_day = Family(Unit.TOKENS, Window.DAY, scope=Scope.USER)
+    tenant.terms = Terms([LimitRule("day", Unit.TOKENS, Window.DAY, 10**6, scope=Scope.USER)])
+    day = 86_400_000_000
+    today = now_us() - now_us() % day
+    starts = {"old": today - 4 * day, "recent": today - day, "now": today}
+    await tenant.loaded(sums=[CountedSum([user_day], start, 5, user=name) for name, start in starts.items()])
+    await tenant.store.expired([tenant.tenant_id], 10)
+    names = await tenant.link.send("HKEYS", f"{{{tenant.tenant_id}}}:counters")
+    assert {name.decode().split(":")[3].split("@")[0] for name in names} == {"recent", "now"}  # type: ignore[attr-defined] # a list

@@ -52,6 +52,7 @@ async def test_names_that_look_alike_do_not_share_counters(service: Service) -> 
         await tenant.reserve(0, user=user, feature=feature)
     await tenant.reserve(10, user="ab@123")
     await tenant.reserve(10, user="ab@12")
+    assert [(await tenant.limits(user=user))["user"].used for user in ("ab@123", "ab@12", "ab@1", "ab")] == [10, 10, 0, 0]
 
 
 async def test_running_calls_are_counted_for_each_user(service: Service) -> None:

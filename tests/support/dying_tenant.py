@@ -1,6 +1,7 @@
 """The tenant service in a process that kills itself, once, right before or right after the commit of the step that a file names.
 
-The file holds words such as `ERASE RETRIEVAL before`; the process removes it and dies. Without it, it is the service as it is.
+The file holds words such as `ERASE RETRIEVAL before`; the process removes it and dies. With `asleep` in the place of `before` it stops
+where the step begins, as a machine that is suspended, until somebody wakes it. Without the file it is the service as it is.
 """
 
 import os
@@ -16,8 +17,8 @@ from services.kernel.tenant_database import TenantDatabase
 from services.tenant.adapters import postgres_erasure, postgres_provisioning
 from services.tenant.adapters.saga_steps import mark_done
 from services.tenant.app import build, migrate_schema
-from services.tenant.erasure import EraseStep
-from services.tenant.provisioning import Step
+from services.tenant.erasure import EraseStep, ErasurePlan
+from services.tenant.provisioning import ProvisioningPlan, Step
 from services.tenant.settings import TenantSettings
 
 WISH = Path(os.environ["DEATH_WISH"])
@@ -30,6 +31,19 @@ def die() -> None:
     """Ends this process as a power cut would."""
     WISH.unlink()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleeping(plan: Any, kind: str) -> Any:
+    """The plan's own way to run a step, with a sleep in front of the wanted one."""
+    run = plan.run
+
+    async def run_and_maybe_sleep(self: Any, step: int, saga: Any) -> None:
+        if WISH.exists() and WISH.read_text().split() == [kind, STEPS[kind](step).name, "asleep"]:
+            WISH.unlink()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        await run(self, step, saga)
+
+    return run_and_maybe_sleep
 
 
 async def mark_and_maybe_die(connection: Any, tenant_id: Any, kind: str, step: int, detail: str = "[]") -> None:
@@ -58,5 +72,7 @@ if __name__ == "__main__":
     postgres_provisioning.mark_done = mark_and_maybe_die
     postgres_erasure.mark_done = mark_and_maybe_die
     TenantDatabase.transaction = transaction_and_maybe_die  # type: ignore[method-assign,assignment] # the point of this module
+    ProvisioningPlan.run = sleeping(ProvisioningPlan, "PROVISION")  # type: ignore[method-assign] # as above
+    ErasurePlan.run = sleeping(ErasurePlan, "ERASE")  # type: ignore[method-assign] # as above
     sys.argv[1:] = ["serve"]
     main(TenantSettings, build, migrate_schema)

@@ -72,7 +72,7 @@ class KnownPlaces:
                 silos = PostgresSiloMaker(self.admin_dsn)
                 stores = silos.plan(tenant_id)
                 await silos.make(tenant_id, stores)
-                return Whereabouts(Place(kind, dsn=SecretStr(stores.postgres_dsn)), None, SecretStr(stores.postgres_owner_dsn))
+                return Whereabouts(Place(kind, dsn=SecretStr(stores.dsn_for(self.home))), None, SecretStr(stores.owner_dsn_for(self.home)))
 
     async def drop(self, tenant_id: TenantId) -> None:
         """Drops schema or database, as the tenant service does at the end; there is none for a tenant of the pool."""

@@ -34,6 +34,7 @@ from mesh.tenant.v1 import (
     flag_service_pb2,
     flag_service_pb2_grpc,
     issuer_service_pb2_grpc,
+    placement_service_pb2,
     plan_service_pb2_grpc,
     secret_service_pb2_grpc,
     tenant_service_pb2,
@@ -51,6 +52,23 @@ PEERS = ("retrieval", "inference", "ratelimit", "metering")
 SERVICES = ("tenant", *PEERS)
 BASE_DOMAIN = "tenantry.example"
 SERVICE_TOKENS = {name: f"bearer-of-{name}" for name in SERVICES}
+# In every transaction of every test: records come before announcements. In two orders, two changes of one tenant could wait for each other.
+WATCH_THE_ORDER = """
+CREATE FUNCTION public.note_announcement() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('test.announced_in', pg_current_xact_id()::text, true);
+    RETURN NULL;
+END $$;
+CREATE FUNCTION public.refuse_record_after_announcement() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('test.announced_in', true) = pg_current_xact_id()::text THEN
+        RAISE EXCEPTION 'an audit record after an announcement: %', NEW.action USING ERRCODE = 'assert_failure';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER announcements_are_noted AFTER INSERT ON tenant.changes FOR EACH STATEMENT EXECUTE FUNCTION public.note_announcement();
+CREATE TRIGGER records_come_first BEFORE INSERT ON tenant.audit FOR EACH ROW EXECUTE FUNCTION public.refuse_record_after_announcement();
+"""
 Metadata = Sequence[tuple[str, str]]
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -239,6 +257,17 @@ class Harness:
         async with self.superuser() as connection:
             return await connection.fetchval(sql, *args)
 
+    async def own_database(self) -> placement_service_pb2.SiloStores:
+        """Makes a database as an operator would for one tenant, with roles for its tables' owner and for each service."""
+        name, password = f"own_{secrets.token_hex(6)}", secrets.token_hex(16)
+        owner, finder, answerer = (f"{name}_{role}" for role in ("maker", "finder", "answerer"))
+        for role in (owner, finder, answerer):
+            await self.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{password}'")
+        await self.execute(f"CREATE DATABASE {name} OWNER {owner}")
+        address = urlsplit(self.admin_dsn).netloc.rpartition("@")[2]
+        dsns = [f"postgresql://{role}:{password}@{address}/{name}" for role in (owner, finder, answerer)]
+        return placement_service_pb2.SiloStores(postgres_owner_dsn=dsns[0], retrieval_postgres_dsn=dsns[1], inference_postgres_dsn=dsns[2])
+
     async def audit(self, tenant_id: str, action: str) -> list[asyncpg.Record]:
         """Reads a tenant's audit records of one kind, with everything still in memory written first."""
         await self.app.trail.flush(everything=True)
@@ -378,6 +407,7 @@ async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
         addresses = {name: peer.address for name, peer in peers.items()}
         settings = settings_for(admin_dsn, service_dsn, operator, addresses, front, key_store_dsn=key_store_dsn)
         await migrate_schema(settings)
+        await _watch_the_order(admin_dsn)
         app = await build(settings)
         await app.server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{app.server.bound_port}", options=[("grpc.use_local_subchannel_pool", 1)])
@@ -387,3 +417,11 @@ async def running_service(postgres: PostgresStore) -> AsyncIterator[Harness]:
             await channel.close()
             await app.server.stop()
             await app.close()
+
+
+async def _watch_the_order(admin_dsn: str) -> None:
+    connection = await asyncpg.connect(admin_dsn)
+    try:
+        await connection.execute(WATCH_THE_ORDER)
+    finally:
+        await connection.close()

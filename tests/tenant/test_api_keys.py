@@ -245,7 +245,11 @@ async def test_a_repeated_rotation_makes_no_second_successor(harness: Harness) -
     assert again.replaced == lost.replaced
     assert (await refusal(harness.authenticate(lost.api_key))).reason == error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
     assert (await harness.authenticate(again.api_key)).context_token
+    # The text that was handed out last ended the one before it: that is a change of who may come in, and on record as one.
+    [record] = await harness.audit(created.tenant.tenant_id, "KEY_TEXT_REPLACED")
+    assert (record["target"], record["subject"]) == (f"key:{lost.key.key_id}", f"key:{taken_apart(created.api_key).key_id}")
     used = await rotate(harness, metadata, old.key.key_id, **wish)
+    assert len(await harness.audit(created.tenant.tenant_id, "KEY_TEXT_REPLACED")) == 1
     assert (used.key.key_id, used.api_key) == (lost.key.key_id, "")
     assert (await harness.authenticate(again.api_key)).context_token
     error = await refusal(rotate(harness, metadata, old.key.key_id, **{**wish, "overlap_seconds": 61}))

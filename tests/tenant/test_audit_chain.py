@@ -20,7 +20,7 @@ from tests.support.stores import PostgresStore
 from tests.tenant.harness import Harness, as_service, call, with_key
 
 CHANGES = ("UPDATE tenant.audit SET subject = 'nobody'", "DELETE FROM tenant.audit", "TRUNCATE tenant.audit")
-TRIGGERS = ("audit_is_chained", "audit_documents_are_found", "audit_is_append_only")
+TRIGGERS = ("audit_is_chained", "audit_documents_are_found", "audit_is_append_only", "records_come_first")
 OLD_INSERT = "INSERT INTO tenant.audit (tenant_id, action, subject) VALUES ($1, $2, $3)"
 INSERT = "INSERT INTO tenant.audit (tenant_id, action, subject) VALUES ($1, $2, 'test')"
 
@@ -201,8 +201,8 @@ async def test_twenty_writers_at_once_do_not_fork_a_chain(harness: Harness) -> N
     async def write(turn: int) -> None:
         order = ids[turn % 4 :] + ids[: turn % 4]
         items = [
-            messages.AuditItem(tenant_id=tenant_id.bytes, audit_id=new_uuid7().bytes, context_token=token[str(tenant_id)], action="TESTED")
-            for tenant_id in order
+            messages.AuditItem(tenant_id=own.bytes, audit_id=new_uuid7().bytes, context_token=token[str(own)], action="CALL_ENDED")
+            for own in order
         ]
         for item in items:
             item.occur_time.GetCurrentTime()

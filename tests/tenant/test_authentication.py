@@ -11,7 +11,9 @@ from mesh.tenant.v1 import api_key_service_pb2, authentication_service_pb2, tena
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import MeshError
 from services.kernel.tenant_context import TenantContext
+from services.tenant.adapters.plan_loader import read_plan_file
 from services.tenant.api_key import ApiKeyText, new_api_key, new_operator_key
+from services.tenant.app import PLAN_FILE
 from services.tenant.context_minting import public_key_id, read_signing_key
 from services.tenant.scopes import TENANT_SCOPES
 from tests.tenant.harness import Harness, as_service, call, refusal, taken_apart, with_key
@@ -31,6 +33,19 @@ async def proven(harness: Harness, token: str) -> TenantContext:
             return {public_key_id(own): own}
 
     return await ContextTokenVerifier(Published()).verify(token)  # type: ignore[arg-type] # the key type is checked by the assert
+
+
+async def test_an_operator_reads_the_verifying_keys_and_a_tenant_does_not(harness: Harness) -> None:
+    """Who keeps receipts keeps the keys that prove them: operators get what services get; tenants' keys and front ends do not."""
+    request = authentication_service_pb2.GetContextKeysRequest()
+    to_service = await call(harness.authentication.GetContextKeys, request, as_service("metering"))
+    assert await call(harness.authentication.GetContextKeys, request, harness.as_operator()) == to_service
+    created = await harness.create()
+    for metadata in (with_key(created.api_key), harness.as_front()):
+        error = await refusal(call(harness.authentication.GetContextKeys, request, metadata))
+        assert (error.reason, error.metadata) == (error_reason_pb2.ERROR_REASON_SCOPE_MISSING, {"scope": "operator:tenants"})
+    error = await refusal(call(harness.authentication.GetContextKeys, request, harness.as_operator(reason=None)))
+    assert error.reason == error_reason_pb2.ERROR_REASON_OPERATOR_REASON_MISSING
 
 
 def facts(error: MeshError) -> tuple[object, ...]:
@@ -55,7 +70,7 @@ async def test_an_api_key_becomes_the_claims_of_its_tenant(harness: Harness) -> 
     assert (context.tier, context.region, context.operator) == ("professional", "local", False)
     assert context.subject == f"key:{taken_apart(created.api_key).key_id}"
     assert context.scopes == TENANT_SCOPES
-    assert context.config_version == 3
+    assert context.config_version == read_plan_file(PLAN_FILE).version + 1
     assert timedelta(seconds=290) < context.expire_time - datetime.now(UTC) <= timedelta(seconds=300)
     assert answer.expire_time.ToDatetime(tzinfo=UTC) == context.expire_time
 
@@ -180,7 +195,7 @@ async def test_an_operator_acts_for_a_named_tenant_without_spending_its_money(ha
     context = await proven(harness, answer.context_token)
     assert context.operator
     assert context.tenant_id == tenant_id
-    assert context.scopes == (TENANT_SCOPES - {"inference:generate"}) | {"operator:tenants", "operator:resolve"}
+    assert context.scopes == (TENANT_SCOPES - {"inference:generate", "limits:consume"}) | {"operator:tenants", "operator:resolve"}
     [record] = await harness.audit(created.tenant.tenant_id, "OPERATOR_ACCESS")
     assert (record["subject"], record["reason"]) == (f"operator:{harness.operator.key_id}", "ticket 12")
 
@@ -201,6 +216,32 @@ async def test_an_operator_naming_an_absent_tenant_is_told_and_audited(harness: 
     assert error.code is grpc.StatusCode.NOT_FOUND
     records = await harness.audit(str(UUID(int=0)), "OPERATOR_ACCESS")
     assert f"tenant:{absent}" in {record["target"] for record in records}
+
+
+async def test_a_wrong_operator_key_is_on_record(harness: Harness) -> None:
+    """A well-formed operator's key that nobody has is recorded with its address, and not by its id: made-up ids are without end."""
+    address = "198.51.100.23"
+    for _ in range(3):
+        await refusal(harness.authenticate(str(new_operator_key()), reason="guess", peer_address=address))
+    records = await harness.audit(str(UUID(int=0)), "CREDENTIAL_REFUSED")
+    [record] = [record for record in records if record["peer_address"] == address]
+    assert (record["subject"], record["occurrence_count"]) == ("operator:unknown", 3)
+
+
+async def test_the_use_of_a_front_ends_key_is_on_record(harness: Harness) -> None:
+    """A key that only resolves names is recorded when it is used, counted by the minute; so is the tenant it must not name."""
+    created = await harness.create()
+    for _ in range(2):
+        await harness.authenticate(str(harness.front), peer_address="198.51.100.24")
+    records = await harness.audit(str(UUID(int=0)), "FRONT_KEY_USED")
+    [record] = [record for record in records if record["peer_address"] == "198.51.100.24"]
+    assert (record["subject"], record["occurrence_count"]) == (f"front:{harness.front.key_id}", 2)
+    claimed = UUID(created.tenant.tenant_id)
+    error = await refusal(harness.authenticate(str(harness.front), claimed=claimed.bytes, peer_address="198.51.100.25"))
+    assert error.reason == error_reason_pb2.ERROR_REASON_TENANT_MISMATCH
+    records = await harness.audit(str(UUID(int=0)), "TENANT_MISMATCH")
+    [record] = [record for record in records if record["peer_address"] == "198.51.100.25"]
+    assert (record["subject"], record["target"]) == (f"front:{harness.front.key_id}", f"tenant:{claimed}")
 
 
 async def test_only_services_may_ask_who_a_credential_is(harness: Harness) -> None:

@@ -95,7 +95,7 @@ async def test_a_later_change_is_never_seen_before_an_earlier_one(harness: Harne
                     await second.execute(ANNOUNCE, later, "STATE")
 
             group.create_task(overtake())
-            waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
+            waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
             await eventually(lambda: _is_one(harness, waiting), within_seconds=SECONDS)
             await transaction.commit()
         told = [change for change in await heard(stream, 2) if change.kind == "STATE"]

@@ -330,6 +330,7 @@ async def test_a_plan_is_changed_by_an_operator_to_one_that_allows_the_placement
     assert (error.reason, error.metadata["state"]) == (error_reason_pb2.ERROR_REASON_WRONG_STATE, "BRIDGE")
     error = await refusal(change_plan(harness, tenant_id, "golden"))
     assert (error.code, error.metadata["resource"]) == (grpc.StatusCode.NOT_FOUND, "plan")
+    assert "ListPlans" in error.message
     request = pb.ChangePlanRequest(plan="professional")
     error = await refusal(call(harness.configuration.ChangePlan, request, with_key(created.api_key)))
     assert (error.reason, error.metadata["scope"]) == (error_reason_pb2.ERROR_REASON_SCOPE_MISSING, "operator:tenants")

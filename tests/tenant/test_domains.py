@@ -61,11 +61,10 @@ async def test_a_tenant_is_found_by_subdomain_custom_domain_and_path(harness: Ha
 
 
 async def test_what_names_nobody_is_not_found(harness: Harness) -> None:
-    """Unknown names, the base domain itself, look-alikes, odd spellings and nothing at all are NOT_FOUND."""
+    """Unknown names, the base domain itself, look-alikes and odd spellings are NOT_FOUND, which says what to look at."""
     created, domain = await named(harness)
     slug = created.tenant.slug
     for host, path in (
-        ("", ""),
         (BASE_DOMAIN, "/"),
         (f"nobody-{slug}.{BASE_DOMAIN}", ""),
         (f"x.{slug}.{BASE_DOMAIN}", ""),
@@ -91,6 +90,15 @@ async def test_what_names_nobody_is_not_found(harness: Harness) -> None:
     ):
         error = await refusal(resolve(harness, host, path))
         assert (error.code, error.metadata) == (grpc.StatusCode.NOT_FOUND, {"resource": "tenant"}), (host, path)
+        assert "no tenant has this host or path" in error.message
+        assert "your credential" not in error.message
+
+
+async def test_asking_for_no_name_is_a_bad_request(harness: Harness) -> None:
+    """Neither host nor path is INVALID_ARGUMENT, and says what to send."""
+    error = await refusal(resolve(harness, "", ""))
+    assert (error.reason_name, error.metadata) == ("INVALID_REQUEST", {"field": "host"})
+    assert "send the host" in error.message
 
 
 async def test_host_and_path_of_two_tenants_are_refused(harness: Harness) -> None:

@@ -17,7 +17,7 @@ from google.protobuf import json_format
 from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
 from mesh.tenant.v1 import authentication_service_pb2, tenant_service_pb2
 from services.tenant.context_minting import read_signing_key
-from services.tenant.receipt import DOMAIN, ErasureReceipt, ReceiptRefused, check_file, read_receipt, verify_receipt
+from services.tenant.receipt import DOMAIN, ErasureReceipt, ReceiptRefused, check_file, read_receipt, verify_receipt, what_is_left
 from tests.support.waiting import eventually
 from tests.tenant.harness import PEERS, Harness, as_service, call, refusal, wish, with_key
 
@@ -117,6 +117,44 @@ async def test_a_tampered_receipt_is_refused(harness: Harness, tmp_path: Path) -
         file.write_text(text)
         assert check_file([str(file), encoded]) == code
     assert check_file([]) == 2
+
+
+async def test_a_genuine_receipt_of_an_unfinished_erasure_does_not_pass(
+    harness: Harness, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the signed statement says that something is left, the command exits 1 and says what is where, whatever stands beside it."""
+    harness.peers["retrieval"].left_over = ["a note that nobody else says this"]
+    answer = await call(harness.tenants.EraseTenant, erasing(await harness.create()), harness.as_operator())
+    harness.peers["retrieval"].left_over = []
+    assert not answer.receipt.verified
+    key = await public_key(harness, answer.receipt.key_id)
+    encoded = base64.b64encode(key.public_bytes_raw()).decode()
+    for claimed in (False, True):
+        answer.receipt.verified = claimed
+        (tmp_path / "receipt.json").write_text(json_format.MessageToJson(answer))
+        capsys.readouterr()
+        assert check_file([str(tmp_path / "receipt.json"), encoded]) == 1
+        said = capsys.readouterr().out
+        assert "the receipt is genuine and says that not everything is gone" in said
+        assert said.strip().endswith("left: 1 record with a canary in scripted:tenants")
+        assert "the receipt holds" not in said
+
+
+def test_what_a_receipt_says_is_left_is_read_from_its_signed_body() -> None:
+    """Records that are kept on purpose are not left; others are named with their store; a body that looked for nothing is refused."""
+
+    def receipt(*stores: dict[str, object], verified: bool) -> ErasureReceipt:
+        return ErasureReceipt(json.dumps({"verification": {"verified": verified, "stores": stores}}), b"", "k")
+
+    clean = {"store": "postgres:a.b", "found": 0, "canaries": 0, "kept": False, "sight": "all"}
+    kept, left = {**clean, "found": 4, "kept": True}, {**clean, "found": 2, "store": "postgres:c.d"}
+    assert what_is_left(receipt(clean, kept, verified=True)) == []
+    assert what_is_left(receipt(clean, left, kept, verified=False)) == ["2 records in postgres:c.d"]
+    assert what_is_left(receipt(left, verified=True)) == ["2 records in postgres:c.d"]
+    assert what_is_left(receipt(clean, verified=False)) == ["something that the statement does not name"]
+    for body in ("{}", "[]", '{"verification":{"verified":true}}', '{"verification":{"verified":true,"stores":[{"found":1}]}}'):
+        with pytest.raises(ReceiptRefused):
+            what_is_left(ErasureReceipt(body, b"", "k"))
 
 
 async def test_a_planted_leftover_is_found(harness: Harness) -> None:

@@ -17,7 +17,7 @@ from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.tenant.adapters.postgres_events import PostgresOutbox
 from services.tenant.adapters.smtp_mail import Addressee, PostgresOwners, SmtpMail, welcome
 from services.tenant.adapters.webhook import Webhook
-from services.tenant.events import EventRelay, EventSink, EventState, Sink, pause_seconds, signature_of
+from services.tenant.events import EventRelay, EventSink, EventState, Sink, pause_seconds, read_webhook_secret, signature_of
 from tests.tenant.harness import Harness, call, refusal
 from tests.tenant.receivers import Receiver, running_mailbox, running_receiver
 
@@ -40,7 +40,7 @@ async def relay(
 @asynccontextmanager
 async def to_webhook(harness: Harness, url: str, *, timeout_seconds: float = 5.0, max_attempts: int = 3) -> AsyncIterator[EventRelay]:
     """A relay that delivers to one receiver."""
-    hook = Webhook(url, SECRET, region="local", timeout_seconds=timeout_seconds)
+    hook = Webhook(url, read_webhook_secret(SECRET), region="local", timeout_seconds=timeout_seconds)
     async with relay(harness, {Sink.WEBHOOK: hook}, max_attempts=max_attempts) as (found, _):
         yield found
     await hook.close()
@@ -76,7 +76,7 @@ async def test_an_event_arrives_signed_and_as_a_cloud_event(harness: Harness) ->
     signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
     expected = base64.b64encode(hmac.new(b"a secret of the operator", signed, hashlib.sha256).digest()).decode()
     assert headers["webhook-signature"] == f"v1,{expected}"
-    assert signature_of("another", headers["webhook-id"], int(headers["webhook-timestamp"]), body) != headers["webhook-signature"]
+    assert signature_of(b"another", headers["webhook-id"], int(headers["webhook-timestamp"]), body) != headers["webhook-signature"]
     event = json.loads(body)
     assert (event["specversion"], event["type"], event["subject"]) == ("1.0", "tenant.provisioned", tenant_id)
     assert event["id"] == headers["webhook-id"]

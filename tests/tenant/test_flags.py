@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
 from mesh.tenant.v1 import flag_service_pb2 as pb
+from mesh.tenant.v1 import tenant_service_pb2
 from services.kernel.errors import InvalidRequest, Unavailable
 from services.kernel.ids import NO_TENANT, TenantId
 from services.tenant.app import build
@@ -300,6 +301,7 @@ async def test_a_dry_run_and_a_repetition_leave_no_trace(harness: Harness) -> No
         {"percentage_basis_points": 10_001},
         {"tenants_on": ["nobody"]},
         {"tenants_on": [str(NO_TENANT)] * 2},
+        {"tenants_off": ["01900000-0000-7000-8000-000000000001"]},
         {"tiers_on": ["golden"]},
         {"tiers_on": ["free"], "tiers_off": ["free"]},
         {"description": "a\nb"},
@@ -312,6 +314,31 @@ async def test_a_flag_that_makes_no_sense_is_refused(harness: Harness, rules: di
         error = await refusal(put_flag(harness, **{"name": "senseless", **rules}, validate_only=validate_only))
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert await harness.value("SELECT count(*) FROM tenant.flags WHERE name = 'senseless'") == 0
+
+
+async def test_a_flag_lists_only_tenants_that_are(harness: Harness) -> None:
+    """Ids that are no tenant's are refused by name, of many the first twenty, in a dry run as well; so is a tenant that was erased."""
+    created, gone = await harness.create(), await harness.create()
+    wish = tenant_service_pb2.EraseTenantRequest(
+        request_id=str(uuid4()), tenant_id=gone.tenant.tenant_id, confirm_slug=gone.tenant.slug, canaries=[]
+    )
+    await call(harness.tenants.EraseTenant, wish, harness.as_operator())
+    absent, many = str(uuid4()), sorted(str(uuid4()) for _ in range(25))
+    refused: list[tuple[dict[str, Any], str, list[str]]] = [
+        ({"tenants_on": [created.tenant.tenant_id, absent]}, "flag.tenants_on", [absent]),
+        ({"tenants_off": [absent], "tenants_on": [created.tenant.tenant_id]}, "flag.tenants_off", [absent]),
+        ({"tenants_on": [gone.tenant.tenant_id]}, "flag.tenants_on", [gone.tenant.tenant_id]),
+        ({"tenants_on": many}, "flag.tenants_on", many[:20]),
+    ]
+    for rules, field, named in refused:
+        for validate_only in (True, False):
+            error = await refusal(put_flag(harness, "for_nobody", validate_only=validate_only, **rules))
+            assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, error_reason_pb2.ERROR_REASON_INVALID_REQUEST)
+            assert error.metadata == {"field": field, "tenant_ids": ",".join(named)}
+            assert all(tenant_id in error.message for tenant_id in named)
+    assert error.message.endswith(" and 5 more")
+    assert await harness.value("SELECT count(*) FROM tenant.flags WHERE name = 'for_nobody'") == 0
+    await put_flag(harness, "for_somebody", tenants_on=[created.tenant.tenant_id])
 
 
 async def test_only_an_operator_sees_and_keeps_flags(harness: Harness) -> None:

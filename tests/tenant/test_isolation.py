@@ -16,6 +16,7 @@ TENANT_TABLES = (
     "provisioning",
     "audit",
     "audit_documents",
+    "audit_chains",
     "issuers",
     "domains",
     "configuration_changes",
@@ -26,11 +27,14 @@ TENANT_TABLES = (
     "events",
     "erasure_receipts",
     "purges",
+    "unrecorded_keys",
 )
 # What is written there stays for ever, so that nobody can deny it.
-APPEND_ONLY = ("audit", "audit_documents", "erasure_receipts")
+APPEND_ONLY = ("audit", "audit_documents", "audit_chains", "erasure_receipts")
 # Ids and kinds of changes, read whole by every replica.
 FEEDS = ("changes",)
+# One row that is locked and never changed.
+TURNS = ("change_turn",)
 DIRECTORIES = ("api_key_directory", "slug_directory", "request_directory", "issuer_directory", "domain_directory", "move_directory")
 PLAN_TABLES = ("plan_catalogs", "plans", "plan_versions", "plan_features")
 FLAG_TABLES = ("flags", "flag_changes")
@@ -57,6 +61,7 @@ async def furnished(harness: Harness) -> str:
     for sql in (
         "INSERT INTO tenant.placements (tenant_id, kind) VALUES ($1, 'pool')",
         "INSERT INTO tenant.move_directory VALUES ($1, now() + interval '1 day')",
+        "INSERT INTO tenant.unrecorded_keys VALUES ($1, now() + interval '1 day')",
         "INSERT INTO tenant.purges (tenant_id, next_time) VALUES ($1, now() + interval '1 day') ON CONFLICT DO NOTHING",
         "INSERT INTO tenant.erasure_receipts (tenant_id, request_id, body, signature, key_id) "
         "VALUES ($1, gen_random_uuid(), '{}', decode(repeat('00', 64), 'hex'), 'none')",
@@ -211,7 +216,7 @@ async def test_every_table_forces_row_level_security_and_belongs_to_the_owner(ha
             "SELECT relname, relrowsecurity, relforcerowsecurity, pg_get_userbyid(relowner) AS owner FROM pg_class "
             "WHERE relnamespace = 'tenant'::regnamespace AND relkind IN ('r', 'p') AND relname <> 'schema_migrations'"
         )
-        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *PLAN_TABLES, *FLAG_TABLES}
+        assert {row["relname"] for row in tables} == {*TENANT_TABLES, *DIRECTORIES, *FEEDS, *TURNS, *PLAN_TABLES, *FLAG_TABLES}
         for row in tables:
             assert (row["relrowsecurity"], row["relforcerowsecurity"], row["owner"]) == (True, True, "tenant_owner"), row["relname"]
         policies = await connection.fetch(

@@ -6,9 +6,8 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -19,83 +18,11 @@ from cryptography.hazmat.primitives import serialization
 
 from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
 from mesh.tenant.v1 import api_key_service_pb2, domain_service_pb2, tenant_service_pb2
-from mesh.tenant.v1 import issuer_service_pb2 as pb
-from services.kernel.context_token import ContextTokenVerifier
-from services.kernel.errors import MeshError
 from services.kernel.telemetry.logging import configure_logging
-from services.kernel.tenant_context import TenantContext
-from services.tenant.context_minting import ContextMinter, read_signing_key
-from tests.support.jwks import JwksServer, SigningKey, claims_of, running_jwks, unsigned
+from services.tenant.context_minting import ContextMinter, Grant, new_signing_seed, read_signing_key
+from tests.support.jwks import SigningKey, running_jwks, unsigned
 from tests.tenant.harness import Harness, as_service, call, refusal, with_key
-
-ALGORITHMS = {
-    "RS256": pb.JWT_ALGORITHM_RS256,
-    "PS256": pb.JWT_ALGORITHM_PS256,
-    "ES256": pb.JWT_ALGORITHM_ES256,
-    "EdDSA": pb.JWT_ALGORITHM_EDDSA,
-}
-AUDIENCE = "tenantry-api"
-INVALID = error_reason_pb2.ERROR_REASON_CREDENTIAL_INVALID
-
-
-@dataclass
-class Bench:
-    """A tenant with a registered issuer whose key and address are in the test's hand."""
-
-    harness: Harness
-    tenant_id: str
-    api_key: str
-    key: SigningKey
-    server: JwksServer
-    issuer: pb.Issuer
-
-    def claims(self, **changes: Any) -> dict[str, Any]:
-        """Claims that fit the registration, changed."""
-        return claims_of(self.issuer.issuer, AUDIENCE, **changes)
-
-    def token(self, **changes: Any) -> str:
-        """A token that fits but for the changes."""
-        return self.key.sign(self.claims(**changes))
-
-    async def refused(self, token: str) -> MeshError:
-        """How the token is refused."""
-        return await refusal(self.harness.authenticate(token))
-
-
-def wish(server: JwksServer, key: SigningKey, **changes: Any) -> pb.AddIssuerRequest:
-    """A registration nobody else has."""
-    fields = {
-        "issuer": f"https://login.example/{secrets.token_hex(6)}",
-        "audience": AUDIENCE,
-        "jwks_uri": server.uri,
-        "algorithms": [ALGORITHMS[key.algorithm]],
-        "scopes": ["tenant:read", "documents:read"],
-    }
-    return pb.AddIssuerRequest(**{**fields, **changes})
-
-
-async def register(harness: Harness, tenant_id: str, request: pb.AddIssuerRequest) -> pb.Issuer:
-    """Registers an issuer as the operator."""
-    return (await call(harness.issuers.AddIssuer, request, harness.as_operator(tenant_id))).issuer
-
-
-@asynccontextmanager
-async def bench(harness: Harness, algorithm: str = "ES256", **changes: Any) -> AsyncIterator[Bench]:
-    """A bench of its own."""
-    created, key = await harness.create(), SigningKey(algorithm)
-    async with running_jwks(key) as server:
-        issuer = await register(harness, created.tenant.tenant_id, wish(server, key, **changes))
-        yield Bench(harness, created.tenant.tenant_id, created.api_key, key, server, issuer)
-
-
-async def proven(harness: Harness, token: str) -> TenantContext:
-    """What a context token says."""
-    minter = ContextMinter(read_signing_key(harness.settings.context_signing_key.get_secret_value()), [], region="", clock=_never)
-    return await ContextTokenVerifier(minter).verify((await harness.authenticate(token)).context_token)
-
-
-def _never() -> Any:
-    raise AssertionError
+from tests.tenant.token_bench import ALGORITHMS, AUDIENCE, INVALID, Bench, bench, proven, register, wish
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -294,95 +221,28 @@ async def test_keys_that_cannot_be_had_make_a_first_token_unavailable(harness: H
         assert (await harness.authenticate(b.token())).context_token
 
 
-@pytest.mark.parametrize(
-    ("field", "changes"),
-    [
-        ("jwks_uri", {"jwks_uri": "http://login.example/keys"}),
-        ("jwks_uri", {"jwks_uri": "http://localhost.example/keys"}),
-        ("jwks_uri", {"jwks_uri": "file:///etc/passwd"}),
-        ("jwks_uri", {"jwks_uri": "https://user:pw@login.example/keys"}),
-        ("jwks_uri", {"jwks_uri": "https://login.example/keys#x"}),
-        ("jwks_uri", {"jwks_uri": "https://login.example:99999/"}),
-        ("jwks_uri", {"jwks_uri": "https://l\u00f6gin.example/"}),
-        ("scopes", {"scopes": ["operator:tenants"]}),
-        ("algorithms[0]", {"algorithms": [0]}),
-        ("algorithms[0]", {"algorithms": [99]}),
-        ("algorithms", {"algorithms": []}),
-        ("clock_skew_seconds", {"clock_skew_seconds": 61}),
-        ("issuer", {"issuer": ""}),
-        ("audience", {"audience": "a\nb"}),
-    ],
-)
-async def test_a_bad_registration_is_refused_by_its_field(harness: Harness, field: str, changes: dict[str, Any]) -> None:
-    """Plain http beyond loopback, other schemes, users, an operator's scope, none as algorithm: INVALID_ARGUMENT names the field."""
-    created, key = await harness.create(), SigningKey()
-    async with running_jwks(key) as server:
-        error = await refusal(register(harness, created.tenant.tenant_id, wish(server, key, **changes)))
-        assert (error.code, error.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, field)
-        assert server.requests == []
+def test_an_operators_context_with_the_right_to_spend_is_not_minted() -> None:
+    """Whatever leads there, the one place that signs contexts signs none for an operator that holds inference:generate."""
+    minter = ContextMinter(read_signing_key(new_signing_seed()), [], region="", clock=lambda: datetime.now(UTC))
+    with pytest.raises(ValueError, match="inference:generate"):
+        minter.mint(Grant(None, None, "operator:test", frozenset({"operator:tenants", "inference:generate"}), operator=True))
 
 
-async def test_an_issuer_and_audience_speak_for_one_tenant_only(harness: Harness) -> None:
-    """The same pair is ALREADY_EXISTS for whichever tenant; another audience of the issuer is another tenant's to have."""
-    other = await harness.create()
+async def test_a_right_token_out_of_its_time_or_place_is_on_record(harness: Harness) -> None:
+    """An ended token, a suspended tenant's and one of another region's tenant each leave a record that says what it was refused as."""
     async with bench(harness) as b:
-        request = wish(b.server, b.key, issuer=b.issuer.issuer)
-        for tenant_id in (other.tenant.tenant_id, b.tenant_id):
-            error = await refusal(register(harness, tenant_id, request))
-            assert (error.code, error.metadata["field"]) == (grpc.StatusCode.ALREADY_EXISTS, "issuer")
-        second = wish(b.server, b.key, issuer=b.issuer.issuer, audience="second")
-        await register(harness, other.tenant.tenant_id, second)
-        assert str((await proven(harness, b.token())).tenant_id) == b.tenant_id
-        assert str((await proven(harness, b.token(aud="second"))).tenant_id) == other.tenant.tenant_id
-        assert (await b.refused(b.token(aud=[AUDIENCE, "second"]))).reason == INVALID
-        error = await refusal(harness.authenticate(b.token(), claimed=UUID(other.tenant.tenant_id).bytes))
-        assert error.reason == error_reason_pb2.ERROR_REASON_TENANT_MISMATCH
-        [record] = await harness.audit(b.tenant_id, "TENANT_MISMATCH")
-        assert record["subject"] == f"jwt:{b.issuer.issuer_id}:user-1"
-
-
-async def test_issuers_are_listed_and_a_removed_one_is_dead_at_the_next_question(harness: Harness) -> None:
-    """Removal frees the pair, is recorded and announced; another tenant's issuer is as absent as one that never was."""
-    other = await harness.create()
-    async with bench(harness) as b:
-        await harness.authenticate(b.token())
-        listing = await call(harness.issuers.ListIssuers, pb.ListIssuersRequest(), harness.as_operator(b.tenant_id))
-        assert list(listing.issuers) == [b.issuer]
-        request = pb.RemoveIssuerRequest(issuer_id=b.issuer.issuer_id)
-        error = await refusal(call(harness.issuers.RemoveIssuer, request, harness.as_operator(other.tenant.tenant_id)))
-        assert error.code is grpc.StatusCode.NOT_FOUND
-        await call(harness.issuers.RemoveIssuer, request, harness.as_operator(b.tenant_id))
-        assert (await b.refused(b.token())).reason == INVALID
-        for action in ("ISSUER_ADDED", "ISSUER_REMOVED"):
-            [record] = await harness.audit(b.tenant_id, action)
-            assert record["subject"].startswith("operator:")
-            assert record["target"] == f"issuer:{b.issuer.issuer_id}"
-        kinds = await harness.value("SELECT array_agg(kind ORDER BY change_id) FROM tenant.changes WHERE tenant_id = $1", UUID(b.tenant_id))
-        # The first one told that the tenant is there.
-        assert kinds == ["STATE", "ISSUER", "ISSUER"]
-        await register(harness, other.tenant.tenant_id, wish(b.server, b.key, issuer=b.issuer.issuer))
-
-
-async def test_a_tenant_has_at_most_twenty_issuers(harness: Harness) -> None:
-    """The twenty-first is PLAN_LIMIT."""
-    async with bench(harness) as b:
-        await harness.execute(
-            "INSERT INTO tenant.issuers (tenant_id, issuer, audience, jwks_uri, algorithms, scopes, clock_skew_seconds) "
-            "SELECT $1, n::text, 'a', 'https://login.example', '{ES256}', '{tenant:read}', 0 FROM generate_series(1, 19) n",
-            UUID(b.tenant_id),
-        )
-        error = await refusal(register(harness, b.tenant_id, wish(b.server, b.key)))
-        assert (error.reason, error.metadata["rule"]) == (error_reason_pb2.ERROR_REASON_PLAN_LIMIT, "issuers")
-
-
-async def test_only_operators_register_issuers(harness: Harness) -> None:
-    """A tenant's key lacks the scope, and an operator names the tenant."""
-    created, key = await harness.create(), SigningKey()
-    async with running_jwks(key) as server:
-        error = await refusal(call(harness.issuers.AddIssuer, wish(server, key), with_key(created.api_key)))
-        assert error.reason == error_reason_pb2.ERROR_REASON_SCOPE_MISSING
-        error = await refusal(call(harness.issuers.AddIssuer, wish(server, key), harness.as_operator()))
-        assert error.metadata == {"key": "x-tenant-id"}
+        await b.refused(b.token(seconds=-20))
+        await harness.execute("UPDATE tenant.tenants SET state = 'SUSPENDED' WHERE tenant_id = $1", UUID(b.tenant_id))
+        await b.refused(b.token())
+        await harness.execute("UPDATE tenant.tenants SET state = 'ACTIVE', region = 'eu-west' WHERE tenant_id = $1", UUID(b.tenant_id))
+        await b.refused(b.token())
+        issuer = f"jwt:{b.issuer.issuer_id}"
+        records = await harness.audit(b.tenant_id, "CREDENTIAL_REFUSED")
+        assert {(record["subject"], record["target"], record["peer_address"]) for record in records} == {
+            (issuer, "refused:CREDENTIAL_EXPIRED", "192.0.2.7"),
+            (f"{issuer}:user-1", "refused:TENANT_SUSPENDED", "192.0.2.7"),
+            (f"{issuer}:user-1", "refused:WRONG_CELL", "192.0.2.7"),
+        }
 
 
 async def test_a_suspended_tenants_tokens_are_refused(harness: Harness) -> None:

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import socket
+import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -11,6 +14,7 @@ import grpc
 import pytest
 from pydantic import SecretStr
 
+from devstack.ports import free_port
 from mesh.tenant.v1 import placement_service_pb2 as pb
 from mesh.tenant.v1 import placement_service_pb2_grpc, tenant_service_pb2
 from services.kernel.cell import Cell
@@ -18,19 +22,27 @@ from services.kernel.errors import InvalidRequest, WrongCell, WrongState
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.placement import PlacementKind
 from services.kernel.tenant_cipher import KeyUseFailed
+from services.tenant.actor import Actor
+from services.tenant.adapters.postgres_moves import PostgresMoves
 from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
+from services.tenant.adapters.store_probe import StoreProbe
 from services.tenant.app.parts import build_parts
 from services.tenant.key_management import parse_master_keys
-from services.tenant.placement import Placements, PlacementWish, SiloStores, StoredPlace, refuse_malformed
+from services.tenant.placement import CONTENT_SERVICES, Placements, PlacementWish, SiloStores, StoredPlace, refuse_malformed
 from services.tenant.tenant_wish import TenantWish
 from tests.support.places import KnownPlaces
 from tests.support.stores import PostgresStore
 from tests.tenant.harness import Harness, as_service, call, new_master_key, refusal, wish
 
 SILO = SiloStores("postgresql://app:secret@db.example:5432/acme", "postgresql://owner:secret@db.example:5432/acme")
-STATEMENTS_OF_A_SILO = 11
+OWN = SiloStores(
+    postgres_owner_dsn=SILO.postgres_owner_dsn,
+    retrieval_dsn="postgresql://finder:secret@db.example:5432/acme",
+    inference_dsn="postgresql://answerer:secret@db.example:5432/acme",
+)
+STATEMENTS_OF_A_SILO = 23
 
 
 async def test_a_place_that_cannot_be_made_is_refused_before_anything_is_recorded(harness: Harness) -> None:
@@ -87,7 +99,7 @@ async def test_a_creation_that_fails_gives_its_place_up_and_can_be_erased(harnes
     """Once a service has refused a silo's tenant for good, its addresses and keys are gone; the FAILED tenant is erased like any other."""
     request = wish(plan="enterprise")
     request.isolation = pb.ISOLATION_SILO
-    request.silo.CopyFrom(pb.SiloStores(postgres_dsn=SILO.postgres_dsn, postgres_owner_dsn=SILO.postgres_owner_dsn))
+    request.silo.CopyFrom(await harness.own_database())
     harness.peers["retrieval"].failures = [grpc.StatusCode.INVALID_ARGUMENT]
     await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator()))
     found = "SELECT tenant_id FROM tenant.request_directory WHERE request_id = $1"
@@ -97,6 +109,67 @@ async def test_a_creation_that_fails_gives_its_place_up_and_can_be_erased(harnes
     assert await harness.value("SELECT content::text FROM tenant.sagas WHERE tenant_id = $1", tenant_id) == "{}"
     erase = tenant_service_pb2.EraseTenantRequest(request_id=str(uuid4()), tenant_id=str(tenant_id), confirm_slug=request.slug)
     assert (await call(harness.tenants.EraseTenant, erase, harness.as_operator())).receipt.verified
+
+
+async def test_stores_that_do_not_answer_are_refused_before_anything_is_recorded(harness: Harness) -> None:
+    """An address without a server, one that never answers and a refused login are named without a password, soon, and leave nothing."""
+    own, before = await harness.own_database(), await row_counts(harness)
+    password = urlsplit(own.postgres_owner_dsn).password or ""
+    closed = f"postgresql://finder:{password}@127.0.0.1:{free_port()}/acme"
+    request, refusals = wish(plan="enterprise", isolation=pb.ISOLATION_SILO), 0
+    wrong = own.inference_postgres_dsn.replace(password, "x")
+    # It listens and never accepts: a connection is made and nothing is ever said.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        waiting = f"127.0.0.1:{silent.getsockname()[1]}"
+        for code, stores in (
+            (grpc.StatusCode.UNAVAILABLE, pb.SiloStores(postgres_dsn=closed, postgres_owner_dsn=closed.replace("finder", "maker"))),
+            (grpc.StatusCode.UNAVAILABLE, with_host(own, waiting)),
+            (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                changed(own, inference_postgres_dsn=wrong),
+            ),
+        ):
+            request.silo.CopyFrom(stores)
+            begun = time.monotonic()
+            refused = await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=30))
+            assert refused.code is code, refused
+            assert time.monotonic() - begun < 15
+            assert "127.0.0.1:" in refused.message
+            assert password not in f"{refused.message}{refused.metadata}"
+            refusals += 1
+    after = await row_counts(harness)
+    assert after.pop("audit") == before.pop("audit") + refusals
+    assert after == before
+    request.silo.CopyFrom(own)
+    assert (await call(harness.tenants.CreateTenant, request, harness.as_operator())).tenant.slug == request.slug
+
+
+def with_host(stores: pb.SiloStores, address: str) -> pb.SiloStores:
+    """The same stores at another address."""
+    at = {
+        field.name: urlunsplit(urlsplit(dsn)._replace(netloc=f"{urlsplit(dsn).username}:x@{address}")) for field, dsn in stores.ListFields()
+    }
+    return pb.SiloStores(**at)
+
+
+def changed(stores: pb.SiloStores, **changes: str) -> pb.SiloStores:
+    """The same stores with other logins."""
+    found = pb.SiloStores()
+    found.CopyFrom(stores)
+    found.MergeFrom(pb.SiloStores(**changes))
+    return found
+
+
+async def test_each_service_is_told_its_own_login(harness: Harness) -> None:
+    """In a database that an operator made with a role for each service, neither is told the other's DSN."""
+    request = wish(plan="enterprise", isolation=pb.ISOLATION_SILO)
+    request.silo.CopyFrom(await harness.own_database())
+    created = await call(harness.tenants.CreateTenant, request, harness.as_operator())
+    token = (await harness.authenticate(created.api_key)).context_token
+    stub = placement_service_pb2_grpc.PlacementServiceStub(harness.channel)
+    for service, dsn in (("retrieval", request.silo.retrieval_postgres_dsn), ("inference", request.silo.inference_postgres_dsn)):
+        answer = await call(stub.GetPlacement, pb.GetPlacementRequest(), as_service(service, token, created.tenant.tenant_id))
+        assert answer.place.postgres_dsn == dsn
 
 
 async def test_another_regions_tenant_is_not_made_here(harness: Harness) -> None:
@@ -148,6 +221,13 @@ async def test_what_tables_are_made_with_is_told_in_no_callers_name(harness: Har
         PlacementWish(PlacementKind.SILO, replace(SILO, postgres_owner_dsn="postgresql://owner:secret@db.example:5432/other")),
         PlacementWish(PlacementKind.SILO, replace(SILO, postgres_dsn="mysql://app:secret@db.example/acme")),
         PlacementWish(PlacementKind.SILO, replace(SILO, postgres_dsn="postgresql://app:secret@db.example:port/acme")),
+        PlacementWish(PlacementKind.SILO, SiloStores(postgres_owner_dsn=SILO.postgres_owner_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(SILO, retrieval_dsn=OWN.retrieval_dsn, inference_dsn=OWN.inference_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(OWN, inference_dsn="")),
+        PlacementWish(PlacementKind.SILO, replace(OWN, inference_dsn=OWN.retrieval_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(OWN, inference_dsn=SILO.postgres_owner_dsn)),
+        PlacementWish(PlacementKind.SILO, replace(OWN, inference_dsn="postgresql://answerer:secret@db.example:5432/other")),
+        PlacementWish(PlacementKind.SILO, replace(OWN, postgres_owner_dsn="")),
         PlacementWish(PlacementKind.SILO, replace(SILO, qdrant_api_key="secret")),
         PlacementWish(PlacementKind.SILO, replace(SILO, qdrant_url="file:///secret")),
     ],
@@ -157,7 +237,8 @@ def test_stores_that_do_not_fit_are_refused_without_being_repeated(wrong: Placem
     with pytest.raises(InvalidRequest) as refused:
         refuse_malformed(wrong)
     assert "secret" not in str(refused.value)
-    refuse_malformed(PlacementWish(PlacementKind.SILO, SILO))
+    for complete in (SILO, OWN):
+        refuse_malformed(PlacementWish(PlacementKind.SILO, complete))
 
 
 def test_a_wish_hides_its_secrets_and_counts_them() -> None:
@@ -195,12 +276,25 @@ async def test_addresses_are_sealed_in_the_database(harness: Harness) -> None:
         with pytest.raises(WrongState):
             await placements.get(tenant_id)
         # What is dropped is known without its addresses: an undoing that was stopped behind the keys still ends.
-        kept = Placements(placements, PostgresSchemaMaker("", 0), PostgresSiloMaker(""))
+        kept = Placements(placements, PostgresSchemaMaker("", 0), PostgresSiloMaker(""), StoreProbe())
         assert await kept.drop(tenant_id) == []
         with pytest.raises(WrongState):
             await parts.box.seal(tenant_id, "placement", b"x")
     with pytest.raises(ValueError, match="32 bytes"):
         parse_master_keys("first:c2hvcnQ=")
+
+
+async def test_the_begin_of_a_move_is_on_record(harness: Harness) -> None:
+    """Who begins a move, and where to, stands in the tenant's log before anything of it moves; a repeated call begins nothing."""
+    created = await harness.create()
+    tenant_id, actor = TenantId(UUID(created.tenant.tenant_id)), Actor("operator:test", "more room", "192.0.2.9")
+    async with AsyncExitStack() as stack:
+        parts = await build_parts(harness.settings, stack)
+        moves = PostgresMoves(parts.database, PostgresPlacements(parts.database, parts.box))
+        for _ in range(2):
+            await moves.begin_move(tenant_id, StoredPlace(PlacementKind.SILO, SILO), actor, 600.0)
+    [record] = await harness.audit(created.tenant.tenant_id, "TENANT_MOVE_BEGUN")
+    assert (record["subject"], record["reason"], record["target"]) == ("operator:test", "more room", "placement:pool:silo")
 
 
 async def test_a_database_bears_so_many_schemas(postgres: PostgresStore) -> None:
@@ -217,9 +311,40 @@ async def test_a_database_bears_so_many_schemas(postgres: PostgresStore) -> None
     await maker.refuse_full()
 
 
+async def test_a_place_that_is_not_wanted_any_more_is_not_made(postgres: PostgresStore) -> None:
+    """Whether a place is wanted is asked where nobody can drop it before it is made; a refusal leaves neither schema, database nor role."""
+    places, tenant_id = KnownPlaces(await postgres.fresh_database(), "inference"), TenantId(new_uuid7())
+    await places.migrate()
+    schemas, silos = PostgresSchemaMaker(places.dsn("tenant_placement"), 10), PostgresSiloMaker(postgres.server.dsn())
+
+    async def refuse() -> None:
+        raise WrongState("tenant", "ERASING", "it ends")
+
+    with pytest.raises(WrongState):
+        await schemas.make(tenant_id, refuse)
+    with pytest.raises(WrongState):
+        await silos.make(tenant_id, silos.plan(tenant_id), refuse)
+    admin = await asyncpg.connect(places.admin_dsn)
+    for catalog, column in (("pg_namespace", "nspname"), ("pg_database", "datname"), ("pg_roles", "rolname")):
+        assert await admin.fetchval(f"SELECT count(*) FROM {catalog} WHERE starts_with({column}, $1)", f"t_{tenant_id.hex}") == 0
+    await admin.close()
+
+
+async def test_a_silo_that_was_planned_with_one_login_is_made_as_planned(postgres: PostgresStore) -> None:
+    """Passwords that were sealed with one login for both services are given to the roles they were sealed for, and those go with it."""
+    maker, tenant_id = PostgresSiloMaker(postgres.server.dsn()), TenantId(uuid4())
+    plan = maker.plan(tenant_id)
+    both, owner = plan.dsn_for("inference").replace("_inference_", "_"), plan.owner_dsn_for("inference").replace("_inference_", "_")
+    await maker.make(tenant_id, SiloStores(both, owner))
+    for dsn in (both, owner):
+        await (await asyncpg.connect(dsn)).close()
+    await maker.drop(tenant_id)
+    assert [item.found for item in await maker.scan(tenant_id)] == [0, 0]
+
+
 @pytest.mark.parametrize("survived", range(STATEMENTS_OF_A_SILO))
 async def test_a_silo_that_was_half_made_is_made_whole(postgres: PostgresStore, monkeypatch: pytest.MonkeyPatch, survived: int) -> None:
-    """Making a silo may stop after any statement: the next run ends with a database its role can enter, and dropping leaves nothing."""
+    """Making a silo may stop after any statement: the next run ends with a database each service can enter, and dropping leaves nothing."""
     maker, tenant_id = PostgresSiloMaker(postgres.server.dsn()), TenantId(uuid4())
     stores, left, execute = maker.plan(tenant_id), survived, asyncpg.Connection.execute
 
@@ -235,9 +360,10 @@ async def test_a_silo_that_was_half_made_is_made_whole(postgres: PostgresStore, 
         with pytest.raises(ConnectionError):
             await maker.make(tenant_id, stores)
     await maker.make(tenant_id, stores)
-    connection = await asyncpg.connect(stores.postgres_dsn)
-    assert await connection.fetchval("SELECT current_user") == f"t_{tenant_id.hex}_service"
-    await connection.close()
+    for service in CONTENT_SERVICES:
+        connection = await asyncpg.connect(stores.dsn_for(service))
+        assert await connection.fetchval("SELECT current_user") == f"t_{tenant_id.hex}_{service}_service"
+        await connection.close()
     for _ in range(2):
         await maker.drop(tenant_id)
     admin = await asyncpg.connect(postgres.server.dsn())

@@ -17,11 +17,13 @@ from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
+from services.tenant.adapters.store_probe import StoreProbe
 from services.tenant.app.parts import build_parts
 from services.tenant.placement import Placements
 from services.tenant.provisioning import ORDER, ProvisioningPlan, Step, TenantProvisioning
 from services.tenant.saga import SagaEngine, SagaKind
 from services.tenant.tenant_wish import TenantWish
+from services.tenant.wish_seal import WishSeal
 from tests.tenant.harness import PEERS, Harness, as_service, call, refusal, taken_apart, wish, with_key
 
 ACTOR = Actor("operator:test", "test", "")
@@ -133,16 +135,16 @@ class CrashingStore(PostgresProvisioning):
         self._maybe_die(Step.RECORDED)
         return recorded
 
-    async def write_defaults(self, tenant_id: Any, assistant_name: str, step: Step) -> None:
-        await super().write_defaults(tenant_id, assistant_name, step)
+    async def write_defaults(self, tenant_id: Any, assistant_name: str, step: Step, lease: UUID) -> None:
+        await super().write_defaults(tenant_id, assistant_name, step, lease)
         self._maybe_die(step)
 
-    async def finish_step(self, tenant_id: Any, step: Step) -> None:
-        await super().finish_step(tenant_id, step)
+    async def finish_step(self, tenant_id: Any, step: Step, lease: UUID) -> None:
+        await super().finish_step(tenant_id, step, lease)
         self._maybe_die(step)
 
-    async def write_owner(self, tenant_id: Any, email: str, step: Step) -> None:
-        await super().write_owner(tenant_id, email, step)
+    async def write_owner(self, tenant_id: Any, email: str, step: Step, lease: UUID) -> None:
+        await super().write_owner(tenant_id, email, step, lease)
         self._maybe_die(step)
 
     async def issue_first_key(self, *args: Any) -> bool:
@@ -150,8 +152,8 @@ class CrashingStore(PostgresProvisioning):
         self._maybe_die(Step.FIRST_KEY)
         return issued
 
-    async def activate(self, tenant_id: Any, step: Step) -> None:
-        await super().activate(tenant_id, step)
+    async def activate(self, tenant_id: Any, step: Step, lease: UUID) -> None:
+        await super().activate(tenant_id, step, lease)
         self._maybe_die(step)
 
 
@@ -161,10 +163,11 @@ async def second_process(harness: Harness) -> AsyncIterator[tuple[TenantProvisio
     async with AsyncExitStack() as stack:
         parts = await build_parts(harness.settings, stack)
         store, peers = CrashingStore(parts.database), {Step[name.upper()]: (name, parts.peers[name]) for name in PEERS}
-        places = Placements(PostgresPlacements(parts.database, parts.box), PostgresSchemaMaker("", 0), PostgresSiloMaker(""))
-        plan = ProvisioningPlan(store, parts.tenants, peers, places, parts.box, parts.vault, parts.minter)
+        places = Placements(PostgresPlacements(parts.database, parts.box), PostgresSchemaMaker("", 0), PostgresSiloMaker(""), StoreProbe())
+        seal = WishSeal(store, parts.box, parts.vault)
+        plan = ProvisioningPlan(store, parts.tenants, peers, places, seal, parts.vault, parts.minter)
         engine = SagaEngine(parts.sagas, {SagaKind.PROVISION: plan}, lease_seconds=10.0, max_attempts=20)
-        yield TenantProvisioning(store, parts.sagas, plan, engine, parts.tenants, parts.tenants, places, region="local"), store
+        yield TenantProvisioning(store, parts.sagas, plan, engine, parts.tenants, parts.tenants, places, seal, region="local"), store
 
 
 def content_of(request: tenant_service_pb2.CreateTenantRequest) -> TenantWish:
@@ -304,6 +307,8 @@ async def test_an_unknown_plan_is_not_found_and_writes_nothing(harness: Harness)
     request = wish(plan="platinum")
     error = await refusal(call(harness.tenants.CreateTenant, request, harness.as_operator()))
     assert (error.code, error.metadata) == (grpc.StatusCode.NOT_FOUND, {"resource": "plan"})
+    assert "ListPlans" in error.message
+    assert "credential" not in error.message
     assert await harness.value(SLUGS, request.slug) == 0
     request.plan = "free"
     await call(harness.tenants.CreateTenant, request, harness.as_operator())

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
+import asyncpg
 import grpc
 import pytest
 from pydantic import SecretStr
@@ -68,6 +69,28 @@ class Mortal:
         assert self.process is not None
         assert await asyncio.wait_for(self.process.wait(), PATIENCE_SECONDS) == -signal.SIGKILL
         assert not self.death_wish.exists()
+
+    async def falls_asleep(self) -> None:
+        """Returns when the process has stopped where it was told to."""
+
+        async def sleeps() -> bool:
+            return not self.death_wish.exists()
+
+        await eventually(sleeps, within_seconds=PATIENCE_SECONDS)
+
+    def wake(self) -> None:
+        """Lets the process go on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def replica(self) -> Mortal:
+        """Another process on the same database, which never dies by itself."""
+        port = free_port()
+        environment = self.environment | {
+            "TENANTRY_LISTEN_ADDRESS": f"127.0.0.1:{port}",
+            "DEATH_WISH": str(self.death_wish.with_name("no wish")),
+        }
+        return replace(self, environment=environment, port=port, process=None)
 
     async def stop(self) -> None:
         """Ends the process."""
@@ -160,9 +183,9 @@ async def test_a_creation_killed_at_any_step_ends_by_itself(mortal: Mortal, step
 async def test_a_killed_creation_goes_on_with_the_addresses_it_was_given(mortal: Mortal, step: Step, moment: str) -> None:
     """What a silo's addresses were is known after the death, to whoever has the tenant's key: in plain words they stand in no table."""
     await mortal.start()
-    request, harness, password = wish(plan="enterprise", isolation=placement_service_pb2.ISOLATION_SILO), mortal.harness, uuid4().hex
-    request.silo.postgres_dsn = f"postgresql://app:{password}@db.example:5432/acme"
-    request.silo.postgres_owner_dsn = f"postgresql://owner:{password}@db.example:5432/acme"
+    request, harness = wish(plan="enterprise", isolation=placement_service_pb2.ISOLATION_SILO), mortal.harness
+    request.silo.CopyFrom(await harness.own_database())
+    password = urlsplit(request.silo.postgres_owner_dsn).password or ""
     mortal.death_wish.write_text(f"PROVISION {step.name} {moment}")
     with pytest.raises(MeshError):
         await call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=PATIENCE_SECONDS)
@@ -185,7 +208,7 @@ async def test_a_killed_creation_goes_on_with_the_addresses_it_was_given(mortal:
     places = placement_service_pb2_grpc.PlacementServiceStub(harness.channel)
     asked = placement_service_pb2.GetPlacementRequest(for_tables=True)
     found = await call(places.GetPlacement, asked, as_service("inference", token, answer.tenant.tenant_id))
-    assert (found.place.isolation, found.place.postgres_dsn) == (placement_service_pb2.ISOLATION_SILO, request.silo.postgres_dsn)
+    assert (found.place.isolation, found.place.postgres_dsn) == (placement_service_pb2.ISOLATION_SILO, request.silo.inference_postgres_dsn)
     assert found.migration_dsn == request.silo.postgres_owner_dsn
 
 
@@ -237,3 +260,101 @@ async def test_an_erasure_killed_at_any_step_ends_by_itself(mortal: Mortal, step
     again = replace(mortal, process=None).harness
     receipt = tenant_service_pb2.GetErasureReceiptRequest(tenant_id=created.tenant.tenant_id)
     assert (await call(again.tenants.GetErasureReceipt, receipt, again.as_operator())).receipt == answer.receipt
+
+
+@pytest.fixture
+async def pair(mortal: Mortal) -> AsyncIterator[tuple[Mortal, Mortal]]:
+    """The process, and a replica that is alive when it sleeps."""
+    await mortal.start()
+    other = mortal.replica()
+    yield mortal, other
+    await other.stop()
+
+
+@pytest.mark.slow
+async def test_a_replica_that_slept_through_its_lease_changes_nothing(pair: tuple[Mortal, Mortal]) -> None:
+    """While it slept another undid the creation; awake again it writes no row, asks no service, and tells its caller what became of it."""
+    sleeper, other = pair
+    harness, request = sleeper.harness, wish()
+    sleeper.death_wish.write_text("PROVISION DEFAULTS asleep")
+    creating = asyncio.ensure_future(
+        call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=4 * PATIENCE_SECONDS)
+    )
+    await sleeper.falls_asleep()
+    harness.peers["retrieval"].failures = [grpc.StatusCode.INVALID_ARGUMENT]
+    await other.start()
+    await sleeper.saga_is(request.request_id, "FAILED")
+    asked = {name: (list(peer.tenants), list(peer.erased)) for name, peer in harness.peers.items()}
+    sleeper.wake()
+    with pytest.raises(MeshError) as refused:
+        await creating
+    assert (refused.value.code, refused.value.metadata["state"]) == (grpc.StatusCode.FAILED_PRECONDITION, "FAILED")
+    tenant_id = await harness.value("SELECT tenant_id FROM tenant.sagas WHERE request_id = $1", UUID(request.request_id))
+    for table in ("tenant_settings", "users", "api_keys", "placements"):
+        assert await harness.value(f"SELECT count(*) FROM tenant.{table} WHERE tenant_id = $1", tenant_id) == 0, table
+    states = "SELECT array_agg(DISTINCT state) FROM tenant.saga_steps WHERE tenant_id = $1"
+    assert await harness.value(states, tenant_id) == ["UNDONE"]
+    assert {name: (peer.tenants, peer.erased) for name, peer in harness.peers.items()} == asked
+
+
+@pytest.mark.slow
+async def test_an_erasure_that_another_ended_is_not_written_again(pair: tuple[Mortal, Mortal]) -> None:
+    """A replica that wakes in an erasure which has ended meanwhile records no step and answers the one receipt."""
+    sleeper, other = pair
+    harness = sleeper.harness
+    created = await until_answered(sleeper, harness.tenants.CreateTenant, wish())
+    assert isinstance(created, tenant_service_pb2.CreateTenantResponse)
+    request = tenant_service_pb2.EraseTenantRequest(
+        request_id=str(uuid4()), tenant_id=created.tenant.tenant_id, confirm_slug=created.tenant.slug
+    )
+    sleeper.death_wish.write_text("ERASE OWN_RECORDS asleep")
+    erasing = asyncio.ensure_future(call(harness.tenants.EraseTenant, request, harness.as_operator(), timeout_seconds=4 * PATIENCE_SECONDS))
+    await sleeper.falls_asleep()
+    await other.start()
+    await sleeper.saga_is(request.request_id, "DONE")
+    books = "SELECT jsonb_agg(to_jsonb(s) ORDER BY step)::text FROM tenant.saga_steps s WHERE tenant_id = $1"
+    tenant_id = UUID(created.tenant.tenant_id)
+    written, feed = await harness.value(books, tenant_id), "SELECT count(*) FROM tenant.changes WHERE tenant_id = $1"
+    told = await harness.value(feed, tenant_id)
+    sleeper.wake()
+    answer = await erasing
+    assert answer.receipt.verified
+    assert (await harness.value(books, tenant_id), await harness.value(feed, tenant_id)) == (written, told)
+    kept = await harness.value("SELECT body FROM tenant.erasure_receipts WHERE tenant_id = $1", tenant_id)
+    assert kept == answer.receipt.body_json
+
+
+@pytest.mark.slow
+async def test_a_key_whose_tenant_was_never_recorded_is_destroyed(mortal: Mortal) -> None:
+    """Killed between sealing a silo's addresses and recording the tenant, the service leaves a note of the key, and sweeps it."""
+    await mortal.stop()
+    poll = {"TENANTRY_RETENTION_POLL_SECONDS": "0.2"}
+    mortal.environment.update(poll)
+    await mortal.start()
+    harness, request = mortal.harness, wish(plan="enterprise", isolation=placement_service_pb2.ISOLATION_SILO)
+    request.silo.CopyFrom(await harness.own_database())
+    mortal.death_wish.write_text("PROVISION RECORDED before")
+    with pytest.raises(MeshError):
+        await call(harness.tenants.CreateTenant, request, harness.as_operator(), timeout_seconds=PATIENCE_SECONDS)
+    await mortal.dies()
+    [tenant_id] = [row["tenant_id"] for row in await rows(harness, "SELECT tenant_id FROM tenant.unrecorded_keys")]
+    keys = "SELECT count(*) FROM tenant_keys.data_keys WHERE tenant_id = $1"
+    assert await harness.value(keys, tenant_id) == 1
+    assert await harness.value("SELECT count(*) FROM tenant.tenants WHERE tenant_id = $1", tenant_id) == 0
+    await mortal.start()
+    await harness.execute("UPDATE tenant.unrecorded_keys SET create_time = now() - interval '1 hour'")
+
+    async def is_swept() -> bool:
+        return not await harness.value("SELECT count(*) FROM tenant.unrecorded_keys")
+
+    await eventually(is_swept, within_seconds=PATIENCE_SECONDS)
+    assert await harness.value(keys, tenant_id) == 0
+    answer = await until_answered(mortal, harness.tenants.CreateTenant, request)
+    assert isinstance(answer, tenant_service_pb2.CreateTenantResponse)
+    assert await harness.value(keys, UUID(answer.tenant.tenant_id)) == 1
+
+
+async def rows(harness: Harness, sql: str) -> list[asyncpg.Record]:
+    """Reads past every policy."""
+    async with harness.superuser() as connection:
+        return list(await connection.fetch(sql))

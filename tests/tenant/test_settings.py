@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.ids import TenantId
@@ -25,6 +25,41 @@ def test_something_that_is_no_digest_is_refused() -> None:
     """A key pasted in place of its digest stops the start."""
     with pytest.raises(ValidationError, match="TENANTRY_OPERATOR_KEY_SHA256"):
         TenantSettings(operator_key_sha256="op_key")
+
+
+WEAK_SECRETS = {
+    "no key": "whsec_",
+    "a short key": "whsec_" + base64.b64encode(b"k" * 23).decode(),
+    "no base64": "whsec_" + "!" * 40,
+    "base64 of another alphabet": "whsec_" + "-_" * 20,
+    "base64 without its end": "whsec_" + base64.b64encode(b"k" * 25).decode().rstrip("="),
+    "a short text": "twenty-three characters",
+    "blanks": " " * 40,
+}
+
+
+@pytest.mark.parametrize("weakness", WEAK_SECRETS)
+def test_a_webhook_secret_that_signs_nothing_is_refused(weakness: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret without 24 bytes of key stops the start; the message says how to make one and does not repeat what was given."""
+    secret = WEAK_SECRETS[weakness]
+    monkeypatch.setenv("TENANTRY_EVENT_WEBHOOK_SECRET", secret)
+    with pytest.raises(ValidationError) as caught:
+        TenantSettings(event_webhook_url="https://hooks.example")
+    said = caught.value.errors()[0]["msg"]
+    assert "TENANTRY_EVENT_WEBHOOK_SECRET" in said
+    assert "24 bytes" in said
+    assert "openssl rand -base64 32" in said
+    given = secret.removeprefix("whsec_").strip()
+    assert not given or given not in str(caught.value)
+
+
+def test_a_webhook_secret_is_decoded_once() -> None:
+    """`whsec_` and base64 is the key in it; any other text is the key itself; without an address there may be none."""
+    key = bytes(range(24))
+    for secret, wanted in (("whsec_" + base64.b64encode(key).decode(), key), ("k" * 24, b"k" * 24)):
+        settings = TenantSettings(event_webhook_url="https://hooks.example", event_webhook_secret=SecretStr(secret))
+        assert settings.webhook_signing_key() == wanted
+    assert TenantSettings().event_webhook_url == ""
 
 
 @pytest.mark.parametrize("seed", ["", "secretsecret", "!!!", base64.b64encode(b"short").decode()])

@@ -142,7 +142,7 @@ async def test_a_change_of_settings_raises_the_version_in_tokens_and_configurati
         UUID(created.tenant.tenant_id),
     )
     config = (await call(harness.tenants.GetTenantConfig, CONFIG, with_key(created.api_key))).config
-    assert (config.version, config.ai.assistant_name) == (4, "Cleo")
+    assert (config.version, config.ai.assistant_name) == (read_plan_file(PLAN_FILE).version + 2, "Cleo")
 
 
 async def test_loading_plans_again_changes_nothing_and_a_change_needs_a_new_version(postgres: PostgresStore) -> None:

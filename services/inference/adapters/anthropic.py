@@ -16,11 +16,12 @@ import anthropic
 import httpx2
 import orjson
 
-from services.inference.adapters.endpoint_clients import EndpointClients
+from services.inference.adapters.endpoint_clients import EndpointClients, key_headers
 from services.inference.adapters.server_sent_events import EventSplitter
 from services.inference.call import Question, Received, Usage
 from services.inference.prompt_assembly import AssembledPrompt
 from services.inference.provider_failure import ProviderFailure
+from services.inference.worst_case import text_bytes
 from services.kernel.ids import TenantId
 
 _CONNECT_SECONDS = 5.0
@@ -45,28 +46,31 @@ class AnthropicProvider:
         for library in ("anthropic", "httpx2"):
             logging.getLogger(library).setLevel(logging.WARNING)
         self._call_id_header = call_id_header
-        self._clients = EndpointClients(base_url=base_url, api_key=api_key, max_connections=max_connections)
+        self.clients = EndpointClients(base_url=base_url, api_key=api_key, max_connections=max_connections)
         self._own_key_refused = own_key_refused
 
     async def close(self) -> None:
         """Closes the clients' connections."""
-        await self._clients.close()
+        await self.clients.close()
 
-    async def stream(self, question: Question, prompt: AssembledPrompt, received: Received) -> AsyncGenerator[str, None]:
+    async def stream(
+        self, question: Question, prompt: AssembledPrompt, max_output_tokens: int, received: Received
+    ) -> AsyncGenerator[str, None]:
         """Sends the request and yields the answer's text, one piece a network read; `received` is kept up to date.
 
         Raises: ProviderFailure.
         """
-        async with self._clients.lend(question.endpoint) as client, aclosing(self._stream(client, question, prompt, received)) as texts:
+        body = _body(question, prompt, max_output_tokens)
+        async with self.clients.lend(question.endpoint) as client, aclosing(self._stream(client, question, body, received)) as texts:
             async for text in texts:
                 yield text
 
     async def _stream(
-        self, client: anthropic.AsyncAnthropic, question: Question, prompt: AssembledPrompt, received: Received
+        self, client: anthropic.AsyncAnthropic, question: Question, body: dict[str, object], received: Received
     ) -> AsyncGenerator[str, None]:
         accepted = False
         try:
-            response = await self._send(client, question, prompt)
+            response = await self._send(client, question, body)
             accepted = True
             try:
                 received.provider_request_id = response.headers.get("request-id", "")[:_MAX_REQUEST_ID_LENGTH]
@@ -81,19 +85,16 @@ class AnthropicProvider:
                 self._own_key_refused(question.tenant_id)
             raise failure from error
 
-    async def _send(self, client: anthropic.AsyncAnthropic, question: Question, prompt: AssembledPrompt) -> httpx2.Response:
+    async def _send(self, client: anthropic.AsyncAnthropic, question: Question, body: dict[str, object]) -> httpx2.Response:
         # The client's generic post: the typed method builds and checks models of a request that is exact already, at a quarter of the cost.
         remaining = max(question.remaining_seconds(), 0.001)
         timeout = httpx2.Timeout(remaining, connect=min(remaining, _CONNECT_SECONDS))
         headers: dict[str, str | anthropic.Omit] = {self._call_id_header: str(question.call_id)} if self._call_id_header else {}
-        if question.provider_key:
-            # The client's own authorization must not go along: it is the house's key.
-            headers |= {"x-api-key": question.provider_key, "Authorization": anthropic.Omit()}
         response = await client.post(
             "/v1/messages",
             cast_to=httpx2.Response,
-            body=_body(question, prompt),
-            options={"timeout": timeout, "headers": headers},
+            body=body,
+            options={"timeout": timeout, "headers": headers | key_headers(question.provider_key)},
             stream=True,
             stream_cls=anthropic.AsyncStream[object],
         )
@@ -101,10 +102,10 @@ class AnthropicProvider:
         return cast("httpx2.Response", response)
 
 
-def _body(question: Question, prompt: AssembledPrompt) -> dict[str, object]:
+def _body(question: Question, prompt: AssembledPrompt, max_output_tokens: int) -> dict[str, object]:
     body: dict[str, object] = {
         "model": question.model.name,
-        "max_tokens": question.max_output_tokens,
+        "max_tokens": max_output_tokens,
         "system": prompt.system,
         "messages": [{"role": turn.role, "content": turn.text} for turn in prompt.messages],
         "stream": True,
@@ -117,6 +118,7 @@ def _body(question: Question, prompt: AssembledPrompt) -> dict[str, object]:
 async def _texts(response: httpx2.Response, received: Received) -> AsyncGenerator[str, None]:
     splitter = EventSplitter()
     async for chunk in response.aiter_bytes():
+        before = received.output_bytes
         try:
             text = "".join([_take(orjson.loads(data), received) for data in splitter.feed(chunk)])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -125,6 +127,7 @@ async def _texts(response: httpx2.Response, received: Received) -> AsyncGenerato
             if received.first_token_time is None:
                 received.first_token_time = monotonic()
             received.parts.append(text)
+        if received.output_bytes > before:
             yield text
     if not received.complete:
         raise ProviderFailure("cut", accepted=True)
@@ -135,11 +138,13 @@ def _take(event: dict[str, Any], received: Received) -> str:
     match event.get("type"):
         case "content_block_delta":
             delta = event["delta"]
+            # Whatever it writes, it bills.
+            received.output_bytes += sum([text_bytes(part) for name, part in delta.items() if name != "type" and isinstance(part, str)])
             return delta["text"] if delta.get("type") == "text_delta" else ""
         case "message_start":
-            received.usage = _usage(event["message"].get("usage") or {}, received.usage)
+            _take_usage(event["message"].get("usage") or {}, received)
         case "message_delta":
-            received.usage = _usage(event.get("usage") or {}, received.usage)
+            _take_usage(event.get("usage") or {}, received)
             stop_reason = event["delta"].get("stop_reason")
             if stop_reason:
                 received.stop_reason, received.complete = str(stop_reason).replace("\x00", "")[:_MAX_STOP_REASON_LENGTH], True
@@ -147,6 +152,11 @@ def _take(event: dict[str, Any], received: Received) -> str:
             kind = (event.get("error") or {}).get("type", "error")
             raise ProviderFailure(f"midstream_{kind}"[:_MAX_STOP_REASON_LENGTH], accepted=True)
     return ""
+
+
+def _take_usage(reported: dict[str, Any], received: Received) -> None:
+    received.usage = _usage(reported, received.usage)
+    received.counted_tokens, received.counted_bytes = received.usage.output_tokens, received.output_bytes
 
 
 def _usage(reported: dict[str, Any], before: Usage) -> Usage:

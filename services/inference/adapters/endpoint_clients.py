@@ -14,6 +14,12 @@ ANTHROPIC_URL = "https://api.anthropic.com"
 MAX_DEDICATED_CLIENTS = 64
 
 
+def key_headers(provider_key: str) -> dict[str, str | anthropic.Omit]:
+    """Returns the headers that make a request use a tenant's own key; none when it has none."""
+    # The client's own authorization must not go along: it is the house's key.
+    return {"x-api-key": provider_key, "Authorization": anthropic.Omit()} if provider_key else {}
+
+
 class _Lent:
     """A client and how many calls use it."""
 

@@ -12,6 +12,7 @@ from mesh.metering.v1.ledger_service_pb2_grpc import LedgerServiceStub
 from services.inference.call import CallRef, Settled, Usage
 from services.inference.models import PROVIDER
 from services.inference.ports import CallToOpen, CallToSettle, CallToVoid, Opened, OpenOutcome
+from services.inference.worst_case import Hold
 from services.kernel.batching import Batcher
 from services.kernel.errors import ContentConflict, MeshError, Unavailable, WrongState
 from services.kernel.ids import ReservationId, TenantId
@@ -22,8 +23,8 @@ log = structlog.get_logger(__name__)
 
 OPEN_SECONDS = 5.0
 SETTLE_SECONDS = 5.0
+EXTEND_SECONDS = 0.2
 RENEW_SECONDS = 2.0
-SettleFlush = Callable[[list[CallToSettle]], Awaitable[Sequence[Settled | Exception]]]
 _MAX_BATCH = 500
 # Callers wait for opens before anything else happens, so a second rpc may start beside a slow one.
 _OPENS_IN_FLIGHT = 2
@@ -46,18 +47,24 @@ class MeteringLedger:
         self._channel = channel
         self._stub = LedgerServiceStub(channel.channel)
         self._opens = Batcher(self._open_batch, max_batch=_MAX_BATCH, max_in_flight=_OPENS_IN_FLIGHT)
+        self._extensions = Batcher(self._extend_batch, max_batch=_MAX_BATCH, max_in_flight=_OPENS_IN_FLIGHT)
         self._settlements = Batcher(self._settle_batch, max_batch=_MAX_BATCH)
         self._voids = Batcher(self._void_batch, max_batch=_MAX_BATCH)
 
     async def close(self) -> None:
         """Sends what was accepted."""
         await self._opens.close()
+        await self._extensions.close()
         await self._settlements.close()
         await self._voids.close()
 
     async def open(self, call: CallToOpen) -> Opened:
         """Records an attempt before it is sent."""
         return await self._opens.submit(call)
+
+    async def extend(self, ref: CallRef, hold: Hold) -> bool:
+        """Raises the bound of an open call."""
+        return await self._extensions.submit((ref, hold))
 
     async def settle(self, call: CallToSettle) -> Settled:
         """Records what it was billed. Raises: ContentConflict or WrongState when the ledger refuses, which it never should."""
@@ -81,6 +88,13 @@ class MeteringLedger:
         request = pb.OpenCallsRequest(calls=[_open(call) for call in calls])
         response = await self._channel.unary(self._stub.OpenCalls, request, timeout_seconds=OPEN_SECONDS, idempotent=True)
         return [_opened(result) for result in response.results]
+
+    async def _extend_batch(self, bounds: list[tuple[CallRef, Hold]]) -> Sequence[bool]:
+        _leave_the_call()
+        calls = [pb.ExtendCall(ref=_ref(ref), bound_tokens=hold.tokens, bound_nano_usd=hold.cost_nano_usd) for ref, hold in bounds]
+        request = pb.ExtendCallsRequest(calls=calls)
+        response = await self._channel.unary(self._stub.ExtendCalls, request, timeout_seconds=EXTEND_SECONDS, idempotent=True)
+        return [outcome == pb.EXTEND_OUTCOME_EXTENDED for outcome in response.outcomes]
 
     # Settlements and voids are repeated until they are acknowledged by whoever asked for them; the channel does not repeat them as well.
 
@@ -130,7 +144,7 @@ def _open(call: CallToOpen) -> pb.OpenCall:
         ref=_ref(call.ref),
         context_token=question.tenant.token,
         call_id=question.call_id.bytes,
-        attempt=1,
+        attempt=call.attempt,
         epoch=call.reservation.epoch,
         reserve_time=reserve_time,
         bound_tokens=call.hold.tokens,

@@ -47,8 +47,8 @@ ERASE = {
 }
 # Alone in its transaction with the removal: writers that passed are waited for, later ones find the tombstone.
 LOCK_ERASURE = "SELECT pg_advisory_xact_lock(inference.erasure_lock($1))"
-# Of an erased tenant: its tombstone, and what is on its way to the audit log, which keeps it.
-KEPT = frozenset({"erased_tenants", "audit_outbox"})
+# Of an erased tenant: its tombstone, and what is on its way to the audit log, which keeps it, or was refused there.
+KEPT = frozenset({"erased_tenants", "audit_outbox", "audit_set_aside"})
 INSERT_TOMBSTONE = "INSERT INTO inference.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
 LOCK_OLD = """
 SELECT c.conversation_id FROM conversations c

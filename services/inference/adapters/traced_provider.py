@@ -22,16 +22,18 @@ class TracedProvider:
     def __init__(self, inner: Provider) -> None:
         self._inner = inner
 
-    def stream(self, question: Question, prompt: AssembledPrompt, received: Received) -> AsyncGenerator[str, None]:
+    def stream(self, question: Question, prompt: AssembledPrompt, max_output_tokens: int, received: Received) -> AsyncGenerator[str, None]:
         """Streams as the other does; without an exporter it costs nothing."""
         if not is_recording():
-            return self._inner.stream(question, prompt, received)
-        return self._traced(question, prompt, received)
+            return self._inner.stream(question, prompt, max_output_tokens, received)
+        return self._traced(question, prompt, max_output_tokens, received)
 
-    async def _traced(self, question: Question, prompt: AssembledPrompt, received: Received) -> AsyncGenerator[str, None]:
+    async def _traced(
+        self, question: Question, prompt: AssembledPrompt, max_output_tokens: int, received: Received
+    ) -> AsyncGenerator[str, None]:
         span = tracer().start_span(f"{OPERATION} {question.model.name}", kind=SpanKind.CLIENT, attributes=_attributes(question))
         try:
-            async with aclosing(self._inner.stream(question, prompt, received)) as pieces:
+            async with aclosing(self._inner.stream(question, prompt, max_output_tokens, received)) as pieces:
                 async for piece in pieces:
                     yield piece
         except ProviderFailure as failure:

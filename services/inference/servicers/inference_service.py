@@ -4,11 +4,12 @@ import time
 from collections.abc import Awaitable, Callable
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 
 from mesh.common.v1 import money_pb2
 from mesh.inference.v1 import inference_service_pb2 as pb
 from mesh.inference.v1 import inference_service_pb2_grpc
-from services.inference.call import Question, Ready, Report, RetrievalMode, Usage
+from services.inference.call import Allowance, Question, Ready, Report, RetrievalMode, Usage
 from services.inference.delta_coalescing import DeltaForwarder
 from services.inference.pipeline import AnswerPipeline
 from services.inference.ports import OwnProviderKeys, Prices, Sink
@@ -51,6 +52,9 @@ class Streamed(DeltaForwarder):
             model=question.model.name,
             sources=[_source(chunk) for chunk in ready.prompt.chunks],
             retrieval_degraded=ready.degraded,
+            shortened=ready.allowance.shortened,
+            granted_output_tokens=ready.allowance.output_tokens,
+            waited=_waited(ready.allowance),
         )
         await self._write_message(pb.StreamGenerateResponse(started=started))
 
@@ -65,12 +69,14 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         provider_keys: OwnProviderKeys,
         prices: Prices,
         default_deadline_seconds: float,
+        provider_account: str = "",
     ) -> None:
         self._pipeline = pipeline
         self._configs = configs
         self._provider_keys = provider_keys
         self._prices = prices
         self._default_deadline_seconds = default_deadline_seconds
+        self._provider_account = provider_account
 
     async def Generate(self, request: pb.GenerateRequest, context: object) -> pb.GenerateResponse:
         """Answers in one message."""
@@ -107,8 +113,10 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
             stop_sequences=tuple(options.stop_sequences),
             deadline=time.monotonic() + min(self._default_deadline_seconds, remaining_seconds(self._default_deadline_seconds)),
             provider_key=await self._provider_keys.get(tenant),
+            min_output_tokens=options.min_output_tokens,
+            max_wait_seconds=options.max_wait.ToNanoseconds() / 1e9,
         )
-        question = await to_question(asked, await self._configs.get(tenant), self._prices)
+        question = await to_question(asked, await self._configs.get(tenant), self._prices, self._provider_account)
         return await self._pipeline.answer(question, sink)
 
 
@@ -127,7 +135,18 @@ def _summary(report: Report) -> pb.CallSummary:
         prompt_version=report.ready.prompt_version,
         first_token_ms=received.first_token_ms,
         total_ms=received.total_ms,
+        shortened=report.ready.allowance.shortened,
+        granted_output_tokens=report.ready.allowance.output_tokens,
+        waited=_waited(report.ready.allowance),
     )
+
+
+def _waited(allowance: Allowance) -> Duration | None:
+    if not allowance.waited_seconds:
+        return None
+    waited = Duration()
+    waited.FromNanoseconds(int(allowance.waited_seconds * 1e9))
+    return waited
 
 
 def _usage(usage: Usage) -> pb.Usage:

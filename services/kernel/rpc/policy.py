@@ -96,7 +96,7 @@ def _refuse_tenant(policy: Policy, call: RequestScope) -> None:
                 _refuse_tenant_metadata(call)
         case policy_pb2.TENANT_REQUIREMENT_OPERATOR:
             if call.tenant is None or not call.tenant.operator:
-                raise _not_allowed(call)
+                raise _operators_only(call)
             _refuse_without_reason(call)
         case _:
             raise PolicyMissing(call.method)
@@ -129,6 +129,17 @@ def _refuse_without_reason(call: RequestScope) -> None:
             error_reason_pb2.ERROR_REASON_OPERATOR_REASON_MISSING,
             f"say why you act, in 1 to {_MAX_REASON_LENGTH} characters, as x-operator-reason",
         )
+
+
+def _operators_only(call: RequestScope) -> MeshError:
+    yours = "your credential is none" if call.tenant is None else "your credential is a tenant's"
+    return Forbidden(
+        error_reason_pb2.ERROR_REASON_CALLER_NOT_ALLOWED,
+        f"{call.method} is for operators and {yours}; send an operator's key, and why you act as {keys.OPERATOR_REASON}",
+        caller=call.caller,
+        method=call.method,
+        needs="operator",
+    )
 
 
 def _not_allowed(call: RequestScope) -> MeshError:

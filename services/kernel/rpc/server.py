@@ -88,11 +88,6 @@ class MeshServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info("server_started", address=self._settings.listen_address, port=self._port, tls=self._settings.tls_enabled)
 
-    async def set_serving(self, service: str, *, serving: bool) -> None:
-        """Reports one servicer's health; the empty name is the process as a whole."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        await self._health.set(service, status)
-
     async def serve_until_signal(self) -> None:
         """Serves until SIGTERM, SIGINT or `request_stop`, then drains and closes. Starts the server unless it is running."""
         if not self._port:

@@ -16,6 +16,8 @@ from services.metering.call import (
     CallState,
     Ended,
     Ending,
+    ExtendOutcome,
+    Extension,
     Fenced,
     FenceOutcome,
     Fencing,
@@ -27,6 +29,7 @@ from services.metering.call import (
     Settled,
     SettleOutcome,
 )
+from services.metering.unit_use import Recorded, RecordUnitsOutcome, UnitUse
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +37,13 @@ OPEN_CALLS = """
 SELECT item, outcome, state FROM metering.open_calls($1::uuid[], $2::integer[], $3::integer[], $4::uuid[], $5::uuid[], $6::smallint[],
     $7::bigint[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::text[], $13::text[], $14::text[], $15::text[], $16::text[],
     $17::text[], $18::interval)
+"""
+EXTEND_CALLS = """
+SELECT item FROM metering.extend_calls($1::uuid[], $2::integer[], $3::integer[], $4::uuid[], $5::bigint[], $6::bigint[])
+"""
+RECORD_UNITS = """
+SELECT item, outcome, told_epoch FROM metering.record_units($1::uuid[], $2::integer[], $3::integer[], $4::uuid[], $5::uuid[], $6::bigint[],
+    $7::bigint[], $8::text[], $9::bigint[], $10::text[], $11::text[])
 """
 CALL_PRICES = "SELECT item, price_version, provider, model FROM metering.call_prices($1::uuid[], $2::integer[], $3::integer[], $4::uuid[])"
 SETTLE_CALLS = """
@@ -87,6 +97,39 @@ class PostgresLedger:
             self._lease,
         )
         return _in_order(batch, rows, lambda row: Opened(OpenOutcome(row["outcome"]), CallState(row["state"])))
+
+    async def extend(self, items: Sequence[Extension]) -> Sequence[ExtendOutcome]:
+        """Raises bounds of open attempts; never lowers one."""
+        batch = SortedBatch(items)
+        outcomes = [ExtendOutcome.NOT_OPEN] * len(items)
+        rows = await self._run(
+            EXTEND_CALLS,
+            *batch.slices(),
+            batch.reservations,
+            batch.column(lambda item: item.bound_tokens),
+            batch.column(lambda item: item.bound_nano_usd),
+        )
+        for row in rows:
+            outcomes[batch.came_as(row["item"])] = ExtendOutcome.EXTENDED
+        return outcomes
+
+    async def record(self, items: Sequence[UnitUse]) -> Sequence[Recorded]:
+        """Records uses of units, each with its entry and its outbox row."""
+        batch = SortedBatch(items)
+        column = batch.column
+        rows = await self._run(
+            RECORD_UNITS,
+            *batch.slices(),
+            batch.reservations,
+            column(lambda item: type_uuid(item.entry_id)),
+            column(lambda item: item.epoch),
+            column(lambda item: item.reserve_us),
+            column(lambda item: item.product_unit),
+            column(lambda item: item.quantity),
+            column(lambda item: item.user),
+            column(lambda item: item.feature),
+        )
+        return _in_order(batch, rows, lambda row: Recorded(RecordUnitsOutcome(row["outcome"]), row["told_epoch"]))
 
     async def price_keys(self, keys: Sequence[CallKey]) -> Sequence[PriceKey | None]:
         """Returns what opened calls are rated by."""

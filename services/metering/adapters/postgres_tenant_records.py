@@ -6,7 +6,7 @@ from uuid import UUID
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.tenant_scan import ScannedStore, scan_schema
-from services.metering.tenant_records import CALLS, ENTRIES
+from services.metering.tenant_records import CALLS, ENTRIES, UNITS
 
 CHUNK = 500
 _BEFORE_ALL = UUID(int=0)
@@ -29,13 +29,13 @@ SELECT reservation_id FROM blanked ORDER BY reservation_id
 LOCK_TENANT = "SELECT pg_advisory_xact_lock(metering.tenant_lock($1))"
 INSERT_TOMBSTONE = "INSERT INTO metering.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
 # The books stay, with the id and without names; what is still under way ends in them.
-KEPT = frozenset({"calls", "entries", "tenant_epochs", "call_leases", "outbox", "erased_tenants"})
+KEPT = frozenset({"calls", "entries", "unit_entries", "tenant_epochs", "call_leases", "outbox", "erased_tenants"})
 EXPORT_CALLS = """
 SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
     SELECT tenant_id, reservation_id, state, call_id, attempt, open_epoch, reserve_time, open_time, dispatch_deadline, bound_tokens,
            bound_nano_usd, price_version, provider, model, feature, user_name, prompt_version, unresolved_time, end_time, settled_epoch,
            entry_id, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd,
-           end_cause, provider_request_id, first_token_ms, total_ms
+           end_cause, provider_request_id, first_token_ms, total_ms, product_unit, quantity
     FROM metering.calls WHERE tenant_id = $1 AND (reservation_id, 1::smallint) > ($2, $3::smallint) ORDER BY reservation_id LIMIT $4
 ) r ORDER BY r.reservation_id
 """
@@ -45,6 +45,12 @@ SELECT r.reservation_id, r.number, row_to_json(r)::text AS record FROM (
            input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, total_tokens, cost_nano_usd
     FROM metering.entries WHERE tenant_id = $1 AND (reservation_id, number) > ($2, $3::smallint) ORDER BY reservation_id, number LIMIT $4
 ) r ORDER BY r.reservation_id, r.number
+"""
+EXPORT_UNITS = """
+SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, reservation_id, entry_id, product_unit, quantity, reserve_time, record_time, epoch
+    FROM metering.unit_entries WHERE tenant_id = $1 AND (reservation_id, 1::smallint) > ($2, $3::smallint) ORDER BY reservation_id LIMIT $4
+) r ORDER BY r.reservation_id
 """
 
 
@@ -80,7 +86,7 @@ class PostgresTenantRecords:
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
         """Yields each record's kind and its JSON object."""
-        for kind, sql in ((CALLS, EXPORT_CALLS), (ENTRIES, EXPORT_ENTRIES)):
+        for kind, sql in ((CALLS, EXPORT_CALLS), (ENTRIES, EXPORT_ENTRIES), (UNITS, EXPORT_UNITS)):
             after, number = _BEFORE_ALL, 0
             while True:
                 async with self._database.transaction(tenant_id) as connection:

@@ -6,6 +6,7 @@ from services.kernel.request_context import current_tenant_id
 from services.metering.call import CallKey
 from services.metering.epoch import EpochStore
 from services.metering.ledger import Ledger
+from services.metering.servicers import epoch_messages
 from services.metering.servicers import ledger_messages as messages
 
 
@@ -41,6 +42,18 @@ class LedgerServicer(ledger_service_pb2_grpc.LedgerServiceServicer):
         fenced = await self._ledger.fence([messages.fencing(call) for call in request.calls])
         return pb.FenceCallsResponse(outcomes=[messages.fence_outcome(result) for result in fenced])
 
+    async def ExtendCalls(self, request: pb.ExtendCallsRequest, context: object) -> pb.ExtendCallsResponse:
+        """Raises the bounds of open calls."""
+        extended = await self._ledger.extend([messages.extension(call) for call in request.calls])
+        return pb.ExtendCallsResponse(outcomes=[messages.extend_outcome(result) for result in extended])
+
+    async def RecordUnits(self, request: pb.RecordUnitsRequest, context: object) -> pb.RecordUnitsResponse:
+        """Records uses of units."""
+        recorded = await self._ledger.record([messages.unit_use(item, index) for index, item in enumerate(request.items)])
+        return pb.RecordUnitsResponse(outcomes=[messages.record_units_outcome(result) for result in recorded])
+
     async def BeginEpoch(self, request: pb.BeginEpochRequest, context: object) -> pb.BeginEpochResponse:
         """Begins an epoch of the call's tenant."""
-        return messages.begin_epoch_response(request.nonce, await self._epochs.begin_epoch(current_tenant_id()))
+        periods = [epoch_messages.counted_period(period, index) for index, period in enumerate(request.periods)]
+        snapshot = await self._epochs.begin_epoch(current_tenant_id(), periods, epoch_messages.recent_seconds(request))
+        return epoch_messages.begin_epoch_response(request.nonce, snapshot)

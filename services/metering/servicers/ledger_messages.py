@@ -7,10 +7,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.metering.v1 import ledger_service_pb2 as pb
 from services.kernel.errors import InvalidRequest
-from services.kernel.timestamps import to_timestamp
+from services.kernel.ids import new_uuid7
 from services.metering.call import (
     CallState,
     Ending,
+    ExtendOutcome,
+    Extension,
     Fenced,
     Fencing,
     Opened,
@@ -20,7 +22,7 @@ from services.metering.call import (
     TokenUsage,
     VoidKind,
 )
-from services.metering.epoch import CountedCall, EpochSnapshot
+from services.metering.unit_use import RecordUnitsOutcome, UnitUse
 
 # The last second of the year 9999, where protobuf's own range ends; a ledger starts no earlier than 1970.
 _LAST_SECOND = 253_402_300_799
@@ -30,7 +32,7 @@ def opening(call: pb.OpenCall, index: int) -> Opening:
     """Reads one call to open. Raises: InvalidRequest."""
     where = f"calls[{index}]"
     texts = (call.price_version, call.provider, call.model, call.feature, call.user, call.prompt_version)
-    _refuse_nul(texts, where)
+    refuse_nul(texts, where)
     return Opening(
         call.ref.tenant_id,
         call.ref.reservation_id,
@@ -38,8 +40,8 @@ def opening(call: pb.OpenCall, index: int) -> Opening:
         call.call_id,
         call.attempt,
         call.epoch,
-        _micros(call.reserve_time, f"{where}.reserve_time"),
-        _micros(call.dispatch_deadline, f"{where}.dispatch_deadline"),
+        micros(call.reserve_time, f"{where}.reserve_time"),
+        micros(call.dispatch_deadline, f"{where}.dispatch_deadline"),
         call.bound_tokens,
         call.bound_nano_usd,
         *texts,
@@ -53,7 +55,7 @@ def open_result(result: Opened) -> pb.OpenResult:
 
 def settlement(call: pb.SettleCall, index: int) -> Settlement:
     """Reads one call to settle. Raises: InvalidRequest."""
-    _refuse_nul((call.stop_reason, call.provider_request_id), f"calls[{index}]")
+    refuse_nul((call.stop_reason, call.provider_request_id), f"calls[{index}]")
     return Settlement(
         call.ref.tenant_id,
         call.ref.reservation_id,
@@ -72,9 +74,42 @@ def settle_result(result: Settled) -> pb.SettleResult:
 
 def ending(call: pb.VoidCall, index: int) -> Ending:
     """Reads one call to end without a bill. Raises: InvalidRequest."""
-    _refuse_nul((call.cause,), f"calls[{index}]")
+    refuse_nul((call.cause,), f"calls[{index}]")
     received = usage(call.received) if call.HasField("received") else None
     return Ending(call.ref.tenant_id, call.ref.reservation_id, VoidKind(call.kind), call.cause, received)
+
+
+def extension(call: pb.ExtendCall) -> Extension:
+    """Reads one bound to raise."""
+    return Extension(call.ref.tenant_id, call.ref.reservation_id, call.bound_tokens, call.bound_nano_usd)
+
+
+def extend_outcome(result: ExtendOutcome) -> pb.ExtendOutcome.ValueType:
+    """Writes what came of an extension."""
+    return pb.ExtendOutcome.ValueType(result)
+
+
+def unit_use(item: pb.RecordUnits, index: int) -> UnitUse:
+    """Reads one use of units, and gives it the id its entry will have. Raises: InvalidRequest."""
+    where = f"items[{index}]"
+    refuse_nul((item.product_unit, item.user, item.feature), where)
+    return UnitUse(
+        item.ref.tenant_id,
+        item.ref.reservation_id,
+        item.context_token,
+        new_uuid7().bytes,
+        item.epoch,
+        micros(item.reserve_time, f"{where}.reserve_time"),
+        item.product_unit,
+        item.quantity,
+        item.user,
+        item.feature,
+    )
+
+
+def record_units_outcome(result: RecordUnitsOutcome) -> pb.RecordUnitsOutcome.ValueType:
+    """Writes what came of a use."""
+    return pb.RecordUnitsOutcome.ValueType(result)
 
 
 def fencing(call: pb.FenceCall) -> Fencing:
@@ -114,36 +149,15 @@ def usage_message(value: TokenUsage) -> pb.TokenUsage:
     )
 
 
-def begin_epoch_response(nonce: str, snapshot: EpochSnapshot) -> pb.BeginEpochResponse:
-    """Writes a snapshot."""
-    return pb.BeginEpochResponse(
-        nonce=nonce,
-        epoch=snapshot.epoch,
-        snapshot_time=to_timestamp(snapshot.snapshot_time),
-        recent=[_counted(call) for call in snapshot.recent],
-        outstanding=[_counted(call) for call in snapshot.outstanding],
-        settled_tokens_by_day=snapshot.settled_tokens_by_day,
-        settled_nano_usd_by_month=snapshot.settled_nano_usd_by_month,
-    )
-
-
-def _counted(call: CountedCall) -> pb.CountedCall:
-    return pb.CountedCall(
-        reservation_id=call.reservation_id,
-        state=state(call.state),
-        reserve_time=to_timestamp(call.reserve_time),
-        tokens=call.tokens,
-        cost_nano_usd=call.cost_nano_usd,
-    )
-
-
-def _micros(stamp: Timestamp, field: str) -> int:
+def micros(stamp: Timestamp, field: str) -> int:
+    """Reads a moment as microseconds since 1970. Raises: InvalidRequest."""
     if not 0 <= stamp.seconds <= _LAST_SECOND or not 0 <= stamp.nanos <= 999_999_999:
         raise InvalidRequest(field, "must be a moment between the years 1970 and 9999")
     return stamp.seconds * 1_000_000 + stamp.nanos // 1_000
 
 
-def _refuse_nul(texts: tuple[str, ...], where: str) -> None:
+def refuse_nul(texts: tuple[str, ...], where: str) -> None:
+    """Refuses texts the database cannot hold. Raises: InvalidRequest."""
     # Postgres takes no NUL in a text, and refusing it there would fail the whole batch, other tenants' items included.
     if "\x00" in "".join(texts):
         raise InvalidRequest(where, "texts must not contain the NUL character")

@@ -4,8 +4,9 @@ from collections import OrderedDict
 
 from mesh.common.v1 import limit_rule_pb2 as messages
 from mesh.tenant.v1.tenant_service_pb2 import TenantConfig
+from services.kernel.change_feed import ChangeFeed
 from services.kernel.ids import TenantId
-from services.kernel.tenant_config import TenantConfigCache
+from services.kernel.tenant_config import CONFIG_CHANGES, TenantConfigCache
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.calendar_periods import Calendar, moment, time_zone
 from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window, rules_of_plan
@@ -23,9 +24,11 @@ _SCOPES = {
 class TenantRules:
     """Implements TermsOf."""
 
-    def __init__(self, configs: TenantConfigCache) -> None:
+    def __init__(self, configs: TenantConfigCache, *, feed: ChangeFeed | None = None) -> None:
         self._configs = configs
         self._known: OrderedDict[tuple[TenantId | None, int], Terms] = OrderedDict()
+        if feed is not None:
+            feed.forget_on(CONFIG_CHANGES, self._forget)
 
     async def __call__(self, context: TenantContext, at_least: int = 0) -> Terms:
         """Returns the rules of the context's tenant, of its configuration's version, of `at_least`, or newer. Raises: MeshError."""
@@ -40,6 +43,11 @@ class TenantRules:
         while len(self._known) > _CAPACITY:
             self._known.popitem(last=False)
         return terms
+
+    def _forget(self, tenant_id: TenantId | None) -> None:
+        # An older token must not bring older rules back: its version is asked for anew, and answered with what is in force.
+        for key in [key for key in self._known if tenant_id in (None, key[0])]:
+            del self._known[key]
 
 
 def terms_of(config: TenantConfig) -> Terms:

@@ -9,10 +9,12 @@ from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.ids import ReservationId, TenantId, parse_uuid, uuid_from_bytes
 from services.ratelimit.decision import Refusal
-from services.ratelimit.limits import Amounts, Demand, Shortening, Subject
+from services.ratelimit.limit_rule import Unit
+from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
 from services.ratelimit.reservation import Held, Request
 from services.ratelimit.standing import LimitStatus
 
+_UNITS = {unit: rules.LimitUnit.ValueType(unit) for unit in Unit}
 _MODES = (rules.LIMIT_MODE_ENFORCE, rules.LIMIT_MODE_SHADOW)
 
 
@@ -23,17 +25,12 @@ def limit_messages(limits: Iterable[LimitStatus]) -> list[messages.LimitStatus]:
 
 def limit_message(status: LimitStatus) -> messages.LimitStatus:
     """One limit as a message."""
-    rule, reset = status.rule, status.reset_us
+    rule, reset, subject = status.rule, status.reset_us, status.subject
     message = messages.LimitStatus(
-        rule=rule.name,
-        limit=rule.limit,
-        used=status.used,
-        remaining=status.remaining,
-        unit=rules.LimitUnit.ValueType(rule.unit),
-        mode=_MODES[rule.shadow],
-        user=status.subject.user,
-        feature=status.subject.feature,
+        rule=rule.name, limit=rule.limit, used=status.used, remaining=status.remaining, unit=_UNITS[rule.unit], mode=_MODES[rule.shadow]
     )
+    if subject is not NOBODY:
+        message.user, message.feature = subject.user, subject.feature
     if reset is not None:
         set_timestamp(message.reset_time, reset)
     return message
@@ -60,10 +57,13 @@ def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:
         limits=limit_messages(held.limits),
         granted=amounts_message(answer.granted),
         granted_output_tokens=answer.output_tokens,
-        shortened=held.shortened,
-        degraded=held.degraded,
-        shadow_refusals=[refusal_message(item) for item in held.shadow_refusals],
     )
+    if held.demand.shortening is not None:
+        message.shortened = held.shortened
+    if held.degraded:
+        message.degraded = True
+    if held.plan.has_shadow:
+        message.shadow_refusals.extend(refusal_message(item) for item in held.shadow_refusals)
     set_timestamp(message.reserve_time, answer.reserve_us)
     if held.share is not None:
         set_timestamp(message.share_take_time, held.share.taken_us)

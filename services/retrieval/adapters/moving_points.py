@@ -50,6 +50,12 @@ class MovingPoints:
         async with self._index.at(HOME) as shared:
             return {"qdrant:points": await shared.erase(tenant_id)}
 
+    async def drop_copy(self, tenant_id: TenantId, target: Place) -> None:
+        """Removes the collection in a Qdrant of the target's own; nothing to do where it shares the others'."""
+        if target.qdrant_url:
+            async with self._index.at(target) as copy:
+                await copy.erase(tenant_id)
+
 
 async def _write(tenant_id: TenantId, ours: QdrantIndex, copy: QdrantIndex, ids: Sequence[uuid.UUID]) -> None:
     for start in range(0, len(ids), POINTS_AT_ONCE):

@@ -1,5 +1,6 @@
 """Brings plans.yaml into the database as the schema's owner. Refuses to change what a version stands for."""
 
+import json
 from pathlib import Path
 
 import yaml
@@ -9,6 +10,7 @@ from services.kernel.tenant_database import Connection, JobsDatabase
 from services.tenant.adapters.postgres_changes import announce
 from services.tenant.change_hub import ChangeKind
 from services.tenant.plan import Plan, PlanCatalog, needs_loading, read_catalog
+from services.tenant.plan_rules import limit_terms_form
 
 BECOME_OWNER = "SET LOCAL ROLE tenant_owner"
 # Two processes that migrate at once take turns; the lock ends with the transaction.
@@ -24,8 +26,8 @@ INSERT_TERMS = """
 INSERT INTO tenant.plan_versions (
     plan, version, requests_per_minute, tokens_per_minute, tokens_per_day, cost_nano_usd_per_month, concurrent_calls, context_tokens,
     weight, default_model, allowed_models, default_max_output_tokens, max_output_tokens, tokens_per_month, data_retention_days,
-    encrypt_content, isolation
-) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
+    encrypt_content, isolation, limit_terms
+) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18::jsonb)
 """
 INSERT_FEATURE = "INSERT INTO tenant.plan_features (plan, version, feature, enabled, usage_limit) VALUES ($1, $2, $3, $4, $5)"
 # The nil tenant: every tenant's terms may be others now.
@@ -84,4 +86,5 @@ async def _insert_terms(connection: Connection, plan: Plan, version: int) -> Non
         plan.data_retention_days,
         plan.encrypt_content,
         list(plan.isolation),
+        json.dumps(limit_terms_form(plan.limit_terms)),
     )

@@ -8,17 +8,20 @@ from services.kernel.errors import WrongState
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
-from services.tenant.adapters.configuration_rows import configuration_of, plan_of
+from services.tenant.adapters.configuration_rows import configuration_of, own_rules_form, plan_of
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_tenants import GET_CONFIG, LIST_PLANS
-from services.tenant.configuration import PLAN_PATH, ConfigurationChange, Decide, Outcome, changed_paths, values_at
+from services.tenant.configuration import PLAN_PATH, ConfigurationChange, Decide, Outcome, audited_paths, changed_paths, values_at
 from services.tenant.effective_config import OVERRIDE_NAMES, StoredConfiguration
+from services.tenant.plan_rules import guard_form
 
 # The tenant's row makes changes take turns, so that each is judged by what the one before it left.
 LOCK_TENANT = "SELECT tenant_id FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE"
 UPDATE_SETTINGS = f"""
 UPDATE tenant.tenant_settings
 SET {", ".join(f"{name} = ${position}" for position, name in enumerate(OVERRIDE_NAMES, start=3))},
+    limit_rules = ${len(OVERRIDE_NAMES) + 3}::jsonb, time_zone = ${len(OVERRIDE_NAMES) + 4},
+    cycle_anchor_time = ${len(OVERRIDE_NAMES) + 5}, abuse_guard = ${len(OVERRIDE_NAMES) + 6}::jsonb,
     operator_fields = $2, config_version = config_version + 1, update_time = now()
 WHERE tenant_id = $1 RETURNING config_version
 """  # noqa: S608 - the names of this service's own columns
@@ -86,7 +89,14 @@ async def _write(
 ) -> None:
     tenant_id, overrides = after.tenant_id, after.overrides
     # Kept as text that is never NULL: a name that was taken back is stored empty.
-    own = [(overrides.value(name) or "") if name == "assistant_name" else overrides.value(name) for name in OVERRIDE_NAMES]
+    own: list[object] = [(overrides.value(name) or "") if name == "assistant_name" else overrides.value(name) for name in OVERRIDE_NAMES]
+    limits, guard = overrides.own_limits, overrides.own_limits.abuse_guard
+    own += [
+        own_rules_form(limits.rules),
+        limits.time_zone,
+        limits.cycle_anchor_time,
+        None if guard is None else json.dumps(guard_form(guard)),
+    ]
     raised = await connection.fetchval(UPDATE_SETTINGS, tenant_id, sorted(overrides.operator_fields), *own)
     if raised is None:
         raise WrongState("tenant", "PROVISIONING", "the tenant is still being made; repeat the change once it is ready")
@@ -102,5 +112,5 @@ async def _write(
         json.dumps(values_at(before, paths)),
         json.dumps(values_at(after, paths)),
     )
-    await append_audit(connection, tenant_id, "CONFIG_CHANGED", f"config:{','.join(paths)}", actor)
+    await append_audit(connection, tenant_id, "CONFIG_CHANGED", f"config:{','.join(audited_paths(paths))}", actor)
     await connection.execute(ANNOUNCE, tenant_id)

@@ -13,7 +13,7 @@ from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_events import append_events
 from services.tenant.adapters.postgres_remains import remove_records, revoke_keys
-from services.tenant.adapters.saga_steps import end_saga, mark_done
+from services.tenant.adapters.saga_steps import end_saga, mark_done, require_lease
 from services.tenant.erasure import EraseStep, ErasureWish, slug_refused
 from services.tenant.receipt import ErasureReceipt
 from services.tenant.tenant_record import TenantState
@@ -36,7 +36,18 @@ GET_RECEIPT = "SELECT body, signature, key_id FROM tenant.erasure_receipts WHERE
 # Kept of an erased tenant, and of it the id alone: the log and its index, the spent request id, the feed, the erasure's own books, and
 # what flags once said, which is the operator's history.
 KEPT = frozenset(
-    {"audit", "audit_documents", "request_directory", "changes", "sagas", "saga_steps", "events", "erasure_receipts", "flag_changes"}
+    {
+        "audit",
+        "audit_documents",
+        "audit_chains",
+        "request_directory",
+        "changes",
+        "sagas",
+        "saga_steps",
+        "events",
+        "erasure_receipts",
+        "flag_changes",
+    }
 )
 # A schema or a database named for the tenant is a store of its own, whoever can read in it.
 COUNT_NAMED = {
@@ -79,29 +90,33 @@ class PostgresErasure:
                 await connection.execute(ANNOUNCE_STATE, wish.tenant_id)
             return state
 
-    async def finish_step(self, tenant_id: TenantId, step: EraseStep, detail: str) -> None:
+    async def finish_step(self, tenant_id: TenantId, step: EraseStep, detail: str, lease: UUID) -> None:
         """Notes that the step is done, and what it found."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             await mark_done(connection, tenant_id, _KIND, step, detail)
 
-    async def revoke_keys(self, tenant_id: TenantId, step: EraseStep, actor: Actor) -> None:
+    async def revoke_keys(self, tenant_id: TenantId, step: EraseStep, actor: Actor, lease: UUID) -> None:
         """Revokes every key, durably."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             await revoke_keys(connection, tenant_id, actor)
             await connection.execute(ANNOUNCE_KEY, tenant_id)
             await mark_done(connection, tenant_id, _KIND, step)
 
-    async def remove_own(self, tenant_id: TenantId, step: EraseStep, actor: Actor) -> None:
+    async def remove_own(self, tenant_id: TenantId, step: EraseStep, actor: Actor, lease: UUID) -> None:
         """Removes the records, and notes how many, in one transaction: a repeated step finds the first one's count."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             removed = await remove_records(connection, tenant_id, actor)
             await connection.execute(DELETE_EVENTS, tenant_id)
             await connection.execute(FORGET_IN_EVENTS, tenant_id)
             await mark_done(connection, tenant_id, _KIND, step, json.dumps([asdict(records) for records in removed]))
 
-    async def keep_receipt(self, tenant_id: TenantId, request_id: UUID, receipt: ErasureReceipt, step: EraseStep) -> None:
+    async def keep_receipt(self, tenant_id: TenantId, request_id: UUID, receipt: ErasureReceipt, step: EraseStep, lease: UUID) -> None:
         """Stores the receipt, tells of the erasure and ends the saga."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             await connection.execute(INSERT_RECEIPT, tenant_id, request_id, receipt.body, receipt.signature, receipt.key_id)
             await mark_done(connection, tenant_id, _KIND, step)
             if await end_saga(connection, tenant_id, _KIND, "DONE"):

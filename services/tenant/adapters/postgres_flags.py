@@ -9,6 +9,8 @@ from services.kernel.ids import NO_TENANT, TenantId
 from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_changes import announce
+from services.tenant.change_hub import ChangeKind
 from services.tenant.feature_flag import Flag, FlagSet, KeptFlag
 from services.tenant.flag_keeping import FlagsBefore, Judge
 
@@ -23,6 +25,8 @@ READ_FLAGS = f"SELECT {_COLUMNS} FROM tenant.flags ORDER BY name"  # noqa: S608 
 GET_FLAG = f"SELECT {_COLUMNS} FROM tenant.flags WHERE name = $1"  # noqa: S608 - as above
 SELECT_NAMES = "SELECT name FROM tenant.flags"
 SELECT_TIERS = "SELECT plan FROM tenant.plans"
+# The directory of slugs has every tenant from its first moment to its erasure, and is read over all tenants.
+SELECT_TENANTS = "SELECT tenant_id FROM tenant.slug_directory WHERE tenant_id = ANY ($1::uuid[])"
 UPSERT_FLAG = f"""
 INSERT INTO tenant.flags (
     name, description, default_value, tenants_on, tenants_off, tiers_on, tiers_off, percentage_basis_points, version
@@ -36,7 +40,6 @@ DELETE_FLAG = "DELETE FROM tenant.flags WHERE name = $1"
 INSERT_CHANGE = """
 INSERT INTO tenant.flag_changes (version, name, subject, reason, before, after) VALUES ($1, $2, $3, $4, $5::jsonb, $6::jsonb)
 """
-ANNOUNCE = "SELECT tenant.announce($1, 'FLAGS')"
 NOW = "SELECT clock_timestamp()"
 
 
@@ -60,7 +63,7 @@ class PostgresFlags:
         """Keeps the flag; False when it was kept like this already. Raises: what `judge` raises."""
         async with self._database.transaction(NO_TENANT) as connection:
             await connection.execute(LOCK_FLAGS)
-            before = await _flags_before(connection, flag.name)
+            before = await _flags_before(connection, flag.name, flag.tenants_on | flag.tenants_off)
             judge(before)
             if before.kept is not None and before.kept.flag == flag:
                 return before.kept, False
@@ -70,19 +73,21 @@ class PostgresFlags:
             kept = _kept(await connection.fetchrow(UPSERT_FLAG, *_values(flag), version))
             await _record(connection, version, flag.name, before.kept, flag, actor)
             await append_audit(connection, NO_TENANT, "FLAG_CHANGED", f"flag:{flag.name}", actor)
+            await announce(connection, NO_TENANT, ChangeKind.FLAGS)
             return kept, True
 
     async def delete(self, name: str, actor: Actor) -> bool:
         """Removes the flag; False when there is none."""
         async with self._database.transaction(NO_TENANT) as connection:
             await connection.execute(LOCK_FLAGS)
-            before = await _flags_before(connection, name)
+            before = await _flags_before(connection, name, frozenset())
             if before.kept is None:
                 return False
             version = await connection.fetchval(READ_VERSION) + 1
             await connection.execute(DELETE_FLAG, name)
             await _record(connection, version, name, before.kept, None, actor)
             await append_audit(connection, NO_TENANT, "FLAG_DELETED", f"flag:{name}", actor)
+            await announce(connection, NO_TENANT, ChangeKind.FLAGS)
             return True
 
     async def list_flags(self, after_name: str, limit: int) -> Sequence[KeptFlag]:
@@ -90,17 +95,17 @@ class PostgresFlags:
         return [_kept(row) for row in await self._database.call(None, LIST_FLAGS, after_name, limit)]
 
 
-async def _flags_before(connection: Connection, name: str) -> FlagsBefore:
+async def _flags_before(connection: Connection, name: str, listed: frozenset[TenantId]) -> FlagsBefore:
     row = await connection.fetchrow(GET_FLAG, name)
     names = [found["name"] for found in await connection.fetch(SELECT_NAMES)]
     tiers = [found["plan"] for found in await connection.fetch(SELECT_TIERS)]
-    return FlagsBefore(None if row is None else _kept(row), names, tiers)
+    tenants = {TenantId(found["tenant_id"]) for found in await connection.fetch(SELECT_TENANTS, list(listed))}
+    return FlagsBefore(None if row is None else _kept(row), names, tiers, tenants)
 
 
 async def _record(connection: Connection, version: int, name: str, before: KeptFlag | None, after: Flag | None, actor: Actor) -> None:
     was = None if before is None else _json(before.flag)
     await connection.execute(INSERT_CHANGE, version, name, actor.subject, actor.reason, was, None if after is None else _json(after))
-    await connection.execute(ANNOUNCE, NO_TENANT)
 
 
 def _values(flag: Flag) -> tuple[object, ...]:

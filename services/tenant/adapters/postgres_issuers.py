@@ -1,6 +1,8 @@
 """Issuers in Postgres: a tenant's own, each change with its audit record, and the one a token appeals to, over all tenants."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID
 
@@ -13,7 +15,7 @@ from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_changes import announce
 from services.tenant.adapters.postgres_tenants import tenant_facts
 from services.tenant.change_hub import ChangeKind
-from services.tenant.issuer import Issuer, IssuerTaken, IssuerTerms
+from services.tenant.issuer import DecideScopes, Issuer, IssuerTaken, IssuerTerms
 from services.tenant.json_web_key import Algorithm
 from services.tenant.jwt_proof import KnownIssuer
 
@@ -27,6 +29,8 @@ INSERT INTO tenant.issuers (tenant_id, issuer, audience, jwks_uri, algorithms, s
 VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING {_COLUMNS}
 """  # noqa: S608 - joined from constants
 LIST_ISSUERS = f"SELECT {_COLUMNS} FROM tenant.issuers WHERE tenant_id = $1 ORDER BY issuer_id"  # noqa: S608 - as above
+LOCK_ISSUER = f"SELECT {_COLUMNS} FROM tenant.issuers WHERE tenant_id = $1 AND issuer_id = $2 FOR UPDATE"  # noqa: S608 - as above
+UPDATE_SCOPES = "UPDATE tenant.issuers SET scopes = $3 WHERE tenant_id = $1 AND issuer_id = $2"
 DELETE_ISSUER = "DELETE FROM tenant.issuers WHERE tenant_id = $1 AND issuer_id = $2 RETURNING issuer, audience"
 DELETE_DIRECTORY = "DELETE FROM tenant.issuer_directory WHERE tenant_id = $1 AND issuer = $2 AND audience = $3"
 FIND_ISSUER = f"SELECT {_COLUMNS}, (facts).* FROM tenant.find_issuer($1, $2::text[])"  # noqa: S608 - as above
@@ -65,6 +69,21 @@ class PostgresIssuers:
         """Returns the tenant's issuers, oldest first."""
         async with self._database.transaction(tenant_id) as connection:
             return [_issuer(row) for row in await connection.fetch(LIST_ISSUERS, tenant_id)]
+
+    async def change_scopes(self, tenant_id: TenantId, issuer_id: UUID, decide: DecideScopes, actor: Actor) -> Issuer | None:
+        """Keeps the scopes that are decided, and returns the issuer with them; None when the tenant does not have it."""
+        async with self._database.transaction(tenant_id) as connection:
+            row = await connection.fetchrow(LOCK_ISSUER, tenant_id, issuer_id)
+            if row is None:
+                return None
+            issuer = _issuer(row)
+            before, after = issuer.terms.scopes, decide(issuer.terms.scopes)
+            if before != after:
+                await connection.execute(UPDATE_SCOPES, tenant_id, issuer_id, sorted(after))
+                detail = json.dumps({"added": sorted(after - before), "removed": sorted(before - after)})
+                await append_audit(connection, tenant_id, "ISSUER_SCOPES_CHANGED", f"issuer:{issuer_id}", actor, detail=detail)
+                await announce(connection, tenant_id, ChangeKind.ISSUER)
+            return replace(issuer, terms=replace(issuer.terms, scopes=after))
 
     async def remove_issuer(self, tenant_id: TenantId, issuer_id: UUID, actor: Actor) -> bool:
         """Removes the issuer; False when the tenant does not have it."""

@@ -1,5 +1,6 @@
 """A tenant's API keys in Postgres, each change with its audit record."""
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -11,8 +12,10 @@ from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_changes import announce
 from services.tenant.api_key import ApiKeyText
+from services.tenant.api_key_record import ApiKeyRecord
 from services.tenant.change_hub import ChangeKind
-from services.tenant.key_ring import ApiKeyRecord, NewKeyTerms, Rotation, RotationRefusal, RotationWish
+from services.tenant.key_change import changed_paths
+from services.tenant.key_ring import Decide, NewKeyTerms, Rotation, RotationRefusal, RotationWish
 
 # The tenant's row serialises the tenant's key making, so that a hundred-and-first key cannot slip in beside the hundredth.
 LOCK_TENANT = "SELECT tenant_id FROM tenant.tenants WHERE tenant_id = $1 FOR UPDATE"
@@ -39,6 +42,8 @@ UPDATE tenant.api_keys SET revoke_time = clock_timestamp() WHERE tenant_id = $1 
 RETURNING {_COLUMNS}
 """  # noqa: S608 - as above
 GET_KEY = f"SELECT {_COLUMNS} FROM tenant.api_keys WHERE tenant_id = $1 AND key_id = $2"  # noqa: S608 - as above
+LOCK_KEY = f"{GET_KEY} FOR UPDATE"
+UPDATE_KEY = "UPDATE tenant.api_keys SET display_name = $3, expire_time = $4, allowed_cidrs = $5 WHERE tenant_id = $1 AND key_id = $2"
 STATE_OF_KEY = """
 SELECT CASE WHEN revoke_time IS NOT NULL THEN 'REVOKED' WHEN replaced_by IS NOT NULL THEN 'REPLACED'
             WHEN expire_time <= clock_timestamp() THEN 'EXPIRED' ELSE 'LIVE' END
@@ -108,6 +113,28 @@ class PostgresKeys:
             row = await connection.fetchrow(GET_KEY, tenant_id, key_id)
             return None if row is None else _record(row)
 
+    async def change_key(
+        self, tenant_id: TenantId, key_id: str, decide: Decide, actor: Actor
+    ) -> tuple[ApiKeyRecord, tuple[str, ...]] | None:
+        """Keeps what is decided, and returns it with the paths that changed; None when the tenant has no such key."""
+        async with self._database.transaction(tenant_id) as connection:
+            # The tenant's row as well: a key that is about to end must not come back beside the hundredth.
+            await connection.execute(LOCK_TENANT, tenant_id)
+            row = await connection.fetchrow(LOCK_KEY, tenant_id, key_id)
+            if row is None:
+                return None
+            before = _record(row)
+            after = decide(before)
+            paths = changed_paths(before, after)
+            if paths:
+                await connection.execute(UPDATE_KEY, tenant_id, key_id, after.display_name, after.expire_time, list(after.allowed_cidrs))
+                # Which fields, and not their words: the audit log outlives its tenant.
+                await append_audit(
+                    connection, tenant_id, "KEY_CHANGED", f"key:{key_id}", actor, detail=json.dumps({"changed_paths": paths})
+                )
+                await announce(connection, tenant_id, ChangeKind.KEY)
+            return after, paths
+
     async def rotate_key(
         self, tenant_id: TenantId, wish: RotationWish, key: ApiKeyText, max_live: int, actor: Actor
     ) -> Rotation | RotationRefusal:
@@ -129,6 +156,9 @@ class PostgresKeys:
                 successor_id = before["key_id"]
                 renewed = await connection.fetchval(RENEW_UNUSED, tenant_id, successor_id, key.secret_sha256())
                 kept = renewed is not None
+                if kept:
+                    # Nobody remembers the text it ends: a text that was never used was never answered for.
+                    await append_audit(connection, tenant_id, "KEY_TEXT_REPLACED", f"key:{successor_id}", actor)
             replaced = _record(await connection.fetchrow(GET_KEY, tenant_id, wish.key_id))
             return Rotation(replaced, _record(await connection.fetchrow(GET_KEY, tenant_id, successor_id)), kept)
 

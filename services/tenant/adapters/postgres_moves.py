@@ -8,6 +8,7 @@ from services.kernel.placement import PlacementKind
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
+from services.tenant.adapters.postgres_events import append_events
 from services.tenant.adapters.postgres_placements import ANNOUNCE, SAY_IN_TOKENS, PostgresPlacements
 from services.tenant.adapters.postgres_secrets import lock_secrets
 from services.tenant.moving import MOVABLE, Left
@@ -19,6 +20,7 @@ INSERT INTO tenant.placements AS p (tenant_id, kind, following_kind, following_s
 ON CONFLICT (tenant_id) DO UPDATE
 SET following_kind = $2, following_stores = $3, following_made = $4, moved_services = '{}', update_time = now()
 WHERE p.following_kind IS NULL
+RETURNING p.kind
 """
 PART_MOVED = """
 UPDATE tenant.placements SET moved_services = array_append(moved_services, $2), update_time = now()
@@ -52,8 +54,8 @@ class PostgresMoves:
         self._database = database
         self._placements = placements
 
-    async def begin_move(self, tenant_id: TenantId, following: StoredPlace, look_again_seconds: float) -> Placement:
-        """Writes where to, unless a move is under way."""
+    async def begin_move(self, tenant_id: TenantId, following: StoredPlace, actor: Actor, look_again_seconds: float) -> Placement:
+        """Writes where to, and that it begins, unless a move is under way."""
         async with self._database.transaction(tenant_id) as connection:
             await lock_secrets(connection, tenant_id)
             sealed = await self._placements.seal(tenant_id, following)
@@ -62,8 +64,10 @@ class PostgresMoves:
                 raise NotFound("tenant")
             if TenantState(state) not in MOVABLE:
                 raise WrongState("tenant", state, "only a tenant that is in use can be moved")
-            await connection.execute(BEGIN_MOVE, tenant_id, following.kind.value, sealed, following.made)
+            moving_from = await connection.fetchval(BEGIN_MOVE, tenant_id, following.kind.value, sealed, following.made)
             await connection.execute(LOOK_AGAIN, tenant_id, look_again_seconds)
+            if moving_from is not None:
+                await append_audit(connection, tenant_id, "TENANT_MOVE_BEGUN", f"placement:{moving_from}:{following.kind.value}", actor)
             await connection.execute(ANNOUNCE, tenant_id)
         found = await self._placements.get(tenant_id)
         if found is None:
@@ -88,6 +92,7 @@ class PostgresMoves:
             await connection.execute(RAISE_VERSION, tenant_id)
             await connection.execute(LOOK_AGAIN, tenant_id, grace_seconds)
             await append_audit(connection, tenant_id, "TENANT_MOVED", f"placement:{moved['left_kind']}:{moved['kind']}", actor)
+            await append_events(connection, tenant_id, "tenant.moved", {"from": moved["left_kind"], "to": moved["kind"]})
             await connection.execute(ANNOUNCE, tenant_id)
 
     async def left_behind(self, tenant_id: TenantId) -> Left:

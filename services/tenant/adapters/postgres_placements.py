@@ -1,7 +1,6 @@
 """Placements in the tenant service's own tables, with their addresses sealed for the tenant they belong to."""
 
 import json
-from dataclasses import asdict
 
 from services.kernel.ids import TenantId
 from services.kernel.placement import PlacementKind
@@ -64,7 +63,7 @@ class PostgresPlacements:
         """Returns the sealed addresses; None where there are none."""
         if place.stores == SiloStores():
             return None
-        return await self._box.seal(tenant_id, PLACEMENT_PURPOSE, json.dumps(asdict(place.stores)).encode())
+        return await self._box.seal(tenant_id, PLACEMENT_PURPOSE, json.dumps(place.stores.named()).encode())
 
     async def _place(self, tenant_id: TenantId, kind: str, sealed: bytes | None, made: bool) -> StoredPlace:
         stores = SiloStores() if sealed is None else SiloStores(**json.loads(await self._box.open(tenant_id, PLACEMENT_PURPOSE, sealed)))

@@ -3,26 +3,30 @@
 import json
 from uuid import UUID
 
+from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import Connection, TenantDatabase
 from services.tenant.actor import Actor
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_changes import announce
 from services.tenant.adapters.postgres_events import append_events
-from services.tenant.adapters.saga_steps import end_saga, mark_done, mark_undone
+from services.tenant.adapters.saga_steps import end_saga, mark_done, mark_undone, require_lease
 from services.tenant.api_key import ApiKeyText
 from services.tenant.change_hub import ChangeKind
 from services.tenant.provisioning import Recorded, RecordOutcome, Step
 from services.tenant.tenant_wish import TenantWish
 
 RECORD_TENANT = """
-SELECT outcome, tenant_id, content_digest, steps_done FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+SELECT outcome, tenant_id, content_digest FROM tenant.record_tenant($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 """
 REQUEST_IS_KNOWN = "SELECT tenant_id FROM tenant.request_directory WHERE request_id = $1"
 INSERT_SAGA = """
 INSERT INTO tenant.sagas (tenant_id, kind, request_id, content_digest, content, subject, reason, due_time)
 VALUES ($1, 'PROVISION', $2, $3, $4::text::jsonb, $5, $6, clock_timestamp() + interval '2 seconds')
+ON CONFLICT DO NOTHING
 """
+INSERT_KEY_NOTE = "INSERT INTO tenant.unrecorded_keys (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+DELETE_KEY_NOTE = "DELETE FROM tenant.unrecorded_keys WHERE tenant_id = $1 RETURNING tenant_id"
 # Only ever raised: a slower run of the same request must not take a finished step back.
 COUNT_STEPS = """
 UPDATE tenant.provisioning p SET update_time = now(), steps_done = greatest(p.steps_done, (
@@ -93,38 +97,71 @@ class PostgresProvisioning:
             )
             outcome = RecordOutcome(row["outcome"])
             if outcome is RecordOutcome.RECORDED:
-                content = json.dumps(wish.content(sealed_stores))
-                await connection.execute(INSERT_SAGA, tenant_id, request_id, wish.digest(), content, actor.subject, actor.reason)
-                await _finish(connection, tenant_id, Step.RECORDED)
-            return Recorded(outcome, row["tenant_id"], row["content_digest"], row["steps_done"] or 0)
+                if sealed_stores and await connection.fetchval(DELETE_KEY_NOTE, tenant_id) is None:
+                    # Swept meanwhile, and the key with it: what was sealed cannot be opened.
+                    raise Unavailable("tenant", "the creation took too long to begin; repeat the call with the same request id")
+                await _begin(connection, tenant_id, request_id, wish, sealed_stores, actor)
+            return Recorded(outcome, row["tenant_id"], row["content_digest"])
+
+    async def take_up(self, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, actor: Actor) -> None:
+        """Begins the saga of a tenant that was recorded without one."""
+        async with self._database.transaction(tenant_id) as connection:
+            await _begin(connection, tenant_id, request_id, wish, sealed_stores, actor)
+
+    async def note_key(self, tenant_id: TenantId) -> None:
+        """Notes that a data key is made next for a tenant that is not recorded yet."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(INSERT_KEY_NOTE, tenant_id)
+
+    async def forget_key(self, tenant_id: TenantId) -> None:
+        """Removes the note of a key that is destroyed."""
+        async with self._database.transaction(tenant_id) as connection:
+            await connection.execute(DELETE_KEY_NOTE, tenant_id)
 
     async def is_known(self, request_id: UUID) -> bool:
         """Tells whether the request was recorded before; the directory is read before any tenant is known."""
         return bool(await self._database.call(None, REQUEST_IS_KNOWN, request_id))
 
-    async def write_defaults(self, tenant_id: TenantId, assistant_name: str, step: Step) -> None:
+    async def write_defaults(self, tenant_id: TenantId, assistant_name: str, step: Step, lease: UUID) -> None:
         """Writes the settings unless they are there."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             await connection.execute(INSERT_SETTINGS, tenant_id, assistant_name)
             await _finish(connection, tenant_id, step)
 
-    async def write_owner(self, tenant_id: TenantId, email: str, step: Step) -> None:
+    async def write_owner(self, tenant_id: TenantId, email: str, step: Step, lease: UUID) -> None:
         """Writes the owner unless there is one; the lock keeps two runs from both finding none."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             await connection.execute(LOCK_PROVISIONING, tenant_id)
             await connection.execute(INSERT_OWNER, tenant_id, email)
             await _finish(connection, tenant_id, step)
 
-    async def finish_step(self, tenant_id: TenantId, step: Step) -> None:
+    async def hold(self, tenant_id: TenantId, lease: UUID) -> None:
+        """Asks whether the lease still is the saga's."""
+        async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
+
+    async def finish_step(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
         """Notes that the step is done."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             await _finish(connection, tenant_id, step)
 
     async def issue_first_key(
-        self, tenant_id: TenantId, key: ApiKeyText, display_name: str, scopes: frozenset[str], actor: Actor, step: Step
+        self,
+        tenant_id: TenantId,
+        key: ApiKeyText,
+        display_name: str,
+        scopes: frozenset[str],
+        actor: Actor,
+        step: Step,
+        lease: UUID | None,
     ) -> bool:
         """Stores the key as the first one, in place of an earlier first key that was never used; False when that one stays."""
         async with self._database.transaction(tenant_id) as connection:
+            if lease is not None:
+                await require_lease(connection, tenant_id, _KIND, lease)
             earlier = await connection.fetchval(LOCK_PROVISIONING, tenant_id)
             if earlier is not None and not await _revoke_unused(connection, tenant_id, earlier, actor):
                 await _finish(connection, tenant_id, step)
@@ -138,9 +175,10 @@ class PostgresProvisioning:
                 await announce(connection, tenant_id, ChangeKind.KEY)
             return True
 
-    async def activate(self, tenant_id: TenantId, step: Step) -> None:
-        """Lets the tenant be used, tells of it and ends the saga, unless another run turned back meanwhile."""
+    async def activate(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
+        """Lets the tenant be used, tells of it and ends the saga, unless it was turned back."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             if await connection.fetchval(LOCK_SAGA, tenant_id) != "RUNNING":
                 return
             row = await connection.fetchrow(ACTIVATE, tenant_id)
@@ -150,16 +188,18 @@ class PostgresProvisioning:
             await _finish(connection, tenant_id, step)
             await end_saga(connection, tenant_id, _KIND, "DONE")
 
-    async def undo_step(self, tenant_id: TenantId, step: Step) -> None:
+    async def undo_step(self, tenant_id: TenantId, step: Step, lease: UUID) -> None:
         """Removes what the step wrote here, if anything, and notes that it is undone."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             for statement in UNDO.get(step, ()):
                 await connection.execute(statement, tenant_id)
             await mark_undone(connection, tenant_id, _KIND, step)
 
-    async def give_up(self, tenant_id: TenantId, step: Step, actor: Actor) -> None:
+    async def give_up(self, tenant_id: TenantId, step: Step, actor: Actor, lease: UUID) -> None:
         """Makes the tenant FAILED, lets its slug go and ends the saga; the request id stays spent."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, _KIND, lease)
             if not await end_saga(connection, tenant_id, _KIND, "FAILED"):
                 return
             await connection.execute(RELEASE_SLUG, tenant_id)
@@ -167,6 +207,12 @@ class PostgresProvisioning:
             await append_audit(connection, tenant_id, "TENANT_FAILED", f"tenant:{tenant_id}", actor)
             await mark_undone(connection, tenant_id, _KIND, step)
             await connection.execute(ANNOUNCE_STATE, tenant_id)
+
+
+async def _begin(connection: Connection, tenant_id: TenantId, request_id: UUID, wish: TenantWish, sealed_stores: str, actor: Actor) -> None:
+    content = json.dumps(wish.content(sealed_stores))
+    await connection.execute(INSERT_SAGA, tenant_id, request_id, wish.digest(), content, actor.subject, actor.reason)
+    await _finish(connection, tenant_id, Step.RECORDED)
 
 
 async def _finish(connection: Connection, tenant_id: TenantId, step: Step) -> None:

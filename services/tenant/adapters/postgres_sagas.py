@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from uuid import UUID
 
 import asyncpg
@@ -9,6 +10,7 @@ import asyncpg
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.tenant.actor import Actor
+from services.tenant.adapters.saga_steps import require_lease
 from services.tenant.saga import Saga, SagaKind, SagaState, StepRecord, StepState
 
 GET_SAGA = """
@@ -34,7 +36,7 @@ UPDATE tenant.sagas SET lease_holder = NULL, lease_until = NULL WHERE tenant_id 
 BEGIN_STEP = "INSERT INTO tenant.saga_steps (tenant_id, kind, step, state) VALUES ($1, $2, $3, 'BEGUN') ON CONFLICT DO NOTHING"
 PUT_OFF = """
 UPDATE tenant.sagas SET cause = $3, attempts = attempts + 1, due_time = clock_timestamp() + $4 * interval '1 second'
-WHERE tenant_id = $1 AND kind = $2 AND state IN ('RUNNING', 'COMPENSATING')
+WHERE tenant_id = $1 AND kind = $2 AND state IN ('RUNNING', 'COMPENSATING') AND lease_holder = $5
 """
 TURN_BACK = """
 UPDATE tenant.sagas SET state = 'COMPENSATING', cause = $3, attempts = attempts + 1
@@ -59,35 +61,37 @@ class PostgresSagas:
             row = await connection.fetchrow(GET_SAGA, tenant_id, kind)
             return None if row is None else _saga(row, await connection.fetch(LIST_STEPS, tenant_id, kind))
 
-    async def take(self, tenant_id: TenantId, kind: SagaKind, holder: UUID, lease_seconds: float) -> Saga | None:
+    async def take(self, tenant_id: TenantId, kind: SagaKind, lease: UUID, lease_seconds: float) -> Saga | None:
         """Takes the lease of a saga that has not ended; None when it has, or another holds it."""
         async with self._database.transaction(tenant_id) as connection:
-            row = await connection.fetchrow(TAKE_LEASE, tenant_id, kind, holder, lease_seconds)
-            return None if row is None else _saga(row, await connection.fetch(LIST_STEPS, tenant_id, kind))
+            row = await connection.fetchrow(TAKE_LEASE, tenant_id, kind, lease, lease_seconds)
+            return None if row is None else replace(_saga(row, await connection.fetch(LIST_STEPS, tenant_id, kind)), lease=lease)
 
-    async def renew(self, tenant_id: TenantId, kind: SagaKind, holder: UUID, lease_seconds: float) -> bool:
-        """Prolongs the lease; False when it is not this holder's any more."""
+    async def renew(self, tenant_id: TenantId, kind: SagaKind, lease: UUID, lease_seconds: float) -> bool:
+        """Prolongs the lease; False when it is another's by now."""
         async with self._database.transaction(tenant_id) as connection:
-            return str(await connection.execute(RENEW_LEASE, tenant_id, kind, holder, lease_seconds)) == "UPDATE 1"
+            return str(await connection.execute(RENEW_LEASE, tenant_id, kind, lease, lease_seconds)) == "UPDATE 1"
 
-    async def release(self, tenant_id: TenantId, kind: SagaKind, holder: UUID) -> None:
-        """Gives the lease back, if it is this holder's."""
+    async def release(self, tenant_id: TenantId, kind: SagaKind, lease: UUID) -> None:
+        """Gives the lease back, if it is still this one."""
         async with self._database.transaction(tenant_id) as connection:
-            await connection.execute(RELEASE_LEASE, tenant_id, kind, holder)
+            await connection.execute(RELEASE_LEASE, tenant_id, kind, lease)
 
-    async def begin_step(self, tenant_id: TenantId, kind: SagaKind, step: int) -> None:
-        """Notes that the step begins."""
+    async def begin_step(self, tenant_id: TenantId, kind: SagaKind, step: int, lease: UUID) -> None:
+        """Notes that the step begins. Raises: LeaseLost."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, kind, lease)
             await connection.execute(BEGIN_STEP, tenant_id, kind, int(step))
 
-    async def put_off(self, tenant_id: TenantId, kind: SagaKind, cause: str, pause_seconds: float) -> None:
-        """Notes why an attempt stopped and when the next is due."""
+    async def put_off(self, tenant_id: TenantId, kind: SagaKind, cause: str, pause_seconds: float, lease: UUID) -> None:
+        """Notes why an attempt stopped and when the next is due, unless it is another's by now."""
         async with self._database.transaction(tenant_id) as connection:
-            await connection.execute(PUT_OFF, tenant_id, kind, cause, pause_seconds)
+            await connection.execute(PUT_OFF, tenant_id, kind, cause, pause_seconds, lease)
 
-    async def turn_back(self, tenant_id: TenantId, kind: SagaKind, cause: str) -> None:
-        """Makes a running saga COMPENSATING."""
+    async def turn_back(self, tenant_id: TenantId, kind: SagaKind, cause: str, lease: UUID) -> None:
+        """Makes a running saga COMPENSATING. Raises: LeaseLost."""
         async with self._database.transaction(tenant_id) as connection:
+            await require_lease(connection, tenant_id, kind, lease)
             await connection.execute(TURN_BACK, tenant_id, kind, cause)
 
 

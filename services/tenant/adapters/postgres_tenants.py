@@ -14,7 +14,10 @@ from services.tenant.tenant_record import Tenant, TenantConfig, TenantFacts, Ten
 GET_TENANT = "SELECT tenant_id, slug, display_name, plan, region, state, create_time FROM tenant.get_tenant($1)"
 LIST_TENANTS = "SELECT tenant_id, slug, display_name, plan, region, state, create_time FROM tenant.list_tenants($1, $2)"
 GET_FACTS = "SELECT state, plan, region, config_version, placement, encrypt_content FROM tenant.get_facts($1)"
-GET_CONFIG = "SELECT tenant_id, version, region, placement, display_name, terms, features, settings FROM tenant.get_config($1)"
+GET_CONFIG = """
+SELECT tenant_id, version, region, placement, display_name, create_time, terms, features, settings, ladder
+FROM tenant.get_limited_config($1)
+"""
 LIST_PLANS = """
 SELECT to_jsonb(v) AS terms,
        (SELECT jsonb_object_agg(f.feature, jsonb_build_object('enabled', f.enabled, 'limit', f.usage_limit))

@@ -1,8 +1,15 @@
-"""Marks the steps of sagas inside the transactions of what the steps do."""
+"""Marks the steps of sagas inside the transactions of what the steps do, each of which begins with the saga's lease."""
+
+from uuid import UUID
 
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import Connection
+from services.tenant.saga import LeaseLost
 
+# Locked until the transaction ends: whoever takes the saga over waits for what is recorded here, or is waited for and then seen.
+LOCK_LEASE = """
+SELECT lease_holder = $3 AND state IN ('RUNNING', 'COMPENSATING') FROM tenant.sagas WHERE tenant_id = $1 AND kind = $2 FOR UPDATE
+"""
 MARK_DONE = """
 INSERT INTO tenant.saga_steps (tenant_id, kind, step, state, end_time, detail)
 SELECT s.tenant_id, s.kind, $3, 'DONE', clock_timestamp(), $4::text::jsonb FROM tenant.sagas s WHERE s.tenant_id = $1 AND s.kind = $2
@@ -16,6 +23,12 @@ END_SAGA = """
 UPDATE tenant.sagas SET state = $3, content = '{}', end_time = clock_timestamp(), lease_holder = NULL, lease_until = NULL
 WHERE tenant_id = $1 AND kind = $2 AND state IN ('RUNNING', 'COMPENSATING')
 """
+
+
+async def require_lease(connection: Connection, tenant_id: TenantId, kind: str, lease: UUID) -> None:
+    """Keeps the saga from being taken over until the transaction ends. Raises: LeaseLost when it has been, or has ended."""
+    if not await connection.fetchval(LOCK_LEASE, tenant_id, kind, lease):
+        raise LeaseLost
 
 
 async def mark_done(connection: Connection, tenant_id: TenantId, kind: str, step: int, detail: str = "[]") -> None:

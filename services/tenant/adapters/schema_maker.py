@@ -9,7 +9,7 @@ import asyncpg
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.migrate import MigrationRefused, ensure_role
-from services.tenant.placement import CONTENT_SERVICES, bridge_full, no_schema_maker
+from services.tenant.placement import CONTENT_SERVICES, Refusal, bridge_full, never, no_schema_maker
 
 ROLE = "tenant_placement"
 _CONNECT_SECONDS = 5.0
@@ -31,13 +31,14 @@ class PostgresSchemaMaker:
         async with self._connection() as connection:
             await self._refuse_full(connection)
 
-    async def make(self, tenant_id: TenantId) -> None:
+    async def make(self, tenant_id: TenantId, refuse_unwanted: Refusal = never) -> None:
         """Makes the schema and lets the services' owners make tables in it."""
         name = f"t_{tenant_id.hex}"
         owners = ", ".join(f"{service}_owner" for service in CONTENT_SERVICES)
         readers = ", ".join(f"{service}_service" for service in CONTENT_SERVICES)
         async with self._connection() as connection, connection.transaction():
             await connection.execute(LOCK)
+            await refuse_unwanted()
             if await connection.fetchval(SCHEMA_EXISTS, name):
                 return
             await self._refuse_full(connection)
@@ -47,7 +48,9 @@ class PostgresSchemaMaker:
 
     async def drop(self, tenant_id: TenantId) -> None:
         """Drops the schema; its owner may drop what others made in it."""
-        async with self._connection() as connection:
+        async with self._connection() as connection, connection.transaction():
+            # Behind who is making it: afterwards nobody begins to.
+            await connection.execute(LOCK)
             await connection.execute(f"DROP SCHEMA IF EXISTS t_{tenant_id.hex} CASCADE")
 
     async def _refuse_full(self, connection: asyncpg.Connection) -> None:

@@ -12,9 +12,9 @@ TIMEOUT_SECONDS = 5.0
 class Webhook:
     """The operator's receiver; any 2xx is a receipt."""
 
-    def __init__(self, url: str, secret: str, *, region: str, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, url: str, signing_key: bytes, *, region: str, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self._url = url
-        self._secret = secret
+        self._signing_key = signing_key
         self._region = region
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=timeout_seconds), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
@@ -31,7 +31,7 @@ class Webhook:
             "content-type": "application/cloudevents+json",
             "webhook-id": str(event.event_id),
             "webhook-timestamp": str(timestamp),
-            "webhook-signature": signature_of(self._secret, str(event.event_id), timestamp, body),
+            "webhook-signature": signature_of(self._signing_key, str(event.event_id), timestamp, body),
         }
         try:
             async with self._session.post(self._url, data=body, headers=headers, allow_redirects=False) as answer:

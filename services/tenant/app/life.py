@@ -11,9 +11,11 @@ from services.tenant.adapters.postgres_placements import PostgresPlacements
 from services.tenant.adapters.postgres_provisioning import PostgresProvisioning
 from services.tenant.adapters.postgres_remains import PostgresRemains
 from services.tenant.adapters.postgres_sagas import PostgresDueSagas
+from services.tenant.adapters.postgres_sweeps import PostgresHistory, PostgresUnrecordedKeys
 from services.tenant.adapters.schema_maker import PostgresSchemaMaker
 from services.tenant.adapters.silo_maker import PostgresSiloMaker
 from services.tenant.adapters.smtp_mail import PostgresOwners, SmtpMail
+from services.tenant.adapters.store_probe import StoreProbe
 from services.tenant.adapters.webhook import Webhook
 from services.tenant.app.parts import Parts, now
 from services.tenant.archive import TenantArchive
@@ -29,8 +31,10 @@ from services.tenant.servicers.event import EventServicer
 from services.tenant.servicers.lifecycle import LifecycleServicer
 from services.tenant.servicers.placement import PlacementServicer
 from services.tenant.servicers.tenant import TenantServicer
+from services.tenant.sweeping import HistoryKeeper, KeySweeper, sweep_forever
 from services.tenant.tenant_life import TenantLife
 from services.tenant.tenant_remains import TenantRemains
+from services.tenant.wish_seal import WishSeal
 
 PEER_STEPS = (Step.RETRIEVAL, Step.INFERENCE, Step.RATELIMIT, Step.METERING)
 ERASURE_PEERS = ("inference", "retrieval", "metering", "ratelimit")
@@ -46,6 +50,7 @@ def build_life(parts: Parts, rotation: KeyRotation) -> list[Registration]:
     runner = SagaRunner(PostgresDueSagas(parts.jobs), engine, poll_seconds=parts.settings.saga_poll_seconds)
     parts.background.start("saga_runner", runner.run)
     _start_retention(parts)
+    _start_sweeps(parts)
     _start_events(parts)
     remains = PostgresRemains(parts.database)
     archive = TenantArchive(remains.export, parts.peers, parts.minter, clock=now)
@@ -76,6 +81,7 @@ def _placements(parts: Parts, silos: PostgresSiloMaker) -> tuple[Placements, Ten
         store,
         PostgresSchemaMaker(settings.postgres_placement_dsn.get_secret_value(), settings.max_bridge_schemas),
         silos,
+        StoreProbe(),
     )
     moves = TenantMoves(
         placements,
@@ -92,7 +98,8 @@ def _sagas(parts: Parts, placements: Placements, erasure_store: PostgresErasure)
     settings = parts.settings
     store = PostgresProvisioning(parts.database, with_mail=bool(settings.smtp_url.get_secret_value()))
     peers = {step: (step.name.lower(), parts.peers[step.name.lower()]) for step in PEER_STEPS}
-    creation = ProvisioningPlan(store, parts.tenants, peers, placements, parts.box, parts.vault, parts.minter)
+    seal = WishSeal(store, parts.box, parts.vault)
+    creation = ProvisioningPlan(store, parts.tenants, peers, placements, seal, parts.vault, parts.minter)
     ending = ErasurePlan(
         erasure_store,
         parts.sagas,
@@ -111,7 +118,7 @@ def _sagas(parts: Parts, placements: Placements, erasure_store: PostgresErasure)
         max_attempts=settings.saga_max_attempts,
     )
     provisioning = TenantProvisioning(
-        store, parts.sagas, creation, engine, parts.tenants, parts.tenants, placements, region=settings.region
+        store, parts.sagas, creation, engine, parts.tenants, parts.tenants, placements, seal, region=settings.region
     )
     return provisioning, TenantErasure(erasure_store, parts.sagas, ending, engine), engine
 
@@ -122,11 +129,19 @@ def _start_retention(parts: Parts) -> None:
     parts.background.start("retention", runner.run)
 
 
+def _start_sweeps(parts: Parts) -> None:
+    keys = KeySweeper(PostgresUnrecordedKeys(parts.database, parts.jobs), parts.vault)
+    parts.background.start("key_sweep", lambda: sweep_forever(keys.sweep, parts.settings.retention_poll_seconds))
+    if parts.settings.history_days:
+        history = HistoryKeeper(PostgresHistory(parts.database, parts.jobs), days=parts.settings.history_days)
+        parts.background.start("history_sweep", lambda: sweep_forever(history.sweep, parts.settings.retention_poll_seconds))
+
+
 def _start_events(parts: Parts) -> None:
     settings = parts.settings
     sinks: dict[Sink, EventSink] = {}
     if settings.event_webhook_url:
-        webhook = Webhook(settings.event_webhook_url, settings.event_webhook_secret.get_secret_value(), region=settings.region)
+        webhook = Webhook(settings.event_webhook_url, settings.webhook_signing_key(), region=settings.region)
         parts.stack.push_async_callback(webhook.close)
         sinks[Sink.WEBHOOK] = webhook
     if settings.smtp_url.get_secret_value():

@@ -135,4 +135,4 @@ def _audit_log(parts: Parts) -> AuditLog:
     async def prove(token: str, moment: datetime) -> TenantContext:
         return await verifier.verify_as_of(token, moment, grace=LONGEST_CALL)
 
-    return AuditLog(PostgresAuditLog(parts.database), HeadSigner(parts.signing_key, public_keys, now), prove)
+    return AuditLog(PostgresAuditLog(parts.database), HeadSigner(parts.signing_key, public_keys, now), prove, now)

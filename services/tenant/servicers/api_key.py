@@ -1,18 +1,20 @@
 """ApiKeyService on the wire."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from mesh.tenant.v1 import api_key_service_pb2 as messages
 from mesh.tenant.v1 import api_key_service_pb2_grpc
 from services.kernel.ids import parse_uuid
 from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.timestamps import parse_timestamp, to_timestamp
-from services.tenant.key_ring import DEFAULT_OVERLAP_SECONDS, ApiKeyRecord, KeyRing, NewKeyTerms, RotationWish
+from services.tenant.api_key_record import ApiKeyRecord
+from services.tenant.key_change import KeyChange, expand_mask
+from services.tenant.key_ring import DEFAULT_OVERLAP_SECONDS, KeyRing, NewKeyTerms, RotationWish
 from services.tenant.servicers.caller import acting_subject
 
 
 class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
-    """Makes, lists, rotates and revokes the keys of the call's tenant."""
+    """Makes, lists, changes, rotates and revokes the keys of the call's tenant."""
 
     def __init__(self, key_ring: KeyRing) -> None:
         self._key_ring = key_ring
@@ -27,6 +29,14 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         """Lists keys, newest first."""
         keys, following = await self._key_ring.list(current_tenant_id(), request.page_size, request.page_token)
         return messages.ListApiKeysResponse(keys=[_key(key) for key in keys], next_page_token=following)
+
+    async def UpdateApiKey(self, request: messages.UpdateApiKeyRequest, context: object) -> messages.UpdateApiKeyResponse:
+        """Changes what the mask names."""
+        change = KeyChange(
+            expand_mask(request.update_mask.paths), request.display_name, _expire_time(request), tuple(request.allowed_cidrs)
+        )
+        record, paths = await self._key_ring.update(current_tenant_id(), current_tenant().scopes, request.key_id, change, acting_subject())
+        return messages.UpdateApiKeyResponse(key=_key(record), changed_paths=paths)
 
     async def RotateApiKey(self, request: messages.RotateApiKeyRequest, context: object) -> messages.RotateApiKeyResponse:
         """Replaces a key by a successor."""
@@ -45,8 +55,11 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
 
 
 def _terms(request: messages.CreateApiKeyRequest) -> NewKeyTerms:
-    expire_time = parse_timestamp(request.expire_time, "expire_time") if request.HasField("expire_time") else None
-    return NewKeyTerms(request.display_name, tuple(request.scopes), expire_time, tuple(request.allowed_cidrs))
+    return NewKeyTerms(request.display_name, tuple(request.scopes), _expire_time(request), tuple(request.allowed_cidrs))
+
+
+def _expire_time(request: messages.CreateApiKeyRequest | messages.UpdateApiKeyRequest) -> datetime | None:
+    return parse_timestamp(request.expire_time, "expire_time") if request.HasField("expire_time") else None
 
 
 def _key(record: ApiKeyRecord) -> messages.ApiKey:

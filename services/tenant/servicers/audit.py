@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 
 from mesh.tenant.v1 import audit_service_pb2 as messages
 from mesh.tenant.v1 import audit_service_pb2_grpc
+from services.kernel.errors import InvalidRequest
 from services.kernel.ids import TenantId, parse_uuid
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, position_time, refused_page_token
 from services.kernel.request_context import current_caller, current_tenant_id
@@ -80,9 +81,13 @@ def _position(token: str, listing: str) -> tuple[datetime, int] | None:
 
 
 def _filter(request: messages.QueryAuditRequest) -> AuditFilter:
+    start_time = parse_timestamp(request.start_time, "start_time") if request.HasField("start_time") else None
+    end_time = parse_timestamp(request.end_time, "end_time") if request.HasField("end_time") else None
+    if start_time is not None and end_time is not None and end_time < start_time:
+        raise InvalidRequest("end_time", "is before start_time, so that no record fits; swap the two or leave one out")
     return AuditFilter(
-        start_time=parse_timestamp(request.start_time, "start_time") if request.HasField("start_time") else None,
-        end_time=parse_timestamp(request.end_time, "end_time") if request.HasField("end_time") else None,
+        start_time=start_time,
+        end_time=end_time,
         subject=request.subject,
         action=request.action,
         document_id=parse_uuid(request.document_id, "document_id") if request.document_id else None,

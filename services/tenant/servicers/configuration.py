@@ -9,6 +9,7 @@ from services.kernel.timestamps import to_timestamp
 from services.tenant.configuration import LIMIT_NAMES, PATH_OF, ConfigurationChange, TenantConfiguration, expand_paths
 from services.tenant.effective_config import Overrides, StoredConfiguration, Value, effective
 from services.tenant.servicers.caller import acting_subject
+from services.tenant.servicers.limit_rules import operators_rules, own_limits_message, wished_limits
 from services.tenant.servicers.tenant import config_message
 from services.tenant.text import printable
 
@@ -30,6 +31,7 @@ class ConfigurationServicer(configuration_service_pb2_grpc.ConfigurationServiceS
         outcome = await self._configuration.update(
             current_tenant_id(),
             {name: _wanted(request.overrides, name) for name in expand_paths(request.update_mask.paths)},
+            wished_limits(request.update_mask.paths, request.overrides.limit_rules),
             acting_subject(),
             by_operator=current_tenant().operator,
             expected_version=request.expected_version,
@@ -79,13 +81,15 @@ def _configuration(stored: StoredConfiguration) -> messages.Configuration:
     return messages.Configuration(
         effective=config_message(effective(stored)),
         overrides=_overrides(stored.overrides),
-        operator_paths=sorted(PATH_OF[name] for name in stored.overrides.operator_fields),
+        operator_paths=sorted(
+            [*(PATH_OF[name] for name in stored.overrides.operator_fields), *operators_rules(stored.overrides.own_limits)]
+        ),
         placement=stored.placement,
     )
 
 
 def _overrides(overrides: Overrides) -> messages.ConfigurationOverrides:
-    message = messages.ConfigurationOverrides()
+    message = messages.ConfigurationOverrides(limit_rules=own_limits_message(overrides.own_limits))
     for name in PATH_OF:
         value = overrides.value(name)
         if value is None:

@@ -5,7 +5,7 @@ from datetime import timedelta
 from mesh.tenant.v1 import issuer_service_pb2 as messages
 from mesh.tenant.v1 import issuer_service_pb2_grpc
 from services.kernel.ids import parse_uuid
-from services.kernel.request_context import current_tenant_id
+from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.timestamps import to_timestamp
 from services.tenant.issuer import Issuer, IssuerRegistry, IssuerTerms
 from services.tenant.json_web_key import Algorithm
@@ -21,7 +21,7 @@ _ON_THE_WIRE = {algorithm: value for value, algorithm in _ALGORITHMS.items()}
 
 
 class IssuerServicer(issuer_service_pb2_grpc.IssuerServiceServicer):
-    """Registers issuers for the tenant an operator names."""
+    """Keeps the issuers of the call's tenant."""
 
     def __init__(self, registry: IssuerRegistry) -> None:
         self._registry = registry
@@ -41,6 +41,12 @@ class IssuerServicer(issuer_service_pb2_grpc.IssuerServiceServicer):
     async def ListIssuers(self, request: messages.ListIssuersRequest, context: object) -> messages.ListIssuersResponse:
         """Lists issuers."""
         return messages.ListIssuersResponse(issuers=[_issuer(issuer) for issuer in await self._registry.list(current_tenant_id())])
+
+    async def SetIssuerScopes(self, request: messages.SetIssuerScopesRequest, context: object) -> messages.SetIssuerScopesResponse:
+        """Replaces what an issuer may grant."""
+        issuer_id, scopes = parse_uuid(request.issuer_id, "issuer_id"), frozenset(request.scopes)
+        issuer = await self._registry.set_scopes(current_tenant_id(), current_tenant().scopes, issuer_id, scopes, acting_subject())
+        return messages.SetIssuerScopesResponse(issuer=_issuer(issuer))
 
     async def RemoveIssuer(self, request: messages.RemoveIssuerRequest, context: object) -> messages.RemoveIssuerResponse:
         """Removes an issuer."""

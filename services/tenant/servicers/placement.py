@@ -33,12 +33,12 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
         placement = await self._found()
         place, following = placement.place_for(service), placement.following_for(service)
         schema_name = f"t_{tenant_id.hex}"
-        response = messages.GetPlacementResponse(place=_place(place, schema_name))
+        response = messages.GetPlacementResponse(place=_place(place, service, schema_name))
         if following is not None:
-            response.following.CopyFrom(_place(following, schema_name))
+            response.following.CopyFrom(_place(following, service, schema_name))
         if request.for_tables:
             _refuse_but_the_makers()
-            response.migration_dsn = (following or place).stores.postgres_owner_dsn
+            response.migration_dsn = (following or place).stores.owner_dsn_for(service)
         return response
 
     async def DescribePlacement(self, request: messages.DescribePlacementRequest, context: object) -> messages.DescribePlacementResponse:
@@ -71,15 +71,22 @@ def _refuse_but_the_makers() -> None:
 
 def placement_wish(isolation: int, silo: messages.SiloStores) -> PlacementWish:
     """Reads what place a caller wants."""
-    stores = SiloStores(silo.postgres_dsn, silo.postgres_owner_dsn, silo.qdrant_url, silo.qdrant_api_key)
+    stores = SiloStores(
+        silo.postgres_dsn,
+        silo.postgres_owner_dsn,
+        silo.qdrant_url,
+        silo.qdrant_api_key,
+        retrieval_dsn=silo.retrieval_postgres_dsn,
+        inference_dsn=silo.inference_postgres_dsn,
+    )
     return PlacementWish(_FROM_PROTO.get(isolation, PlacementKind.POOL), stores)  # type: ignore[call-overload] # an enum's number
 
 
-def _place(place: StoredPlace, schema_name: str) -> messages.Place:
+def _place(place: StoredPlace, service: str, schema_name: str) -> messages.Place:
     return messages.Place(
         isolation=_TO_PROTO[place.kind],
         schema_name=schema_name if place.kind is PlacementKind.BRIDGE else "",
-        postgres_dsn=place.stores.postgres_dsn,
+        postgres_dsn=place.stores.dsn_for(service),
         qdrant_url=place.stores.qdrant_url,
         qdrant_api_key=place.stores.qdrant_api_key,
     )

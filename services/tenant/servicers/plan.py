@@ -1,9 +1,14 @@
 """PlanService on the wire, and plans as messages."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from mesh.tenant.v1 import plan_service_pb2 as messages
 from mesh.tenant.v1 import plan_service_pb2_grpc
 from mesh.tenant.v1.tenant_service_pb2 import AiSettings, FeatureTerms, PlanLimits
+from services.tenant.limit_rules import LimitRules, larger_plans, lifting_plan
 from services.tenant.plan import Plan, PlanDirectory
+from services.tenant.servicers.limit_rules import limit_rules_message
 from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME
 
 
@@ -15,7 +20,8 @@ class PlanServicer(plan_service_pb2_grpc.PlanServiceServicer):
 
     async def ListPlans(self, request: messages.ListPlansRequest, context: object) -> messages.ListPlansResponse:
         """Lists every plan in force."""
-        return messages.ListPlansResponse(plans=[_plan(plan) for plan in await self._directory.list_plans()])
+        plans = await self._directory.list_plans()
+        return messages.ListPlansResponse(plans=[_plan(plan, plans) for plan in plans])
 
 
 def plan_limits(plan: Plan) -> PlanLimits:
@@ -48,7 +54,8 @@ def ai_settings(plan: Plan, assistant_name: str) -> AiSettings:
     )
 
 
-def _plan(plan: Plan) -> messages.Plan:
+def _plan(plan: Plan, ladder: Sequence[Plan]) -> messages.Plan:
+    rules = tuple(replace(rule, lifting_plan=lifting_plan(rule, larger_plans(plan, ladder))) for rule in plan.rules())
     return messages.Plan(
         name=plan.name,
         limits=plan_limits(plan),
@@ -57,4 +64,5 @@ def _plan(plan: Plan) -> messages.Plan:
         encrypt_content=plan.encrypt_content,
         placements=plan.isolation,
         features=feature_terms(plan),
+        limit_rules=limit_rules_message(LimitRules(rules, "", None, plan.limit_terms.abuse_guard), plan.weight),
     )

@@ -16,6 +16,7 @@ from services.tenant.erasure import ErasureWish, TenantErasure, is_clean
 from services.tenant.provisioning import TenantProvisioning
 from services.tenant.servicers.caller import acting_subject
 from services.tenant.servicers.life_messages import progress, receipt_message
+from services.tenant.servicers.limit_rules import limit_rules_message
 from services.tenant.servicers.placement import placement_wish
 from services.tenant.servicers.plan import ai_settings, feature_terms, plan_limits
 from services.tenant.tenant_life import TenantLife
@@ -160,4 +161,5 @@ def config_message(config: TenantConfig) -> messages.TenantConfig:
         data_retention_days=config.plan.data_retention_days,
         encrypt_content=config.plan.encrypt_content,
         features=feature_terms(config.plan),
+        limit_rules=limit_rules_message(config.limit_rules, config.plan.weight),
     )

@@ -126,6 +126,20 @@ async def test_sigterm_ends_the_open_streams_and_records_them(tmp_path: Path, as
     assert [line["outcome"] for line in provider.lines()] == ["started", "cancelled"]
 
 
+async def test_a_client_that_leaves_is_billed_until_it_is_noticed(
+    provider: Provider, client: AsyncAnthropic, asking: Asking, call_id: str
+) -> None:
+    """Ordered to notice late, the provider bills what it generates meanwhile at its pace, never more than the answer has."""
+    for number, (order, least, most) in enumerate((("notice_ms=400", 80, 130), ("notice_ms=900000", 300, 300), ("notice_ms=0", 0, 50))):
+        messages = asking(f"[[stub: output_tokens=300 token_ms=5 {order}]] Hi?")
+        named = {"x-tenantry-call-id": f"{call_id}/{number}"}
+        stream = await client.messages.create(model=MODEL, max_tokens=300, messages=messages, stream=True, extra_headers=named)
+        await anext(stream)
+        await stream.close()
+        line = await provider.entry(f"{call_id}/{number}", "cancelled")
+        assert least <= int(str(line["output_tokens"])) <= most
+
+
 async def test_directives_are_mere_text_unless_allowed(tmp_path: Path, asking: Asking) -> None:
     """Without the flag a message cannot order a fault; a header, which only a test can send, still can."""
     with running(tmp_path / "ledger.jsonl") as provider:

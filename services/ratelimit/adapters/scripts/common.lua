@@ -92,7 +92,7 @@ local function record(id)
 end
 
 -- An idle tenant's data may go: that is a loss of data, which the ledger makes good. meta goes first, as its epoch is what the rest hangs on.
-local IDLE_META_SECONDS, IDLE_REST_SECONDS = 6 * 3600, 12 * 3600
+local IDLE_META_SECONDS, IDLE_REST_SECONDS = 40 * 86400, 41 * 86400
 
 local function idle_rest()
   for i = 2, 5 do

@@ -45,7 +45,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_TENANT_MISMATCH: _ErrorReason.ValueType  # 14
     """PERMISSION_DENIED. `x-tenant-id`, `x-tenant-host` or `x-tenant-path` names another tenant than the credential or context token proves. {}"""
     ERROR_REASON_CALLER_NOT_ALLOWED: _ErrorReason.ValueType  # 15
-    """PERMISSION_DENIED. The method's policy does not list this caller. {"caller": "retrieval", "method": "/mesh…"}"""
+    """PERMISSION_DENIED. The method's policy does not list this caller, or not for what it asks: then the metadata names that instead of the
+    method. An operators' method adds {"needs": "operator"} for who is none. {"caller": "retrieval", "method": "/mesh…"} {"caller": "retrieval", "action": "CALL_ENDED", "field": "items[0].action"}
+    """
     ERROR_REASON_SCOPE_MISSING: _ErrorReason.ValueType  # 16
     """PERMISSION_DENIED. The credential lacks a scope of the method. {"scope": "inference:generate"}"""
     ERROR_REASON_OPERATOR_REASON_MISSING: _ErrorReason.ValueType  # 17
@@ -137,7 +139,9 @@ ERROR_REASON_CONTEXT_INVALID: ErrorReason.ValueType  # 13
 ERROR_REASON_TENANT_MISMATCH: ErrorReason.ValueType  # 14
 """PERMISSION_DENIED. `x-tenant-id`, `x-tenant-host` or `x-tenant-path` names another tenant than the credential or context token proves. {}"""
 ERROR_REASON_CALLER_NOT_ALLOWED: ErrorReason.ValueType  # 15
-"""PERMISSION_DENIED. The method's policy does not list this caller. {"caller": "retrieval", "method": "/mesh…"}"""
+"""PERMISSION_DENIED. The method's policy does not list this caller, or not for what it asks: then the metadata names that instead of the
+method. An operators' method adds {"needs": "operator"} for who is none. {"caller": "retrieval", "method": "/mesh…"} {"caller": "retrieval", "action": "CALL_ENDED", "field": "items[0].action"}
+"""
 ERROR_REASON_SCOPE_MISSING: ErrorReason.ValueType  # 16
 """PERMISSION_DENIED. The credential lacks a scope of the method. {"scope": "inference:generate"}"""
 ERROR_REASON_OPERATOR_REASON_MISSING: ErrorReason.ValueType  # 17

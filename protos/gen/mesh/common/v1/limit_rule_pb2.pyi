@@ -257,7 +257,7 @@ class LimitRule(_message.Message):
     burst: _builtins.bool
     """True for a rule against bursts: its refusals say BURST_LIMIT."""
     lifting_plan: _builtins.str
-    """The smallest plan that allows more; empty where no plan does. Said in refusals."""
+    """The smallest plan above the tenant's that allows more; empty where none does. Said in refusals."""
     @_builtins.property
     def near_edge(self) -> Global___NearEdge:
         """What may be done before it refuses; absent: nothing."""

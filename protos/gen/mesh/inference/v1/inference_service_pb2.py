@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from mesh.common.v1 import money_pb2 as mesh_dot_common_dot_v1_dot_money__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)mesh/inference/v1/inference_service.proto\x12\x11mesh.inference.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1amesh/common/v1/money.proto\x1a\x1bmesh/common/v1/policy.proto\"_\n\x07Message\x12\x31\n\x04role\x18\x01 \x01(\x0e\x32\x17.mesh.inference.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12!\n\x04text\x18\x02 \x01(\tB\x13\xbaH\x10r\x0e\x10\x01(\xc0\x84=2\x02\\S\xba\x01\x01\x00\"f\n\x10RetrievalOptions\x12\x38\n\x04mode\x18\x01 \x01(\x0e\x32 .mesh.inference.v1.RetrievalModeB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x18\n\x05top_k\x18\x02 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x00\"\xa6\x02\n\x0fGenerateOptions\x12\x17\n\x05model\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12&\n\x11max_output_tokens\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12*\n\x07\x66\x65\x61ture\x18\x03 \x01(\tB\x19\xbaH\x16r\x14\x32\x12^[a-z0-9_]{0,100}$\x12\x1a\n\x04user\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\xba\x01\x01\x00\x12$\n\x0f\x63onversation_id\x18\x05 \x01(\tB\x0b\xbaH\x08r\x06\x18@\xba\x01\x01\x00\x12\x36\n\tretrieval\x18\x06 \x01(\x0b\x32#.mesh.inference.v1.RetrievalOptions\x12,\n\x0estop_sequences\x18\x07 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x10\x08\"\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\"\x81\x01\n\x0fGenerateRequest\x12\x39\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.mesh.inference.v1.MessageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01\x12\x33\n\x07options\x18\x02 \x01(\x0b\x32\".mesh.inference.v1.GenerateOptions\"\x87\x01\n\x15StreamGenerateRequest\x12\x39\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.mesh.inference.v1.MessageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01\x12\x33\n\x07options\x18\x02 \x01(\x0b\x32\".mesh.inference.v1.GenerateOptions\"Q\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12/\n\x07summary\x18\x02 \x01(\x0b\x32\x1e.mesh.inference.v1.CallSummary\"\xb4\x01\n\x16StreamGenerateResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.mesh.inference.v1.CallStartedH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.mesh.inference.v1.TextDeltaH\x00\x12/\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x1e.mesh.inference.v1.CallSummaryH\x00\x42\x07\n\x05\x65vent\"u\n\x0b\x43\x61llStarted\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x07sources\x18\x03 \x03(\x0b\x32\x19.mesh.inference.v1.Source\x12\x1a\n\x12retrieval_degraded\x18\x04 \x01(\x08\"\x19\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\"T\n\x06Source\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64ocument_key\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x10\n\x08\x63hunk_id\x18\x04 \x01(\t\"\x8d\x01\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12\x15\n\routput_tokens\x18\x02 \x01(\x03\x12\x19\n\x11\x63\x61\x63he_read_tokens\x18\x03 \x01(\x03\x12\x1d\n\x15\x63\x61\x63he_write_5m_tokens\x18\x04 \x01(\x03\x12\x1d\n\x15\x63\x61\x63he_write_1h_tokens\x18\x05 \x01(\x03\"@\n\x0eRemainingLimit\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\x11\n\tremaining\x18\x03 \x01(\x03\"\xeb\x02\n\x0b\x43\x61llSummary\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0bstop_reason\x18\x03 \x01(\t\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.mesh.inference.v1.Usage\x12%\n\x04\x63ost\x18\x05 \x01(\x0b\x32\x17.mesh.common.v1.NanoUsd\x12\x17\n\x0fledger_entry_id\x18\x06 \x01(\t\x12\x34\n\tremaining\x18\x07 \x03(\x0b\x32!.mesh.inference.v1.RemainingLimit\x12*\n\x07sources\x18\x08 \x03(\x0b\x32\x19.mesh.inference.v1.Source\x12\x1a\n\x12retrieval_degraded\x18\t \x01(\x08\x12\x16\n\x0eprompt_version\x18\n \x01(\t\x12\x16\n\x0e\x66irst_token_ms\x18\x0b \x01(\x03\x12\x10\n\x08total_ms\x18\x0c \x01(\x03*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02*\x84\x01\n\rRetrievalMode\x12\x1e\n\x1aRETRIEVAL_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12RETRIEVAL_MODE_OFF\x10\x01\x12\x1e\n\x1aRETRIEVAL_MODE_BEST_EFFORT\x10\x02\x12\x1b\n\x17RETRIEVAL_MODE_REQUIRED\x10\x03\x32\x9d\x02\n\x10InferenceService\x12y\n\x08Generate\x12\".mesh.inference.v1.GenerateRequest\x1a#.mesh.inference.v1.GenerateResponse\"$\xca\xf3\x18 \x08\x01\x12\x08\x65xternal\x1a\x12inference:generate\x12\x8d\x01\n\x0eStreamGenerate\x12(.mesh.inference.v1.StreamGenerateRequest\x1a).mesh.inference.v1.StreamGenerateResponse\"$\xca\xf3\x18 \x08\x01\x12\x08\x65xternal\x1a\x12inference:generate0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)mesh/inference/v1/inference_service.proto\x12\x11mesh.inference.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1amesh/common/v1/money.proto\x1a\x1bmesh/common/v1/policy.proto\"_\n\x07Message\x12\x31\n\x04role\x18\x01 \x01(\x0e\x32\x17.mesh.inference.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12!\n\x04text\x18\x02 \x01(\tB\x13\xbaH\x10r\x0e\x10\x01(\xc0\x84=2\x02\\S\xba\x01\x01\x00\"f\n\x10RetrievalOptions\x12\x38\n\x04mode\x18\x01 \x01(\x0e\x32 .mesh.inference.v1.RetrievalModeB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x18\n\x05top_k\x18\x02 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x00\"\x89\x03\n\x0fGenerateOptions\x12\x17\n\x05model\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12&\n\x11max_output_tokens\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12*\n\x07\x66\x65\x61ture\x18\x03 \x01(\tB\x19\xbaH\x16r\x14\x32\x12^[a-z0-9_]{0,100}$\x12\x1a\n\x04user\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\xba\x01\x01\x00\x12$\n\x0f\x63onversation_id\x18\x05 \x01(\tB\x0b\xbaH\x08r\x06\x18@\xba\x01\x01\x00\x12\x36\n\tretrieval\x18\x06 \x01(\x0b\x32#.mesh.inference.v1.RetrievalOptions\x12,\n\x0estop_sequences\x18\x07 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x10\x08\"\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\x12\x39\n\x08max_wait\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0c\xbaH\t\xaa\x01\x06\"\x02\x08<2\x00\x12&\n\x11min_output_tokens\x18\t \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\"\x81\x01\n\x0fGenerateRequest\x12\x39\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.mesh.inference.v1.MessageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01\x12\x33\n\x07options\x18\x02 \x01(\x0b\x32\".mesh.inference.v1.GenerateOptions\"\x87\x01\n\x15StreamGenerateRequest\x12\x39\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.mesh.inference.v1.MessageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01\x12\x33\n\x07options\x18\x02 \x01(\x0b\x32\".mesh.inference.v1.GenerateOptions\"Q\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12/\n\x07summary\x18\x02 \x01(\x0b\x32\x1e.mesh.inference.v1.CallSummary\"\xb4\x01\n\x16StreamGenerateResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.mesh.inference.v1.CallStartedH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.mesh.inference.v1.TextDeltaH\x00\x12/\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x1e.mesh.inference.v1.CallSummaryH\x00\x42\x07\n\x05\x65vent\"\xd2\x01\n\x0b\x43\x61llStarted\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x07sources\x18\x03 \x03(\x0b\x32\x19.mesh.inference.v1.Source\x12\x1a\n\x12retrieval_degraded\x18\x04 \x01(\x08\x12\x11\n\tshortened\x18\x05 \x01(\x08\x12\x1d\n\x15granted_output_tokens\x18\x06 \x01(\x03\x12)\n\x06waited\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x19\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\"T\n\x06Source\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64ocument_key\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x10\n\x08\x63hunk_id\x18\x04 \x01(\t\"\x8d\x01\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12\x15\n\routput_tokens\x18\x02 \x01(\x03\x12\x19\n\x11\x63\x61\x63he_read_tokens\x18\x03 \x01(\x03\x12\x1d\n\x15\x63\x61\x63he_write_5m_tokens\x18\x04 \x01(\x03\x12\x1d\n\x15\x63\x61\x63he_write_1h_tokens\x18\x05 \x01(\x03\"@\n\x0eRemainingLimit\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\x11\n\tremaining\x18\x03 \x01(\x03\"\xc8\x03\n\x0b\x43\x61llSummary\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0bstop_reason\x18\x03 \x01(\t\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.mesh.inference.v1.Usage\x12%\n\x04\x63ost\x18\x05 \x01(\x0b\x32\x17.mesh.common.v1.NanoUsd\x12\x17\n\x0fledger_entry_id\x18\x06 \x01(\t\x12\x34\n\tremaining\x18\x07 \x03(\x0b\x32!.mesh.inference.v1.RemainingLimit\x12*\n\x07sources\x18\x08 \x03(\x0b\x32\x19.mesh.inference.v1.Source\x12\x1a\n\x12retrieval_degraded\x18\t \x01(\x08\x12\x16\n\x0eprompt_version\x18\n \x01(\t\x12\x16\n\x0e\x66irst_token_ms\x18\x0b \x01(\x03\x12\x10\n\x08total_ms\x18\x0c \x01(\x03\x12\x11\n\tshortened\x18\r \x01(\x08\x12\x1d\n\x15granted_output_tokens\x18\x0e \x01(\x03\x12)\n\x06waited\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02*\x84\x01\n\rRetrievalMode\x12\x1e\n\x1aRETRIEVAL_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12RETRIEVAL_MODE_OFF\x10\x01\x12\x1e\n\x1aRETRIEVAL_MODE_BEST_EFFORT\x10\x02\x12\x1b\n\x17RETRIEVAL_MODE_REQUIRED\x10\x03\x32\x9d\x02\n\x10InferenceService\x12y\n\x08Generate\x12\".mesh.inference.v1.GenerateRequest\x1a#.mesh.inference.v1.GenerateResponse\"$\xca\xf3\x18 \x08\x01\x12\x08\x65xternal\x1a\x12inference:generate\x12\x8d\x01\n\x0eStreamGenerate\x12(.mesh.inference.v1.StreamGenerateRequest\x1a).mesh.inference.v1.StreamGenerateResponse\"$\xca\xf3\x18 \x08\x01\x12\x08\x65xternal\x1a\x12inference:generate0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,6 +55,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEOPTIONS'].fields_by_name['conversation_id']._serialized_options = b'\272H\010r\006\030@\272\001\001\000'
   _globals['_GENERATEOPTIONS'].fields_by_name['stop_sequences']._loaded_options = None
   _globals['_GENERATEOPTIONS'].fields_by_name['stop_sequences']._serialized_options = b'\272H\021\222\001\016\020\010\"\nr\010\020\001\030d\272\001\001\000'
+  _globals['_GENERATEOPTIONS'].fields_by_name['max_wait']._loaded_options = None
+  _globals['_GENERATEOPTIONS'].fields_by_name['max_wait']._serialized_options = b'\272H\t\252\001\006\"\002\010<2\000'
+  _globals['_GENERATEOPTIONS'].fields_by_name['min_output_tokens']._loaded_options = None
+  _globals['_GENERATEOPTIONS'].fields_by_name['min_output_tokens']._serialized_options = b'\272H\010\032\006\030\300\204=(\000'
   _globals['_GENERATEREQUEST'].fields_by_name['messages']._loaded_options = None
   _globals['_GENERATEREQUEST'].fields_by_name['messages']._serialized_options = b'\272H\010\222\001\005\010\001\020\310\001'
   _globals['_STREAMGENERATEREQUEST'].fields_by_name['messages']._loaded_options = None
@@ -62,36 +67,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERENCESERVICE'].methods_by_name['Generate']._serialized_options = b'\312\363\030 \010\001\022\010external\032\022inference:generate'
   _globals['_INFERENCESERVICE'].methods_by_name['StreamGenerate']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['StreamGenerate']._serialized_options = b'\312\363\030 \010\001\022\010external\032\022inference:generate'
-  _globals['_ROLE']._serialized_start=1992
-  _globals['_ROLE']._serialized_end=2055
-  _globals['_RETRIEVALMODE']._serialized_start=2058
-  _globals['_RETRIEVALMODE']._serialized_end=2190
-  _globals['_MESSAGE']._serialized_start=150
-  _globals['_MESSAGE']._serialized_end=245
-  _globals['_RETRIEVALOPTIONS']._serialized_start=247
-  _globals['_RETRIEVALOPTIONS']._serialized_end=349
-  _globals['_GENERATEOPTIONS']._serialized_start=352
-  _globals['_GENERATEOPTIONS']._serialized_end=646
-  _globals['_GENERATEREQUEST']._serialized_start=649
-  _globals['_GENERATEREQUEST']._serialized_end=778
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=781
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=916
-  _globals['_GENERATERESPONSE']._serialized_start=918
-  _globals['_GENERATERESPONSE']._serialized_end=999
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1002
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1182
-  _globals['_CALLSTARTED']._serialized_start=1184
-  _globals['_CALLSTARTED']._serialized_end=1301
-  _globals['_TEXTDELTA']._serialized_start=1303
-  _globals['_TEXTDELTA']._serialized_end=1328
-  _globals['_SOURCE']._serialized_start=1330
-  _globals['_SOURCE']._serialized_end=1414
-  _globals['_USAGE']._serialized_start=1417
-  _globals['_USAGE']._serialized_end=1558
-  _globals['_REMAININGLIMIT']._serialized_start=1560
-  _globals['_REMAININGLIMIT']._serialized_end=1624
-  _globals['_CALLSUMMARY']._serialized_start=1627
-  _globals['_CALLSUMMARY']._serialized_end=1990
-  _globals['_INFERENCESERVICE']._serialized_start=2193
-  _globals['_INFERENCESERVICE']._serialized_end=2478
+  _globals['_ROLE']._serialized_start=2310
+  _globals['_ROLE']._serialized_end=2373
+  _globals['_RETRIEVALMODE']._serialized_start=2376
+  _globals['_RETRIEVALMODE']._serialized_end=2508
+  _globals['_MESSAGE']._serialized_start=182
+  _globals['_MESSAGE']._serialized_end=277
+  _globals['_RETRIEVALOPTIONS']._serialized_start=279
+  _globals['_RETRIEVALOPTIONS']._serialized_end=381
+  _globals['_GENERATEOPTIONS']._serialized_start=384
+  _globals['_GENERATEOPTIONS']._serialized_end=777
+  _globals['_GENERATEREQUEST']._serialized_start=780
+  _globals['_GENERATEREQUEST']._serialized_end=909
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=912
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=1047
+  _globals['_GENERATERESPONSE']._serialized_start=1049
+  _globals['_GENERATERESPONSE']._serialized_end=1130
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=1133
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=1313
+  _globals['_CALLSTARTED']._serialized_start=1316
+  _globals['_CALLSTARTED']._serialized_end=1526
+  _globals['_TEXTDELTA']._serialized_start=1528
+  _globals['_TEXTDELTA']._serialized_end=1553
+  _globals['_SOURCE']._serialized_start=1555
+  _globals['_SOURCE']._serialized_end=1639
+  _globals['_USAGE']._serialized_start=1642
+  _globals['_USAGE']._serialized_end=1783
+  _globals['_REMAININGLIMIT']._serialized_start=1785
+  _globals['_REMAININGLIMIT']._serialized_end=1849
+  _globals['_CALLSUMMARY']._serialized_start=1852
+  _globals['_CALLSUMMARY']._serialized_end=2308
+  _globals['_INFERENCESERVICE']._serialized_start=2511
+  _globals['_INFERENCESERVICE']._serialized_end=2796
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ Answers from models, for a tenant."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -137,6 +138,8 @@ class GenerateOptions(_message.Message):
     CONVERSATION_ID_FIELD_NUMBER: _builtins.int
     RETRIEVAL_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCES_FIELD_NUMBER: _builtins.int
+    MAX_WAIT_FIELD_NUMBER: _builtins.int
+    MIN_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model; empty for the tenant's default."""
     max_output_tokens: _builtins.int
@@ -147,6 +150,10 @@ class GenerateOptions(_message.Message):
     """The tenant's user this serves, up to 200 characters; may be empty. Not a mail address, please."""
     conversation_id: _builtins.str
     """The conversation to go on with: its turns precede `messages`, and this call's turns are added to it. Empty for none."""
+    min_output_tokens: _builtins.int
+    """Where a rule gives fewer output tokens instead of refusing, fewer than these are of no use: at most `max_output_tokens`, which then is never
+    shortened; 0 for 1. A rule may demand more.
+    """
     @_builtins.property
     def retrieval(self) -> Global___RetrievalOptions:
         """How the tenant's documents are used."""
@@ -154,6 +161,12 @@ class GenerateOptions(_message.Message):
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Stop when one of these appears: at most 8, 1–100 characters each."""
+
+    @_builtins.property
+    def max_wait(self) -> _duration_pb2.Duration:
+        """How long the call may wait for its turn at the limits instead of being refused, where the rules that refuse allow it, and never past its
+        deadline: 0–60 s. Absent: not at all.
+        """
 
     def __init__(
         self,
@@ -165,10 +178,12 @@ class GenerateOptions(_message.Message):
         conversation_id: _builtins.str = ...,
         retrieval: Global___RetrievalOptions | None = ...,
         stop_sequences: _abc.Iterable[_builtins.str] | None = ...,
+        max_wait: _duration_pb2.Duration | None = ...,
+        min_output_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["retrieval", b"retrieval"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait", "retrieval", b"retrieval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation_id", b"conversation_id", "feature", b"feature", "max_output_tokens", b"max_output_tokens", "model", b"model", "retrieval", b"retrieval", "stop_sequences", b"stop_sequences", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation_id", b"conversation_id", "feature", b"feature", "max_output_tokens", b"max_output_tokens", "max_wait", b"max_wait", "min_output_tokens", b"min_output_tokens", "model", b"model", "retrieval", b"retrieval", "stop_sequences", b"stop_sequences", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,15 +325,26 @@ class CallStarted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     RETRIEVAL_DEGRADED_FIELD_NUMBER: _builtins.int
+    SHORTENED_FIELD_NUMBER: _builtins.int
+    GRANTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """The call's id, 36 characters."""
     model: _builtins.str
     """The model that answers."""
     retrieval_degraded: _builtins.bool
     """True when documents were wanted and could not be had."""
+    shortened: _builtins.bool
+    """True when the limits left fewer output tokens than were asked for."""
+    granted_output_tokens: _builtins.int
+    """The output tokens the answer may have: what the provider is told."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___Source]:
         """The documents it may draw on."""
+
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration:
+        """How long the call waited at the limits; absent when it did not."""
 
     def __init__(
         self,
@@ -327,10 +353,13 @@ class CallStarted(_message.Message):
         model: _builtins.str = ...,
         sources: _abc.Iterable[Global___Source] | None = ...,
         retrieval_degraded: _builtins.bool = ...,
+        shortened: _builtins.bool = ...,
+        granted_output_tokens: _builtins.int = ...,
+        waited: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "model", b"model", "retrieval_degraded", b"retrieval_degraded", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "granted_output_tokens", b"granted_output_tokens", "model", b"model", "retrieval_degraded", b"retrieval_degraded", "shortened", b"shortened", "sources", b"sources", "waited", b"waited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,6 +507,9 @@ class CallSummary(_message.Message):
     PROMPT_VERSION_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
     TOTAL_MS_FIELD_NUMBER: _builtins.int
+    SHORTENED_FIELD_NUMBER: _builtins.int
+    GRANTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """The call's id, 36 characters."""
     model: _builtins.str
@@ -494,6 +526,10 @@ class CallSummary(_message.Message):
     """From dispatch to the first token, in milliseconds."""
     total_ms: _builtins.int
     """From dispatch to the end, in milliseconds."""
+    shortened: _builtins.bool
+    """True when the limits left fewer output tokens than were asked for."""
+    granted_output_tokens: _builtins.int
+    """The output tokens the answer could have: what the provider was told."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Exact tokens."""
@@ -510,6 +546,10 @@ class CallSummary(_message.Message):
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___Source]:
         """The documents it could draw on."""
 
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration:
+        """How long the call waited at the limits; absent when it did not."""
+
     def __init__(
         self,
         *,
@@ -525,10 +565,13 @@ class CallSummary(_message.Message):
         prompt_version: _builtins.str = ...,
         first_token_ms: _builtins.int = ...,
         total_ms: _builtins.int = ...,
+        shortened: _builtins.bool = ...,
+        granted_output_tokens: _builtins.int = ...,
+        waited: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "usage", b"usage", "waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "cost", b"cost", "first_token_ms", b"first_token_ms", "ledger_entry_id", b"ledger_entry_id", "model", b"model", "prompt_version", b"prompt_version", "remaining", b"remaining", "retrieval_degraded", b"retrieval_degraded", "sources", b"sources", "stop_reason", b"stop_reason", "total_ms", b"total_ms", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "cost", b"cost", "first_token_ms", b"first_token_ms", "granted_output_tokens", b"granted_output_tokens", "ledger_entry_id", b"ledger_entry_id", "model", b"model", "prompt_version", b"prompt_version", "remaining", b"remaining", "retrieval_degraded", b"retrieval_degraded", "shortened", b"shortened", "sources", b"sources", "stop_reason", b"stop_reason", "total_ms", b"total_ms", "usage", b"usage", "waited", b"waited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,7 +63,9 @@ class InferenceServiceServicer:
 
     def StreamGenerate(self, request, context):
         """Answers as a stream: one `started`, any number of `delta`, one `final`.
-        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BUDGET | CONCURRENCY | QUEUE_FULL; INVALID_ARGUMENT UNKNOWN_MODEL | REQUEST_TOO_LARGE | PROVIDER_REFUSED;
+        Errors: RESOURCE_EXHAUSTED PLAN_LIMIT | BURST_LIMIT | BUDGET | CONCURRENCY | RETRY_BUDGET | PROVIDER_SHARE | ABUSE_GUARD | QUEUE_FULL, and with
+        `call_id` in the metadata when a provider wrote more than it was allowed and the limits had no more for it: the text so far was delivered, the
+        call is listed as unresolved; INVALID_ARGUMENT UNKNOWN_MODEL | REQUEST_TOO_LARGE | PROVIDER_REFUSED;
         PERMISSION_DENIED MODEL_TIER; ALREADY_EXISTS when the call id was used; NOT_FOUND for the conversation; UNAVAILABLE PROVIDER_UNAVAILABLE |
         DEPENDENCY_UNAVAILABLE | LIMITS_REBUILDING | STREAM_INTERRUPTED; DEADLINE_EXCEEDED. Nothing is billed unless the provider billed it.
         """

@@ -196,7 +196,7 @@ class _ExtendOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExtendO
     EXTEND_OUTCOME_EXTENDED: _ExtendOutcome.ValueType  # 1
     """The bound is at least what was asked for."""
     EXTEND_OUTCOME_NOT_OPEN: _ExtendOutcome.ValueType  # 2
-    """No open call of that reservation: it must not go on past its old bound."""
+    """No open call of that reservation in the tenant's epoch: it must not go on past its old bound."""
 
 class ExtendOutcome(_ExtendOutcome, metaclass=_ExtendOutcomeEnumTypeWrapper):
     """What came of an extension."""
@@ -206,7 +206,7 @@ EXTEND_OUTCOME_UNSPECIFIED: ExtendOutcome.ValueType  # 0
 EXTEND_OUTCOME_EXTENDED: ExtendOutcome.ValueType  # 1
 """The bound is at least what was asked for."""
 EXTEND_OUTCOME_NOT_OPEN: ExtendOutcome.ValueType  # 2
-"""No open call of that reservation: it must not go on past its old bound."""
+"""No open call of that reservation in the tenant's epoch: it must not go on past its old bound."""
 Global___ExtendOutcome: _TypeAlias = ExtendOutcome  # noqa: Y015
 
 class _RecordUnitsOutcome:
@@ -222,7 +222,7 @@ class _RecordUnitsOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Re
     RECORD_UNITS_OUTCOME_STALE_EPOCH: _RecordUnitsOutcome.ValueType  # 2
     """The limits were rebuilt since the hold was taken."""
     RECORD_UNITS_OUTCOME_ENDED: _RecordUnitsOutcome.ValueType  # 3
-    """A fence was quicker: the hold is gone, nothing is recorded and never will be."""
+    """A fence or a void was quicker: the hold is gone, nothing is recorded and never will be."""
     RECORD_UNITS_OUTCOME_CONFLICT: _RecordUnitsOutcome.ValueType  # 4
     """The id is taken by other content."""
     RECORD_UNITS_OUTCOME_TENANT_NOT_PROVEN: _RecordUnitsOutcome.ValueType  # 5
@@ -238,7 +238,7 @@ RECORD_UNITS_OUTCOME_RECORDED: RecordUnitsOutcome.ValueType  # 1
 RECORD_UNITS_OUTCOME_STALE_EPOCH: RecordUnitsOutcome.ValueType  # 2
 """The limits were rebuilt since the hold was taken."""
 RECORD_UNITS_OUTCOME_ENDED: RecordUnitsOutcome.ValueType  # 3
-"""A fence was quicker: the hold is gone, nothing is recorded and never will be."""
+"""A fence or a void was quicker: the hold is gone, nothing is recorded and never will be."""
 RECORD_UNITS_OUTCOME_CONFLICT: RecordUnitsOutcome.ValueType  # 4
 """The id is taken by other content."""
 RECORD_UNITS_OUTCOME_TENANT_NOT_PROVEN: RecordUnitsOutcome.ValueType  # 5
@@ -813,7 +813,9 @@ class BeginEpochRequest(_message.Message):
     nonce: _builtins.str
     """Names the request, 1–64 characters; returned with the answer, so that the limits load only what they asked for last."""
     recent_seconds: _builtins.int
-    """How far back every ended call and consumption is wanted one by one, for sliding windows: 0–3,600; 0 stands for 60."""
+    """How far back every ended call and consumption is wanted one by one, for sliding windows: 0–3,600; 0 stands for 60. Half a minute more is answered,
+    because the limits look back by another clock.
+    """
     @_builtins.property
     def periods(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountedPeriod]:
         """Which sums are wanted: at most 400. Each is answered by `sums` with its place in this list."""
@@ -845,18 +847,18 @@ class CountedPeriod(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     unit: _limit_rule_pb2.LimitUnit.ValueType
-    """TOKENS, COST_NANO_USD, REQUESTS, RETRIES or PRODUCT."""
+    """TOKENS, COST_NANO_USD, REQUESTS, RETRIES or PRODUCT; CONCURRENT_CALLS is refused."""
     product_unit: _builtins.str
-    """Of PRODUCT: which."""
+    """Of PRODUCT: which; empty otherwise."""
     scope: _limit_rule_pb2.LimitScope.ValueType
-    """One sum, or one for each user, feature, or user and feature."""
+    """One sum, or one for each user, feature, or user and feature. Use that names no user is in no user's sum; features likewise."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Inclusive, by the time of reservation."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Exclusive."""
+        """Exclusive; not before `start_time`."""
 
     def __init__(
         self,
@@ -877,7 +879,9 @@ Global___CountedPeriod: _TypeAlias = CountedPeriod  # noqa: Y015
 
 @_typing.final
 class CountedSum(_message.Message):
-    """A sum of settled use."""
+    """A sum of settled use: of tokens and cost what settled and reconciled calls used, of requests and retries how many attempts ended, void ones too, of units
+    what was recorded. Open and unresolved calls are in `outstanding` alone.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -931,7 +935,7 @@ class BeginEpochResponse(_message.Message):
 
     @_builtins.property
     def recent(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountedCall]:
-        """Every call and consumption reserved in the last `recent_seconds` that is settled, reconciled or void, for the sliding windows."""
+        """Every call and consumption reserved in the last `recent_seconds` and half a minute that is settled, reconciled or void, for the sliding windows."""
 
     @_builtins.property
     def outstanding(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountedCall]:

@@ -122,7 +122,7 @@ class LedgerServiceServicer:
 
     def ExtendCalls(self, request, context):
         """Raises the bounds of open calls, before more than the old bound is used. A batch over tenants; idempotent: a bound that is there already, or a
-        higher one, changes nothing. Only an OPEN call of the reservation's epoch is extended.
+        higher one, changes nothing. Only an OPEN call is extended, and only in the epoch it was opened in: limits that began a new one hold the old bound.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,7 +130,8 @@ class LedgerServiceServicer:
 
     def RecordUnits(self, request, context):
         """Records units of the product that were used, as calls that are opened and settled at once: under the same tombstones and epochs, told to the limits by
-        the same outbox. A batch over tenants; idempotent by consumption id for ever; with other content that item is a CONFLICT.
+        the same outbox, as SETTLED with no amounts. A batch over tenants; idempotent by consumption id for ever, in any later epoch too; with another unit,
+        quantity, user or feature that item is a CONFLICT, whose alarm is raised. The time is not compared. A consumption's id is fenced like a reservation's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

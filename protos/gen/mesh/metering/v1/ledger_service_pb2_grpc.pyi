@@ -36,11 +36,12 @@ class LedgerServiceStub:
     """
     ExtendCalls: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.ExtendCallsRequest, _ledger_service_pb2.ExtendCallsResponse]
     """Raises the bounds of open calls, before more than the old bound is used. A batch over tenants; idempotent: a bound that is there already, or a
-    higher one, changes nothing. Only an OPEN call of the reservation's epoch is extended.
+    higher one, changes nothing. Only an OPEN call is extended, and only in the epoch it was opened in: limits that began a new one hold the old bound.
     """
     RecordUnits: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.RecordUnitsRequest, _ledger_service_pb2.RecordUnitsResponse]
     """Records units of the product that were used, as calls that are opened and settled at once: under the same tombstones and epochs, told to the limits by
-    the same outbox. A batch over tenants; idempotent by consumption id for ever; with other content that item is a CONFLICT.
+    the same outbox, as SETTLED with no amounts. A batch over tenants; idempotent by consumption id for ever, in any later epoch too; with another unit,
+    quantity, user or feature that item is a CONFLICT, whose alarm is raised. The time is not compared. A consumption's id is fenced like a reservation's.
     """
     BeginEpoch: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.BeginEpochRequest, _ledger_service_pb2.BeginEpochResponse]
     """Begins a new epoch of the call's tenant and returns all that its limits must count, as of that moment, in one transaction.
@@ -105,7 +106,7 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_ledger_service_pb2.ExtendCallsRequest, _abc.Awaitable[_ledger_service_pb2.ExtendCallsResponse]],
     ) -> _abc.Awaitable[_ledger_service_pb2.ExtendCallsResponse]:
         """Raises the bounds of open calls, before more than the old bound is used. A batch over tenants; idempotent: a bound that is there already, or a
-        higher one, changes nothing. Only an OPEN call of the reservation's epoch is extended.
+        higher one, changes nothing. Only an OPEN call is extended, and only in the epoch it was opened in: limits that began a new one hold the old bound.
         """
 
     @_abc_1.abstractmethod
@@ -115,7 +116,8 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_ledger_service_pb2.RecordUnitsRequest, _abc.Awaitable[_ledger_service_pb2.RecordUnitsResponse]],
     ) -> _abc.Awaitable[_ledger_service_pb2.RecordUnitsResponse]:
         """Records units of the product that were used, as calls that are opened and settled at once: under the same tombstones and epochs, told to the limits by
-        the same outbox. A batch over tenants; idempotent by consumption id for ever; with other content that item is a CONFLICT.
+        the same outbox, as SETTLED with no amounts. A batch over tenants; idempotent by consumption id for ever, in any later epoch too; with another unit,
+        quantity, user or feature that item is a CONFLICT, whose alarm is raised. The time is not compared. A consumption's id is fenced like a reservation's.
         """
 
     @_abc_1.abstractmethod

@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mesh/tenant/v1/api_key_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xb0\x02\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rallowed_cidrs\x18\x08 \x03(\t\x12\x13\n\x0breplaced_by\x18\t \x01(\t\"\xcf\x01\n\x13\x43reateApiKeyRequest\x12#\n\x0c\x64isplay_name\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\x12\x31\n\x06scopes\x18\x02 \x03(\tB!\xbaH\x1e\x92\x01\x1b\x08\x01\x10\x14\x18\x01\"\x13r\x11\x32\x0f^[a-z]+:[a-z]+$\x12\x39\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\xbaH\x05\xb2\x01\x02@\x01\x12%\n\rallowed_cidrs\x18\x04 \x03(\tB\x0e\xbaH\x0b\x92\x01\x08\x10\x14\"\x04r\x02\x18@\"L\n\x14\x43reateApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\"Q\n\x12ListApiKeysRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"T\n\x13ListApiKeysResponse\x12$\n\x04keys\x18\x01 \x03(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x99\x01\n\x13RotateApiKeyRequest\x12%\n\x06key_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[a-z0-9]{16}$\x12)\n\x0foverlap_seconds\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\x80\xf5$(\x00H\x00\x88\x01\x01\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x42\x12\n\x10_overlap_seconds\"v\n\x14RotateApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\x12(\n\x08replaced\x18\x03 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\"<\n\x13RevokeApiKeyRequest\x12%\n\x06key_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[a-z0-9]{16}$\";\n\x14RevokeApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey2\xf8\x03\n\rApiKeyService\x12y\n\x0c\x43reateApiKey\x12#.mesh.tenant.v1.CreateApiKeyRequest\x1a$.mesh.tenant.v1.CreateApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12v\n\x0bListApiKeys\x12\".mesh.tenant.v1.ListApiKeysRequest\x1a#.mesh.tenant.v1.ListApiKeysResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12y\n\x0cRotateApiKey\x12#.mesh.tenant.v1.RotateApiKeyRequest\x1a$.mesh.tenant.v1.RotateApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12y\n\x0cRevokeApiKey\x12#.mesh.tenant.v1.RevokeApiKeyRequest\x1a$.mesh.tenant.v1.RevokeApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:adminb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mesh/tenant/v1/api_key_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xb0\x02\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rallowed_cidrs\x18\x08 \x03(\t\x12\x13\n\x0breplaced_by\x18\t \x01(\t\"\xcf\x01\n\x13\x43reateApiKeyRequest\x12#\n\x0c\x64isplay_name\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\x12\x31\n\x06scopes\x18\x02 \x03(\tB!\xbaH\x1e\x92\x01\x1b\x08\x01\x10\x14\x18\x01\"\x13r\x11\x32\x0f^[a-z]+:[a-z]+$\x12\x39\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\xbaH\x05\xb2\x01\x02@\x01\x12%\n\rallowed_cidrs\x18\x04 \x03(\tB\x0e\xbaH\x0b\x92\x01\x08\x10\x14\"\x04r\x02\x18@\"L\n\x14\x43reateApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\"Q\n\x12ListApiKeysRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"T\n\x13ListApiKeysResponse\x12$\n\x04keys\x18\x01 \x03(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xfa\x01\n\x13UpdateApiKeyRequest\x12%\n\x06key_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[a-z0-9]{16}$\x12!\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\x12\x39\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\xbaH\x05\xb2\x01\x02@\x01\x12%\n\rallowed_cidrs\x18\x04 \x03(\tB\x0e\xbaH\x0b\x92\x01\x08\x10\x14\"\x04r\x02\x18@\x12\x37\n\x0bupdate_mask\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskB\x06\xbaH\x03\xc8\x01\x01\"R\n\x14UpdateApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x15\n\rchanged_paths\x18\x02 \x03(\t\"\x99\x01\n\x13RotateApiKeyRequest\x12%\n\x06key_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[a-z0-9]{16}$\x12)\n\x0foverlap_seconds\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\x80\xf5$(\x00H\x00\x88\x01\x01\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x42\x12\n\x10_overlap_seconds\"v\n\x14RotateApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\x12(\n\x08replaced\x18\x03 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey\"<\n\x13RevokeApiKeyRequest\x12%\n\x06key_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[a-z0-9]{16}$\";\n\x14RevokeApiKeyResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.ApiKey2\xf3\x04\n\rApiKeyService\x12y\n\x0c\x43reateApiKey\x12#.mesh.tenant.v1.CreateApiKeyRequest\x1a$.mesh.tenant.v1.CreateApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12v\n\x0bListApiKeys\x12\".mesh.tenant.v1.ListApiKeysRequest\x1a#.mesh.tenant.v1.ListApiKeysResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12y\n\x0cUpdateApiKey\x12#.mesh.tenant.v1.UpdateApiKeyRequest\x1a$.mesh.tenant.v1.UpdateApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12y\n\x0cRotateApiKey\x12#.mesh.tenant.v1.RotateApiKeyRequest\x1a$.mesh.tenant.v1.RotateApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12y\n\x0cRevokeApiKey\x12#.mesh.tenant.v1.RevokeApiKeyRequest\x1a$.mesh.tenant.v1.RevokeApiKeyResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:adminb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +47,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTAPIKEYSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
   _globals['_LISTAPIKEYSREQUEST'].fields_by_name['page_token']._loaded_options = None
   _globals['_LISTAPIKEYSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['key_id']._loaded_options = None
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['key_id']._serialized_options = b'\272H\022r\0202\016^[a-z0-9]{16}$'
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['display_name']._loaded_options = None
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\010r\006\030d\272\001\001\000'
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['expire_time']._loaded_options = None
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['expire_time']._serialized_options = b'\272H\005\262\001\002@\001'
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['allowed_cidrs']._loaded_options = None
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['allowed_cidrs']._serialized_options = b'\272H\013\222\001\010\020\024\"\004r\002\030@'
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['update_mask']._loaded_options = None
+  _globals['_UPDATEAPIKEYREQUEST'].fields_by_name['update_mask']._serialized_options = b'\272H\003\310\001\001'
   _globals['_ROTATEAPIKEYREQUEST'].fields_by_name['key_id']._loaded_options = None
   _globals['_ROTATEAPIKEYREQUEST'].fields_by_name['key_id']._serialized_options = b'\272H\022r\0202\016^[a-z0-9]{16}$'
   _globals['_ROTATEAPIKEYREQUEST'].fields_by_name['overlap_seconds']._loaded_options = None
@@ -58,28 +69,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APIKEYSERVICE'].methods_by_name['CreateApiKey']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
   _globals['_APIKEYSERVICE'].methods_by_name['ListApiKeys']._loaded_options = None
   _globals['_APIKEYSERVICE'].methods_by_name['ListApiKeys']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
+  _globals['_APIKEYSERVICE'].methods_by_name['UpdateApiKey']._loaded_options = None
+  _globals['_APIKEYSERVICE'].methods_by_name['UpdateApiKey']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
   _globals['_APIKEYSERVICE'].methods_by_name['RotateApiKey']._loaded_options = None
   _globals['_APIKEYSERVICE'].methods_by_name['RotateApiKey']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
   _globals['_APIKEYSERVICE'].methods_by_name['RevokeApiKey']._loaded_options = None
   _globals['_APIKEYSERVICE'].methods_by_name['RevokeApiKey']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
-  _globals['_APIKEY']._serialized_start=148
-  _globals['_APIKEY']._serialized_end=452
-  _globals['_CREATEAPIKEYREQUEST']._serialized_start=455
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=662
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=664
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=740
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=742
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=823
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=825
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=909
-  _globals['_ROTATEAPIKEYREQUEST']._serialized_start=912
-  _globals['_ROTATEAPIKEYREQUEST']._serialized_end=1065
-  _globals['_ROTATEAPIKEYRESPONSE']._serialized_start=1067
-  _globals['_ROTATEAPIKEYRESPONSE']._serialized_end=1185
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=1187
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=1247
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=1249
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=1308
-  _globals['_APIKEYSERVICE']._serialized_start=1311
-  _globals['_APIKEYSERVICE']._serialized_end=1815
+  _globals['_APIKEY']._serialized_start=182
+  _globals['_APIKEY']._serialized_end=486
+  _globals['_CREATEAPIKEYREQUEST']._serialized_start=489
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=696
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=698
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=774
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=776
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=857
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=859
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=943
+  _globals['_UPDATEAPIKEYREQUEST']._serialized_start=946
+  _globals['_UPDATEAPIKEYREQUEST']._serialized_end=1196
+  _globals['_UPDATEAPIKEYRESPONSE']._serialized_start=1198
+  _globals['_UPDATEAPIKEYRESPONSE']._serialized_end=1280
+  _globals['_ROTATEAPIKEYREQUEST']._serialized_start=1283
+  _globals['_ROTATEAPIKEYREQUEST']._serialized_end=1436
+  _globals['_ROTATEAPIKEYRESPONSE']._serialized_start=1438
+  _globals['_ROTATEAPIKEYRESPONSE']._serialized_end=1556
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=1558
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=1618
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=1620
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=1679
+  _globals['_APIKEYSERVICE']._serialized_start=1682
+  _globals['_APIKEYSERVICE']._serialized_end=2309
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ApiKeyServiceStub:
-    """Makes, lists, rotates and revokes the keys of the call's tenant.
+    """Makes, lists, changes, rotates and revokes the keys of the call's tenant.
     """
 
     def __init__(self, channel):
@@ -45,6 +45,11 @@ class ApiKeyServiceStub:
                 request_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysRequest.SerializeToString,
                 response_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysResponse.FromString,
                 _registered_method=True)
+        self.UpdateApiKey = channel.unary_unary(
+                '/mesh.tenant.v1.ApiKeyService/UpdateApiKey',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.UpdateApiKeyRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.UpdateApiKeyResponse.FromString,
+                _registered_method=True)
         self.RotateApiKey = channel.unary_unary(
                 '/mesh.tenant.v1.ApiKeyService/RotateApiKey',
                 request_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RotateApiKeyRequest.SerializeToString,
@@ -58,7 +63,7 @@ class ApiKeyServiceStub:
 
 
 class ApiKeyServiceServicer:
-    """Makes, lists, rotates and revokes the keys of the call's tenant.
+    """Makes, lists, changes, rotates and revokes the keys of the call's tenant.
     """
 
     def CreateApiKey(self, request, context):
@@ -71,6 +76,17 @@ class ApiKeyServiceServicer:
 
     def ListApiKeys(self, request, context):
         """Lists keys, newest first, never their secrets. Reads only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateApiKey(self, request, context):
+        """Changes a live key's name, end or networks, each named in `update_mask`; its scopes and its secret are what it was made with. What changes
+        is effective everywhere within 1 s. Repeating it changes nothing more.
+        Errors: NOT_FOUND; INVALID_ARGUMENT; FAILED_PRECONDITION WRONG_STATE for a key that ended, and for a later end of one that has a
+        successor; PERMISSION_DENIED SCOPE_MISSING for a later end, or networks beyond those it has, of a key with a scope that the caller does
+        not hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +124,11 @@ def add_ApiKeyServiceServicer_to_server(servicer, server):
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysRequest.FromString,
                     response_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysResponse.SerializeToString,
             ),
+            'UpdateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateApiKey,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.UpdateApiKeyRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.UpdateApiKeyResponse.SerializeToString,
+            ),
             'RotateApiKey': grpc.unary_unary_rpc_method_handler(
                     servicer.RotateApiKey,
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.RotateApiKeyRequest.FromString,
@@ -127,7 +148,7 @@ def add_ApiKeyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ApiKeyService:
-    """Makes, lists, rotates and revokes the keys of the call's tenant.
+    """Makes, lists, changes, rotates and revokes the keys of the call's tenant.
     """
 
     @staticmethod
@@ -174,6 +195,33 @@ class ApiKeyService:
             '/mesh.tenant.v1.ApiKeyService/ListApiKeys',
             mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysRequest.SerializeToString,
             mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.ListApiKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.ApiKeyService/UpdateApiKey',
+            mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.UpdateApiKeyRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_api__key__service__pb2.UpdateApiKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,7 +13,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ApiKeyServiceStub:
-    """Makes, lists, rotates and revokes the keys of the call's tenant."""
+    """Makes, lists, changes, rotates and revokes the keys of the call's tenant."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_service_pb2.CreateApiKeyRequest, _api_key_service_pb2.CreateApiKeyResponse]
@@ -22,6 +22,13 @@ class ApiKeyServiceStub:
     """
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_api_key_service_pb2.ListApiKeysRequest, _api_key_service_pb2.ListApiKeysResponse]
     """Lists keys, newest first, never their secrets. Reads only."""
+    UpdateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_service_pb2.UpdateApiKeyRequest, _api_key_service_pb2.UpdateApiKeyResponse]
+    """Changes a live key's name, end or networks, each named in `update_mask`; its scopes and its secret are what it was made with. What changes
+    is effective everywhere within 1 s. Repeating it changes nothing more.
+    Errors: NOT_FOUND; INVALID_ARGUMENT; FAILED_PRECONDITION WRONG_STATE for a key that ended, and for a later end of one that has a
+    successor; PERMISSION_DENIED SCOPE_MISSING for a later end, or networks beyond those it has, of a key with a scope that the caller does
+    not hold.
+    """
     RotateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_service_pb2.RotateApiKeyRequest, _api_key_service_pb2.RotateApiKeyResponse]
     """Makes a successor with the key's name, scopes and allow-list, and ends the key after the overlap, never later than its own end.
     A successor of a key that ends lives as long as that key was made to. Idempotent by `request_id`: a repeated call answers the same
@@ -34,7 +41,7 @@ class ApiKeyServiceStub:
     """Revokes a key: refused everywhere within 1 s. Idempotent. Errors: NOT_FOUND."""
 
 class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Makes, lists, rotates and revokes the keys of the call's tenant."""
+    """Makes, lists, changes, rotates and revokes the keys of the call's tenant."""
 
     @_abc_1.abstractmethod
     def CreateApiKey(
@@ -53,6 +60,19 @@ class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_api_key_service_pb2.ListApiKeysRequest, _abc.Awaitable[_api_key_service_pb2.ListApiKeysResponse]],
     ) -> _abc.Awaitable[_api_key_service_pb2.ListApiKeysResponse]:
         """Lists keys, newest first, never their secrets. Reads only."""
+
+    @_abc_1.abstractmethod
+    def UpdateApiKey(
+        self,
+        request: _api_key_service_pb2.UpdateApiKeyRequest,
+        context: _aio.ServicerContext[_api_key_service_pb2.UpdateApiKeyRequest, _abc.Awaitable[_api_key_service_pb2.UpdateApiKeyResponse]],
+    ) -> _abc.Awaitable[_api_key_service_pb2.UpdateApiKeyResponse]:
+        """Changes a live key's name, end or networks, each named in `update_mask`; its scopes and its secret are what it was made with. What changes
+        is effective everywhere within 1 s. Repeating it changes nothing more.
+        Errors: NOT_FOUND; INVALID_ARGUMENT; FAILED_PRECONDITION WRONG_STATE for a key that ended, and for a later end of one that has a
+        successor; PERMISSION_DENIED SCOPE_MISSING for a later end, or networks beyond those it has, of a key with a scope that the caller does
+        not hold.
+        """
 
     @_abc_1.abstractmethod
     def RotateApiKey(

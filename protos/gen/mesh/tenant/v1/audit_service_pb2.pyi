@@ -243,7 +243,7 @@ class QueryAuditRequest(_message.Message):
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Before this moment."""
+        """Before this moment; not before `start_time`."""
 
     def __init__(
         self,
@@ -449,7 +449,7 @@ class AuditItem(_message.Message):
     context_token: _builtins.str
     """Proves tenant and subject: a context token valid at `occur_time`, even if it has ended since."""
     action: _builtins.str
-    """What happened."""
+    """What happened: a kind of thing that the calling service may record."""
     target: _builtins.str
     """What it was done to; may be empty."""
     user: _builtins.str
@@ -462,7 +462,7 @@ class AuditItem(_message.Message):
     """Where the caller was; may be empty."""
     @_builtins.property
     def occur_time(self) -> _timestamp_pb2.Timestamp:
-        """When it happened."""
+        """When it happened: at most 30 s in the future, for clocks that differ, and at most 7 days ago."""
 
     @_builtins.property
     def document_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:

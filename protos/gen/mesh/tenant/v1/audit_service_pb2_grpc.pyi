@@ -26,7 +26,9 @@ class AuditServiceStub:
     """Returns the newest record's place and hash, signed. Kept elsewhere it proves later that no record up to it was removed. Reads only."""
     RecordAudit: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.RecordAuditRequest, _audit_service_pb2.RecordAuditResponse]
     """Adds what services saw happen. A batch over tenants; each item proves its tenant by a context token that was valid when it happened.
-    Each item is answered by itself. Repeating an item by its audit id is a no-op with the same answer.
+    Each item is answered by itself. Repeating an item by its audit id is a no-op with the same answer. A service records its own kinds of
+    things alone: inference DOCUMENTS_READ and CALL_ENDED, retrieval DOCUMENTS_READ. A batch with another is refused whole,
+    PERMISSION_DENIED `CALLER_NOT_ALLOWED` with {"field": "items[0].action"}; one with a time out of range INVALID_ARGUMENT.
     """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -65,7 +67,9 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_audit_service_pb2.RecordAuditRequest, _abc.Awaitable[_audit_service_pb2.RecordAuditResponse]],
     ) -> _abc.Awaitable[_audit_service_pb2.RecordAuditResponse]:
         """Adds what services saw happen. A batch over tenants; each item proves its tenant by a context token that was valid when it happened.
-        Each item is answered by itself. Repeating an item by its audit id is a no-op with the same answer.
+        Each item is answered by itself. Repeating an item by its audit id is a no-op with the same answer. A service records its own kinds of
+        things alone: inference DOCUMENTS_READ and CALL_ENDED, retrieval DOCUMENTS_READ. A batch with another is refused whole,
+        PERMISSION_DENIED `CALLER_NOT_ALLOWED` with {"field": "items[0].action"}; one with a time out of range INVALID_ARGUMENT.
         """
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _aio.Server) -> None: ...

@@ -75,14 +75,16 @@ class AuthenticationServiceServicer:
         """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
         says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
         all others. Reads only.
-        Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
+        Errors: INVALID_ARGUMENT without host and path; NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED
+        TENANT_MISMATCH where host and path name two tenants.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetContextKeys(self, request, context):
-        """Returns the public keys that verify context tokens. Reads only.
+        """Returns the public keys that verify context tokens, erasure receipts and audit heads. Operators ask for them to keep them: what was
+        signed outlives the key's use here. Reads only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

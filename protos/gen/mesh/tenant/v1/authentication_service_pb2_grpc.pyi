@@ -26,10 +26,13 @@ class AuthenticationServiceStub:
     """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
     says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
     all others. Reads only.
-    Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
+    Errors: INVALID_ARGUMENT without host and path; NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED
+    TENANT_MISMATCH where host and path name two tenants.
     """
     GetContextKeys: _aio.UnaryUnaryMultiCallable[_authentication_service_pb2.GetContextKeysRequest, _authentication_service_pb2.GetContextKeysResponse]
-    """Returns the public keys that verify context tokens. Reads only."""
+    """Returns the public keys that verify context tokens, erasure receipts and audit heads. Operators ask for them to keep them: what was
+    signed outlives the key's use here. Reads only.
+    """
     WatchChanges: _aio.UnaryStreamMultiCallable[_authentication_service_pb2.WatchChangesRequest, _authentication_service_pb2.WatchChangesResponse]
     """Streams what may end the trust in an answer remembered elsewhere, in the order of its commits, until the caller leaves or is cut for
     reading too slowly. Each message vouches that every change up to its `change_id` was told; while the store can be read there is one
@@ -61,7 +64,8 @@ class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Answers which tenant a host or a path names, for front ends that know no more of a caller. It authenticates nobody: what it answers
         says whose page to show, never what may be done. Needs a front end's key or an operator's: any tenant's own key would read the names of
         all others. Reads only.
-        Errors: NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED TENANT_MISMATCH where host and path name two tenants.
+        Errors: INVALID_ARGUMENT without host and path; NOT_FOUND where nothing, or a name nobody has, is named; PERMISSION_DENIED
+        TENANT_MISMATCH where host and path name two tenants.
         """
 
     @_abc_1.abstractmethod
@@ -70,7 +74,9 @@ class AuthenticationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _authentication_service_pb2.GetContextKeysRequest,
         context: _aio.ServicerContext[_authentication_service_pb2.GetContextKeysRequest, _abc.Awaitable[_authentication_service_pb2.GetContextKeysResponse]],
     ) -> _abc.Awaitable[_authentication_service_pb2.GetContextKeysResponse]:
-        """Returns the public keys that verify context tokens. Reads only."""
+        """Returns the public keys that verify context tokens, erasure receipts and audit heads. Operators ask for them to keep them: what was
+        signed outlives the key's use here. Reads only.
+        """
 
     @_abc_1.abstractmethod
     def WatchChanges(

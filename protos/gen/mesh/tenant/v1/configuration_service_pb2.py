@@ -25,11 +25,12 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from mesh.common.v1 import limit_rule_pb2 as mesh_dot_common_dot_v1_dot_limit__rule__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 from mesh.tenant.v1 import tenant_service_pb2 as mesh_dot_tenant_dot_v1_dot_tenant__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*mesh/tenant/v1/configuration_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\x1a#mesh/tenant/v1/tenant_service.proto\"\xa1\x04\n\x0eLimitOverrides\x12-\n\x13requests_per_minute\x18\x01 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00H\x00\x88\x01\x01\x12.\n\x11tokens_per_minute\x18\x02 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x01\x88\x01\x01\x12+\n\x0etokens_per_day\x18\x03 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x02\x88\x01\x01\x12.\n\x10tokens_per_month\x18\x04 \x01(\x03\x42\x0f\xbaH\x0c\"\n\x18\x80\x80\xe9\x83\xb1\xde\x16(\x00H\x03\x88\x01\x01\x12\x36\n\x17\x63ost_nano_usd_per_month\x18\x05 \x01(\x03\x42\x10\xbaH\r\"\x0b\x18\x80\x80\xea\xd7\xbc\xae\xfe\x0f(\x00H\x04\x88\x01\x01\x12*\n\x10\x63oncurrent_calls\x18\x06 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00H\x05\x88\x01\x01\x12)\n\x0e\x63ontext_tokens\x18\x07 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xad\xe2\x04(\x00H\x06\x88\x01\x01\x12\x1f\n\x06weight\x18\x08 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x01H\x07\x88\x01\x01\x42\x16\n\x14_requests_per_minuteB\x14\n\x12_tokens_per_minuteB\x11\n\x0f_tokens_per_dayB\x13\n\x11_tokens_per_monthB\x1a\n\x18_cost_nano_usd_per_monthB\x13\n\x11_concurrent_callsB\x11\n\x0f_context_tokensB\t\n\x07_weight\"\xf4\x02\n\x0b\x41iOverrides\x12\"\n\rdefault_model\x18\x01 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\x12.\n\x0e\x61llowed_models\x18\x02 \x03(\tB\x16\xbaH\x13\x92\x01\x10\x10\x32\x18\x01\"\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\x12*\n\x14system_prompt_prefix\x18\x03 \x01(\tB\x0c\xbaH\tr\x07(\xa0\x1f\xba\x01\x01\x00\x12#\n\x0e\x61ssistant_name\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\x12\x34\n\x19\x64\x65\x66\x61ult_max_output_tokens\x18\x05 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\x80\xad\xe2\x04(\x01H\x00\x88\x01\x01\x12,\n\x11max_output_tokens\x18\x06 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\x80\xad\xe2\x04(\x01H\x01\x88\x01\x01\x12(\n\x12\x64\x65\x64icated_endpoint\x18\x07 \x01(\tB\x0c\xbaH\tr\x07\x18\xf4\x03\xba\x01\x01\x00\x42\x1c\n\x1a_default_max_output_tokensB\x14\n\x12_max_output_tokens\"\xea\x01\n\x16\x43onfigurationOverrides\x12.\n\x06limits\x18\x01 \x01(\x0b\x32\x1e.mesh.tenant.v1.LimitOverrides\x12\'\n\x02\x61i\x18\x02 \x01(\x0b\x32\x1b.mesh.tenant.v1.AiOverrides\x12\x1c\n\x0f\x65ncrypt_content\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12-\n\x13\x64\x61ta_retention_days\x18\x04 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\x94\x9d\x02(\x00H\x01\x88\x01\x01\x42\x12\n\x10_encrypt_contentB\x16\n\x14_data_retention_days\"\xa6\x01\n\rConfiguration\x12/\n\teffective\x18\x01 \x01(\x0b\x32\x1c.mesh.tenant.v1.TenantConfig\x12\x39\n\toverrides\x18\x02 \x01(\x0b\x32&.mesh.tenant.v1.ConfigurationOverrides\x12\x16\n\x0eoperator_paths\x18\x03 \x03(\t\x12\x11\n\tplacement\x18\x04 \x01(\t\"\x19\n\x17GetConfigurationRequest\"P\n\x18GetConfigurationResponse\x12\x34\n\rconfiguration\x18\x01 \x01(\x0b\x32\x1d.mesh.tenant.v1.Configuration\"\xca\x01\n\x1aUpdateConfigurationRequest\x12\x39\n\toverrides\x18\x01 \x01(\x0b\x32&.mesh.tenant.v1.ConfigurationOverrides\x12\x37\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskB\x06\xbaH\x03\xc8\x01\x01\x12!\n\x10\x65xpected_version\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"j\n\x1bUpdateConfigurationResponse\x12\x34\n\rconfiguration\x18\x01 \x01(\x0b\x32\x1d.mesh.tenant.v1.Configuration\x12\x15\n\rchanged_paths\x18\x02 \x03(\t\"j\n\x11\x43hangePlanRequest\x12\x1b\n\x04plan\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18?\xba\x01\x01\x00\x12!\n\x10\x65xpected_version\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"[\n\x12\x43hangePlanResponse\x12\x34\n\rconfiguration\x18\x01 \x01(\x0b\x32\x1d.mesh.tenant.v1.Configuration\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\"\xb8\x01\n\x13\x43onfigurationChange\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12/\n\x0b\x63hange_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rchanged_paths\x18\x05 \x03(\t\x12\x13\n\x0b\x62\x65\x66ore_json\x18\x06 \x01(\t\x12\x12\n\nafter_json\x18\x07 \x01(\t\"^\n\x1fListConfigurationChangesRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"q\n ListConfigurationChangesResponse\x12\x34\n\x07\x63hanges\x18\x01 \x03(\x0b\x32#.mesh.tenant.v1.ConfigurationChange\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xc7\x04\n\x14\x43onfigurationService\x12\x84\x01\n\x10GetConfiguration\x12\'.mesh.tenant.v1.GetConfigurationRequest\x1a(.mesh.tenant.v1.GetConfigurationResponse\"\x1d\xca\xf3\x18\x19\x08\x01\x12\x08\x65xternal\x1a\x0btenant:read\x12\x8e\x01\n\x13UpdateConfiguration\x12*.mesh.tenant.v1.UpdateConfigurationRequest\x1a+.mesh.tenant.v1.UpdateConfigurationResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12w\n\nChangePlan\x12!.mesh.tenant.v1.ChangePlanRequest\x1a\".mesh.tenant.v1.ChangePlanResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x9d\x01\n\x18ListConfigurationChanges\x12/.mesh.tenant.v1.ListConfigurationChangesRequest\x1a\x30.mesh.tenant.v1.ListConfigurationChangesResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:adminb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*mesh/tenant/v1/configuration_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmesh/common/v1/limit_rule.proto\x1a\x1bmesh/common/v1/policy.proto\x1a#mesh/tenant/v1/tenant_service.proto\"\xa1\x04\n\x0eLimitOverrides\x12-\n\x13requests_per_minute\x18\x01 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00H\x00\x88\x01\x01\x12.\n\x11tokens_per_minute\x18\x02 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x01\x88\x01\x01\x12+\n\x0etokens_per_day\x18\x03 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x02\x88\x01\x01\x12.\n\x10tokens_per_month\x18\x04 \x01(\x03\x42\x0f\xbaH\x0c\"\n\x18\x80\x80\xe9\x83\xb1\xde\x16(\x00H\x03\x88\x01\x01\x12\x36\n\x17\x63ost_nano_usd_per_month\x18\x05 \x01(\x03\x42\x10\xbaH\r\"\x0b\x18\x80\x80\xea\xd7\xbc\xae\xfe\x0f(\x00H\x04\x88\x01\x01\x12*\n\x10\x63oncurrent_calls\x18\x06 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00H\x05\x88\x01\x01\x12)\n\x0e\x63ontext_tokens\x18\x07 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xad\xe2\x04(\x00H\x06\x88\x01\x01\x12\x1f\n\x06weight\x18\x08 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x01H\x07\x88\x01\x01\x42\x16\n\x14_requests_per_minuteB\x14\n\x12_tokens_per_minuteB\x11\n\x0f_tokens_per_dayB\x13\n\x11_tokens_per_monthB\x1a\n\x18_cost_nano_usd_per_monthB\x13\n\x11_concurrent_callsB\x11\n\x0f_context_tokensB\t\n\x07_weight\"\xf4\x02\n\x0b\x41iOverrides\x12\"\n\rdefault_model\x18\x01 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\x12.\n\x0e\x61llowed_models\x18\x02 \x03(\tB\x16\xbaH\x13\x92\x01\x10\x10\x32\x18\x01\"\nr\x08\x10\x01\x18\x64\xba\x01\x01\x00\x12*\n\x14system_prompt_prefix\x18\x03 \x01(\tB\x0c\xbaH\tr\x07(\xa0\x1f\xba\x01\x01\x00\x12#\n\x0e\x61ssistant_name\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\x12\x34\n\x19\x64\x65\x66\x61ult_max_output_tokens\x18\x05 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\x80\xad\xe2\x04(\x01H\x00\x88\x01\x01\x12,\n\x11max_output_tokens\x18\x06 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\x80\xad\xe2\x04(\x01H\x01\x88\x01\x01\x12(\n\x12\x64\x65\x64icated_endpoint\x18\x07 \x01(\tB\x0c\xbaH\tr\x07\x18\xf4\x03\xba\x01\x01\x00\x42\x1c\n\x1a_default_max_output_tokensB\x14\n\x12_max_output_tokens\"\xd0\x01\n\x12LimitRuleOverrides\x12\x32\n\x05rules\x18\x01 \x03(\x0b\x32\x19.mesh.common.v1.LimitRuleB\x08\xbaH\x05\x92\x01\x02\x10\x64\x12\x1e\n\ttime_zone\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\xba\x01\x01\x00\x12\x35\n\x11\x63ycle_anchor_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61\x62use_guard\x18\x04 \x01(\x0b\x32\x1a.mesh.common.v1.AbuseGuard\"\xa3\x02\n\x16\x43onfigurationOverrides\x12.\n\x06limits\x18\x01 \x01(\x0b\x32\x1e.mesh.tenant.v1.LimitOverrides\x12\'\n\x02\x61i\x18\x02 \x01(\x0b\x32\x1b.mesh.tenant.v1.AiOverrides\x12\x1c\n\x0f\x65ncrypt_content\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12-\n\x13\x64\x61ta_retention_days\x18\x04 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\x94\x9d\x02(\x00H\x01\x88\x01\x01\x12\x37\n\x0blimit_rules\x18\x05 \x01(\x0b\x32\".mesh.tenant.v1.LimitRuleOverridesB\x12\n\x10_encrypt_contentB\x16\n\x14_data_retention_days\"\xa6\x01\n\rConfiguration\x12/\n\teffective\x18\x01 \x01(\x0b\x32\x1c.mesh.tenant.v1.TenantConfig\x12\x39\n\toverrides\x18\x02 \x01(\x0b\x32&.mesh.tenant.v1.ConfigurationOverrides\x12\x16\n\x0eoperator_paths\x18\x03 \x03(\t\x12\x11\n\tplacement\x18\x04 \x01(\t\"\x19\n\x17GetConfigurationRequest\"P\n\x18GetConfigurationResponse\x12\x34\n\rconfiguration\x18\x01 \x01(\x0b\x32\x1d.mesh.tenant.v1.Configuration\"\xca\x01\n\x1aUpdateConfigurationRequest\x12\x39\n\toverrides\x18\x01 \x01(\x0b\x32&.mesh.tenant.v1.ConfigurationOverrides\x12\x37\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskB\x06\xbaH\x03\xc8\x01\x01\x12!\n\x10\x65xpected_version\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"j\n\x1bUpdateConfigurationResponse\x12\x34\n\rconfiguration\x18\x01 \x01(\x0b\x32\x1d.mesh.tenant.v1.Configuration\x12\x15\n\rchanged_paths\x18\x02 \x03(\t\"j\n\x11\x43hangePlanRequest\x12\x1b\n\x04plan\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18?\xba\x01\x01\x00\x12!\n\x10\x65xpected_version\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"[\n\x12\x43hangePlanResponse\x12\x34\n\rconfiguration\x18\x01 \x01(\x0b\x32\x1d.mesh.tenant.v1.Configuration\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\"\xb8\x01\n\x13\x43onfigurationChange\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12/\n\x0b\x63hange_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rchanged_paths\x18\x05 \x03(\t\x12\x13\n\x0b\x62\x65\x66ore_json\x18\x06 \x01(\t\x12\x12\n\nafter_json\x18\x07 \x01(\t\"^\n\x1fListConfigurationChangesRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"q\n ListConfigurationChangesResponse\x12\x34\n\x07\x63hanges\x18\x01 \x03(\x0b\x32#.mesh.tenant.v1.ConfigurationChange\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xc7\x04\n\x14\x43onfigurationService\x12\x84\x01\n\x10GetConfiguration\x12\'.mesh.tenant.v1.GetConfigurationRequest\x1a(.mesh.tenant.v1.GetConfigurationResponse\"\x1d\xca\xf3\x18\x19\x08\x01\x12\x08\x65xternal\x1a\x0btenant:read\x12\x8e\x01\n\x13UpdateConfiguration\x12*.mesh.tenant.v1.UpdateConfigurationRequest\x1a+.mesh.tenant.v1.UpdateConfigurationResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12w\n\nChangePlan\x12!.mesh.tenant.v1.ChangePlanRequest\x1a\".mesh.tenant.v1.ChangePlanResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x9d\x01\n\x18ListConfigurationChanges\x12/.mesh.tenant.v1.ListConfigurationChangesRequest\x1a\x30.mesh.tenant.v1.ListConfigurationChangesResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:adminb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -66,6 +67,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AIOVERRIDES'].fields_by_name['max_output_tokens']._serialized_options = b'\272H\t\032\007\030\200\255\342\004(\001'
   _globals['_AIOVERRIDES'].fields_by_name['dedicated_endpoint']._loaded_options = None
   _globals['_AIOVERRIDES'].fields_by_name['dedicated_endpoint']._serialized_options = b'\272H\tr\007\030\364\003\272\001\001\000'
+  _globals['_LIMITRULEOVERRIDES'].fields_by_name['rules']._loaded_options = None
+  _globals['_LIMITRULEOVERRIDES'].fields_by_name['rules']._serialized_options = b'\272H\005\222\001\002\020d'
+  _globals['_LIMITRULEOVERRIDES'].fields_by_name['time_zone']._loaded_options = None
+  _globals['_LIMITRULEOVERRIDES'].fields_by_name['time_zone']._serialized_options = b'\272H\010r\006\030@\272\001\001\000'
   _globals['_CONFIGURATIONOVERRIDES'].fields_by_name['data_retention_days']._loaded_options = None
   _globals['_CONFIGURATIONOVERRIDES'].fields_by_name['data_retention_days']._serialized_options = b'\272H\010\032\006\030\224\235\002(\000'
   _globals['_UPDATECONFIGURATIONREQUEST'].fields_by_name['update_mask']._loaded_options = None
@@ -88,32 +93,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONFIGURATIONSERVICE'].methods_by_name['ChangePlan']._serialized_options = b'\312\363\030\036\010\001\022\010external\032\020operator:tenants'
   _globals['_CONFIGURATIONSERVICE'].methods_by_name['ListConfigurationChanges']._loaded_options = None
   _globals['_CONFIGURATIONSERVICE'].methods_by_name['ListConfigurationChanges']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
-  _globals['_LIMITOVERRIDES']._serialized_start=225
-  _globals['_LIMITOVERRIDES']._serialized_end=770
-  _globals['_AIOVERRIDES']._serialized_start=773
-  _globals['_AIOVERRIDES']._serialized_end=1145
-  _globals['_CONFIGURATIONOVERRIDES']._serialized_start=1148
-  _globals['_CONFIGURATIONOVERRIDES']._serialized_end=1382
-  _globals['_CONFIGURATION']._serialized_start=1385
-  _globals['_CONFIGURATION']._serialized_end=1551
-  _globals['_GETCONFIGURATIONREQUEST']._serialized_start=1553
-  _globals['_GETCONFIGURATIONREQUEST']._serialized_end=1578
-  _globals['_GETCONFIGURATIONRESPONSE']._serialized_start=1580
-  _globals['_GETCONFIGURATIONRESPONSE']._serialized_end=1660
-  _globals['_UPDATECONFIGURATIONREQUEST']._serialized_start=1663
-  _globals['_UPDATECONFIGURATIONREQUEST']._serialized_end=1865
-  _globals['_UPDATECONFIGURATIONRESPONSE']._serialized_start=1867
-  _globals['_UPDATECONFIGURATIONRESPONSE']._serialized_end=1973
-  _globals['_CHANGEPLANREQUEST']._serialized_start=1975
-  _globals['_CHANGEPLANREQUEST']._serialized_end=2081
-  _globals['_CHANGEPLANRESPONSE']._serialized_start=2083
-  _globals['_CHANGEPLANRESPONSE']._serialized_end=2174
-  _globals['_CONFIGURATIONCHANGE']._serialized_start=2177
-  _globals['_CONFIGURATIONCHANGE']._serialized_end=2361
-  _globals['_LISTCONFIGURATIONCHANGESREQUEST']._serialized_start=2363
-  _globals['_LISTCONFIGURATIONCHANGESREQUEST']._serialized_end=2457
-  _globals['_LISTCONFIGURATIONCHANGESRESPONSE']._serialized_start=2459
-  _globals['_LISTCONFIGURATIONCHANGESRESPONSE']._serialized_end=2572
-  _globals['_CONFIGURATIONSERVICE']._serialized_start=2575
-  _globals['_CONFIGURATIONSERVICE']._serialized_end=3158
+  _globals['_LIMITOVERRIDES']._serialized_start=258
+  _globals['_LIMITOVERRIDES']._serialized_end=803
+  _globals['_AIOVERRIDES']._serialized_start=806
+  _globals['_AIOVERRIDES']._serialized_end=1178
+  _globals['_LIMITRULEOVERRIDES']._serialized_start=1181
+  _globals['_LIMITRULEOVERRIDES']._serialized_end=1389
+  _globals['_CONFIGURATIONOVERRIDES']._serialized_start=1392
+  _globals['_CONFIGURATIONOVERRIDES']._serialized_end=1683
+  _globals['_CONFIGURATION']._serialized_start=1686
+  _globals['_CONFIGURATION']._serialized_end=1852
+  _globals['_GETCONFIGURATIONREQUEST']._serialized_start=1854
+  _globals['_GETCONFIGURATIONREQUEST']._serialized_end=1879
+  _globals['_GETCONFIGURATIONRESPONSE']._serialized_start=1881
+  _globals['_GETCONFIGURATIONRESPONSE']._serialized_end=1961
+  _globals['_UPDATECONFIGURATIONREQUEST']._serialized_start=1964
+  _globals['_UPDATECONFIGURATIONREQUEST']._serialized_end=2166
+  _globals['_UPDATECONFIGURATIONRESPONSE']._serialized_start=2168
+  _globals['_UPDATECONFIGURATIONRESPONSE']._serialized_end=2274
+  _globals['_CHANGEPLANREQUEST']._serialized_start=2276
+  _globals['_CHANGEPLANREQUEST']._serialized_end=2382
+  _globals['_CHANGEPLANRESPONSE']._serialized_start=2384
+  _globals['_CHANGEPLANRESPONSE']._serialized_end=2475
+  _globals['_CONFIGURATIONCHANGE']._serialized_start=2478
+  _globals['_CONFIGURATIONCHANGE']._serialized_end=2662
+  _globals['_LISTCONFIGURATIONCHANGESREQUEST']._serialized_start=2664
+  _globals['_LISTCONFIGURATIONCHANGESREQUEST']._serialized_end=2758
+  _globals['_LISTCONFIGURATIONCHANGESRESPONSE']._serialized_start=2760
+  _globals['_LISTCONFIGURATIONCHANGESRESPONSE']._serialized_end=2873
+  _globals['_CONFIGURATIONSERVICE']._serialized_start=2876
+  _globals['_CONFIGURATIONSERVICE']._serialized_end=3459
 # @@protoc_insertion_point(module_scope)

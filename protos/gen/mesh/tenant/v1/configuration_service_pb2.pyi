@@ -9,6 +9,7 @@ from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from mesh.common.v1 import limit_rule_pb2 as _limit_rule_pb2
 from mesh.tenant.v1 import tenant_service_pb2 as _tenant_service_pb2
 import builtins as _builtins
 import sys
@@ -40,11 +41,11 @@ class LimitOverrides(_message.Message):
     tokens_per_minute: _builtins.int
     """Input and output tokens in any 60 s."""
     tokens_per_day: _builtins.int
-    """Input and output tokens in a UTC day."""
+    """Input and output tokens in a day of the tenant's time zone."""
     tokens_per_month: _builtins.int
-    """Input and output tokens in a UTC calendar month."""
+    """Input and output tokens in a calendar month of the tenant's time zone."""
     cost_nano_usd_per_month: _builtins.int
-    """Nano-USD in a UTC calendar month."""
+    """Nano-USD in a calendar month of the tenant's time zone."""
     concurrent_calls: _builtins.int
     """Calls that run at the same time."""
     context_tokens: _builtins.int
@@ -160,6 +161,48 @@ class AiOverrides(_message.Message):
 Global___AiOverrides: _TypeAlias = AiOverrides  # noqa: Y015
 
 @_typing.final
+class LimitRuleOverrides(_message.Message):
+    """A tenant's own rules, and by which clock and calendar all of its rules count. All rules hold at the same time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULES_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    CYCLE_ANCHOR_TIME_FIELD_NUMBER: _builtins.int
+    ABUSE_GUARD_FIELD_NUMBER: _builtins.int
+    time_zone: _builtins.str
+    """Where the tenant's days and months begin, an IANA name such as "Europe/Berlin". Empty: UTC. An operator's to set."""
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[_limit_rule_pb2.LimitRule]:
+        """At most 100, each under a name of its own. One that an operator gave the name of a plan's rule holds in its place; every other holds beside
+        the plan's. `lifting_plan` is not read: no plan lifts them.
+        """
+
+    @_builtins.property
+    def cycle_anchor_time(self) -> _timestamp_pb2.Timestamp:
+        """Billing cycles are counted from here, between the years 2000 and 2099. Absent: from the tenant's creation. An operator's to set."""
+
+    @_builtins.property
+    def abuse_guard(self) -> _limit_rule_pb2.AbuseGuard:
+        """Absent: the plan's. One whose counts are 0 never opens. An operator's to set."""
+
+    def __init__(
+        self,
+        *,
+        rules: _abc.Iterable[_limit_rule_pb2.LimitRule] | None = ...,
+        time_zone: _builtins.str = ...,
+        cycle_anchor_time: _timestamp_pb2.Timestamp | None = ...,
+        abuse_guard: _limit_rule_pb2.AbuseGuard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abuse_guard", b"abuse_guard", "cycle_anchor_time", b"cycle_anchor_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse_guard", b"abuse_guard", "cycle_anchor_time", b"cycle_anchor_time", "rules", b"rules", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LimitRuleOverrides: _TypeAlias = LimitRuleOverrides  # noqa: Y015
+
+@_typing.final
 class ConfigurationOverrides(_message.Message):
     """All that a tenant may have instead of its plan's terms."""
 
@@ -169,6 +212,7 @@ class ConfigurationOverrides(_message.Message):
     AI_FIELD_NUMBER: _builtins.int
     ENCRYPT_CONTENT_FIELD_NUMBER: _builtins.int
     DATA_RETENTION_DAYS_FIELD_NUMBER: _builtins.int
+    LIMIT_RULES_FIELD_NUMBER: _builtins.int
     encrypt_content: _builtins.bool
     """Whether its content is encrypted under its own key when written; absent: as its plan says, and always in a silo."""
     data_retention_days: _builtins.int
@@ -181,6 +225,10 @@ class ConfigurationOverrides(_message.Message):
     def ai(self) -> Global___AiOverrides:
         """Its own use of models."""
 
+    @_builtins.property
+    def limit_rules(self) -> Global___LimitRuleOverrides:
+        """Its own rules and calendar."""
+
     def __init__(
         self,
         *,
@@ -188,10 +236,11 @@ class ConfigurationOverrides(_message.Message):
         ai: Global___AiOverrides | None = ...,
         encrypt_content: _builtins.bool | None = ...,
         data_retention_days: _builtins.int | None = ...,
+        limit_rules: Global___LimitRuleOverrides | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_data_retention_days", b"_data_retention_days", "_encrypt_content", b"_encrypt_content", "ai", b"ai", "data_retention_days", b"data_retention_days", "encrypt_content", b"encrypt_content", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_data_retention_days", b"_data_retention_days", "_encrypt_content", b"_encrypt_content", "ai", b"ai", "data_retention_days", b"data_retention_days", "encrypt_content", b"encrypt_content", "limit_rules", b"limit_rules", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_data_retention_days", b"_data_retention_days", "_encrypt_content", b"_encrypt_content", "ai", b"ai", "data_retention_days", b"data_retention_days", "encrypt_content", b"encrypt_content", "limits", b"limits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_data_retention_days", b"_data_retention_days", "_encrypt_content", b"_encrypt_content", "ai", b"ai", "data_retention_days", b"data_retention_days", "encrypt_content", b"encrypt_content", "limit_rules", b"limit_rules", "limits", b"limits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__data_retention_days: _TypeAlias = _typing.Literal["data_retention_days"]  # noqa: Y015
     _WhichOneofArgType__data_retention_days: _TypeAlias = _typing.Literal["_data_retention_days", b"_data_retention_days"]  # noqa: Y015
@@ -226,7 +275,7 @@ class Configuration(_message.Message):
 
     @_builtins.property
     def operator_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Paths of the overrides that an operator set and only an operator changes, such as "ai.allowed_models". Sorted."""
+        """Paths of the overrides that an operator set and only an operator changes, such as "ai.allowed_models" or "limit_rules.rules.burst". Sorted."""
 
     def __init__(
         self,
@@ -305,7 +354,9 @@ class UpdateConfigurationRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Paths in `overrides`, such as "ai.default_model"; "limits" and "ai" stand for everything in them. At least one."""
+        """Paths in `overrides`, such as "ai.default_model"; "limits", "ai" and "limit_rules" stand for everything in them. At least one.
+        "limit_rules.rules.<name>" puts the one rule of that name, or removes it where `rules` has none; "limit_rules.rules" replaces all.
+        """
 
     def __init__(
         self,

@@ -72,8 +72,11 @@ class ConfigurationServiceServicer:
         """Sets or takes back the overrides that the mask names. Repeating it changes nothing more.
         Only an operator sets `limits`, `ai.dedicated_endpoint` and `encrypt_content`, allows models beyond the plan, raises
         `ai.max_output_tokens` or lengthens `data_retention_days` beyond it, and changes those three once an operator set them.
-        Errors: INVALID_ARGUMENT for an unknown path, an unknown model, or terms that make no sense together; PERMISSION_DENIED SCOPE_MISSING
-        for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION WRONG_STATE for another version.
+        Of `limit_rules` a tenant puts and removes rules under names of its own, which hold beside the plan's and so only narrow; an operator may
+        put a rule in a plan's place, and alone sets time zone, billing anchor and guard.
+        Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a name given twice, more than 100 rules, or terms that make no sense
+        together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION
+        WRONG_STATE for another version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,8 +22,11 @@ class ConfigurationServiceStub:
     """Sets or takes back the overrides that the mask names. Repeating it changes nothing more.
     Only an operator sets `limits`, `ai.dedicated_endpoint` and `encrypt_content`, allows models beyond the plan, raises
     `ai.max_output_tokens` or lengthens `data_retention_days` beyond it, and changes those three once an operator set them.
-    Errors: INVALID_ARGUMENT for an unknown path, an unknown model, or terms that make no sense together; PERMISSION_DENIED SCOPE_MISSING
-    for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION WRONG_STATE for another version.
+    Of `limit_rules` a tenant puts and removes rules under names of its own, which hold beside the plan's and so only narrow; an operator may
+    put a rule in a plan's place, and alone sets time zone, billing anchor and guard.
+    Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a name given twice, more than 100 rules, or terms that make no sense
+    together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION
+    WRONG_STATE for another version.
     """
     ChangePlan: _aio.UnaryUnaryMultiCallable[_configuration_service_pb2.ChangePlanRequest, _configuration_service_pb2.ChangePlanResponse]
     """Puts the tenant, named by `x-tenant-id`, on another plan; its overrides stay, held to the new plan where no operator set them.
@@ -53,8 +56,11 @@ class ConfigurationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Sets or takes back the overrides that the mask names. Repeating it changes nothing more.
         Only an operator sets `limits`, `ai.dedicated_endpoint` and `encrypt_content`, allows models beyond the plan, raises
         `ai.max_output_tokens` or lengthens `data_retention_days` beyond it, and changes those three once an operator set them.
-        Errors: INVALID_ARGUMENT for an unknown path, an unknown model, or terms that make no sense together; PERMISSION_DENIED SCOPE_MISSING
-        for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION WRONG_STATE for another version.
+        Of `limit_rules` a tenant puts and removes rules under names of its own, which hold beside the plan's and so only narrow; an operator may
+        put a rule in a plan's place, and alone sets time zone, billing anchor and guard.
+        Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a name given twice, more than 100 rules, or terms that make no sense
+        together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION
+        WRONG_STATE for another version.
         """
 
     @_abc_1.abstractmethod

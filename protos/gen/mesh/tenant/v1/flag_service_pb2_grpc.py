@@ -63,8 +63,9 @@ class FlagServiceServicer:
 
     def PutFlag(self, request, context):
         """Makes a flag or replaces the one of its name. Repeating it changes nothing more.
-        Errors: INVALID_ARGUMENT for a tenant or tier named twice or a tier that is no plan; RESOURCE_EXHAUSTED PLAN_LIMIT for too many flags;
-        FAILED_PRECONDITION WRONG_STATE for another version.
+        Errors: INVALID_ARGUMENT for a tenant or tier named twice, a tier that is no plan, or ids that are no tenant's, named in
+        `tenant_ids`;
+        RESOURCE_EXHAUSTED PLAN_LIMIT for too many flags; FAILED_PRECONDITION WRONG_STATE for another version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -18,8 +18,9 @@ class FlagServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutFlag: _aio.UnaryUnaryMultiCallable[_flag_service_pb2.PutFlagRequest, _flag_service_pb2.PutFlagResponse]
     """Makes a flag or replaces the one of its name. Repeating it changes nothing more.
-    Errors: INVALID_ARGUMENT for a tenant or tier named twice or a tier that is no plan; RESOURCE_EXHAUSTED PLAN_LIMIT for too many flags;
-    FAILED_PRECONDITION WRONG_STATE for another version.
+    Errors: INVALID_ARGUMENT for a tenant or tier named twice, a tier that is no plan, or ids that are no tenant's, named in
+    `tenant_ids`;
+    RESOURCE_EXHAUSTED PLAN_LIMIT for too many flags; FAILED_PRECONDITION WRONG_STATE for another version.
     """
     DeleteFlag: _aio.UnaryUnaryMultiCallable[_flag_service_pb2.DeleteFlagRequest, _flag_service_pb2.DeleteFlagResponse]
     """Removes a flag: it is off for everybody. Errors: NOT_FOUND."""
@@ -38,8 +39,9 @@ class FlagServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_flag_service_pb2.PutFlagRequest, _abc.Awaitable[_flag_service_pb2.PutFlagResponse]],
     ) -> _abc.Awaitable[_flag_service_pb2.PutFlagResponse]:
         """Makes a flag or replaces the one of its name. Repeating it changes nothing more.
-        Errors: INVALID_ARGUMENT for a tenant or tier named twice or a tier that is no plan; RESOURCE_EXHAUSTED PLAN_LIMIT for too many flags;
-        FAILED_PRECONDITION WRONG_STATE for another version.
+        Errors: INVALID_ARGUMENT for a tenant or tier named twice, a tier that is no plan, or ids that are no tenant's, named in
+        `tenant_ids`;
+        RESOURCE_EXHAUSTED PLAN_LIMIT for too many flags; FAILED_PRECONDITION WRONG_STATE for another version.
         """
 
     @_abc_1.abstractmethod

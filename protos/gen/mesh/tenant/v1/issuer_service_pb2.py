@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#mesh/tenant/v1/issuer_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xde\x01\n\x06Issuer\x12\x11\n\tissuer_id\x18\x01 \x01(\t\x12\x0e\n\x06issuer\x18\x02 \x01(\t\x12\x10\n\x08\x61udience\x18\x03 \x01(\t\x12\x10\n\x08jwks_uri\x18\x04 \x01(\t\x12\x30\n\nalgorithms\x18\x05 \x03(\x0e\x32\x1c.mesh.tenant.v1.JwtAlgorithm\x12\x0e\n\x06scopes\x18\x06 \x03(\t\x12\x1a\n\x12\x63lock_skew_seconds\x18\x07 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x97\x02\n\x10\x41\x64\x64IssuerRequest\x12\x1e\n\x06issuer\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\xba\x01\x01\x00\x12 \n\x08\x61udience\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\xba\x01\x01\x00\x12 \n\x08jwks_uri\x18\x03 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x08\xba\x01\x01\x00\x12\x45\n\nalgorithms\x18\x04 \x03(\x0e\x32\x1c.mesh.tenant.v1.JwtAlgorithmB\x13\xbaH\x10\x92\x01\r\x08\x01\x18\x01\"\x07\x82\x01\x04\x10\x01 \x00\x12\x31\n\x06scopes\x18\x05 \x03(\tB!\xbaH\x1e\x92\x01\x1b\x08\x01\x10\x14\x18\x01\"\x13r\x11\x32\x0f^[a-z]+:[a-z]+$\x12%\n\x12\x63lock_skew_seconds\x18\x06 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18<(\x00\";\n\x11\x41\x64\x64IssuerResponse\x12&\n\x06issuer\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.Issuer\"\x14\n\x12ListIssuersRequest\">\n\x13ListIssuersResponse\x12\'\n\x07issuers\x18\x01 \x03(\x0b\x32\x16.mesh.tenant.v1.Issuer\"2\n\x13RemoveIssuerRequest\x12\x1b\n\tissuer_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\x16\n\x14RemoveIssuerResponse*\x91\x01\n\x0cJwtAlgorithm\x12\x1d\n\x19JWT_ALGORITHM_UNSPECIFIED\x10\x00\x12\x17\n\x13JWT_ALGORITHM_RS256\x10\x01\x12\x17\n\x13JWT_ALGORITHM_PS256\x10\x02\x12\x17\n\x13JWT_ALGORITHM_ES256\x10\x03\x12\x17\n\x13JWT_ALGORITHM_EDDSA\x10\x04\x32\x80\x03\n\rIssuerService\x12t\n\tAddIssuer\x12 .mesh.tenant.v1.AddIssuerRequest\x1a!.mesh.tenant.v1.AddIssuerResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenants\x12z\n\x0bListIssuers\x12\".mesh.tenant.v1.ListIssuersRequest\x1a#.mesh.tenant.v1.ListIssuersResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenants\x12}\n\x0cRemoveIssuer\x12#.mesh.tenant.v1.RemoveIssuerRequest\x1a$.mesh.tenant.v1.RemoveIssuerResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#mesh/tenant/v1/issuer_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xde\x01\n\x06Issuer\x12\x11\n\tissuer_id\x18\x01 \x01(\t\x12\x0e\n\x06issuer\x18\x02 \x01(\t\x12\x10\n\x08\x61udience\x18\x03 \x01(\t\x12\x10\n\x08jwks_uri\x18\x04 \x01(\t\x12\x30\n\nalgorithms\x18\x05 \x03(\x0e\x32\x1c.mesh.tenant.v1.JwtAlgorithm\x12\x0e\n\x06scopes\x18\x06 \x03(\t\x12\x1a\n\x12\x63lock_skew_seconds\x18\x07 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x97\x02\n\x10\x41\x64\x64IssuerRequest\x12\x1e\n\x06issuer\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\xba\x01\x01\x00\x12 \n\x08\x61udience\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\xba\x01\x01\x00\x12 \n\x08jwks_uri\x18\x03 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x08\xba\x01\x01\x00\x12\x45\n\nalgorithms\x18\x04 \x03(\x0e\x32\x1c.mesh.tenant.v1.JwtAlgorithmB\x13\xbaH\x10\x92\x01\r\x08\x01\x18\x01\"\x07\x82\x01\x04\x10\x01 \x00\x12\x31\n\x06scopes\x18\x05 \x03(\tB!\xbaH\x1e\x92\x01\x1b\x08\x01\x10\x14\x18\x01\"\x13r\x11\x32\x0f^[a-z]+:[a-z]+$\x12%\n\x12\x63lock_skew_seconds\x18\x06 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18<(\x00\";\n\x11\x41\x64\x64IssuerResponse\x12&\n\x06issuer\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.Issuer\"\x14\n\x12ListIssuersRequest\">\n\x13ListIssuersResponse\x12\'\n\x07issuers\x18\x01 \x03(\x0b\x32\x16.mesh.tenant.v1.Issuer\"f\n\x16SetIssuerScopesRequest\x12\x1b\n\tissuer_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12/\n\x06scopes\x18\x02 \x03(\tB\x1f\xbaH\x1c\x92\x01\x19\x10\x14\x18\x01\"\x13r\x11\x32\x0f^[a-z]+:[a-z]+$\"A\n\x17SetIssuerScopesResponse\x12&\n\x06issuer\x18\x01 \x01(\x0b\x32\x16.mesh.tenant.v1.Issuer\"2\n\x13RemoveIssuerRequest\x12\x1b\n\tissuer_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\x16\n\x14RemoveIssuerResponse*\x91\x01\n\x0cJwtAlgorithm\x12\x1d\n\x19JWT_ALGORITHM_UNSPECIFIED\x10\x00\x12\x17\n\x13JWT_ALGORITHM_RS256\x10\x01\x12\x17\n\x13JWT_ALGORITHM_PS256\x10\x02\x12\x17\n\x13JWT_ALGORITHM_ES256\x10\x03\x12\x17\n\x13JWT_ALGORITHM_EDDSA\x10\x04\x32\x81\x04\n\rIssuerService\x12t\n\tAddIssuer\x12 .mesh.tenant.v1.AddIssuerRequest\x1a!.mesh.tenant.v1.AddIssuerResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenants\x12v\n\x0bListIssuers\x12\".mesh.tenant.v1.ListIssuersRequest\x1a#.mesh.tenant.v1.ListIssuersResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12\x82\x01\n\x0fSetIssuerScopes\x12&.mesh.tenant.v1.SetIssuerScopesRequest\x1a\'.mesh.tenant.v1.SetIssuerScopesResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12}\n\x0cRemoveIssuer\x12#.mesh.tenant.v1.RemoveIssuerRequest\x1a$.mesh.tenant.v1.RemoveIssuerResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,16 +46,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADDISSUERREQUEST'].fields_by_name['scopes']._serialized_options = b'\272H\036\222\001\033\010\001\020\024\030\001\"\023r\0212\017^[a-z]+:[a-z]+$'
   _globals['_ADDISSUERREQUEST'].fields_by_name['clock_skew_seconds']._loaded_options = None
   _globals['_ADDISSUERREQUEST'].fields_by_name['clock_skew_seconds']._serialized_options = b'\272H\006\032\004\030<(\000'
+  _globals['_SETISSUERSCOPESREQUEST'].fields_by_name['issuer_id']._loaded_options = None
+  _globals['_SETISSUERSCOPESREQUEST'].fields_by_name['issuer_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_SETISSUERSCOPESREQUEST'].fields_by_name['scopes']._loaded_options = None
+  _globals['_SETISSUERSCOPESREQUEST'].fields_by_name['scopes']._serialized_options = b'\272H\034\222\001\031\020\024\030\001\"\023r\0212\017^[a-z]+:[a-z]+$'
   _globals['_REMOVEISSUERREQUEST'].fields_by_name['issuer_id']._loaded_options = None
   _globals['_REMOVEISSUERREQUEST'].fields_by_name['issuer_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_ISSUERSERVICE'].methods_by_name['AddIssuer']._loaded_options = None
   _globals['_ISSUERSERVICE'].methods_by_name['AddIssuer']._serialized_options = b'\312\363\030\036\010\001\022\010external\032\020operator:tenants'
   _globals['_ISSUERSERVICE'].methods_by_name['ListIssuers']._loaded_options = None
-  _globals['_ISSUERSERVICE'].methods_by_name['ListIssuers']._serialized_options = b'\312\363\030\036\010\001\022\010external\032\020operator:tenants'
+  _globals['_ISSUERSERVICE'].methods_by_name['ListIssuers']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
+  _globals['_ISSUERSERVICE'].methods_by_name['SetIssuerScopes']._loaded_options = None
+  _globals['_ISSUERSERVICE'].methods_by_name['SetIssuerScopes']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
   _globals['_ISSUERSERVICE'].methods_by_name['RemoveIssuer']._loaded_options = None
   _globals['_ISSUERSERVICE'].methods_by_name['RemoveIssuer']._serialized_options = b'\312\363\030\036\010\001\022\010external\032\020operator:tenants'
-  _globals['_JWTALGORITHM']._serialized_start=877
-  _globals['_JWTALGORITHM']._serialized_end=1022
+  _globals['_JWTALGORITHM']._serialized_start=1048
+  _globals['_JWTALGORITHM']._serialized_end=1193
   _globals['_ISSUER']._serialized_start=147
   _globals['_ISSUER']._serialized_end=369
   _globals['_ADDISSUERREQUEST']._serialized_start=372
@@ -66,10 +72,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTISSUERSREQUEST']._serialized_end=734
   _globals['_LISTISSUERSRESPONSE']._serialized_start=736
   _globals['_LISTISSUERSRESPONSE']._serialized_end=798
-  _globals['_REMOVEISSUERREQUEST']._serialized_start=800
-  _globals['_REMOVEISSUERREQUEST']._serialized_end=850
-  _globals['_REMOVEISSUERRESPONSE']._serialized_start=852
-  _globals['_REMOVEISSUERRESPONSE']._serialized_end=874
-  _globals['_ISSUERSERVICE']._serialized_start=1025
-  _globals['_ISSUERSERVICE']._serialized_end=1409
+  _globals['_SETISSUERSCOPESREQUEST']._serialized_start=800
+  _globals['_SETISSUERSCOPESREQUEST']._serialized_end=902
+  _globals['_SETISSUERSCOPESRESPONSE']._serialized_start=904
+  _globals['_SETISSUERSCOPESRESPONSE']._serialized_end=969
+  _globals['_REMOVEISSUERREQUEST']._serialized_start=971
+  _globals['_REMOVEISSUERREQUEST']._serialized_end=1021
+  _globals['_REMOVEISSUERRESPONSE']._serialized_start=1023
+  _globals['_REMOVEISSUERRESPONSE']._serialized_end=1045
+  _globals['_ISSUERSERVICE']._serialized_start=1196
+  _globals['_ISSUERSERVICE']._serialized_end=1709
 # @@protoc_insertion_point(module_scope)

@@ -136,7 +136,9 @@ class AddIssuerRequest(_message.Message):
 
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What its tokens may be granted, such as "inference:generate": 1–20, unique."""
+        """What its tokens may be granted, such as "documents:read": 1–20, unique. "inference:generate" is refused: an operator, who registers issuers,
+        does not hold it; the tenant grants it with SetIssuerScopes.
+        """
 
     def __init__(
         self,
@@ -220,6 +222,58 @@ class ListIssuersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListIssuersResponse: _TypeAlias = ListIssuersResponse  # noqa: Y015
+
+@_typing.final
+class SetIssuerScopesRequest(_message.Message):
+    """What an issuer's tokens may be granted from here on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUER_ID_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    issuer_id: _builtins.str
+    """The issuer's id."""
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """All of it, in place of what it has, such as "inference:generate": at most 20, unique. Empty: its tokens prove who calls and may do nothing."""
+
+    def __init__(
+        self,
+        *,
+        issuer_id: _builtins.str = ...,
+        scopes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issuer_id", b"issuer_id", "scopes", b"scopes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetIssuerScopesRequest: _TypeAlias = SetIssuerScopesRequest  # noqa: Y015
+
+@_typing.final
+class SetIssuerScopesResponse(_message.Message):
+    """It is in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def issuer(self) -> Global___Issuer:
+        """The issuer as it is after the change."""
+
+    def __init__(
+        self,
+        *,
+        issuer: Global___Issuer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["issuer", b"issuer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issuer", b"issuer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetIssuerScopesResponse: _TypeAlias = SetIssuerScopesResponse  # noqa: Y015
 
 @_typing.final
 class RemoveIssuerRequest(_message.Message):

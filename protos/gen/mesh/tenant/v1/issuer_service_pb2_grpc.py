@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class IssuerServiceStub:
-    """Registers issuers of JWTs, each for the one tenant it may speak for. For operators, who name the tenant as `x-tenant-id`.
+    """Registers issuers of JWTs, each for the one tenant it may speak for. Operators register and remove them, and name the tenant as `x-tenant-id`;
+    the tenant itself says what they may grant.
     """
 
     def __init__(self, channel):
@@ -45,6 +46,11 @@ class IssuerServiceStub:
                 request_serializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.ListIssuersRequest.SerializeToString,
                 response_deserializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.ListIssuersResponse.FromString,
                 _registered_method=True)
+        self.SetIssuerScopes = channel.unary_unary(
+                '/mesh.tenant.v1.IssuerService/SetIssuerScopes',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.SetIssuerScopesRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.SetIssuerScopesResponse.FromString,
+                _registered_method=True)
         self.RemoveIssuer = channel.unary_unary(
                 '/mesh.tenant.v1.IssuerService/RemoveIssuer',
                 request_serializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.RemoveIssuerRequest.SerializeToString,
@@ -53,13 +59,15 @@ class IssuerServiceStub:
 
 
 class IssuerServiceServicer:
-    """Registers issuers of JWTs, each for the one tenant it may speak for. For operators, who name the tenant as `x-tenant-id`.
+    """Registers issuers of JWTs, each for the one tenant it may speak for. Operators register and remove them, and name the tenant as `x-tenant-id`;
+    the tenant itself says what they may grant.
     """
 
     def AddIssuer(self, request, context):
         """Registers an issuer for the tenant. Its keys are fetched once first: nothing is written when they cannot be had.
         Errors: ALREADY_EXISTS when issuer and audience are registered, for whichever tenant; UNAVAILABLE DEPENDENCY_UNAVAILABLE ("jwks") when the
-        JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
+        JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; PERMISSION_DENIED SCOPE_MISSING for a scope that no
+        operator holds, which the tenant grants with SetIssuerScopes; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -67,6 +75,16 @@ class IssuerServiceServicer:
 
     def ListIssuers(self, request, context):
         """Lists the tenant's issuers, oldest first, at most 20. Reads only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetIssuerScopes(self, request, context):
+        """Replaces what an issuer's tokens may be granted. What is added, the caller must hold: the tenant's own credential grants
+        "inference:generate", an operator never does; whoever is allowed this call takes away. Effective everywhere within 1 s, for tokens that
+        are out already as well. Repeating it changes nothing more.
+        Errors: NOT_FOUND; PERMISSION_DENIED SCOPE_MISSING for a scope that the issuer does not have and the caller does not hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +110,11 @@ def add_IssuerServiceServicer_to_server(servicer, server):
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.ListIssuersRequest.FromString,
                     response_serializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.ListIssuersResponse.SerializeToString,
             ),
+            'SetIssuerScopes': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetIssuerScopes,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.SetIssuerScopesRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.SetIssuerScopesResponse.SerializeToString,
+            ),
             'RemoveIssuer': grpc.unary_unary_rpc_method_handler(
                     servicer.RemoveIssuer,
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.RemoveIssuerRequest.FromString,
@@ -106,7 +129,8 @@ def add_IssuerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IssuerService:
-    """Registers issuers of JWTs, each for the one tenant it may speak for. For operators, who name the tenant as `x-tenant-id`.
+    """Registers issuers of JWTs, each for the one tenant it may speak for. Operators register and remove them, and name the tenant as `x-tenant-id`;
+    the tenant itself says what they may grant.
     """
 
     @staticmethod
@@ -153,6 +177,33 @@ class IssuerService:
             '/mesh.tenant.v1.IssuerService/ListIssuers',
             mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.ListIssuersRequest.SerializeToString,
             mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.ListIssuersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetIssuerScopes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.IssuerService/SetIssuerScopes',
+            mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.SetIssuerScopesRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_issuer__service__pb2.SetIssuerScopesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,21 +13,32 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IssuerServiceStub:
-    """Registers issuers of JWTs, each for the one tenant it may speak for. For operators, who name the tenant as `x-tenant-id`."""
+    """Registers issuers of JWTs, each for the one tenant it may speak for. Operators register and remove them, and name the tenant as `x-tenant-id`;
+    the tenant itself says what they may grant.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     AddIssuer: _aio.UnaryUnaryMultiCallable[_issuer_service_pb2.AddIssuerRequest, _issuer_service_pb2.AddIssuerResponse]
     """Registers an issuer for the tenant. Its keys are fetched once first: nothing is written when they cannot be had.
     Errors: ALREADY_EXISTS when issuer and audience are registered, for whichever tenant; UNAVAILABLE DEPENDENCY_UNAVAILABLE ("jwks") when the
-    JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
+    JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; PERMISSION_DENIED SCOPE_MISSING for a scope that no
+    operator holds, which the tenant grants with SetIssuerScopes; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
     """
     ListIssuers: _aio.UnaryUnaryMultiCallable[_issuer_service_pb2.ListIssuersRequest, _issuer_service_pb2.ListIssuersResponse]
     """Lists the tenant's issuers, oldest first, at most 20. Reads only."""
+    SetIssuerScopes: _aio.UnaryUnaryMultiCallable[_issuer_service_pb2.SetIssuerScopesRequest, _issuer_service_pb2.SetIssuerScopesResponse]
+    """Replaces what an issuer's tokens may be granted. What is added, the caller must hold: the tenant's own credential grants
+    "inference:generate", an operator never does; whoever is allowed this call takes away. Effective everywhere within 1 s, for tokens that
+    are out already as well. Repeating it changes nothing more.
+    Errors: NOT_FOUND; PERMISSION_DENIED SCOPE_MISSING for a scope that the issuer does not have and the caller does not hold.
+    """
     RemoveIssuer: _aio.UnaryUnaryMultiCallable[_issuer_service_pb2.RemoveIssuerRequest, _issuer_service_pb2.RemoveIssuerResponse]
     """Removes an issuer: its tokens are refused everywhere within 1 s. Errors: NOT_FOUND."""
 
 class IssuerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Registers issuers of JWTs, each for the one tenant it may speak for. For operators, who name the tenant as `x-tenant-id`."""
+    """Registers issuers of JWTs, each for the one tenant it may speak for. Operators register and remove them, and name the tenant as `x-tenant-id`;
+    the tenant itself says what they may grant.
+    """
 
     @_abc_1.abstractmethod
     def AddIssuer(
@@ -37,7 +48,8 @@ class IssuerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_issuer_service_pb2.AddIssuerResponse]:
         """Registers an issuer for the tenant. Its keys are fetched once first: nothing is written when they cannot be had.
         Errors: ALREADY_EXISTS when issuer and audience are registered, for whichever tenant; UNAVAILABLE DEPENDENCY_UNAVAILABLE ("jwks") when the
-        JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
+        JWKS is down; INVALID_ARGUMENT when it is none, or an address or algorithm is refused; PERMISSION_DENIED SCOPE_MISSING for a scope that no
+        operator holds, which the tenant grants with SetIssuerScopes; RESOURCE_EXHAUSTED PLAN_LIMIT at 20 issuers.
         """
 
     @_abc_1.abstractmethod
@@ -47,6 +59,18 @@ class IssuerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_issuer_service_pb2.ListIssuersRequest, _abc.Awaitable[_issuer_service_pb2.ListIssuersResponse]],
     ) -> _abc.Awaitable[_issuer_service_pb2.ListIssuersResponse]:
         """Lists the tenant's issuers, oldest first, at most 20. Reads only."""
+
+    @_abc_1.abstractmethod
+    def SetIssuerScopes(
+        self,
+        request: _issuer_service_pb2.SetIssuerScopesRequest,
+        context: _aio.ServicerContext[_issuer_service_pb2.SetIssuerScopesRequest, _abc.Awaitable[_issuer_service_pb2.SetIssuerScopesResponse]],
+    ) -> _abc.Awaitable[_issuer_service_pb2.SetIssuerScopesResponse]:
+        """Replaces what an issuer's tokens may be granted. What is added, the caller must hold: the tenant's own credential grants
+        "inference:generate", an operator never does; whoever is allowed this call takes away. Effective everywhere within 1 s, for tokens that
+        are out already as well. Repeating it changes nothing more.
+        Errors: NOT_FOUND; PERMISSION_DENIED SCOPE_MISSING for a scope that the issuer does not have and the caller does not hold.
+        """
 
     @_abc_1.abstractmethod
     def RemoveIssuer(

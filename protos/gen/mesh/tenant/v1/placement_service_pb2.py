@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/tenant/v1/placement_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x92\x01\n\nSiloStores\x12\x1e\n\x0cpostgres_dsn\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12$\n\x12postgres_owner_dsn\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x1c\n\nqdrant_url\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12 \n\x0eqdrant_api_key\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\"\x8c\x01\n\x05Place\x12,\n\tisolation\x18\x01 \x01(\x0e\x32\x19.mesh.tenant.v1.Isolation\x12\x13\n\x0bschema_name\x18\x02 \x01(\t\x12\x14\n\x0cpostgres_dsn\x18\x03 \x01(\t\x12\x12\n\nqdrant_url\x18\x04 \x01(\t\x12\x16\n\x0eqdrant_api_key\x18\x05 \x01(\t\")\n\x13GetPlacementRequest\x12\x12\n\nfor_tables\x18\x01 \x01(\x08\"}\n\x14GetPlacementResponse\x12$\n\x05place\x18\x01 \x01(\x0b\x32\x15.mesh.tenant.v1.Place\x12(\n\tfollowing\x18\x02 \x01(\x0b\x32\x15.mesh.tenant.v1.Place\x12\x15\n\rmigration_dsn\x18\x03 \x01(\t\"p\n\x11MoveTenantRequest\x12\x31\n\x02to\x18\x01 \x01(\x0e\x32\x19.mesh.tenant.v1.IsolationB\n\xbaH\x07\x82\x01\x04\x18\x02\x18\x03\x12(\n\x04silo\x18\x02 \x01(\x0b\x32\x1a.mesh.tenant.v1.SiloStores\"G\n\x12MoveTenantResponse\x12\x31\n\tplacement\x18\x01 \x01(\x0b\x32\x1e.mesh.tenant.v1.PlacementState\"\x1a\n\x18\x44\x65scribePlacementRequest\"N\n\x19\x44\x65scribePlacementResponse\x12\x31\n\tplacement\x18\x01 \x01(\x0b\x32\x1e.mesh.tenant.v1.PlacementState\"\xb5\x01\n\x0ePlacementState\x12,\n\tisolation\x18\x01 \x01(\x0e\x32\x19.mesh.tenant.v1.Isolation\x12,\n\tmoving_to\x18\x02 \x01(\x0e\x32\x19.mesh.tenant.v1.Isolation\x12\x16\n\x0emoved_services\x18\x03 \x03(\t\x12/\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*d\n\tIsolation\x12\x19\n\x15ISOLATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eISOLATION_POOL\x10\x01\x12\x14\n\x10ISOLATION_BRIDGE\x10\x02\x12\x12\n\x0eISOLATION_SILO\x10\x03\x32\x93\x03\n\x10PlacementService\x12w\n\x0cGetPlacement\x12#.mesh.tenant.v1.GetPlacementRequest\x1a$.mesh.tenant.v1.GetPlacementResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\tinference\x12\tretrieval\x12w\n\nMoveTenant\x12!.mesh.tenant.v1.MoveTenantRequest\x1a\".mesh.tenant.v1.MoveTenantResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x8c\x01\n\x11\x44\x65scribePlacement\x12(.mesh.tenant.v1.DescribePlacementRequest\x1a).mesh.tenant.v1.DescribePlacementResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mesh/tenant/v1/placement_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xe6\x01\n\nSiloStores\x12\x1e\n\x0cpostgres_dsn\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12$\n\x12postgres_owner_dsn\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x1c\n\nqdrant_url\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12 \n\x0eqdrant_api_key\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12(\n\x16retrieval_postgres_dsn\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12(\n\x16inference_postgres_dsn\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\"\x8c\x01\n\x05Place\x12,\n\tisolation\x18\x01 \x01(\x0e\x32\x19.mesh.tenant.v1.Isolation\x12\x13\n\x0bschema_name\x18\x02 \x01(\t\x12\x14\n\x0cpostgres_dsn\x18\x03 \x01(\t\x12\x12\n\nqdrant_url\x18\x04 \x01(\t\x12\x16\n\x0eqdrant_api_key\x18\x05 \x01(\t\")\n\x13GetPlacementRequest\x12\x12\n\nfor_tables\x18\x01 \x01(\x08\"}\n\x14GetPlacementResponse\x12$\n\x05place\x18\x01 \x01(\x0b\x32\x15.mesh.tenant.v1.Place\x12(\n\tfollowing\x18\x02 \x01(\x0b\x32\x15.mesh.tenant.v1.Place\x12\x15\n\rmigration_dsn\x18\x03 \x01(\t\"p\n\x11MoveTenantRequest\x12\x31\n\x02to\x18\x01 \x01(\x0e\x32\x19.mesh.tenant.v1.IsolationB\n\xbaH\x07\x82\x01\x04\x18\x02\x18\x03\x12(\n\x04silo\x18\x02 \x01(\x0b\x32\x1a.mesh.tenant.v1.SiloStores\"G\n\x12MoveTenantResponse\x12\x31\n\tplacement\x18\x01 \x01(\x0b\x32\x1e.mesh.tenant.v1.PlacementState\"\x1a\n\x18\x44\x65scribePlacementRequest\"N\n\x19\x44\x65scribePlacementResponse\x12\x31\n\tplacement\x18\x01 \x01(\x0b\x32\x1e.mesh.tenant.v1.PlacementState\"\xb5\x01\n\x0ePlacementState\x12,\n\tisolation\x18\x01 \x01(\x0e\x32\x19.mesh.tenant.v1.Isolation\x12,\n\tmoving_to\x18\x02 \x01(\x0e\x32\x19.mesh.tenant.v1.Isolation\x12\x16\n\x0emoved_services\x18\x03 \x03(\t\x12/\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*d\n\tIsolation\x12\x19\n\x15ISOLATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eISOLATION_POOL\x10\x01\x12\x14\n\x10ISOLATION_BRIDGE\x10\x02\x12\x12\n\x0eISOLATION_SILO\x10\x03\x32\x93\x03\n\x10PlacementService\x12w\n\x0cGetPlacement\x12#.mesh.tenant.v1.GetPlacementRequest\x1a$.mesh.tenant.v1.GetPlacementResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\tinference\x12\tretrieval\x12w\n\nMoveTenant\x12!.mesh.tenant.v1.MoveTenantRequest\x1a\".mesh.tenant.v1.MoveTenantResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x8c\x01\n\x11\x44\x65scribePlacement\x12(.mesh.tenant.v1.DescribePlacementRequest\x1a).mesh.tenant.v1.DescribePlacementResponse\"\"\xca\xf3\x18\x1e\x08\x01\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,6 +42,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SILOSTORES'].fields_by_name['qdrant_url']._serialized_options = b'\272H\005r\003\030\350\007'
   _globals['_SILOSTORES'].fields_by_name['qdrant_api_key']._loaded_options = None
   _globals['_SILOSTORES'].fields_by_name['qdrant_api_key']._serialized_options = b'\272H\005r\003\030\350\007'
+  _globals['_SILOSTORES'].fields_by_name['retrieval_postgres_dsn']._loaded_options = None
+  _globals['_SILOSTORES'].fields_by_name['retrieval_postgres_dsn']._serialized_options = b'\272H\005r\003\030\350\007'
+  _globals['_SILOSTORES'].fields_by_name['inference_postgres_dsn']._loaded_options = None
+  _globals['_SILOSTORES'].fields_by_name['inference_postgres_dsn']._serialized_options = b'\272H\005r\003\030\350\007'
   _globals['_MOVETENANTREQUEST'].fields_by_name['to']._loaded_options = None
   _globals['_MOVETENANTREQUEST'].fields_by_name['to']._serialized_options = b'\272H\007\202\001\004\030\002\030\003'
   _globals['_PLACEMENTSERVICE'].methods_by_name['GetPlacement']._loaded_options = None
@@ -50,26 +54,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLACEMENTSERVICE'].methods_by_name['MoveTenant']._serialized_options = b'\312\363\030\036\010\001\022\010external\032\020operator:tenants'
   _globals['_PLACEMENTSERVICE'].methods_by_name['DescribePlacement']._loaded_options = None
   _globals['_PLACEMENTSERVICE'].methods_by_name['DescribePlacement']._serialized_options = b'\312\363\030\036\010\001\022\010external\032\020operator:tenants'
-  _globals['_ISOLATION']._serialized_start=1090
-  _globals['_ISOLATION']._serialized_end=1190
+  _globals['_ISOLATION']._serialized_start=1174
+  _globals['_ISOLATION']._serialized_end=1274
   _globals['_SILOSTORES']._serialized_start=150
-  _globals['_SILOSTORES']._serialized_end=296
-  _globals['_PLACE']._serialized_start=299
-  _globals['_PLACE']._serialized_end=439
-  _globals['_GETPLACEMENTREQUEST']._serialized_start=441
-  _globals['_GETPLACEMENTREQUEST']._serialized_end=482
-  _globals['_GETPLACEMENTRESPONSE']._serialized_start=484
-  _globals['_GETPLACEMENTRESPONSE']._serialized_end=609
-  _globals['_MOVETENANTREQUEST']._serialized_start=611
-  _globals['_MOVETENANTREQUEST']._serialized_end=723
-  _globals['_MOVETENANTRESPONSE']._serialized_start=725
-  _globals['_MOVETENANTRESPONSE']._serialized_end=796
-  _globals['_DESCRIBEPLACEMENTREQUEST']._serialized_start=798
-  _globals['_DESCRIBEPLACEMENTREQUEST']._serialized_end=824
-  _globals['_DESCRIBEPLACEMENTRESPONSE']._serialized_start=826
-  _globals['_DESCRIBEPLACEMENTRESPONSE']._serialized_end=904
-  _globals['_PLACEMENTSTATE']._serialized_start=907
-  _globals['_PLACEMENTSTATE']._serialized_end=1088
-  _globals['_PLACEMENTSERVICE']._serialized_start=1193
-  _globals['_PLACEMENTSERVICE']._serialized_end=1596
+  _globals['_SILOSTORES']._serialized_end=380
+  _globals['_PLACE']._serialized_start=383
+  _globals['_PLACE']._serialized_end=523
+  _globals['_GETPLACEMENTREQUEST']._serialized_start=525
+  _globals['_GETPLACEMENTREQUEST']._serialized_end=566
+  _globals['_GETPLACEMENTRESPONSE']._serialized_start=568
+  _globals['_GETPLACEMENTRESPONSE']._serialized_end=693
+  _globals['_MOVETENANTREQUEST']._serialized_start=695
+  _globals['_MOVETENANTREQUEST']._serialized_end=807
+  _globals['_MOVETENANTRESPONSE']._serialized_start=809
+  _globals['_MOVETENANTRESPONSE']._serialized_end=880
+  _globals['_DESCRIBEPLACEMENTREQUEST']._serialized_start=882
+  _globals['_DESCRIBEPLACEMENTREQUEST']._serialized_end=908
+  _globals['_DESCRIBEPLACEMENTRESPONSE']._serialized_start=910
+  _globals['_DESCRIBEPLACEMENTRESPONSE']._serialized_end=988
+  _globals['_PLACEMENTSTATE']._serialized_start=991
+  _globals['_PLACEMENTSTATE']._serialized_end=1172
+  _globals['_PLACEMENTSERVICE']._serialized_start=1277
+  _globals['_PLACEMENTSERVICE']._serialized_end=1680
 # @@protoc_insertion_point(module_scope)

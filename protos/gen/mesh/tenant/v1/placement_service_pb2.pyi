@@ -33,7 +33,7 @@ class _IsolationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Isolation.V
     ISOLATION_BRIDGE: _Isolation.ValueType  # 2
     """A schema of its own in the shared database."""
     ISOLATION_SILO: _Isolation.ValueType  # 3
-    """A database of its own, with roles of its own."""
+    """A database of its own, in which each service has a role of its own."""
 
 class Isolation(_Isolation, metaclass=_IsolationEnumTypeWrapper):
     """How much of a store a tenant shares with others."""
@@ -45,7 +45,7 @@ ISOLATION_POOL: Isolation.ValueType  # 1
 ISOLATION_BRIDGE: Isolation.ValueType  # 2
 """A schema of its own in the shared database."""
 ISOLATION_SILO: Isolation.ValueType  # 3
-"""A database of its own, with roles of its own."""
+"""A database of its own, in which each service has a role of its own."""
 Global___Isolation: _TypeAlias = Isolation  # noqa: Y015
 
 @_typing.final
@@ -58,14 +58,22 @@ class SiloStores(_message.Message):
     POSTGRES_OWNER_DSN_FIELD_NUMBER: _builtins.int
     QDRANT_URL_FIELD_NUMBER: _builtins.int
     QDRANT_API_KEY_FIELD_NUMBER: _builtins.int
+    RETRIEVAL_POSTGRES_DSN_FIELD_NUMBER: _builtins.int
+    INFERENCE_POSTGRES_DSN_FIELD_NUMBER: _builtins.int
     postgres_dsn: _builtins.str
-    """Postgres, as the role the services read and write with: no superuser, no owner of tables. Empty: a database is made."""
+    """Postgres, as one role both services read and write with: no superuser, no owner of tables. In its place each service can have a role
+    of its own, which is safer: with one for both, the wall between the two is code alone. No DSN at all: a database is made.
+    """
     postgres_owner_dsn: _builtins.str
-    """Postgres, as the role that owns the tables and may make schemas. Given with `postgres_dsn` or not at all."""
+    """Postgres, as the role that owns the tables and may make schemas. Given with the services' DSNs or not at all."""
     qdrant_url: _builtins.str
     """Qdrant's gRPC port, such as https://qdrant.example:6334. Empty: the shared one, where the tenant has a collection of its own anyway."""
     qdrant_api_key: _builtins.str
     """The key with full rights at that Qdrant."""
+    retrieval_postgres_dsn: _builtins.str
+    """The same database as retrieval's own role. Given with `inference_postgres_dsn` and without `postgres_dsn`, or not at all."""
+    inference_postgres_dsn: _builtins.str
+    """The same database as inference's own role, another than retrieval's."""
     def __init__(
         self,
         *,
@@ -73,10 +81,12 @@ class SiloStores(_message.Message):
         postgres_owner_dsn: _builtins.str = ...,
         qdrant_url: _builtins.str = ...,
         qdrant_api_key: _builtins.str = ...,
+        retrieval_postgres_dsn: _builtins.str = ...,
+        inference_postgres_dsn: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["postgres_dsn", b"postgres_dsn", "postgres_owner_dsn", b"postgres_owner_dsn", "qdrant_api_key", b"qdrant_api_key", "qdrant_url", b"qdrant_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inference_postgres_dsn", b"inference_postgres_dsn", "postgres_dsn", b"postgres_dsn", "postgres_owner_dsn", b"postgres_owner_dsn", "qdrant_api_key", b"qdrant_api_key", "qdrant_url", b"qdrant_url", "retrieval_postgres_dsn", b"retrieval_postgres_dsn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -98,7 +108,7 @@ class Place(_message.Message):
     schema_name: _builtins.str
     """The schema of the service's tables; empty for the service's own schema name."""
     postgres_dsn: _builtins.str
-    """Postgres, as the role to read and write with. A secret."""
+    """Postgres, as the calling service's role to read and write with. A secret."""
     qdrant_url: _builtins.str
     """Qdrant's gRPC port."""
     qdrant_api_key: _builtins.str

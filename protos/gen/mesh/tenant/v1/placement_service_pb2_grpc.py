@@ -67,8 +67,9 @@ class PlacementServiceServicer:
     def MoveTenant(self, request, context):
         """Moves the tenant that `x-tenant-id` names to a place of its own while it is used, and returns once it lives there.
         No acknowledged write is lost. Idempotent: a repeated call goes on where an earlier one stopped.
-        Errors: FAILED_PRECONDITION when the tenant is not in use, or a move to another place is under way or done; UNAVAILABLE when a store
-        or service does not answer, or the tenant writes faster than can be copied: repeat the call.
+        Errors: NOT_FOUND when the tenant is gone, or is erased meanwhile; FAILED_PRECONDITION when it is not in use, or a move to another place
+        is under way or done; INVALID_ARGUMENT when a named database refuses a login; UNAVAILABLE when a store or service does not answer, or
+        the tenant writes faster than can be copied: repeat the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

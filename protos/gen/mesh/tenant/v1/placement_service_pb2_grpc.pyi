@@ -23,8 +23,9 @@ class PlacementServiceStub:
     MoveTenant: _aio.UnaryUnaryMultiCallable[_placement_service_pb2.MoveTenantRequest, _placement_service_pb2.MoveTenantResponse]
     """Moves the tenant that `x-tenant-id` names to a place of its own while it is used, and returns once it lives there.
     No acknowledged write is lost. Idempotent: a repeated call goes on where an earlier one stopped.
-    Errors: FAILED_PRECONDITION when the tenant is not in use, or a move to another place is under way or done; UNAVAILABLE when a store
-    or service does not answer, or the tenant writes faster than can be copied: repeat the call.
+    Errors: NOT_FOUND when the tenant is gone, or is erased meanwhile; FAILED_PRECONDITION when it is not in use, or a move to another place
+    is under way or done; INVALID_ARGUMENT when a named database refuses a login; UNAVAILABLE when a store or service does not answer, or
+    the tenant writes faster than can be copied: repeat the call.
     """
     DescribePlacement: _aio.UnaryUnaryMultiCallable[_placement_service_pb2.DescribePlacementRequest, _placement_service_pb2.DescribePlacementResponse]
     """Returns where the tenant that `x-tenant-id` names lives and how far a move is, without secrets. Reads only.
@@ -52,8 +53,9 @@ class PlacementServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_placement_service_pb2.MoveTenantResponse]:
         """Moves the tenant that `x-tenant-id` names to a place of its own while it is used, and returns once it lives there.
         No acknowledged write is lost. Idempotent: a repeated call goes on where an earlier one stopped.
-        Errors: FAILED_PRECONDITION when the tenant is not in use, or a move to another place is under way or done; UNAVAILABLE when a store
-        or service does not answer, or the tenant writes faster than can be copied: repeat the call.
+        Errors: NOT_FOUND when the tenant is gone, or is erased meanwhile; FAILED_PRECONDITION when it is not in use, or a move to another place
+        is under way or done; INVALID_ARGUMENT when a named database refuses a login; UNAVAILABLE when a store or service does not answer, or
+        the tenant writes faster than can be copied: repeat the call.
         """
 
     @_abc_1.abstractmethod

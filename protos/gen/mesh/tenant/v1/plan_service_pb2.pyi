@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from mesh.common.v1 import limit_rule_pb2 as _limit_rule_pb2
 from mesh.tenant.v1 import tenant_service_pb2 as _tenant_service_pb2
 import builtins as _builtins
 import sys
@@ -94,6 +95,7 @@ class Plan(_message.Message):
     ENCRYPT_CONTENT_FIELD_NUMBER: _builtins.int
     PLACEMENTS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    LIMIT_RULES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, such as "professional"."""
     data_retention_days: _builtins.int
@@ -116,6 +118,10 @@ class Plan(_message.Message):
     def features(self) -> _containers.MessageMap[_builtins.str, _tenant_service_pb2.FeatureTerms]:
         """What it says of each feature, by the feature's name."""
 
+    @_builtins.property
+    def limit_rules(self) -> _limit_rule_pb2.LimitRules:
+        """Every rule a tenant on it is held to, and the guard; time zone and billing anchor are each tenant's."""
+
     def __init__(
         self,
         *,
@@ -126,10 +132,11 @@ class Plan(_message.Message):
         encrypt_content: _builtins.bool = ...,
         placements: _abc.Iterable[_builtins.str] | None = ...,
         features: _abc.Mapping[_builtins.str, _tenant_service_pb2.FeatureTerms] | None = ...,
+        limit_rules: _limit_rule_pb2.LimitRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "limit_rules", b"limit_rules", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "data_retention_days", b"data_retention_days", "encrypt_content", b"encrypt_content", "features", b"features", "limits", b"limits", "name", b"name", "placements", b"placements"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ai", b"ai", "data_retention_days", b"data_retention_days", "encrypt_content", b"encrypt_content", "features", b"features", "limit_rules", b"limit_rules", "limits", b"limits", "name", b"name", "placements", b"placements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

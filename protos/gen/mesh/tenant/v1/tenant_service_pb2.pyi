@@ -457,7 +457,7 @@ class TenantConfig(_message.Message):
 
     @_builtins.property
     def limit_rules(self) -> _limit_rule_pb2.LimitRules:
-        """Every rule it is held to, of plan and overrides together."""
+        """Every rule it is held to, of plan and overrides together, with its calendar and guard."""
 
     def __init__(
         self,
@@ -511,8 +511,7 @@ Global___FeatureTerms: _TypeAlias = FeatureTerms  # noqa: Y015
 @_typing.final
 class PlanLimits(_message.Message):
     """The limits of a plan. 0 means unlimited everywhere here.
-    Counted and enforced by the ratelimit service: requests_per_minute, tokens_per_minute, tokens_per_day, cost_nano_usd_per_month and
-    concurrent_calls; by inference: context_tokens and weight. tokens_per_month is delivered to the services and not counted yet.
+    All but context_tokens and weight, which inference holds to, stand among `limit_rules` under the same names and are held to there.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -530,9 +529,9 @@ class PlanLimits(_message.Message):
     tokens_per_minute: _builtins.int
     """Input and output tokens in any 60 s, sliding."""
     tokens_per_day: _builtins.int
-    """Input and output tokens in a UTC day."""
+    """Input and output tokens in a day of the tenant's time zone."""
     cost_nano_usd_per_month: _builtins.int
-    """Nano-USD in a UTC calendar month: at most 9,000,000 USD, so that sums stay exact in every store."""
+    """Nano-USD in a calendar month of the tenant's time zone: at most 9,000,000 USD, so that sums stay exact in every store."""
     concurrent_calls: _builtins.int
     """Calls that run at the same time."""
     context_tokens: _builtins.int
@@ -540,7 +539,7 @@ class PlanLimits(_message.Message):
     weight: _builtins.int
     """Weight in the fair queue: 1–1000. A tenant of weight 2 gets twice the turns of one of weight 1."""
     tokens_per_month: _builtins.int
-    """Input and output tokens in a UTC calendar month. Delivered, and not counted yet."""
+    """Input and output tokens in a calendar month of the tenant's time zone."""
     def __init__(
         self,
         *,

@@ -20,8 +20,9 @@ class TenantServiceStub:
     """Makes a tenant and everything it needs in every service, and returns once it is ready (a few seconds).
     Idempotent by `request_id`: a repeated call with the same content returns the same tenant, finishing what an earlier one left half-made.
     Errors: ALREADY_EXISTS when the slug is taken or the request id was used with other content; NOT_FOUND for an unknown plan;
-    FAILED_PRECONDITION when the region is another cell's, or there is no room for a schema or no server for a database of its own;
-    UNAVAILABLE when a service could not be reached: repeat the call with the same request id.
+    FAILED_PRECONDITION when the region is another cell's, there is no room for a schema or no server for a database of its own, or the
+    tenant of this request is not in use any more; INVALID_ARGUMENT when a named database refuses a login; UNAVAILABLE when a named
+    database does not answer, and nothing is begun then, or when a service could not be reached: repeat the call with the same request id.
     """
     GetTenant: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.GetTenantRequest, _tenant_service_pb2.GetTenantResponse]
     """Returns the tenant of the call's context. Reads only."""
@@ -70,8 +71,9 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes a tenant and everything it needs in every service, and returns once it is ready (a few seconds).
         Idempotent by `request_id`: a repeated call with the same content returns the same tenant, finishing what an earlier one left half-made.
         Errors: ALREADY_EXISTS when the slug is taken or the request id was used with other content; NOT_FOUND for an unknown plan;
-        FAILED_PRECONDITION when the region is another cell's, or there is no room for a schema or no server for a database of its own;
-        UNAVAILABLE when a service could not be reached: repeat the call with the same request id.
+        FAILED_PRECONDITION when the region is another cell's, there is no room for a schema or no server for a database of its own, or the
+        tenant of this request is not in use any more; INVALID_ARGUMENT when a named database refuses a login; UNAVAILABLE when a named
+        database does not answer, and nothing is begun then, or when a service could not be reached: repeat the call with the same request id.
         """
 
     @_abc_1.abstractmethod
