@@ -30,6 +30,9 @@ from tests.support.mesh import Mesh
 pytestmark = over(PLAIN)
 
 KEY = re.compile(rb"^\{([0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12})\}:[a-z_]+$")
+# What tenants took of a provider's account, in its slot: the one kind of key that names several.
+ACCOUNT_KEY = re.compile(rb"^\{acct:[a-z0-9][a-z0-9_.-]{0,99}\}:(members|active|lacking|totals)$")
+ANY_TENANT = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 COLLECTION = re.compile(r"^t_([0-9a-f]{32})_v\d+$")
 # What a server does not implement it does for nobody.
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
@@ -61,10 +64,20 @@ async def _is_tombstone(redis: Redis, key: bytes) -> bool:
     return set(await redis.hkeys(key)) == {b"erased", b"history"} and await redis.ttl(key) > 0
 
 
+async def _strangers_in_account(redis: Redis, key: bytes, tenants: set[UUID]) -> list[str]:
+    # An account's keys go by themselves, and who is erased is taken out of them.
+    named = {UUID(found.decode()) for found in ANY_TENANT.findall(await redis.dump(key) or b"")}
+    lasting = [] if await redis.ttl(key) > 0 else [f"{key!r} does not end"]
+    return lasting + [f"{key!r} holds {tenant}, which is no known tenant" for tenant in named - tenants]
+
+
 async def misplaced_keys(redis: Redis, tenants: set[UUID]) -> list[str]:
-    """Names each key that does not start with a known tenant's slot, or whose value names another tenant."""
+    """Names each key that is neither in a known tenant's slot and silent of others nor an account's and silent of strangers."""
     wrong: list[str] = []
     async for key in redis.scan_iter(count=1000):
+        if ACCOUNT_KEY.match(key):
+            wrong += await _strangers_in_account(redis, key, tenants)
+            continue
         match = KEY.match(key)
         if match is None or UUID(match[1].decode()) not in tenants:
             wrong += [] if match and await _is_tombstone(redis, key) else [f"{key!r} belongs to no known tenant"]
