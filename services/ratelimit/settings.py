@@ -42,7 +42,7 @@ class RatelimitSettings(ServiceSettings):
         default=SecretStr("redis://127.0.0.1:7412/0"), description="Redis, with its password; rediss:// for TLS; eviction must be off"
     )
     provider_accounts: dict[ProviderAccountName, ProviderAccount] = Field(
-        default_factory=dict,
+        default={},
         description="the limits of each account at a provider, shared among tenants by their weight: a JSON object of name to "
         '{"requests_per_minute", "input_tokens_per_minute", "output_tokens_per_minute"}; 0 or absent is unlimited',
     )

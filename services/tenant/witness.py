@@ -13,6 +13,7 @@ log = structlog.get_logger(__name__)
 ACTIONS: Mapping[str, frozenset[str]] = {
     "inference": frozenset({"DOCUMENTS_READ", "CALL_ENDED"}),
     "retrieval": frozenset({"DOCUMENTS_READ"}),
+    "ratelimit": frozenset({"ABUSE_GUARD_LIFTED"}),
 }
 # Clocks of one mesh differ by less, or certificates and tokens do not hold either.
 CLOCK_SKEW = timedelta(seconds=30)

@@ -98,6 +98,7 @@ async def test_a_repeated_reserve_takes_its_share_once(service: Service, account
         await tenant.reserve(20, id=id, provider_account=account, input_tokens=10)
     await tenant.reserve(20, provider_account=account, input_tokens=10)
     await tenant.reserve(20, provider_account=account, input_tokens=10)
+    assert (await refusal(tenant, 20, provider_account=account, input_tokens=10)).reason_name == "PROVIDER_SHARE"
 
 
 async def test_what_a_call_did_not_use_is_given_back(service: Service, account: str) -> None:
