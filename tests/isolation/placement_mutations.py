@@ -23,14 +23,14 @@ PLACEMENT_MUTATIONS = (
         _DATABASE,
         "if place.kind is not PlacementKind.POOL:\n            begin += ",
         "if place.kind is PlacementKind.SILO:\n            begin += ",
-        f"{WHERE}[BRIDGE]",
+        f"{WHERE}[bridge]",
     ),
     one(
         "a silo's tenant is served from the shared database",
         _DATABASE,
         "if place.kind is PlacementKind.SILO and self._silos is not None:",
         "if place.kind is PlacementKind.SILO and self._silos is None:",
-        f"{WHERE}[SILO]",
+        f"{WHERE}[silo]",
     ),
     one(
         "a transaction does not assert that its tenant is here",
