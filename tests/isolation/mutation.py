@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,17 +85,21 @@ def check(mutations: Sequence[Mutation]) -> None:
 def applied(tree: Path, mutation: Mutation) -> Iterator[None]:
     """The tree with one wall down."""
     before = {edit.path: (tree / edit.path).read_text() for edit in mutation.edits}
+    after = dict(before)
     for edit in mutation.edits:
-        path = tree / edit.path
-        text = path.read_text()
-        if text.count(edit.find) != 1 or edit.put == edit.find:
+        if after[edit.path].count(edit.find) != 1 or edit.put == edit.find:
             raise StaleMutation(f"{mutation.name}: {edit.path} would not change in one place")
-        path.write_text(text.replace(edit.find, edit.put))
+        after[edit.path] = after[edit.path].replace(edit.find, edit.put)
+    _write(tree, after)
     try:
         yield
     finally:
-        for name, text in before.items():
-            (tree / name).write_text(text)
+        _write(tree, before)
+
+
+def _write(tree: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (tree / name).write_text(text)
 
 
 async def run_tests(tree: Path, tests: Sequence[str], *options: str, within_seconds: float) -> tuple[int | None, str]:
