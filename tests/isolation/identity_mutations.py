@@ -94,7 +94,7 @@ _ISSUERS = (
         _IDENTITY_SQL,
         "WHERE d.issuer = p_issuer AND d.audience = ANY (p_audiences);",
         "WHERE d.issuer = p_issuer AND p_audiences IS NOT NULL;",
-        f"{JWT}::test_an_issuer_and_audience_speak_for_one_tenant_only",
+        f"{JWT}::test_a_registration_is_found_by_issuer_and_audience_together",
     ),
     one(
         "an issuer of two tenants speaks for one of them",
