@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 
 import asyncpg
@@ -47,12 +48,15 @@ ADD_KEY = """
 INSERT INTO tenant.api_keys (tenant_id, key_id, secret_sha256, display_name, scopes, last_use_time) VALUES ($1, $2, $3, 'bench', $4, now())
 """
 ADD_KEY_ENTRY = "INSERT INTO tenant.api_key_directory (tenant_id, key_id) VALUES ($1, $2)"
-SESSIONS = "SELECT pid FROM pg_stat_activity WHERE datname = ANY($1) AND usename ~ '^tenant' AND pid <> pg_backend_pid()"
+SESSIONS = "SELECT pid FROM pg_stat_activity WHERE datname = ANY($1) AND usename ~ '^tenant' AND pid <> pg_backend_pid() ORDER BY pid"
 
 
 def process_cpu_seconds(pid: int) -> float:
-    """CPU seconds of another process so far, to the nanosecond: what /proc tells comes in hundredths of a second."""
-    return time.clock_gettime((~pid << 3) | 2)
+    """CPU seconds of another process so far, nan when it has ended; to the nanosecond: what /proc tells comes in hundredths of a second."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        return nan
 
 
 @dataclass(slots=True)
@@ -68,9 +72,10 @@ class Crowd:
     load_seconds: float
     sessions: list[int] = field(default_factory=list)
 
-    async def find_sessions(self) -> None:
-        """Notes which processes of Postgres serve this service now; once it is warm it opens no more."""
-        self.sessions = [row["pid"] for row in await self.admin.fetch(SESSIONS, self.databases)]
+    async def find_sessions(self) -> bool:
+        """Notes which processes of Postgres serve this service now; tells whether they are the same as before."""
+        before, self.sessions = self.sessions, [row["pid"] for row in await self.admin.fetch(SESSIONS, self.databases)]
+        return before == self.sessions
 
     def cpu_seconds(self) -> float:
         """CPU seconds of the service and of its sessions at Postgres so far."""

@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from statistics import median
 
 RESAMPLES = 1_000
@@ -25,6 +26,11 @@ class Rounds:
 
     subjects: Sequence[int]
     costs: list[Mapping[int, float]] = field(default_factory=list)
+
+    def add(self, costs: Mapping[int, float]) -> None:
+        """Keeps a round, unless something that was not to be measured fell into it: a cost is nan then."""
+        if not any(map(isnan, costs.values())):
+            self.costs.append(costs)
 
     def median_cost(self, subject: int) -> float:
         """What a subject costs, in the unit of the rounds."""

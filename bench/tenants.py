@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -39,7 +40,7 @@ SIZES = (1, 1_000, 100_000)
 # Credentials in use at once with every size: the cost of more tenants, not that of more callers.
 KEYS = 400
 CACHED_ROUNDS = 402
-COLD_ROUNDS = 180
+COLD_ROUNDS = 90
 COLD_CALLS = 10
 FRESH_WAIT_SECONDS = 30.0
 MOST_LOAD_SECONDS = 60.0
@@ -107,7 +108,6 @@ class Replica:
             for key in self.crowd.keys:
                 await self.forgetful.resolve(key, None)
                 await self.knowing.resolve(key, None)
-        await self.crowd.find_sessions()
 
     async def cached(self) -> float:
         """CPU seconds of this process for one cached resolve; nan when something had to be asked after all."""
@@ -121,10 +121,11 @@ class Replica:
         for key in self.crowd.keys:
             await self.knowing.resolve(key, None)
         spent = time.process_time() - began_cpu
-        return spent / len(self.crowd.keys) if self.stub.questions == asked else float("nan")
+        return spent / len(self.crowd.keys) if self.stub.questions == asked else nan
 
     async def cold(self) -> float:
-        """CPU seconds of all that work on one cold resolve."""
+        """CPU seconds of all that work on one cold resolve; nan when the service closed or opened a session meanwhile."""
+        await self.crowd.find_sessions()
         began_cpu = self._cold_cpu_seconds()
         for _ in range(COLD_CALLS):
             key = self.crowd.keys[self.asked_at % len(self.crowd.keys)]
@@ -132,7 +133,8 @@ class Replica:
             began = time.perf_counter()
             await self.forgetful.resolve(key, None)
             self.cold_ms.append((time.perf_counter() - began) * 1000)
-        return (self._cold_cpu_seconds() - began_cpu) / COLD_CALLS
+        spent = self._cold_cpu_seconds() - began_cpu
+        return spent / COLD_CALLS if await self.crowd.find_sessions() else nan
 
     def _cold_cpu_seconds(self) -> float:
         return self.crowd.cpu_seconds() + time.process_time()
@@ -157,11 +159,9 @@ async def measure(replicas: Sequence[Replica]) -> tuple[Rounds, Rounds]:
     cached, cold = Rounds(sizes), Rounds(sizes)
     for order in orders(sizes, CACHED_ROUNDS):
         costs = {size: await by_size[size].cached() for size in order}
-        # A round in which an answer's time had come, and it was asked for again, is not one of cached resolves.
-        if not any(cost != cost for cost in costs.values()):
-            cached.costs.append(costs)
+        cached.add(costs)
     for order in orders(sizes, COLD_ROUNDS):
-        cold.costs.append({size: await by_size[size].cold() for size in order})
+        cold.add({size: await by_size[size].cold() for size in order})
     return cached, cold
 
 

@@ -90,13 +90,6 @@ _ROLES = (
         BOOKS,
     ),
     one(
-        "the sweep may reopen settled calls",
-        _METERING,
-        "FOR UPDATE TO :jobs USING (state IN (1, 4)) WITH CHECK (state IN (4, 5))",
-        "FOR UPDATE TO :jobs USING (true) WITH CHECK (true)",
-        BOOKS,
-    ),
-    one(
         "the repairing job may read documents",
         _RETRIEVAL,
         "GRANT SELECT (tenant_id, document_id, content_sha256, indexed, update_time) ON documents TO :jobs;",
