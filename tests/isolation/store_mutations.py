@@ -185,7 +185,7 @@ _POINTS = (
         _QDRANT,
         "{TENANT_FIELD: _text(str(tenant_id)), DOCUMENT_FIELD: _text(str(document_id))}",
         "{TENANT_FIELD: _text(str(document_id)), DOCUMENT_FIELD: _text(str(document_id))}",
-        "tests/isolation/test_key_stores.py::test_every_point_carries_the_tenant_of_its_collection",
+        f"{WALLS}::test_each_point_is_written_with_its_own_tenant",
     ),
 )
 

@@ -186,10 +186,11 @@ async def test_the_library_alone_drops_points_of_other_tenants() -> None:
 
 
 class Listening(q.PointsServicer):
-    """A vector store that remembers with which key it was asked."""
+    """A vector store that remembers with which key it was asked, and what it was given."""
 
     def __init__(self) -> None:
         self.keys: list[str] = []
+        self.points: list[Any] = []
 
     async def Query(self, request: Any, context: Any) -> Any:
         self.keys.append(dict(context.invocation_metadata())["api-key"])
@@ -197,6 +198,10 @@ class Listening(q.PointsServicer):
 
     async def Delete(self, request: Any, context: Any) -> Any:
         self.keys.append(dict(context.invocation_metadata())["api-key"])
+        return q.PointsOperationResponse()
+
+    async def Upsert(self, request: Any, context: Any) -> Any:
+        self.points += request.points
         return q.PointsOperationResponse()
 
 
@@ -228,6 +233,16 @@ async def test_the_collections_token_alone_names_one_collection() -> None:
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
         assert claims["access"] == [{"collection": alias_name(tenant_id), "access": access}]
         assert 0 < claims.get("exp", inf) - datetime.now(UTC).timestamp() <= 300
+
+
+async def test_each_point_is_written_with_its_own_tenant() -> None:
+    """What the library drops hits by is written with every point: the tenant whose call it was."""
+    tenant_id = TenantId(new_uuid7())
+    async with listening() as (store, url):
+        index = QdrantIndex(url, SecretStr(ADMIN_KEY), 3)
+        await index.upsert(tenant_id, new_uuid7(), [(uuid4(), "words", [0.1, 0.2, 0.3])] * 2)  # type: ignore[arg-type] # as above
+        await index.close()
+    assert [point.payload["tenant_id"].string_value for point in store.points] == [str(tenant_id)] * 2
 
 
 async def test_an_audit_record_needs_its_own_tenants_token(
