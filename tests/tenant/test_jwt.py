@@ -227,6 +227,18 @@ async def test_a_key_is_used_for_nothing_but_what_it_is_for(harness: Harness, al
         assert (error.code, error.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "jwks_uri")
 
 
+async def test_a_key_proves_with_the_registered_algorithm_alone(harness: Harness) -> None:
+    """A published key that names no algorithm could verify several: a token it signed with one that is not registered proves nothing."""
+    created, key = await harness.create(), SigningKey("RS256")
+    async with running_jwks(key) as server:
+        server.keys = [{name: value for name, value in key.public_jwk().items() if name != "alg"}]
+        issuer = await register(harness, created.tenant.tenant_id, wish(server, key))
+        claims = claims_of(issuer.issuer, AUDIENCE)
+        assert (await harness.authenticate(key.sign(claims))).context_token
+        key.algorithm = "PS256"
+        assert (await refusal(harness.authenticate(key.sign(claims)))).reason == INVALID
+
+
 async def test_a_new_key_is_found_and_an_old_one_dies_with_its_place_in_the_set(harness: Harness) -> None:
     """After the issuer rotates, tokens of the new key are taken and tokens of the removed key are refused."""
     async with bench(harness) as b:
@@ -339,6 +351,18 @@ async def test_an_issuer_and_audience_speak_for_one_tenant_only(harness: Harness
         assert error.reason == error_reason_pb2.ERROR_REASON_TENANT_MISMATCH
         [record] = await harness.audit(b.tenant_id, "TENANT_MISMATCH")
         assert record["subject"] == f"jwt:{b.issuer.issuer_id}:user-1"
+
+
+async def test_a_registration_is_found_by_issuer_and_audience_together(harness: Harness) -> None:
+    """Were no claim compared afterwards, the issuer's name alone, or the audience's, would still find nobody's registration."""
+    find = "SELECT count(*) FROM tenant.find_issuer($1, $2::text[])"
+    async with bench(harness) as b:
+        for issuer, audience, found in (
+            (b.issuer.issuer, AUDIENCE, 1),
+            (b.issuer.issuer, "another", 0),
+            ("https://login.example/nobody", AUDIENCE, 0),
+        ):
+            assert await harness.value(find, issuer, [audience]) == found
 
 
 async def test_issuers_are_listed_and_a_removed_one_is_dead_at_the_next_question(harness: Harness) -> None:
