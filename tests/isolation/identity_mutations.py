@@ -55,8 +55,8 @@ _KEYS = (
     one(
         "authentication lets other regions' tenants in",
         _AUTHENTICATION,
-        "            self._cell.refuse_elsewhere(facts.region)\n",
-        "",
+        "            _refuse_state(facts)\n            self._cell.refuse_elsewhere(facts.region)\n",
+        "            _refuse_state(facts)\n",
         "tests/tenant/test_placement.py::test_another_regions_tenant_is_not_authenticated_here",
     ),
     one(
