@@ -111,6 +111,11 @@ class Terms:
         """The families of a call, or of a product's unit."""
         return tuple(family for family in self.families if family.product_unit == product_unit)
 
+    @property
+    def volatile_stems(self) -> tuple[str, ...]:
+        """What the names of counters begin with that no ledger has."""
+        return tuple(family.stem for family in self.families if family.product_unit and not self.is_durable(family.product_unit))
+
     def counted_periods(self, now_us: int) -> dict[CountedPeriod, list[Family]]:
         """What the ledger must add up as of `now_us`, and for which families: the period before, this one and the next."""
         every = dict(zip(CALENDAR, self.boundaries(now_us), strict=True))

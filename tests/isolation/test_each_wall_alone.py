@@ -4,8 +4,10 @@ import base64
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from math import inf
+from typing import Any, ClassVar, cast
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -14,22 +16,33 @@ import pytest
 from pydantic import SecretStr
 from qdrant_client import grpc as q
 
-from devstack.environment import DATABASE
+from devstack.environment import DATABASE, TENANTS_OWN_KEYS
 from devstack.ports import LOOPBACK
 from mesh.tenant.v1 import audit_service_pb2, authentication_service_pb2
-from services.kernel.errors import Forbidden
+from services.inference.adapters.provider_keys_client import TenantProviderKeys
+from services.kernel.credential_resolver import remote_trust
+from services.kernel.errors import Forbidden, Unauthenticated
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.request_context import EXTERNAL, RequestScope
+from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.policy import OPERATOR, REQUIRED, Policy, refuse_unlisted
+from services.kernel.settings import ServiceSettings
+from services.kernel.tenant_cipher import RemoteDataKeys, TenantCipher
+from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_context import TenantContext
 from services.kernel.tenant_database import TenantDatabase
 from services.retrieval.adapters.qdrant import QdrantIndex, alias_name
 from services.retrieval.document import DocumentStore, Hit, VectorIndex
 from services.retrieval.embedding import Embedder
 from services.retrieval.library import Library
+from services.tenant.issuer import Issuer, IssuerTerms
+from services.tenant.json_web_key import Algorithm
+from services.tenant.json_web_token import JsonWebToken
+from services.tenant.jwt_proof import read_claims
 from tests.isolation.credentials_forged import Inside
 from tests.isolation.fingerprint import superuser
 from tests.isolation.postgres_attacks import SET_SESSION, as_role
+from tests.isolation.rounds import PLAIN, over
 from tests.isolation.surface import Surface
 from tests.isolation.target import Target, in_seconds
 from tests.isolation.test_stores import APPEND_ONLY
@@ -43,6 +56,10 @@ def an_operator(tenant_id: TenantId | None) -> TenantContext:
     """An operator whom authentication has let in."""
     end = datetime.now(UTC) + timedelta(seconds=60)
     return TenantContext(tenant_id, "", "local", "operator:x", frozenset({"tenant:admin"}), 0, end, operator=True, token="")
+
+
+class AsInference(ServiceSettings):
+    service_name: ClassVar[str] = "inference"
 
 
 @pytest.mark.parametrize("requirement", [OPERATOR, REQUIRED])
@@ -92,6 +109,26 @@ async def test_a_trigger_alone_refuses_to_change_what_was_recorded(mesh: Mesh, t
         await connection.close()
 
 
+# What is remembered is the same however a replica is connected.
+@over(PLAIN)
+async def test_what_is_remembered_of_a_tenant_is_its_own(mesh: Mesh, inside: Inside, resident: Target) -> None:
+    """A replica that knows one tenant's configuration, data keys and provider key gives none of them to another of the same version."""
+    settings = AsInference(service_token=SecretStr(mesh.stack.state.secrets.service_tokens["inference"]))
+    newcomer = await mesh.tenant()
+    channel = MeshChannel(mesh.stack.ports.address("tenant"), settings=settings, target_service="tenant")
+    _, verifier = remote_trust(channel)
+    configurations, ciphers, own_keys = TenantConfigCache(channel), TenantCipher(RemoteDataKeys(channel)), TenantProviderKeys(channel)
+    try:
+        tokens = [await inside.context_of(api_key) for api_key in (resident.tenant.api_key, newcomer.api_key)]
+        contexts = [replace(await verifier.verify(token), config_version=7) for token in tokens]
+        expected = [context.tenant_id for context in contexts]
+        assert [UUID((await configurations.get(context)).tenant_id) for context in contexts] == expected
+        assert [(await ciphers.keys(context)).tenant_id for context in contexts] == expected
+        assert [await own_keys.get(context) for context in contexts] == [TENANTS_OWN_KEYS[0], ""]
+    finally:
+        await channel.close()
+
+
 async def test_a_connection_keeps_no_tenant(mesh: Mesh, victim: Target) -> None:
     """A pooled connection that served a tenant has none set when its transaction is over."""
     password = mesh.stack.state.secrets.role_passwords["inference"]
@@ -120,6 +157,25 @@ async def test_a_page_token_is_good_for_its_own_list_alone(surface: Surface, att
         assert answer.refused_as == ("INVALID_ARGUMENT", "INVALID_REQUEST")
 
 
+def test_the_claims_alone_are_held_against_the_registration() -> None:
+    """Were a registration found by chance, a token of another issuer or for another audience would still prove nothing."""
+    terms = IssuerTerms(
+        "https://login.example", "mesh", "https://login.example/keys", (Algorithm.ES256,), frozenset({"tenant:read"}), timedelta()
+    )
+    registered, end = Issuer(new_uuid7(), terms, datetime.now(UTC)), datetime.now(UTC).timestamp() + 60
+    for issuer, audience, is_its_own in (
+        ("https://login.example", "mesh", True),
+        ("https://login.example", "another", False),
+        ("https://nobody.example", "mesh", False),
+    ):
+        token = JsonWebToken("", "ES256", "k", issuer, (audience,), {"exp": end, "sub": "someone", "scope": "tenant:read"})
+        if is_its_own:
+            assert read_claims(token, registered, datetime.now(UTC)).scopes == {"tenant:read"}
+        else:
+            with pytest.raises(Unauthenticated):
+                read_claims(token, registered, datetime.now(UTC))
+
+
 async def test_the_library_alone_drops_points_of_other_tenants() -> None:
     """Were a collection to answer with another tenant's points, none would be looked up."""
     # Only what judges the hits is under trial: neither store, index nor embedder is touched.
@@ -130,10 +186,11 @@ async def test_the_library_alone_drops_points_of_other_tenants() -> None:
 
 
 class Listening(q.PointsServicer):
-    """A vector store that remembers with which key it was asked."""
+    """A vector store that remembers with which key it was asked, and what it was given."""
 
     def __init__(self) -> None:
         self.keys: list[str] = []
+        self.points: list[Any] = []
 
     async def Query(self, request: Any, context: Any) -> Any:
         self.keys.append(dict(context.invocation_metadata())["api-key"])
@@ -141,6 +198,10 @@ class Listening(q.PointsServicer):
 
     async def Delete(self, request: Any, context: Any) -> Any:
         self.keys.append(dict(context.invocation_metadata())["api-key"])
+        return q.PointsOperationResponse()
+
+    async def Upsert(self, request: Any, context: Any) -> Any:
+        self.points += request.points
         return q.PointsOperationResponse()
 
 
@@ -158,7 +219,7 @@ async def listening() -> AsyncIterator[tuple[Listening, str]]:
 
 
 async def test_the_collections_token_alone_names_one_collection() -> None:
-    """Searches and writes carry a token for the tenant's own alias, never the key with every right."""
+    """Searches and writes carry a token for the tenant's own alias that ends within 300 s, never the key with every right."""
     tenant_id = TenantId(new_uuid7())
     async with listening() as (store, url):
         index = QdrantIndex(url, SecretStr(ADMIN_KEY), 3)
@@ -167,9 +228,21 @@ async def test_the_collections_token_alone_names_one_collection() -> None:
         await index.close()
     assert len(store.keys) == 2
     for key, access in zip(store.keys, ("r", "rw"), strict=True):
+        assert key != ADMIN_KEY
         payload = key.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
         assert claims["access"] == [{"collection": alias_name(tenant_id), "access": access}]
+        assert 0 < claims.get("exp", inf) - datetime.now(UTC).timestamp() <= 300
+
+
+async def test_each_point_is_written_with_its_own_tenant() -> None:
+    """What the library drops hits by is written with every point: the tenant whose call it was."""
+    tenant_id = TenantId(new_uuid7())
+    async with listening() as (store, url):
+        index = QdrantIndex(url, SecretStr(ADMIN_KEY), 3)
+        await index.upsert(tenant_id, new_uuid7(), [(uuid4(), "words", [0.1, 0.2, 0.3])] * 2)  # type: ignore[arg-type] # as above
+        await index.close()
+    assert [point.payload["tenant_id"].string_value for point in store.points] == [str(tenant_id)] * 2
 
 
 async def test_an_audit_record_needs_its_own_tenants_token(

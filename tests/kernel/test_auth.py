@@ -1,6 +1,7 @@
 """Who may come in, and what a stranger can do with stolen, forged or contradictory metadata: nothing."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -79,6 +80,16 @@ async def test_a_tenant_id_that_differs_from_the_proof_is_refused(mesh: Mesh) ->
     for proof in (SERVICE | {"x-tenant-context": mesh.tenant.token}, {"authorization": "Bearer key"}):
         error = await refusal(mesh, proof | other)
         assert (error.code, error.reason_name) == (grpc.StatusCode.PERMISSION_DENIED, "TENANT_MISMATCH")
+
+
+async def test_a_tenant_of_another_region_is_sent_to_its_cell(mesh: Mesh) -> None:
+    """Whoever proved it, a tenant whose data lives in another region is WRONG_CELL, with its region, before the method is run."""
+    mesh.resolver.known["key"] = replace(mesh.tenant, region="eu-west")
+    token = mesh.keys.token(mesh.tenant.tenant_id, region="eu-west")
+    for proof in (SERVICE | {"x-tenant-context": token}, {"authorization": "Bearer key"}):
+        error = await refusal(mesh, proof)
+        assert (error.code, error.reason_name) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_CELL")
+        assert error.metadata["region"] == "eu-west"
 
 
 async def test_a_caller_the_policy_does_not_list_is_refused(mesh: Mesh) -> None:

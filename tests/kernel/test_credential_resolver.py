@@ -155,6 +155,17 @@ async def test_each_named_host_and_path_is_its_own_question() -> None:
         assert asked == [("", ""), ("a.example", ""), ("a.example", "/t/a"), ("a.example", "/t/b")]
 
 
+async def test_each_address_and_reason_is_its_own_question() -> None:
+    """An answer for one address is not given for another, which may be outside of a key's networks, nor for another operator's reason."""
+    async with bench() as b:
+        for address, reason in (("", ""), ("192.0.2.7", ""), ("192.0.2.8", ""), ("192.0.2.8", "ticket 1"), ("192.0.2.8", "ticket 2")):
+            made = {"x-operator-reason": reason} if reason else {}
+            with Binding(enter_scope(RequestScope(metadata=made, peer_address=address))):
+                await b.resolver.resolve("key", None)
+        asked = [(request.peer_address, request.operator_reason) for request in b.mesh.authentication.requests]
+        assert asked == [("", ""), ("192.0.2.7", ""), ("192.0.2.8", ""), ("192.0.2.8", "ticket 1"), ("192.0.2.8", "ticket 2")]
+
+
 async def test_an_issuer_without_keys_is_no_outage_of_the_tenant_service() -> None:
     """A token nobody can check is refused as it is told, its last good answer ends, and no other credential lives on by it."""
 

@@ -129,6 +129,22 @@ async def test_a_place_is_asked_for_once(world: World, kind: PlacementKind) -> N
 
 
 @pytest.mark.parametrize("kind", OUTSIDE, ids=str)
+async def test_a_transaction_is_where_its_tenant_lives(world: World, kind: PlacementKind) -> None:
+    """Were there no place that refuses, a transaction would still be in the tenant's own schema or database, and not in the shared ones."""
+    tenant_id = TenantId(new_uuid7())
+    database = world.replicas[0].database
+    made = await world.places.make(tenant_id, kind)
+    async with database.transaction(tenant_id) as connection:
+        shared = await connection.fetchval("SELECT current_database()")
+    async with database.transaction_at(made.place, tenant_id, walled=False) as connection:
+        schema, entered = await connection.fetchrow("SELECT current_setting('search_path'), current_database()")
+    if kind is PlacementKind.BRIDGE:
+        assert (schema.partition(",")[0], entered) == (f"t_{tenant_id.hex}", shared)
+    else:
+        assert entered != shared
+
+
+@pytest.mark.parametrize("kind", OUTSIDE, ids=str)
 async def test_a_replica_that_remembers_the_pool_neither_reads_nor_writes_there(world: World, kind: PlacementKind) -> None:
     """After a move a replica with an old token and an old memory is refused by the pool and goes on at the new place, unnoticed."""
     tenant_id = await a_tenant(world)

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
@@ -146,6 +147,19 @@ async def test_durable_units_come_back_from_the_ledger(service: Service, redis_s
     assert (await refusal(tenant, "ai_interviews", 1, user="ada")).metadata["rule"] == "each"
     await tenant.consume("ai_interviews", 1, user="bob")
     await refusal(tenant, "ai_interviews", 1, user="bob")
+
+
+async def test_a_change_of_other_rules_forgets_no_volatile_use_and_refuses_nobody(service: Service) -> None:
+    """Rules of other windows are loaded from the ledger; what only the limits have counted goes on as it was."""
+    tenant = service.tenant_with(EXPORTS, INTERVIEWS)
+    await tenant.consume("exports", 2)
+    await tenant.consume("ai_interviews", 1)
+    told = rules.LimitRules(rules=[EXPORTS, INTERVIEWS, rule("interviews_a_day", "ai_interviews", "day", 9)])
+    tenant.context = service.peer.tenants.context(tenant.tenant_id, told, 2)
+    await tenant.consume("exports", 1)
+    assert (await refusal(tenant, "exports")).metadata["used"] == "3"
+    limits = await tenant.limits()
+    assert (limits["interviews"].used, limits["interviews_a_day"].used) == (1, 1)
 
 
 async def test_after_a_loss_a_volatile_rule_is_full_for_one_window_unless_it_is_open(service: Service, redis_server: RedisServer) -> None:

@@ -180,6 +180,18 @@ async def test_an_issuer_and_audience_speak_for_one_tenant_only(harness: Harness
         assert record["subject"] == f"jwt:{b.issuer.issuer_id}:user-1"
 
 
+async def test_a_registration_is_found_by_issuer_and_audience_together(harness: Harness) -> None:
+    """Were no claim compared afterwards, the issuer's name alone, or the audience's, would still find nobody's registration."""
+    find = "SELECT count(*) FROM tenant.find_issuer($1, $2::text[])"
+    async with bench(harness) as b:
+        for issuer, audience, found in (
+            (b.issuer.issuer, AUDIENCE, 1),
+            (b.issuer.issuer, "another", 0),
+            ("https://login.example/nobody", AUDIENCE, 0),
+        ):
+            assert await harness.value(find, issuer, [audience]) == found
+
+
 async def test_issuers_are_listed_and_a_removed_one_is_dead_at_the_next_question(harness: Harness) -> None:
     """Removal frees the pair, is recorded and announced; another tenant's issuer is as absent as one that never was."""
     other = await harness.create()

@@ -20,7 +20,7 @@ from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
 from mesh.tenant.v1 import api_key_service_pb2, domain_service_pb2, tenant_service_pb2
 from services.kernel.telemetry.logging import configure_logging
 from services.tenant.context_minting import ContextMinter, Grant, new_signing_seed, read_signing_key
-from tests.support.jwks import SigningKey, running_jwks, unsigned
+from tests.support.jwks import SigningKey, claims_of, running_jwks, unsigned
 from tests.tenant.harness import Harness, as_service, call, refusal, with_key
 from tests.tenant.token_bench import ALGORITHMS, AUDIENCE, INVALID, Bench, bench, proven, register, wish
 
@@ -152,6 +152,18 @@ async def test_a_key_is_used_for_nothing_but_what_it_is_for(harness: Harness, al
         server.keys = [key.public_jwk(**changes)]
         error = await refusal(register(harness, created.tenant.tenant_id, wish(server, key)))
         assert (error.code, error.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "jwks_uri")
+
+
+async def test_a_key_proves_with_the_registered_algorithm_alone(harness: Harness) -> None:
+    """A published key that names no algorithm could verify several: a token it signed with one that is not registered proves nothing."""
+    created, key = await harness.create(), SigningKey("RS256")
+    async with running_jwks(key) as server:
+        server.keys = [{name: value for name, value in key.public_jwk().items() if name != "alg"}]
+        issuer = await register(harness, created.tenant.tenant_id, wish(server, key))
+        claims = claims_of(issuer.issuer, AUDIENCE)
+        assert (await harness.authenticate(key.sign(claims))).context_token
+        key.algorithm = "PS256"
+        assert (await refusal(harness.authenticate(key.sign(claims)))).reason == INVALID
 
 
 async def test_a_new_key_is_found_and_an_old_one_dies_with_its_place_in_the_set(harness: Harness) -> None:

@@ -5,7 +5,7 @@ local now = store_time()
 if call('HEXISTS', meta, 'erased') == 1 then
   return { 'erased', now }
 end
-local m = current('epoch', 'nonce', 'nonce_us', 'version', 'families')
+local m = current('epoch', 'nonce', 'nonce_us', 'version', 'families', 'loaded_us')
 if m[1] and fit(m[5], m[4], ARGV[5], ARGV[4]) ~= 'others' then
   return { 'ready', now }
 end
@@ -17,5 +17,12 @@ if m[2] and now - tonumber(m[3]) < tonumber(ARGV[2]) then
 end
 call('DEL', meta)
 call('HSET', meta, 'history', current_history(), 'nonce', ARGV[1], 'nonce_us', integer(now))
+if m[1] then
+  -- Only the rules are others: what is counted here and nowhere else is still known.
+  call('HSET', meta, 'known', '1')
+  if m[6] then
+    call('HSET', meta, 'loaded_us', m[6])
+  end
+end
 call('PEXPIRE', meta, ARGV[3])
 return { 'begun', now }

@@ -1,8 +1,9 @@
 -- Loads one part of a snapshot of the ledger, if it answers the last request. Until the last part there is no epoch, so nothing reads what lies
 -- here: parts keep the store free for others and the whole still appears at once.
--- ARGV: nonce, epoch, lease, number of this part from 0, 1 if it is the last, version and families of the configuration, how many sums, sums, calls.
+-- ARGV: nonce, epoch, lease, number of this part from 0, 1 if it is the last, version and families of the configuration, stems of counters that
+-- only this store has, how many sums, sums, calls.
 -- A sum is a counter's name and its value; a call is an id and its record with its charges, in the order of their times. Answers 1 when loaded, 0 when another request was made since, or the request is of another history.
-local m = current('epoch', 'nonce', 'loaded_parts')
+local m = current('epoch', 'nonce', 'loaded_parts', 'known')
 if m[1] or m[2] ~= ARGV[1] then
   return 0
 end
@@ -12,13 +13,34 @@ if part ~= expected then
   return part < expected and 1 or 0
 end
 local now = store_time()
-local lease_us, sums = tonumber(ARGV[3]), tonumber(ARGV[8])
+local lease_us, sums, known = tonumber(ARGV[3]), tonumber(ARGV[9]), m[4] == '1'
+
+-- Everything goes that the snapshot brings anew; where only the rules are others, what no ledger has stays.
+local function clear()
+  call('DEL', reservations, leases, ended)
+  local gone = {}
+  for _, name in ipairs(known and call('HKEYS', counters) or {}) do
+    local stays = false
+    for _, stem in ipairs(cmsgpack.unpack(ARGV[8])) do
+      stays = stays or name == stem or string.sub(name, 1, #stem + 1) == stem .. ':'
+    end
+    if not stays then
+      gone[#gone + 1] = name
+    end
+  end
+  if known then
+    in_chunks('HDEL', counters, gone)
+  else
+    call('DEL', counters)
+  end
+end
+
 if part == 0 then
-  call('DEL', reservations, leases, counters, ended)
+  clear()
 end
 call('HSET', meta, 'loaded_parts', part + 1)
-local last_sum = 8 + 2 * sums
-for i = 9, last_sum, 2 do
+local last_sum = 9 + 2 * sums
+for i = 10, last_sum, 2 do
   call('HINCRBY', counters, ARGV[i], ARGV[i + 1])
 end
 local records, wanted = {}, {}
@@ -62,9 +84,9 @@ if ARGV[5] ~= '1' then
   idle_rest()
   return 1
 end
-call('HDEL', meta, 'nonce', 'nonce_us', 'loaded_parts')
+call('HDEL', meta, 'nonce', 'nonce_us', 'loaded_parts', 'known')
 call('HSET', meta, 'epoch', ARGV[2], 'version', ARGV[6], 'families', ARGV[7])
-if tonumber(ARGV[2]) > 1 then
+if tonumber(ARGV[2]) > 1 and not known then
   -- Not the first time: what the ledger does not have is gone.
   call('HSET', meta, 'loaded_us', integer(now))
 end
