@@ -174,6 +174,25 @@ CASES: Mapping[str, Case] = {
     },
     "/mesh.ratelimit.v1.RateLimitService/Check": lambda ids: {"amounts": {"tokens": 10, "cost_nano_usd": 1000}},
     "/mesh.ratelimit.v1.RateLimitService/ListLimits": _nothing,
+    "/mesh.ratelimit.v1.RateLimitService/ReserveBatch": lambda ids: {
+        "items": [
+            {
+                "context_token": "forged",
+                "request": {"reservation_id": ids.reservation_id, "amounts": {"tokens": 10, "cost_nano_usd": 1000}},
+            }
+        ]
+    },
+    "/mesh.ratelimit.v1.RateLimitService/Extend": lambda ids: {
+        "reservation_id": ids.reservation_id,
+        "epoch": 1,
+        "amounts": {"tokens": 5_000_000, "cost_nano_usd": 10**12},
+    },
+    "/mesh.ratelimit.v1.RateLimitService/Consume": lambda ids: {
+        "consumption_id": str(new_uuid7()),
+        "product_unit": "ai_interviews",
+        "quantity": 1_000_000,
+        "user": TAMPERED,
+    },
     # Would have the victim kept out.
     "/mesh.ratelimit.v1.RateLimitService/ReportAbuse": lambda ids: {
         "reports": [{"tenant_id": ids.tenant_id.bytes, "auth_failures": 1_000_000}]

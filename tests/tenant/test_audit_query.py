@@ -186,7 +186,7 @@ async def test_a_service_records_its_own_kinds_of_things(harness: Harness, calle
     assert {"DOCUMENTS_READ", action}.isdisjoint({entry.action for entry in found})
 
 
-@pytest.mark.parametrize("caller", ["ratelimit", "metering"])
+@pytest.mark.parametrize("caller", ["metering"])
 async def test_a_service_that_sees_nothing_records_nothing(harness: Harness, caller: str) -> None:
     """Services without a kind of record of their own may not call the method at all."""
     created = await harness.create()

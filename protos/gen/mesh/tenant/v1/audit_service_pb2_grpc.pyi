@@ -27,7 +27,8 @@ class AuditServiceStub:
     RecordAudit: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.RecordAuditRequest, _audit_service_pb2.RecordAuditResponse]
     """Adds what services saw happen. A batch over tenants; each item proves its tenant by a context token that was valid when it happened.
     Each item is answered by itself. Repeating an item by its audit id is a no-op with the same answer. A service records its own kinds of
-    things alone: inference DOCUMENTS_READ and CALL_ENDED, retrieval DOCUMENTS_READ. A batch with another is refused whole,
+    things alone: inference DOCUMENTS_READ and CALL_ENDED, retrieval DOCUMENTS_READ, ratelimit
+    ABUSE_GUARD_LIFTED. A batch with another is refused whole,
     PERMISSION_DENIED `CALLER_NOT_ALLOWED` with {"field": "items[0].action"}; one with a time out of range INVALID_ARGUMENT.
     """
 
@@ -68,7 +69,8 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_audit_service_pb2.RecordAuditResponse]:
         """Adds what services saw happen. A batch over tenants; each item proves its tenant by a context token that was valid when it happened.
         Each item is answered by itself. Repeating an item by its audit id is a no-op with the same answer. A service records its own kinds of
-        things alone: inference DOCUMENTS_READ and CALL_ENDED, retrieval DOCUMENTS_READ. A batch with another is refused whole,
+        things alone: inference DOCUMENTS_READ and CALL_ENDED, retrieval DOCUMENTS_READ, ratelimit
+        ABUSE_GUARD_LIFTED. A batch with another is refused whole,
         PERMISSION_DENIED `CALLER_NOT_ALLOWED` with {"field": "items[0].action"}; one with a time out of range INVALID_ARGUMENT.
         """
 
