@@ -29,8 +29,8 @@ _WHOSE = {Scope.TENANT: "", Scope.USER: " of this user", Scope.FEATURE: " of thi
 class Refusal:
     """The rule that frees last. `frees_us` is None when waiting does not help.
 
-    `may_wait`: every rule in the way lets a caller wait for its turn; `for_holds`: holds that
-    come back may help, which no clock tells, though never before `clock_us`.
+    `may_wait`: every rule in the way lets a caller wait for its turn; `for_holds`: for holds that
+    come back, which no clock tells. `holds_help`: what comes back may let it in sooner than its clock, though never before `clock_us`.
     `place`: where a caller that may wait stands.
     """
 
@@ -40,6 +40,7 @@ class Refusal:
     frees_us: int | None
     may_wait: bool = False
     for_holds: bool = False
+    holds_help: bool = False
     clock_us: int = 0
     place: Place | None = None
 
@@ -110,9 +111,12 @@ def refusal(plan: Plan, answer: Answer, demand: Demand) -> Refusal | None:
     rules = [item.status.rule for item in found]
     may_wait = binding.frees_us is not None and all(rule.waits or rule.window in (Window.SLIDING, Window.RUNNING) for rule in rules)
     by_clock = [item.frees_us for item in found if item.frees_us is not None and item.status.rule.unit not in _HELD_UNITS]
-    for_holds = may_wait and len(by_clock) < len(found)
+    for_holds = may_wait and any(rule.window is not Window.SLIDING for rule in rules)
+    holds_help = may_wait and len(by_clock) < len(found)
     clock_us = max(by_clock, default=answer.now_us)
-    return Refusal(binding.status, binding.needed, binding.now_us, binding.frees_us, may_wait, for_holds, clock_us, answer.place)
+    return Refusal(
+        binding.status, binding.needed, binding.now_us, binding.frees_us, may_wait, for_holds, holds_help, clock_us, answer.place
+    )
 
 
 def shadow_refusals(plan: Plan, answer: Answer, demand: Demand) -> list[Refusal]:

@@ -210,7 +210,7 @@ def _pause_of(refusal: Refusal, left_seconds: float) -> Pause | None:
     # What runs ends by no clock: the time a refusal names for it is a guess.
     times = [] if refusal.status.rule.window is Window.RUNNING else [frees_us]
     latest_us = place.now_us + int(left_seconds * SECOND_US)
-    if refusal.for_holds and (place.returns_us or place.expired_holds) and refusal.clock_us <= latest_us:
+    if refusal.holds_help and (place.returns_us or place.expired_holds) and refusal.clock_us <= latest_us:
         # A hold whose caller died comes back by itself.
         times += [place.returns_us] if place.returns_us else []
     elif not times or frees_us > latest_us:

@@ -105,7 +105,7 @@ async def test_amounts_must_hold_the_output_they_are_shortened_by(
     tenant = service.tenant_with(rule("tokens", "tokens", "day", 10, near_edge=SHORTEN))
     error = await refused(tenant, *amounts, shorten=short)
     assert (error.code.name, error.metadata["field"]) == ("INVALID_ARGUMENT", field)
-    assert await tenant.store.dump() == [None] * 5
+    assert set(await tenant.store.dump()) == {None}
 
 
 async def test_a_stream_is_extended_under_every_rule_or_not_at_all(service: Service) -> None:

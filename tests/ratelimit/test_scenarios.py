@@ -248,4 +248,4 @@ async def test_what_breaks_the_contract_reaches_no_counter(service: Service, fie
     with pytest.raises(MeshError) as caught:
         await tenant.reserve(**fields)  # type: ignore[arg-type] # fields of the message
     assert caught.value.code.name == code
-    assert await tenant.store.dump() == [None] * 5
+    assert set(await tenant.store.dump()) == {None}
