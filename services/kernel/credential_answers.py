@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
 
-# SHA-256 of the credential, the claimed tenant, the caller's address and the operator's reason.
+# SHA-256 of the credential, the claimed tenant, the caller's address, the operator's reason, and the host and path named beside it.
 CacheKey = tuple[bytes, TenantId | None, str, str, str, str]
+_HOST = 4
+# The kind of a change that says whose a host is.
+_DOMAIN = "DOMAIN"
 
 _OVERTAKEN_CAPACITY = 10_000
 
@@ -33,6 +36,7 @@ class CredentialAnswers:
         # Whose answers were forgotten when, for questions that are still under way.
         self._forgotten: dict[TenantId, int] = {}
         self._all_forgotten = 0
+        self._hosts_forgotten = 0
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -51,7 +55,7 @@ class CredentialAnswers:
         tenant_id = answer.context.tenant_id
         forgotten = 0 if tenant_id is None else self._forgotten.get(tenant_id, 0)
         self.drop(key)
-        if max(forgotten, self._all_forgotten) > heard:
+        if max(forgotten, self._all_forgotten, self._hosts_forgotten if key[_HOST] else 0) > heard:
             return False
         self._answers[key] = answer
         self._keys_of.setdefault(tenant_id, set()).add(key)
@@ -71,7 +75,7 @@ class CredentialAnswers:
             del self._keys_of[tenant_id]
 
     def forget(self, tenant_id: TenantId | None, kind: str) -> None:
-        """Forgets every answer of a tenant, or of everybody, whatever it was that changed."""
+        """Forgets every answer of a tenant, or of everybody, whatever it was that changed; with its domains, of whoever came by a host."""
         self._heard += 1
         if tenant_id is None or len(self._forgotten) >= _OVERTAKEN_CAPACITY:
             self._all_forgotten = self._heard
@@ -82,6 +86,14 @@ class CredentialAnswers:
             return
         self._forgotten[tenant_id] = self._heard
         for key in list(self._keys_of.get(tenant_id, ())):
+            self.drop(key)
+        if kind == _DOMAIN:
+            self._forget_hosts()
+
+    def _forget_hosts(self) -> None:
+        # A host that was nobody's claimed nothing, whoever came by it; it is this tenant's now, and must agree with the credential.
+        self._hosts_forgotten = self._heard
+        for key in [key for key in self._answers if key[_HOST]]:
             self.drop(key)
 
     def nothing_is_asked(self) -> None:

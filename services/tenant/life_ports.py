@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Protocol
+from uuid import UUID
 
 from services.kernel.ids import TenantId
 from services.tenant.placement import PlacementWish, Refusal, never
@@ -14,8 +15,8 @@ class PlaceKeeper(Protocol):
         """Refuses a wish that could not be fulfilled, before anything is recorded. Raises: InvalidRequest, WrongState, Unavailable."""
         ...
 
-    async def settle(self, tenant_id: TenantId, wish: PlacementWish, refuse_unwanted: Refusal = never) -> None:
-        """Makes the tenant's schema or database, empty. Raises: MeshError."""
+    async def settle(self, tenant_id: TenantId, wish: PlacementWish, lease: UUID, refuse_unwanted: Refusal = never) -> None:
+        """Makes the tenant's schema or database, empty. Raises: MeshError, LeaseLost unless that is still the creation's."""
         ...
 
     async def drop(self, tenant_id: TenantId) -> Sequence[str]:

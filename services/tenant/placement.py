@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
+from uuid import UUID
 
 from services.kernel.errors import InvalidRequest, WrongState
 from services.kernel.ids import TenantId
@@ -114,8 +115,11 @@ class PlacementStore(Protocol):
         """
         ...
 
-    async def settle(self, tenant_id: TenantId, place: StoredPlace) -> StoredPlace:
-        """Writes a new tenant's place unless it has one, and returns the one it has; what tokens say of it changes with it."""
+    async def settle(self, tenant_id: TenantId, place: StoredPlace, lease: UUID | None) -> StoredPlace:
+        """Writes a new tenant's place unless it has one, and returns the one it has; what tokens say of it changes with it.
+
+        With a lease it raises LeaseLost, and writes nothing, unless that is still the creation's.
+        """
         ...
 
 
@@ -186,12 +190,12 @@ class Placements:
             case _:
                 pass
 
-    async def settle(self, tenant_id: TenantId, wish: PlacementWish, refuse_unwanted: Refusal = never) -> None:
+    async def settle(self, tenant_id: TenantId, wish: PlacementWish, lease: UUID, refuse_unwanted: Refusal = never) -> None:
         """Gives a new tenant its place, empty: each service makes its own tables in it. Idempotent."""
         if wish.kind is PlacementKind.POOL:
             return
         # Written before it is made: a crash in between leaves the passwords known, and the next run makes the rest with them.
-        place = await self._store.settle(tenant_id, self.planned(tenant_id, wish))
+        place = await self._store.settle(tenant_id, self.planned(tenant_id, wish), lease)
         await self.make(tenant_id, place, refuse_unwanted)
 
     def planned(self, tenant_id: TenantId, wish: PlacementWish) -> StoredPlace:

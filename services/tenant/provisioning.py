@@ -203,7 +203,7 @@ class ProvisioningPlan:
             case Step.RECORDED:
                 await self._store.finish_step(tenant_id, Step.RECORDED, lease)
             case Step.PLACEMENT:
-                await self._places.settle(tenant_id, await self._seal.open(saga), lambda: self._store.hold(tenant_id, lease))
+                await self._places.settle(tenant_id, await self._seal.open(saga), lease, lambda: self._store.hold(tenant_id, lease))
                 await self._store.finish_step(tenant_id, Step.PLACEMENT, lease)
             case Step.DEFAULTS:
                 await self._store.write_defaults(tenant_id, wish.assistant_name or DEFAULT_ASSISTANT_NAME, Step.DEFAULTS, lease)

@@ -273,9 +273,16 @@ _REMEMBERED = (
     one(
         "an answer that a change overtook is remembered",
         _ANSWERS,
-        "        if max(forgotten, self._all_forgotten) > heard:\n",
-        "        if max(forgotten, self._all_forgotten) < 0:\n",
+        "        if max(forgotten, self._all_forgotten, self._hosts_forgotten if key[_HOST] else 0) > heard:\n",
+        "        if max(forgotten, self._all_forgotten, self._hosts_forgotten if key[_HOST] else 0) < 0:\n",
         f"{FEED}::test_an_answer_that_a_change_overtook_is_not_believed",
+    ),
+    one(
+        "a host goes on naming nobody once it is another tenant's",
+        _ANSWERS,
+        "        if kind == _DOMAIN:\n",
+        "        if kind is None:\n",
+        f"{FEED}::test_a_domain_given_to_another_tenant_ends_the_trust_in_who_came_by_a_host",
     ),
     one(
         "an operator's answer is remembered as a tenant's",

@@ -144,9 +144,11 @@ class Authentication(auth_grpc.AuthenticationServiceServicer):
         while (message := await queue.get()) is not None:
             yield message
 
-    def tell(self, change_id: int, *changed: TenantId, forget_everything: bool = False, read_age_seconds: float = 0.0) -> None:
+    def tell(
+        self, change_id: int, *changed: TenantId, forget_everything: bool = False, read_age_seconds: float = 0.0, kind: str = "KEY"
+    ) -> None:
         """Sends the newest watcher a message."""
-        changes = [auth_pb.Change(change_id=change_id, tenant_id=tenant.bytes, kind="KEY") for tenant in changed]
+        changes = [auth_pb.Change(change_id=change_id, tenant_id=tenant.bytes, kind=kind) for tenant in changed]
         message = auth_pb.WatchChangesResponse(change_id=change_id, changes=changes, forget_everything=forget_everything)
         message.read_age.FromNanoseconds(int(read_age_seconds * 1e9))
         self.watchers[-1].put_nowait(message)

@@ -16,6 +16,7 @@ from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import RemoteContextKeySource, RemoteCredentialResolver
 from services.kernel.errors import MeshError, Unauthenticated, Unavailable
 from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.request_context import Binding, RequestScope, enter_scope
 from tests.kernel.mesh import Mesh, running_mesh
 from tests.kernel.test_change_feed import NO_TENANT, UNIMPLEMENTED, FeedBench
 
@@ -61,10 +62,10 @@ class Bench(FeedBench):
         tenant = self.a if request.credential == "a" else self.b
         return self.service.keys.token(tenant, now=self.now(), lifetime=self.lifetime)
 
-    async def hear(self, *changed: TenantId) -> None:
+    async def hear(self, *changed: TenantId, kind: str = "KEY") -> None:
         """Lets the feed hear a message and waits until it has."""
         self._told_up_to += 1
-        self.service.tell(self._told_up_to, *changed)
+        self.service.tell(self._told_up_to, *changed, kind=kind)
         await self.has_heard(self._told_up_to)
         assert self.feed.is_fresh
 
@@ -189,6 +190,39 @@ async def test_an_answer_is_kept_through_a_change_of_another_tenant() -> None:
             go.set()
         assert await b.resolver.resolve("a", None) == first.result()
         assert b.asked == 1
+
+
+async def test_a_domain_given_to_another_tenant_ends_the_trust_in_who_came_by_a_host() -> None:
+    """A host that was nobody's may be another tenant's now: whoever came by one is asked about again, and nobody who named none."""
+    async with bench() as b:
+        by_host = {"x-tenant-host": "help.b.example"}
+        with Binding(enter_scope(RequestScope(metadata=by_host))):
+            await b.resolver.resolve("a", None)
+        await b.resolver.resolve("a", None)
+        await b.hear(b.b)
+        assert b.asked == 2
+        await b.hear(b.b, kind="DOMAIN")
+        await b.resolver.resolve("a", None)
+        assert b.asked == 2
+        b.service.answer = revoked
+        with Binding(enter_scope(RequestScope(metadata=by_host))):
+            assert await b.refusal("a") == "CREDENTIAL_INVALID"
+
+
+async def test_an_answer_by_a_host_that_another_tenants_domain_overtook_is_not_believed() -> None:
+    """Asked before the domain was another's and arriving after it, an answer for a host is asked for again."""
+    async with bench() as b:
+
+        async def overtaken(request: auth_pb.AuthenticateRequest) -> str:
+            token = await b.valid(request)
+            b.service.answer = revoked
+            await b.hear(b.b, kind="DOMAIN")
+            return token
+
+        b.service.answer = overtaken
+        with Binding(enter_scope(RequestScope(metadata={"x-tenant-host": "help.b.example"}))):
+            assert await b.refusal("a") == "CREDENTIAL_INVALID"
+        assert b.asked == 2
 
 
 async def test_an_unending_stream_of_changes_is_no_endless_question() -> None:

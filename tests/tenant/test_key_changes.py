@@ -149,3 +149,15 @@ async def test_a_bad_change_is_refused_by_its_field(harness: Harness, paths: Seq
     error = await refusal(call(harness.keys.UpdateApiKey, request, with_key(created.api_key)))
     assert (error.code, error.field_violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
     assert made.key in (await listed(harness, created.api_key)).keys
+
+
+async def test_a_key_that_ends_with_the_calendar_is_rotated(harness: Harness) -> None:
+    """The successor of a key that was made, or changed, to live to the end of the year 9999 does not outlive it, and is no fault."""
+    created = await harness.create()
+    last = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+    made = await make_key(harness, created.api_key)
+    await change(harness, with_key(created.api_key), made.key.key_id, expire_time=last)
+    # As if made a year ago: a life counted from now ends after the calendar.
+    await harness.execute("UPDATE tenant.api_keys SET create_time = now() - interval '1 year' WHERE key_id = $1", made.key.key_id)
+    answer = await rotate(harness, with_key(created.api_key), made.key.key_id)
+    assert answer.key.expire_time.ToDatetime(tzinfo=UTC) == last

@@ -31,6 +31,7 @@ from services.tenant.adapters.store_probe import StoreProbe
 from services.tenant.app.parts import build_parts
 from services.tenant.key_management import parse_master_keys
 from services.tenant.placement import CONTENT_SERVICES, Placements, PlacementWish, SiloStores, StoredPlace, refuse_malformed
+from services.tenant.saga import LeaseLost
 from services.tenant.tenant_wish import TenantWish
 from tests.support.places import KnownPlaces
 from tests.support.stores import PostgresStore
@@ -251,6 +252,20 @@ def test_a_wish_hides_its_secrets_and_counts_them() -> None:
     assert made.digest() == hashlib.sha256(json.dumps(before, sort_keys=True, separators=(",", ":")).encode()).digest()
 
 
+async def test_a_place_is_not_written_behind_a_lost_lease(harness: Harness) -> None:
+    """Who slept through the lease while another ended the creation writes no place, tells no token of it and announces nothing."""
+    created = await harness.create()
+    tenant_id, feed = TenantId(UUID(created.tenant.tenant_id)), "SELECT count(*) FROM tenant.changes WHERE tenant_id = $1"
+    told = await harness.value(feed, tenant_id)
+    async with AsyncExitStack() as stack:
+        parts = await build_parts(harness.settings, stack)
+        with pytest.raises(LeaseLost):
+            await PostgresPlacements(parts.database, parts.box).settle(tenant_id, StoredPlace(PlacementKind.BRIDGE), uuid4())
+    assert await harness.value("SELECT count(*) FROM tenant.placements WHERE tenant_id = $1", tenant_id) == 0
+    assert await harness.value("SELECT placement FROM tenant.tenants WHERE tenant_id = $1", tenant_id) == "pool"
+    assert await harness.value(feed, tenant_id) == told
+
+
 async def test_addresses_are_sealed_in_the_database(harness: Harness) -> None:
     """A silo's DSNs do not stand in the table; they open for their own tenant and under their own key alone, while there is one."""
     created, bystander = await harness.create(), await harness.create()
@@ -260,7 +275,7 @@ async def test_addresses_are_sealed_in_the_database(harness: Harness) -> None:
     async with AsyncExitStack() as stack:
         parts = await build_parts(harness.settings, stack)
         placements = PostgresPlacements(parts.database, parts.box)
-        await placements.settle(tenant_id, place)
+        await placements.settle(tenant_id, place, None)
         sealed = await harness.value("SELECT stores FROM tenant.placements WHERE tenant_id = $1", tenant_id)
         assert b"secret" not in sealed
         found = await placements.get(tenant_id)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -25,6 +26,7 @@ from services.tenant.saga import SagaEngine, SagaKind
 from services.tenant.tenant_wish import TenantWish
 from services.tenant.wish_seal import WishSeal
 from tests.tenant.harness import PEERS, Harness, as_service, call, refusal, taken_apart, wish, with_key
+from tests.tenant.test_key_changes import change
 
 ACTOR = Actor("operator:test", "test", "")
 TENANTS_OF_REQUEST = "SELECT count(*) FROM tenant.provisioning WHERE request_id = $1"
@@ -300,6 +302,18 @@ async def test_a_revoked_first_key_is_not_replaced_by_a_repeat(harness: Harness)
     await call(harness.keys.RevokeApiKey, api_key_service_pb2.RevokeApiKeyRequest(key_id=key_id), operator)
     assert (await call(harness.tenants.CreateTenant, request, harness.as_operator())).api_key == ""
     assert await harness.value(LIVE_KEYS, UUID(first.tenant.tenant_id)) == 0
+
+
+async def test_a_first_key_that_was_given_an_end_or_networks_is_not_replaced_by_a_repeat(harness: Harness) -> None:
+    """What was narrowed stays narrow, and what ended stays dead: repeating the creation hands nobody a key without end and networks."""
+    for narrowed in ({"expire_time": datetime.now(UTC) + timedelta(hours=1)}, {"allowed_cidrs": ["10.0.0.0/8"]}):
+        request = wish()
+        first = await call(harness.tenants.CreateTenant, request, harness.as_operator())
+        tenant_id = first.tenant.tenant_id
+        await change(harness, harness.as_operator(tenant_id), taken_apart(first.api_key).key_id, **narrowed)
+        again = await call(harness.tenants.CreateTenant, request, harness.as_operator())
+        assert (again.tenant, again.api_key) == (first.tenant, "")
+        assert await harness.value("SELECT count(*) FROM tenant.api_keys WHERE tenant_id = $1", UUID(tenant_id)) == 1
 
 
 async def test_an_unknown_plan_is_not_found_and_writes_nothing(harness: Harness) -> None:

@@ -54,12 +54,14 @@ SELECT s.key_id, s.rotation_digest, o.key_id AS replaced_key_id
 FROM tenant.api_keys s JOIN tenant.api_keys o ON o.tenant_id = s.tenant_id AND o.replaced_by = s.key_id
 WHERE s.tenant_id = $1 AND s.rotation_request_id = $2
 """
-# As long as the old key was made to live, from now.
+# As long as the old key was made to live, from now; to the last second that a timestamp on the wire has, and for ever without an end.
 INSERT_SUCCESSOR = """
 INSERT INTO tenant.api_keys (
     tenant_id, key_id, secret_sha256, display_name, scopes, expire_time, allowed_cidrs, rotation_request_id, rotation_digest
 )
-SELECT tenant_id, $3, $4, display_name, scopes, clock_timestamp() + (expire_time - create_time), allowed_cidrs, $5, $6
+SELECT tenant_id, $3, $4, display_name, scopes,
+       CASE WHEN expire_time IS NOT NULL THEN least(clock_timestamp() + (expire_time - create_time), '9999-12-31 23:59:59+00') END,
+       allowed_cidrs, $5, $6
 FROM tenant.api_keys WHERE tenant_id = $1 AND key_id = $2
 """
 # least() passes over NULL: a key without an end of its own gets the overlap's.

@@ -1,12 +1,15 @@
 """Placements in the tenant service's own tables, with their addresses sealed for the tenant they belong to."""
 
 import json
+from uuid import UUID
 
 from services.kernel.ids import TenantId
 from services.kernel.placement import PlacementKind
 from services.kernel.tenant_database import TenantDatabase
 from services.tenant.adapters.postgres_secrets import PLACEMENT_PURPOSE, lock_secrets
+from services.tenant.adapters.saga_steps import require_lease
 from services.tenant.placement import POOLED, Placement, SiloStores, StoredPlace
+from services.tenant.saga import SagaKind
 from services.tenant.secret_box import SecretBox
 
 SELECT_PLACEMENT = """
@@ -47,9 +50,11 @@ class PostgresPlacements:
             update_time=row["update_time"],
         )
 
-    async def settle(self, tenant_id: TenantId, place: StoredPlace) -> StoredPlace:
-        """Writes the place unless there is one, and what tokens say."""
+    async def settle(self, tenant_id: TenantId, place: StoredPlace, lease: UUID | None) -> StoredPlace:
+        """Writes the place unless there is one, and what tokens say. Raises: LeaseLost."""
         async with self._database.transaction(tenant_id) as connection:
+            if lease is not None:
+                await require_lease(connection, tenant_id, SagaKind.PROVISION, lease)
             await lock_secrets(connection, tenant_id)
             sealed = await self.seal(tenant_id, place)
             await connection.execute(LOCK_TENANT, tenant_id)

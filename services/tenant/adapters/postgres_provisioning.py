@@ -40,9 +40,10 @@ INSERT_OWNER = """
 INSERT INTO tenant.users (tenant_id, email, role) SELECT $1, $2, 'OWNER'
 WHERE NOT EXISTS (SELECT FROM tenant.users WHERE tenant_id = $1 AND role = 'OWNER')
 """
+# A first key is made without end and networks: one that has them was taken in hand, and one in its place would undo that.
 REVOKE_UNUSED_KEY = """
 UPDATE tenant.api_keys SET revoke_time = clock_timestamp()
-WHERE tenant_id = $1 AND key_id = $2 AND revoke_time IS NULL AND last_use_time IS NULL
+WHERE tenant_id = $1 AND key_id = $2 AND revoke_time IS NULL AND last_use_time IS NULL AND expire_time IS NULL AND allowed_cidrs = '{}'
 RETURNING key_id
 """
 INSERT_DIRECTORY = "INSERT INTO tenant.api_key_directory (tenant_id, key_id) VALUES ($1, $2)"

@@ -236,7 +236,9 @@ class CreateTenantResponse(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     API_KEY_FIELD_NUMBER: _builtins.int
     api_key: _builtins.str
-    """The first API key, with every tenant scope; shown only here. A repeated call replaces the key while it was never used, and is empty afterwards."""
+    """The first API key, with every tenant scope; shown only here. A repeated call replaces the key while it was never used and has neither an end
+    nor networks, and is empty otherwise.
+    """
     @_builtins.property
     def tenant(self) -> Global___Tenant:
         """The tenant, ACTIVE."""
