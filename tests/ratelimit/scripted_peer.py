@@ -109,7 +109,7 @@ class ScriptedLedger(ledger_service_pb2_grpc.LedgerServiceServicer):
         if known is not None and known.state == ledger.CALL_STATE_VOID:
             return ledger.RECORD_UNITS_OUTCOME_ENDED
         if known is not None:
-            same = (known.product_unit, known.quantity) == (item.product_unit, item.quantity)
+            same = (known.product_unit, known.quantity, known.user, known.feature) == (item.product_unit, item.quantity, item.user, item.feature)
             return ledger.RECORD_UNITS_OUTCOME_RECORDED if same else ledger.RECORD_UNITS_OUTCOME_CONFLICT
         if item.epoch < tenant.epoch:
             return ledger.RECORD_UNITS_OUTCOME_STALE_EPOCH

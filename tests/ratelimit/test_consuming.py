@@ -55,6 +55,32 @@ async def test_a_repeated_use_is_used_once(service: Service) -> None:
     assert {name: status.used for name, status in (await tenant.limits()).items()} == {"interviews": 2, "exports": 2}
 
 
+@pytest.mark.parametrize("unit", ["ai_interviews", "exports"])
+async def test_a_use_repeated_for_somebody_else_takes_nothing_back(service: Service, unit: str) -> None:
+    """An id is one use of one user and feature: for another it is a conflict, whether its commit has come or not, and the use stays counted."""
+    tenant = service.tenant_with(INTERVIEWS, EXPORTS)
+    consumption_id = new_uuid7()
+    await tenant.consume(unit, 2, id=consumption_id, user="ada", feature="chat")
+    for others in ({"user": "bob", "feature": "chat"}, {"user": "ada", "feature": "search"}, {}):
+        assert (await refusal(tenant, unit, 2, id=consumption_id, **others)).reason_name == "CONTENT_CONFLICT"
+    assert await tenant.settled(consumption_id, 0) == messages.COMMIT_OUTCOME_DONE
+    assert (await refusal(tenant, unit, 2, id=consumption_id, user="bob")).reason_name == "CONTENT_CONFLICT"
+    assert {status.used for name, status in (await tenant.limits()).items() if unit.endswith(name)} == {2}
+
+
+async def test_a_use_that_waits_for_its_commit_is_no_running_call(service: Service) -> None:
+    """Calls that run are calls: however many uses the ledger has just been told of, a call finds its slot free."""
+    tenant = service.tenant_with(INTERVIEWS, rule("running", "running", "running", 1), rule("each", "running", "running", 1, "user"))
+    await tenant.consume("ai_interviews", user="ada")
+    await tenant.consume("ai_interviews", user="ada")
+    assert (await tenant.limits(user="ada"))["running"].used == 0
+    await tenant.reserve(user="ada")
+    assert {name: status.used for name, status in (await tenant.limits(user="ada")).items() if name != "interviews"} == {
+        "running": 1,
+        "each": 1,
+    }
+
+
 async def test_a_use_that_was_recorded_long_ago_is_still_known(service: Service) -> None:
     """Idempotency lasts as long as the ledger: the limits have forgotten it, the ledger has not, and nothing more is used."""
     tenant = service.tenant_with(INTERVIEWS)
