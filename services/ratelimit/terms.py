@@ -89,9 +89,9 @@ class Terms:
         return tuple(family for family in self.families if family.product_unit == product_unit)
 
     @property
-    def volatile_stems(self) -> tuple[str, ...]:
-        """What the names of counters begin with that no ledger has."""
-        return tuple(family.stem for family in self.families if family.product_unit and not self.is_durable(family.product_unit))
+    def unit_stems(self) -> tuple[str, ...]:
+        """What the names of units' windows begin with: no ledger may have all that is in them."""
+        return tuple(family.stem for family in self.families if family.product_unit and family.window is Window.SLIDING)
 
     def counted_periods(self, now_us: int) -> dict[CountedPeriod, list[Family]]:
         """What the ledger must add up as of `now_us`, and for which families: the period before, this one and the next."""

@@ -188,6 +188,22 @@ async def test_a_change_of_other_rules_forgets_no_volatile_use_and_refuses_nobod
     assert (limits["interviews"].used, limits["interviews_a_day"].used) == (1, 1)
 
 
+async def test_a_rule_that_makes_a_unit_durable_and_goes_again_gives_nothing_back(service: Service) -> None:
+    """Whoever adds and removes rules of a unit in turn gets no more of it: a window holds what was used, whoever has it, once."""
+    tenant = service.tenant_with(EXPORTS)
+    await tenant.consume("exports", 1)
+    with_day = [EXPORTS, rule("exports_a_day", "exports", "day", 9), rule("exports_in_30_s", "exports", 30, 9)]
+    for version, (told, used) in enumerate([(with_day, 1), ([EXPORTS], 2), (with_day, 2), ([EXPORTS], 2)], 2):
+        tenant.context = service.peer.tenants.context(tenant.tenant_id, rules.LimitRules(rules=told), version)
+        assert (await tenant.limits())["exports"].used == used
+        if version == 2:
+            recorded = new_uuid7()
+            await tenant.consume("exports", 1, id=recorded)
+            await tenant.settled(recorded, 0)
+    await tenant.consume("exports", 1)
+    assert (await refusal(tenant, "exports")).metadata["used"] == "3"
+
+
 async def test_after_a_loss_a_volatile_rule_is_full_for_one_window_unless_it_is_open(service: Service, redis_server: RedisServer) -> None:
     """Nobody knows what was used: closed, a rule waits its window out; open, it starts anew."""
     tenant = service.tenant_with(rule("closed", "exports", 2, 3), rule("open", "searches", 2, 3, on_store_failure=OPEN))

@@ -206,7 +206,7 @@ async def test_a_part_of_a_snapshot_counts_once_and_only_in_its_turn(service: Se
     async def part(number: int, last: int, nonce: str = "first") -> object:
         reservation_id = ReservationId(new_uuid7())
         record = record_of(CountedCall(reservation_id, CountedState.SETTLED, now_us(), 10, 0), 1, tenant.terms)
-        head = (nonce, 1, 5_000_000, number, last, 0, tenant.terms.families_digest, packed(()), 0)
+        head = (nonce, 1, 5_000_000, number, last, 0, tenant.terms.families_digest, "", 0)
         return await tenant.link.send("EVAL", script, 5, *keys, *head, reservation_id.bytes, record)
 
     assert await part(0, 0) == 1

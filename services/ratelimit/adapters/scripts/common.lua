@@ -1,7 +1,7 @@
 -- Shared head of every script. All keys of one tenant lie in one slot; time is the store's own, in microseconds.
 -- Numbers are integers below 2^53, which a Lua double keeps exactly; `integer` writes them, because tostring(1e15) is "1e+15".
 --
--- meta          hash  history | epoch | version, families, loaded_us | nonce, nonce_us, loaded_parts | outstanding | cursor
+-- meta          hash  history | epoch | version, families, loaded_us, stems | nonce, nonce_us, loaded_parts | outstanding | cursor
 -- reservations  hash  id -> record, packed: see `fields of a record`
 -- leases        zset  held ids by the end of their lease; those of uses of units so much earlier that none counts as a running call
 -- counters      hash  name -> a sliding window's log, packed | name@<start of the period> -> used, held and pinned
