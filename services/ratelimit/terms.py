@@ -1,6 +1,6 @@
 """A tenant's rules made ready for decisions: the families they need, and per subject counters and rules in the order scripts take them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -47,8 +47,15 @@ class Terms:
     """The rules of one version of a tenant's configuration."""
 
     def __init__(
-        self, rules: Sequence[LimitRule], calendar: Calendar | None = None, *, version: int = 0, calendar_name: str = "UTC|1"
+        self,
+        rules: Sequence[LimitRule],
+        calendar: Calendar | None = None,
+        *,
+        version: int = 0,
+        calendar_name: str = "UTC|1",
+        features: Iterable[str] = (),
     ) -> None:
+        """`features`: the units that are part of the plan, whether limited or not."""
         self.rules = tuple(rules)
         self.version = version
         self.families = families_of(self.rules)
@@ -57,7 +64,10 @@ class Terms:
         # Short, so that the hash it is kept in stays small in the store.
         self.families_digest = sha256(packed(names)).hexdigest()[:32]
         self.recent_seconds = max(_RECENT_SECONDS, *(-(-family.window_us // 1_000_000) for family in self.families))
-        self.product_units = frozenset(rule.product_unit for rule in self.rules if rule.unit is Unit.PRODUCT)
+        units = [rule for rule in self.rules if rule.unit is Unit.PRODUCT]
+        self.product_units = frozenset(rule.product_unit for rule in units)
+        self.included_units = self.product_units.union(features)
+        self._durable_units = frozenset(features).union(rule.product_unit for rule in units if rule.window in CALENDAR)
         self._plans: dict[tuple[str, str, str], Plan] = {}
         self._calendars: tuple[tuple[int, int], bytes, tuple[Boundaries, Boundaries, Boundaries]] | None = None
 
@@ -81,8 +91,11 @@ class Terms:
         return self._around(now_us)[1]
 
     def is_durable(self, product_unit: str) -> bool:
-        """Whether uses of a product's unit must be in the ledger: some rule of it counts longer than the limits remember."""
-        return any(rule.product_unit == product_unit and rule.window in CALENDAR for rule in self.rules)
+        """Whether uses of a product's unit must be in the ledger: some rule of it counts longer than the limits remember.
+
+        A plan's feature is counted by billing cycles also where it is not limited: the next plan may limit it.
+        """
+        return product_unit in self._durable_units
 
     def families_for(self, product_unit: str) -> tuple[Family, ...]:
         """The families of a call, or of a product's unit."""

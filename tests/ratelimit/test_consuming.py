@@ -57,7 +57,7 @@ async def test_a_repeated_use_is_used_once(service: Service) -> None:
 
 @pytest.mark.parametrize("unit", ["ai_interviews", "exports"])
 async def test_a_use_repeated_for_somebody_else_takes_nothing_back(service: Service, unit: str) -> None:
-    """An id is one use of one user and feature: for another it is a conflict, whether its commit has come or not, and the use stays counted."""
+    """An id is one use of one user and feature: for another it is a conflict, before its commit and after it, and the use stays counted."""
     tenant = service.tenant_with(INTERVIEWS, EXPORTS)
     consumption_id = new_uuid7()
     await tenant.consume(unit, 2, id=consumption_id, user="ada", feature="chat")
@@ -145,6 +145,34 @@ async def test_what_the_plan_does_not_have_cannot_be_used(service: Service) -> N
     tenant = service.tenant_with(INTERVIEWS)
     error = await refusal(tenant, "audio_seconds")
     assert (error.code.name, error.reason_name, error.metadata["feature"]) == ("PERMISSION_DENIED", "FEATURE", "audio_seconds")
+    request = messages.CheckRequest(product_unit="audio_seconds", quantity=1)
+    with pytest.raises(MeshError) as caught:
+        await service.inference.unary(tenant.stub.Check, request, timeout_seconds=5, tenant=tenant.context)
+    assert (caught.value.code.name, caught.value.reason_name) == ("PERMISSION_DENIED", "FEATURE")
+
+
+async def test_a_feature_that_is_switched_off_is_refused_as_one(service: Service) -> None:
+    """A rule that allows nothing of a unit is no limit that is used up: FEATURE, with the plan that has it, and nothing to wait for."""
+    tenant = service.tenant_with(rule("ai_interviews", "ai_interviews", "cycle", 0, lifting_plan="pro"))
+    error = await refusal(tenant, "ai_interviews")
+    assert (error.code.name, error.reason_name) == ("PERMISSION_DENIED", "FEATURE")
+    assert error.metadata == {"feature": "ai_interviews", "lifting_plan": "pro"}
+    assert error.message == 'The plan does not include ai interviews: move to the plan "pro".'
+
+
+async def test_a_feature_without_a_limit_is_used_and_recorded(service: Service) -> None:
+    """What a plan has without limit is no less a part of it, and is in the ledger for the plan that comes next, which may limit it."""
+    tenant = service.tenant_with(rule("day", "tokens", "day", 10))
+    told = rules.LimitRules(rules=[rule("day", "tokens", "day", 10)])
+    tenant.context = service.peer.tenants.context(tenant.tenant_id, told, 2, {"ai_interviews": 0})
+    consumption_id = new_uuid7()
+    for _ in range(2):
+        assert not (await tenant.consume("ai_interviews", 2, id=consumption_id)).limits
+    assert service.peer.ledger.of(tenant.tenant_id).calls[consumption_id.bytes].quantity == 2
+    assert await tenant.settled(consumption_id, 0) == messages.COMMIT_OUTCOME_DONE
+    assert (await refusal(tenant, "audio_seconds")).reason_name == "FEATURE"
+    tenant.context = service.peer.tenants.context(tenant.tenant_id, rules.LimitRules(rules=[INTERVIEWS]), 3, {"ai_interviews": 3})
+    assert (await tenant.limits())["interviews"].used == 2
 
 
 async def test_a_unit_is_checked_and_listed_like_a_call(service: Service) -> None:

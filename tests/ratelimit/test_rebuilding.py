@@ -11,7 +11,6 @@ from services.kernel.ids import ReservationId, new_uuid7
 from services.ratelimit.adapters.redis_snapshots import record_of
 from services.ratelimit.adapters.scripts import load_script
 from services.ratelimit.adapters.tenant_scripts import KINDS
-from services.ratelimit.packing import packed
 from services.ratelimit.rebuild import Begin, CountedCall, CountedState
 from services.ratelimit.standing import Verdict
 from tests.ratelimit.callers import AtService, Service, now_us

@@ -61,7 +61,9 @@ def terms_of(config: TenantConfig) -> Terms:
         anchor_day = moment(told.cycle_anchor_time.ToMicroseconds()).astimezone(zone).day
     rules = [_rule(rule) for rule in told.rules]
     # The names of calendars' sums: those of another zone or day are others.
-    return Terms(rules, Calendar(zone, anchor_day), version=config.version, calendar_name=f"{told.time_zone or 'UTC'}|{anchor_day}")
+    calendar_name = f"{told.time_zone or 'UTC'}|{anchor_day}"
+    features = [name for name, feature in config.features.items() if feature.enabled]
+    return Terms(rules, Calendar(zone, anchor_day), version=config.version, calendar_name=calendar_name, features=features)
 
 
 def _rule(rule: messages.LimitRule) -> LimitRule:

@@ -1,7 +1,7 @@
 -- Loads one part of a snapshot of the ledger, if it answers the last request. Until the last part there is no epoch, so nothing reads what lies
 -- here: parts keep the store free for others and the whole still appears at once.
--- ARGV: nonce, epoch, lease, number of this part from 0, 1 if it is the last, version and families of the configuration, stems of units' windows by commas,
--- how many sums, sums, calls.
+-- ARGV: nonce, epoch, lease, number of this part from 0, 1 if it is the last, version and families of the configuration, stems of units' windows
+-- by commas, how many sums, sums, calls.
 -- A sum is a counter's name and its value; a call is an id and its record with its charges, in the order of their times. Answers 1 when loaded, 0 when another request was made since, or the request is of another history.
 local m = current('epoch', 'nonce', 'loaded_parts', 'known', 'stems')
 if m[1] or m[2] ~= ARGV[1] then
