@@ -11,7 +11,9 @@ from services.ratelimit.limit_rule import CALENDAR, LimitRule, Scope, Unit, Wind
 from services.ratelimit.limits import Subject
 from services.ratelimit.packing import Packable, packed
 
+# Of one tenant. In bytes as well, because a tenant chooses how many rules it has and how long its users' names are.
 _MOST_PLANS = 10_000
+_MOST_PLAN_BYTES = 8 * 1024 * 1024
 _MOST_PERIODS = 400
 _RECENT_SECONDS = 60
 # The order in which scripts take calendars; 0 is no calendar.
@@ -69,6 +71,7 @@ class Terms:
         self.included_units = self.product_units.union(features)
         self._durable_units = frozenset(features).union(rule.product_unit for rule in units if rule.window in CALENDAR)
         self._plans: dict[tuple[str, str, str], Plan] = {}
+        self._plan_bytes = 0
         self._calendars: tuple[tuple[int, int], bytes, tuple[Boundaries, Boundaries, Boundaries]] | None = None
 
     def plan(self, subject: Subject, product_unit: str = "") -> Plan:
@@ -76,10 +79,11 @@ class Terms:
         key = (subject.user, subject.feature, product_unit)
         plan = self._plans.get(key)
         if plan is None:
-            while len(self._plans) >= _MOST_PLANS:
-                # The oldest goes: whoever is still here asks for it again.
-                del self._plans[next(iter(self._plans))]
             plan = self._plans[key] = self._planned(subject, product_unit)
+            self._plan_bytes += len(plan.packed)
+            while len(self._plans) > _MOST_PLANS or self._plan_bytes > _MOST_PLAN_BYTES:
+                # The oldest goes: whoever is still here asks for it again.
+                self._plan_bytes -= len(self._plans.pop(next(iter(self._plans))).packed)
         return plan
 
     def boundaries(self, now_us: int) -> tuple[Boundaries, Boundaries, Boundaries]:
