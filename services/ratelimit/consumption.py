@@ -13,11 +13,10 @@ from typing import Protocol
 
 import structlog
 
-from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import ContentConflict, Forbidden, MeshError, ReservationLost, Unavailable
+from services.kernel.errors import ContentConflict, MeshError, ReservationLost, Unavailable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.decision import Refusal, refusal
+from services.ratelimit.decision import Refusal, not_included, refusal
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import Guard, NoGuard
 from services.ratelimit.limits import NOBODY, Demand, Subject
@@ -122,9 +121,10 @@ class Consumptions:
         return outcome
 
     def _allowed(self, context: TenantContext, terms: Terms, use: Use, error: Unavailable) -> Held:
-        # A durable use has a closed rule: nothing of it is admitted here.
+        # A durable use must be in the ledger: nothing of it is admitted here.
         plan, demand = terms.plan(use.subject, use.product_unit), _demand(use)
-        epoch = self._counters.allowance.admit(tenant_of(context), plan, demand) if error.metadata.get("dependency") == STORE else None
+        may = error.metadata.get("dependency") == STORE and not terms.is_durable(use.product_unit)
+        epoch = self._counters.allowance.admit(tenant_of(context), plan, demand) if may else None
         if epoch is None:
             raise error
         return Held.from_allowance(plan, demand, epoch)
@@ -212,8 +212,8 @@ class Consumptions:
         minted_us(use.consumption_id)
 
         async def question(terms: Terms) -> list[Answer]:
-            if use.product_unit not in terms.product_units:
-                raise _not_included(use.product_unit)
+            if use.product_unit not in terms.included_units:
+                raise not_included(use.product_unit)
             return await self._store.reserve(tenant_id, terms, [_ask(terms, use, stand=stand)])
 
         terms, (answer,) = await self._counters.ask(context, question)
@@ -259,10 +259,6 @@ def _sorted_out(terms: Terms, uses: Sequence[Use], answers: Sequence[Answer]) ->
         else:
             raise lost_or_invalid(answer.verdict, use.consumption_id)
     return held, refusals
-
-
-def _not_included(product_unit: str) -> MeshError:
-    return Forbidden(error_reason_pb2.ERROR_REASON_FEATURE, f"the plan does not include {product_unit}", feature=product_unit)
 
 
 def _unrecorded(recorded: Recorded, use: Use) -> MeshError:

@@ -8,7 +8,7 @@ from math import inf
 from uuid import UUID
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import InvalidRequest, LimitExceeded, MeshError, QuotaViolation, reason_name
+from services.kernel.errors import Forbidden, InvalidRequest, LimitExceeded, MeshError, QuotaViolation, reason_name
 from services.ratelimit.calendar_periods import moment
 from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window
 from services.ratelimit.limits import Demand
@@ -67,6 +67,8 @@ class Refusal:
         thing = "use" if rule.unit is Unit.PRODUCT else "call"
         plan = f'move to the plan "{rule.lifting_plan}"' if rule.lifting_plan else "move to a larger plan"
         wait = self.retry_after_seconds
+        if self.reason == error_reason_pb2.ERROR_REASON_FEATURE:
+            return f"The plan does not include {name}: {plan}."
         if wait is None:
             why = f"This {thing} needs {self.needed} of {status.limit} {name}, more than waiting can free"
             return f"{why}: make the {thing} smaller or {plan}."
@@ -91,6 +93,8 @@ class Refusal:
     def error(self, tenant_id: UUID) -> MeshError:
         """The refusal as callers meet it."""
         status = self.status
+        if self.reason == error_reason_pb2.ERROR_REASON_FEATURE:
+            return not_included(status.rule.product_unit, self.message, status.rule.lifting_plan)
         if status.rule.window is Window.REQUEST:
             return InvalidRequest("amounts", self.message, reason=self.reason, metadata=self.metadata)
         violation = f"{status.rule.name}: {status.used} of {status.limit} in use, {self.needed} needed"
@@ -122,6 +126,13 @@ def refusal(plan: Plan, answer: Answer, demand: Demand) -> Refusal | None:
 def shadow_refusals(plan: Plan, answer: Answer, demand: Demand) -> list[Refusal]:
     """The rules in shadow mode that would have refused."""
     return _refusals(plan, answer, demand, shadow=True)
+
+
+def not_included(product_unit: str, message: str = "", lifting_plan: str = "") -> MeshError:
+    """What a unit is answered that is no part of the plan."""
+    lifting = {"lifting_plan": lifting_plan} if lifting_plan else {}
+    message = message or f"the plan does not include {product_unit}"
+    return Forbidden(error_reason_pb2.ERROR_REASON_FEATURE, message, feature=product_unit, **lifting)
 
 
 def named(rule: LimitRule) -> str:
@@ -178,6 +189,8 @@ def _frees_us(rule: LimitRule, answer: Answer, demand: Demand, of_log: int) -> i
 
 
 def _reason(rule: LimitRule) -> error_reason_pb2.ErrorReason.ValueType:
+    if rule.unit is Unit.PRODUCT and rule.scope is Scope.TENANT and not rule.limit:
+        return error_reason_pb2.ERROR_REASON_FEATURE
     if rule.window is Window.REQUEST:
         return error_reason_pb2.ERROR_REASON_REQUEST_TOO_LARGE
     if rule.burst:

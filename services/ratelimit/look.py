@@ -6,7 +6,7 @@ from typing import Protocol
 
 from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.decision import Refusal, refusal, shadow_refusals
+from services.ratelimit.decision import Refusal, not_included, refusal, shadow_refusals
 from services.ratelimit.limits import Demand, Subject
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
 from services.ratelimit.standing import Answer, LimitStatus, statuses
@@ -41,13 +41,15 @@ class Looks:
         self._counters = counters
 
     async def check(self, context: TenantContext, subject: Subject, demand: Demand, product_unit: str = "") -> Look:
-        """Tells whether a demand would be admitted now. Counts nothing.
+        """Tells whether a demand would be admitted now. Counts nothing. Raises: Forbidden FEATURE, as a use would.
 
         A tenant without counters gets them from the ledger first: its limits must be readable before its first call.
         """
         tenant_id = tenant_of(context)
 
         async def question(terms: Terms) -> list[Answer]:
+            if product_unit and product_unit not in terms.included_units:
+                raise not_included(product_unit)
             return [await self._store.look(tenant_id, terms, terms.plan(subject, product_unit), demand)]
 
         terms, (answer,) = await self._counters.ask(context, question)

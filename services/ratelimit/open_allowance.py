@@ -27,6 +27,8 @@ _PART = 4
 _CAPACITY = 50_000
 _LOOK_SECONDS = 0.2
 
+_Key = tuple[TenantId, str, str, str]
+
 
 class DroppableStore(Protocol):
     """Forgets counters."""
@@ -43,7 +45,7 @@ class OpenAllowance:
         self._store = store
         self._clock = clock
         self._epochs: OrderedDict[TenantId, int] = OrderedDict()
-        self._windows: OrderedDict[tuple[TenantId, str, str, str], SlidingWindow] = OrderedDict()
+        self._windows: OrderedDict[_Key, SlidingWindow] = OrderedDict()
         self._uncounted: set[TenantId] = set()
 
     def learn(self, tenant_id: TenantId, epoch: int) -> None:
@@ -60,13 +62,13 @@ class OpenAllowance:
         if epoch is None or not rules or not all(rule.fails_open for rule in rules):
             return None
         now_us = int(self._clock() * SECOND_US)
-        counted = [(rule, self._window(tenant_id, plan, rule), needed(rule.unit, demand)) for rule in rules]
-        for rule, window, need in counted:
-            if need > (rule.limit if rule.window is Window.REQUEST else allowance(rule) - window.used(now_us)):
+        counted = [(rule, _key(tenant_id, plan, rule), needed(rule.unit, demand)) for rule in rules]
+        for rule, key, need in counted:
+            if need > (rule.limit if rule.window is Window.REQUEST else allowance(rule) - self._used(key, now_us)):
                 return None
-        for rule, window, need in counted:
+        for rule, key, need in counted:
             if rule.window is not Window.REQUEST:
-                window.add(now_us, need)
+                self._add(key, rule, now_us, need)
         self._uncounted.add(tenant_id)
         log.warning("admitted_from_local_allowance", tenant_id=str(tenant_id), rules=[rule.name for rule in rules])
         return epoch
@@ -90,16 +92,24 @@ class OpenAllowance:
                 except MeshError as error:
                     log.warning("counters_not_dropped", tenant_id=str(tenant_id), reason=error.reason_name)
 
-    def _window(self, tenant_id: TenantId, plan: Plan, rule: LimitRule) -> SlidingWindow:
-        part = rule.scope.of(plan.subject)
-        key = (tenant_id, rule.name, part.user, part.feature)
+    def _used(self, key: _Key, now_us: int) -> int:
         window = self._windows.get(key)
-        if window is None:
+        return window.used(now_us) if window else 0
+
+    def _add(self, key: _Key, rule: LimitRule, now_us: int, amount: int) -> None:
+        # Only what was admitted makes a window, so that no number of refused users pushes others out.
+        if key not in self._windows:
             # Calls that run are counted for a minute: nobody tells here when they end.
-            window = self._windows[key] = SlidingWindow(rule.window_us or MINUTE_US)
-            if len(self._windows) > _CAPACITY:
-                self._windows.popitem(last=False)
-        return window
+            self._windows[key] = SlidingWindow(rule.window_us or MINUTE_US)
+        self._windows[key].add(now_us, amount)
+        self._windows.move_to_end(key)
+        if len(self._windows) > _CAPACITY:
+            self._windows.popitem(last=False)
+
+
+def _key(tenant_id: TenantId, plan: Plan, rule: LimitRule) -> _Key:
+    part = rule.scope.of(plan.subject)
+    return tenant_id, rule.name, part.user, part.feature
 
 
 def allowance(rule: LimitRule) -> int:

@@ -1,6 +1,6 @@
 """A tenant's rules made ready for decisions: the families they need, and per subject counters and rules in the order scripts take them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from itertools import chain
@@ -11,7 +11,9 @@ from services.ratelimit.limit_rule import CALENDAR, LimitRule, Scope, Unit, Wind
 from services.ratelimit.limits import Subject
 from services.ratelimit.packing import Packable, packed
 
+# Of one tenant. In bytes as well, because a tenant chooses how many rules it has and how long its users' names are.
 _MOST_PLANS = 10_000
+_MOST_PLAN_BYTES = 8 * 1024 * 1024
 _MOST_PERIODS = 400
 _RECENT_SECONDS = 60
 # The order in which scripts take calendars; 0 is no calendar.
@@ -67,9 +69,11 @@ class Terms:
         *,
         version: int = 0,
         calendar_name: str = "UTC|1",
+        features: Iterable[str] = (),
         guard: GuardTerms | None = None,
         weight: int = 1,
     ) -> None:
+        """`features`: the units that are part of the plan, whether limited or not."""
         self.rules = tuple(rules)
         self.version = version
         self.guard = guard
@@ -80,8 +84,12 @@ class Terms:
         # Short, so that the hash it is kept in stays small in the store.
         self.families_digest = sha256(packed(names)).hexdigest()[:32]
         self.recent_seconds = max(_RECENT_SECONDS, *(-(-family.window_us // 1_000_000) for family in self.families))
-        self.product_units = frozenset(rule.product_unit for rule in self.rules if rule.unit is Unit.PRODUCT)
+        units = [rule for rule in self.rules if rule.unit is Unit.PRODUCT]
+        self.product_units = frozenset(rule.product_unit for rule in units)
+        self.included_units = self.product_units.union(features)
+        self._durable_units = frozenset(features).union(rule.product_unit for rule in units if rule.window in CALENDAR)
         self._plans: dict[tuple[str, str, str], Plan] = {}
+        self._plan_bytes = 0
         self._calendars: tuple[tuple[int, int], bytes, tuple[Boundaries, Boundaries, Boundaries]] | None = None
 
     def plan(self, subject: Subject, product_unit: str = "") -> Plan:
@@ -89,10 +97,11 @@ class Terms:
         key = (subject.user, subject.feature, product_unit)
         plan = self._plans.get(key)
         if plan is None:
-            while len(self._plans) >= _MOST_PLANS:
-                # The oldest goes: whoever is still here asks for it again.
-                del self._plans[next(iter(self._plans))]
             plan = self._plans[key] = self._planned(subject, product_unit)
+            self._plan_bytes += len(plan.packed)
+            while len(self._plans) > _MOST_PLANS or self._plan_bytes > _MOST_PLAN_BYTES:
+                # The oldest goes: whoever is still here asks for it again.
+                self._plan_bytes -= len(self._plans.pop(next(iter(self._plans))).packed)
         return plan
 
     def boundaries(self, now_us: int) -> tuple[Boundaries, Boundaries, Boundaries]:
@@ -104,17 +113,20 @@ class Terms:
         return self._around(now_us)[1]
 
     def is_durable(self, product_unit: str) -> bool:
-        """Whether uses of a product's unit must be in the ledger: some rule of it counts longer than the limits remember."""
-        return any(rule.product_unit == product_unit and rule.window in CALENDAR for rule in self.rules)
+        """Whether uses of a product's unit must be in the ledger: some rule of it counts longer than the limits remember.
+
+        A plan's feature is counted by billing cycles also where it is not limited: the next plan may limit it.
+        """
+        return product_unit in self._durable_units
 
     def families_for(self, product_unit: str) -> tuple[Family, ...]:
         """The families of a call, or of a product's unit."""
         return tuple(family for family in self.families if family.product_unit == product_unit)
 
     @property
-    def volatile_stems(self) -> tuple[str, ...]:
-        """What the names of counters begin with that no ledger has."""
-        return tuple(family.stem for family in self.families if family.product_unit and not self.is_durable(family.product_unit))
+    def unit_stems(self) -> tuple[str, ...]:
+        """What the names of units' windows begin with: no ledger may have all that is in them."""
+        return tuple(family.stem for family in self.families if family.product_unit and family.window is Window.SLIDING)
 
     def counted_periods(self, now_us: int) -> dict[CountedPeriod, list[Family]]:
         """What the ledger must add up as of `now_us`, and for which families: the period before, this one and the next."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -118,7 +118,8 @@ class ScriptedLedger(ledger_service_pb2_grpc.LedgerServiceServicer):
         if known is not None and known.state == ledger.CALL_STATE_VOID:
             return ledger.RECORD_UNITS_OUTCOME_ENDED
         if known is not None:
-            same = (known.product_unit, known.quantity) == (item.product_unit, item.quantity)
+            content = (item.product_unit, item.quantity, item.user, item.feature)
+            same = (known.product_unit, known.quantity, known.user, known.feature) == content
             return ledger.RECORD_UNITS_OUTCOME_RECORDED if same else ledger.RECORD_UNITS_OUTCOME_CONFLICT
         if item.epoch < tenant.epoch:
             return ledger.RECORD_UNITS_OUTCOME_STALE_EPOCH
@@ -164,11 +165,22 @@ class ScriptedTenants(
         # Credentials and the addresses they are good from, with what each proves.
         self.credentials: dict[tuple[str, str], TenantContext] = {}
 
-    def context(self, tenant_id: UUID, limit_rules: rules.LimitRules | None = None, version: int = 1, **limits: int) -> TenantContext:
+    def context(
+        self,
+        tenant_id: UUID,
+        limit_rules: rules.LimitRules | None = None,
+        version: int = 1,
+        features: Mapping[str, int] | None = None,
+        **limits: int,
+    ) -> TenantContext:
         """Registers a tenant with these rules or limits, or changes them under a higher version, and returns its proven context."""
         plan = tenant_service_pb2.PlanLimits(**limits)
         self._configs[str(tenant_id)] = tenant_service_pb2.TenantConfig(
-            tenant_id=str(tenant_id), version=version, limits=plan, limit_rules=limit_rules
+            tenant_id=str(tenant_id),
+            version=version,
+            limits=plan,
+            limit_rules=limit_rules,
+            features={name: tenant_service_pb2.FeatureTerms(enabled=True, limit=limit) for name, limit in (features or {}).items()},
         )
         now = datetime.now(UTC)
         claims = TenantClaims(tenant_id=tenant_id.bytes, tier="test", region="local", subject="mesh:inference", config_version=version)

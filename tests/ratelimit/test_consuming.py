@@ -55,6 +55,32 @@ async def test_a_repeated_use_is_used_once(service: Service) -> None:
     assert {name: status.used for name, status in (await tenant.limits()).items()} == {"interviews": 2, "exports": 2}
 
 
+@pytest.mark.parametrize("unit", ["ai_interviews", "exports"])
+async def test_a_use_repeated_for_somebody_else_takes_nothing_back(service: Service, unit: str) -> None:
+    """An id is one use of one user and feature: for another it is a conflict, before its commit and after it, and the use stays counted."""
+    tenant = service.tenant_with(INTERVIEWS, EXPORTS)
+    consumption_id = new_uuid7()
+    await tenant.consume(unit, 2, id=consumption_id, user="ada", feature="chat")
+    for others in ({"user": "bob", "feature": "chat"}, {"user": "ada", "feature": "search"}, {}):
+        assert (await refusal(tenant, unit, 2, id=consumption_id, **others)).reason_name == "CONTENT_CONFLICT"
+    assert await tenant.settled(consumption_id, 0) == messages.COMMIT_OUTCOME_DONE
+    assert (await refusal(tenant, unit, 2, id=consumption_id, user="bob")).reason_name == "CONTENT_CONFLICT"
+    assert {status.used for name, status in (await tenant.limits()).items() if unit.endswith(name)} == {2}
+
+
+async def test_a_use_that_waits_for_its_commit_is_no_running_call(service: Service) -> None:
+    """Calls that run are calls: however many uses the ledger has just been told of, a call finds its slot free."""
+    tenant = service.tenant_with(INTERVIEWS, rule("running", "running", "running", 1), rule("each", "running", "running", 1, "user"))
+    await tenant.consume("ai_interviews", user="ada")
+    await tenant.consume("ai_interviews", user="ada")
+    assert (await tenant.limits(user="ada"))["running"].used == 0
+    await tenant.reserve(user="ada")
+    assert {name: status.used for name, status in (await tenant.limits(user="ada")).items() if name != "interviews"} == {
+        "running": 1,
+        "each": 1,
+    }
+
+
 async def test_a_use_that_was_recorded_long_ago_is_still_known(service: Service) -> None:
     """Idempotency lasts as long as the ledger: the limits have forgotten it, the ledger has not, and nothing more is used."""
     tenant = service.tenant_with(INTERVIEWS)
@@ -119,6 +145,34 @@ async def test_what_the_plan_does_not_have_cannot_be_used(service: Service) -> N
     tenant = service.tenant_with(INTERVIEWS)
     error = await refusal(tenant, "audio_seconds")
     assert (error.code.name, error.reason_name, error.metadata["feature"]) == ("PERMISSION_DENIED", "FEATURE", "audio_seconds")
+    request = messages.CheckRequest(product_unit="audio_seconds", quantity=1)
+    with pytest.raises(MeshError) as caught:
+        await service.inference.unary(tenant.stub.Check, request, timeout_seconds=5, tenant=tenant.context)
+    assert (caught.value.code.name, caught.value.reason_name) == ("PERMISSION_DENIED", "FEATURE")
+
+
+async def test_a_feature_that_is_switched_off_is_refused_as_one(service: Service) -> None:
+    """A rule that allows nothing of a unit is no limit that is used up: FEATURE, with the plan that has it, and nothing to wait for."""
+    tenant = service.tenant_with(rule("ai_interviews", "ai_interviews", "cycle", 0, lifting_plan="pro"))
+    error = await refusal(tenant, "ai_interviews")
+    assert (error.code.name, error.reason_name) == ("PERMISSION_DENIED", "FEATURE")
+    assert error.metadata == {"feature": "ai_interviews", "lifting_plan": "pro"}
+    assert error.message == 'The plan does not include ai interviews: move to the plan "pro".'
+
+
+async def test_a_feature_without_a_limit_is_used_and_recorded(service: Service) -> None:
+    """What a plan has without limit is no less a part of it, and is in the ledger for the plan that comes next, which may limit it."""
+    tenant = service.tenant_with(rule("day", "tokens", "day", 10))
+    told = rules.LimitRules(rules=[rule("day", "tokens", "day", 10)])
+    tenant.context = service.peer.tenants.context(tenant.tenant_id, told, 2, {"ai_interviews": 0})
+    consumption_id = new_uuid7()
+    for _ in range(2):
+        assert not (await tenant.consume("ai_interviews", 2, id=consumption_id)).limits
+    assert service.peer.ledger.of(tenant.tenant_id).calls[consumption_id.bytes].quantity == 2
+    assert await tenant.settled(consumption_id, 0) == messages.COMMIT_OUTCOME_DONE
+    assert (await refusal(tenant, "audio_seconds")).reason_name == "FEATURE"
+    tenant.context = service.peer.tenants.context(tenant.tenant_id, rules.LimitRules(rules=[INTERVIEWS]), 3, {"ai_interviews": 3})
+    assert (await tenant.limits())["interviews"].used == 2
 
 
 async def test_a_unit_is_checked_and_listed_like_a_call(service: Service) -> None:
@@ -160,6 +214,22 @@ async def test_a_change_of_other_rules_forgets_no_volatile_use_and_refuses_nobod
     assert (await refusal(tenant, "exports")).metadata["used"] == "3"
     limits = await tenant.limits()
     assert (limits["interviews"].used, limits["interviews_a_day"].used) == (1, 1)
+
+
+async def test_a_rule_that_makes_a_unit_durable_and_goes_again_gives_nothing_back(service: Service) -> None:
+    """Whoever adds and removes rules of a unit in turn gets no more of it: a window holds what was used, whoever has it, once."""
+    tenant = service.tenant_with(EXPORTS)
+    await tenant.consume("exports", 1)
+    with_day = [EXPORTS, rule("exports_a_day", "exports", "day", 9), rule("exports_in_30_s", "exports", 30, 9)]
+    for version, (told, used) in enumerate([(with_day, 1), ([EXPORTS], 2), (with_day, 2), ([EXPORTS], 2)], 2):
+        tenant.context = service.peer.tenants.context(tenant.tenant_id, rules.LimitRules(rules=told), version)
+        assert (await tenant.limits())["exports"].used == used
+        if version == 2:
+            recorded = new_uuid7()
+            await tenant.consume("exports", 1, id=recorded)
+            await tenant.settled(recorded, 0)
+    await tenant.consume("exports", 1)
+    assert (await refusal(tenant, "exports")).metadata["used"] == "3"
 
 
 async def test_after_a_loss_a_volatile_rule_is_full_for_one_window_unless_it_is_open(service: Service, redis_server: RedisServer) -> None:

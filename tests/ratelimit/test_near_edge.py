@@ -128,6 +128,19 @@ async def test_a_stream_is_extended_under_every_rule_or_not_at_all(service: Serv
     assert {name: status.used for name, status in (await tenant.limits()).items()} == {"tokens": 70, "money": 600}
 
 
+@pytest.mark.parametrize("user", ["ada", "ada@1", "a:b@1790000000", "@0"])
+@pytest.mark.parametrize("window", [60, "day"])
+async def test_an_extension_is_bound_whatever_its_user_is_called(service: Service, user: str, window: int | str) -> None:
+    """A name that looks like the end of a counter's name is a name: the user's rule refuses what does not fit."""
+    tenant = service.tenant_with(rule("each", "tokens", window, 100, "user"))
+    reservation_id = new_uuid7()
+    await tenant.reserve(40, id=reservation_id, user=user)
+    with pytest.raises(MeshError) as caught:
+        await tenant.extend(reservation_id, 101)
+    assert (caught.value.code.name, caught.value.metadata["rule"]) == ("RESOURCE_EXHAUSTED", "each")
+    assert (await tenant.limits(user=user))["each"].used == 40
+
+
 async def test_only_a_living_hold_of_this_epoch_is_extended(service: Service) -> None:
     """An unknown, ended, lapsed or older hold is RESERVATION_LOST: its stream must not go past what it held."""
     tenant = service.tenant_with(rule("tokens", "tokens", "day", 1000))

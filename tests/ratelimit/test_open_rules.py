@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -10,10 +11,13 @@ from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
-from services.kernel.ids import new_uuid7
-from services.ratelimit.limit_rule import LimitRule, Unit, Window
-from services.ratelimit.open_allowance import allowance
-from tests.ratelimit.callers import AtService, Service, eventually, running_service
+from services.kernel.ids import TenantId, new_uuid7
+from services.ratelimit.adapters.redis_link import PipelinedLink
+from services.ratelimit.limit_rule import MINUTE_US, LimitRule, Scope, Unit, Window
+from services.ratelimit.limits import Demand, Subject
+from services.ratelimit.open_allowance import OpenAllowance, allowance
+from services.ratelimit.terms import Terms
+from tests.ratelimit.callers import AtService, Service, Stores, eventually, running_service
 from tests.ratelimit.rules import OPEN, rule
 from tests.ratelimit.scripted_peer import LedgerCall, running_peer
 from tests.support.stores import RedisStore as RedisServer
@@ -63,6 +67,16 @@ async def test_one_closed_rule_closes_all(own_redis: RedisServer, service: Servi
     await tenant.reserve()
     await own_redis.server.stop()
     assert await admitted(tenant, 3) == []
+
+
+async def test_no_number_of_users_renews_the_allowance(link: PipelinedLink) -> None:
+    """The whole tenant's window is kept while it is asked for, however many users of it were refused since."""
+    allowance = OpenAllowance(Stores(link).decisions, clock=lambda: 1000.0)
+    open_rule = LimitRule("all", Unit.REQUESTS, Window.SLIDING, 8, MINUTE_US, fails_open=True)
+    terms, tenant_id = Terms([open_rule, replace(open_rule, name="each", scope=Scope.USER)]), TenantId(new_uuid7())
+    allowance.learn(tenant_id, 1)
+    admitted_users = [user for user in range(50_002) if allowance.admit(tenant_id, terms.plan(Subject(f"user-{user}")), Demand())]
+    assert admitted_users == [0, 1]
 
 
 async def test_a_tenant_never_seen_is_not_admitted(own_redis: RedisServer, service: Service) -> None:

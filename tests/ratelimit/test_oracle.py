@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC
+from itertools import takewhile
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -233,3 +234,13 @@ def test_families_are_those_of_the_rules_and_the_standard_ones() -> None:
         assert Terms([other]).families_digest != base
     assert Terms([rule], calendar_name="Europe/Berlin|1").families_digest != base
     assert Family(Unit.TOKENS, Window.DAY) in Terms([]).families
+
+
+def test_a_tenant_with_many_rules_and_users_takes_a_bounded_part_of_the_process() -> None:
+    """What is made ready for many users with long names under a hundred rules is kept for the latest few, and made again as it was."""
+    terms = Terms([LimitRule(f"r{n}", Unit.TOKENS, Window.SLIDING, 9, n * SECOND_US, Scope.USER) for n in range(1, 101)])
+    users = [Subject(f"{n:04}" + "\N{ELEPHANT}" * 196) for n in range(150)]
+    made = [(user, terms.plan(user)) for user in users]
+    kept = list(takewhile(lambda item: terms.plan(item[0]) is item[1], reversed(made)))
+    assert 1024 * 1024 < sum(len(plan.packed) for _, plan in kept) <= 8 * 1024 * 1024
+    assert terms.plan(users[0]) == made[0][1]

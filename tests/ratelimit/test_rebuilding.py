@@ -11,7 +11,6 @@ from services.kernel.ids import ReservationId, new_uuid7
 from services.ratelimit.adapters.redis_snapshots import record_of
 from services.ratelimit.adapters.scripts import load_script
 from services.ratelimit.adapters.tenant_scripts import KINDS
-from services.ratelimit.packing import packed
 from services.ratelimit.rebuild import Begin, CountedCall, CountedState
 from services.ratelimit.standing import Verdict
 from tests.ratelimit.callers import AtService, Service, now_us
@@ -206,7 +205,7 @@ async def test_a_part_of_a_snapshot_counts_once_and_only_in_its_turn(service: Se
     async def part(number: int, last: int, nonce: str = "first") -> object:
         reservation_id = ReservationId(new_uuid7())
         record = record_of(CountedCall(reservation_id, CountedState.SETTLED, now_us(), 10, 0), 1, tenant.terms)
-        head = (nonce, 1, 5_000_000, number, last, 0, tenant.terms.families_digest, packed(()), 0)
+        head = (nonce, 1, 5_000_000, number, last, 0, tenant.terms.families_digest, "", 0)
         return await tenant.link.send("EVAL", script, len(keys), *keys, *head, reservation_id.bytes, record)
 
     assert await part(0, 0) == 1

@@ -53,7 +53,7 @@ class RedisSnapshots:
                 int(part == parts - 1),
                 terms.version,
                 terms.families_digest,
-                packed(terms.volatile_stems),
+                ",".join(terms.unit_stems),
                 len(own_sums),
             )
             if await self._scripts.run("load", tenant_id, *head, *_flat(own_sums), *_flat(own_calls), bulk=True) != 1:

@@ -62,8 +62,16 @@ def terms_of(config: TenantConfig) -> Terms:
     rules = [_rule(rule) for rule in told.rules]
     # The names of calendars' sums: those of another zone or day are others.
     calendar_name = f"{told.time_zone or 'UTC'}|{anchor_day}"
-    guard, weight = _guard(told), max(1, told.weight)
-    return Terms(rules, Calendar(zone, anchor_day), version=config.version, calendar_name=calendar_name, guard=guard, weight=weight)
+    features = [name for name, feature in config.features.items() if feature.enabled]
+    return Terms(
+        rules,
+        Calendar(zone, anchor_day),
+        version=config.version,
+        calendar_name=calendar_name,
+        features=features,
+        guard=_guard(told),
+        weight=max(1, told.weight),
+    )
 
 
 def _guard(told: messages.LimitRules) -> GuardTerms | None:

@@ -5,7 +5,7 @@ local now = store_time()
 if call('HEXISTS', meta, 'erased') == 1 then
   return { 'erased', now }
 end
-local m = current('epoch', 'nonce', 'nonce_us', 'version', 'families', 'loaded_us')
+local m = current('epoch', 'nonce', 'nonce_us', 'version', 'families', 'loaded_us', 'stems')
 if m[1] and fit(m[5], m[4], ARGV[5], ARGV[4]) ~= 'others' then
   return { 'ready', now }
 end
@@ -20,8 +20,10 @@ call('HSET', meta, 'history', current_history(), 'nonce', ARGV[1], 'nonce_us', i
 if m[1] then
   -- Only the rules are others: what is counted here and nowhere else is still known.
   call('HSET', meta, 'known', '1')
-  if m[6] then
-    call('HSET', meta, 'loaded_us', m[6])
+  for field, value in pairs({ loaded_us = m[6], stems = m[7] }) do
+    if value then
+      call('HSET', meta, field, value)
+    end
   end
 end
 call('PEXPIRE', meta, ARGV[3])

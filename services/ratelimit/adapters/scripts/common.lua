@@ -1,9 +1,9 @@
 -- Shared head of every script. All keys of one tenant lie in one slot; time is the store's own, in microseconds.
 -- Numbers are integers below 2^53, which a Lua double keeps exactly; `integer` writes them, because tostring(1e15) is "1e+15".
 --
--- meta          hash  history | epoch | version, families, loaded_us | nonce, nonce_us, loaded_parts | outstanding | cursor
+-- meta          hash  history | epoch | version, families, loaded_us, stems | nonce, nonce_us, loaded_parts | outstanding | cursor
 -- reservations  hash  id -> record, packed: see `fields of a record`
--- leases        zset  held ids by the end of their lease
+-- leases        zset  held ids by the end of their lease; those of uses of units so much earlier that none counts as a running call
 -- counters      hash  name -> a sliding window's log, packed | name@<start of the period> -> used, held and pinned
 -- ended         zset  ids that have ended, by when; kept until their Reserve is too old to be repeated
 -- waiters       hash  ids that wait for their turn -> ticket, packed: see waiting.lua; it goes by itself when nobody renews it
@@ -67,6 +67,31 @@ local HELD, PINNED, SETTLED, VOID, RELEASED = 1, 2, 3, 4, 5
 local STATE, EPOCH, RESERVED, R_TOKENS, R_COST, QUANTITY, USER, FEATURE, ATTEMPT, PRODUCT_UNIT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 local ASKED_TOKENS, ASKED_COST, OUTPUT, SHADOW_TOKENS, SHADOW_COST, CHARGES = 11, 12, 13, 14, 15, 16
 local SHADED = 10
+
+-- So much earlier. Below 0 no time of a clock comes near what is left.
+local USES_EARLIER = 2 ^ 52
+
+-- The score of a lease that ends then.
+local function lease_score(until_us, attempt)
+  return attempt == 0 and until_us - USES_EARLIER or until_us
+end
+
+local function lives(score, now)
+  return score and (score < 0 and score + USES_EARLIER or score) > now
+end
+
+-- What the scores of ended leases lie between: of uses, of calls.
+local function ended_between(now)
+  return { { '-inf', integer(now - USES_EARLIER) }, { '0', integer(now) } }
+end
+
+local function count_ended(now)
+  local count = 0
+  for _, scores in ipairs(ended_between(now)) do
+    count = count + call('ZCOUNT', leases, scores[1], scores[2])
+  end
+  return count
+end
 
 -- Values of a hash, in any number.
 local function fetch(key, names)

@@ -32,7 +32,9 @@ counters_of(r, wanted)
 read(wanted, now)
 local own, binds = {}, {}
 for i = 1, #r[CHARGES], 3 do
-  own[string.gsub(r[CHARGES][i], '@%d+$', '')] = r[CHARGES][i]
+  -- Only a calendar's counter has its period at its end: elsewhere a user's name may look like one.
+  local name = r[CHARGES][i]
+  own[r[CHARGES][i + 2] == 0 and string.gsub(name, '@%d+$', '') or name] = name
 end
 for place, stem in ipairs(plan.stems) do
   local name = own[stem]
@@ -65,8 +67,7 @@ end
 
 local refused = in_the_way(false)
 if refused then
-  local expired = call('ZCOUNT', leases, '-inf', integer(now))
-  return { 'ok', now, epoch, figures({ V_REFUSED, r[RESERVED], r[R_TOKENS], r[R_COST], r[OUTPUT], expired }, plan, refused) }
+  return { 'ok', now, epoch, figures({ V_REFUSED, r[RESERVED], r[R_TOKENS], r[R_COST], r[OUTPUT], count_ended(now) }, plan, refused) }
 end
 local shaded = in_the_way(true)
 if more[TOKENS] > 0 or more[COST] > 0 then

@@ -1,9 +1,9 @@
 -- Loads one part of a snapshot of the ledger, if it answers the last request. Until the last part there is no epoch, so nothing reads what lies
 -- here: parts keep the store free for others and the whole still appears at once.
--- ARGV: nonce, epoch, lease, number of this part from 0, 1 if it is the last, version and families of the configuration, stems of counters that
--- only this store has, how many sums, sums, calls.
+-- ARGV: nonce, epoch, lease, number of this part from 0, 1 if it is the last, version and families of the configuration, stems of units' windows
+-- by commas, how many sums, sums, calls.
 -- A sum is a counter's name and its value; a call is an id and its record with its charges, in the order of their times. Answers 1 when loaded, 0 when another request was made since, or the request is of another history.
-local m = current('epoch', 'nonce', 'loaded_parts', 'known')
+local m = current('epoch', 'nonce', 'loaded_parts', 'known', 'stems')
 if m[1] or m[2] ~= ARGV[1] then
   return 0
 end
@@ -15,16 +15,26 @@ end
 local now = store_time()
 local lease_us, sums, known = tonumber(ARGV[3]), tonumber(ARGV[9]), m[4] == '1'
 
--- Everything goes that the snapshot brings anew; where only the rules are others, what no ledger has stays.
+-- Windows of units that were counted before and are counted still, where only the rules are others. They have every use, also those that were in
+-- no ledger then: whether a unit's uses must be in it is a matter of its rules, and a tenant that changes them in turn must get no more of it.
+local before, own = {}, {}
+for stem in string.gmatch(known and m[5] or '', '[^,]+') do
+  before[stem] = true
+end
+for stem in string.gmatch(ARGV[8], '[^,]+') do
+  own[stem] = before[stem]
+end
+
+local function stays(name)
+  return own[string.match(name, '^[^:]*:[^:]*:%a~?')]
+end
+
+-- Everything else goes: the snapshot brings it anew.
 local function clear()
   call('DEL', reservations, leases, ended)
   local gone = {}
   for _, name in ipairs(known and call('HKEYS', counters) or {}) do
-    local stays = false
-    for _, stem in ipairs(cmsgpack.unpack(ARGV[8])) do
-      stays = stays or name == stem or string.sub(name, 1, #stem + 1) == stem .. ':'
-    end
-    if not stays then
+    if not stays(name) then
       gone[#gone + 1] = name
     end
   end
@@ -60,7 +70,7 @@ for place, r in ipairs(records) do
     -- Of days, months and cycles the sums have what is settled.
     if c.window == 0 and holds then
       add(c, now, charged(r, r[CHARGES][i + 1]))
-    elseif c.window > 0 and r[RESERVED] > now - c.window then
+    elseif c.window > 0 and r[RESERVED] > now - c.window and not stays(r[CHARGES][i]) then
       add(c, r[RESERVED], charged(r, r[CHARGES][i + 1]))
     end
   end
@@ -85,7 +95,7 @@ if ARGV[5] ~= '1' then
   return 1
 end
 call('HDEL', meta, 'nonce', 'nonce_us', 'loaded_parts', 'known')
-call('HSET', meta, 'epoch', ARGV[2], 'version', ARGV[6], 'families', ARGV[7])
+call('HSET', meta, 'epoch', ARGV[2], 'version', ARGV[6], 'families', ARGV[7], 'stems', ARGV[8])
 if tonumber(ARGV[2]) > 1 and not known then
   -- Not the first time: what the ledger does not have is gone.
   call('HSET', meta, 'loaded_us', integer(now))

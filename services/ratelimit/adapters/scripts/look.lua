@@ -25,5 +25,4 @@ local times, shaded = frees(plan, item, false), frees(plan, item, true)
 for i, time in ipairs(shaded) do
   times[i] = times[i] ~= 0 and times[i] or time
 end
-local expired = call('ZCOUNT', leases, '-inf', integer(now))
-return { 'ok', now, epoch, figures({ ok and V_HELD or V_REFUSED, 0, item.tokens, item.cost, 0, expired }, plan, times) }
+return { 'ok', now, epoch, figures({ ok and V_HELD or V_REFUSED, 0, item.tokens, item.cost, 0, count_ended(now) }, plan, times) }

@@ -44,9 +44,8 @@ end
 local kept, leased, over_by, holds = {}, {}, {}, 0
 
 -- A lease that ended may be under a fence already: the caller must not count on the hold.
-local function lives(id)
-  local lease = leased[id] or call('ZSCORE', leases, id)
-  return lease and tonumber(lease) > now
+local function leased_still(id)
+  return lives(leased[id] or tonumber(call('ZSCORE', leases, id) or nil), now)
 end
 
 local function held(item, r)
@@ -54,7 +53,10 @@ local function held(item, r)
 end
 
 local function again(item, r)
-  local same = r[ASKED_TOKENS] == item.tokens and r[ASKED_COST] == item.cost and r[PRODUCT_UNIT] == item.plan.product_unit
+  local plan = item.plan
+  local same = r[ASKED_TOKENS] == item.tokens and r[ASKED_COST] == item.cost and r[PRODUCT_UNIT] == plan.product_unit
+  -- It counts for whom it was taken: for another it would be no use of theirs, and the ledger's conflict would end a hold that is recorded.
+  same = same and r[USER] == plan.user and r[FEATURE] == plan.feature
   if r[STATE] == SETTLED and item.attempt == 0 and r[ATTEMPT] == 0 then
     -- Units of a product that are used already.
     same = same and r[QUANTITY] == item.quantity
@@ -62,10 +64,10 @@ local function again(item, r)
   end
   if not same or (r[STATE] <= PINNED and r[QUANTITY] ~= item.quantity) then
     return { r[STATE] <= PINNED and V_CONFLICT or V_ENDED }
-  elseif r[STATE] ~= HELD or not lives(item.id) then
+  elseif r[STATE] ~= HELD or not leased_still(item.id) then
     return { V_ENDED }
   end
-  leased[item.id] = now + lease_us
+  leased[item.id] = lease_score(now + lease_us, item.attempt)
   return held(item, r)
 end
 
@@ -101,11 +103,11 @@ local function hold(item, tokens, cost, output)
     r[STATE], r[CHARGES] = SETTLED, nil
     over_by[#over_by + 1], over_by[#over_by + 2] = integer(now), item.id
   else
-    leased[item.id], holds = now + lease_us, holds + 1
-    if running then
+    leased[item.id], holds = lease_score(now + lease_us, item.attempt), holds + 1
+    if running and item.attempt > 0 then
       running = running + 1
     end
-    if living then
+    if living and item.attempt > 0 then
       living[#living + 1] = r
     end
   end
@@ -134,7 +136,7 @@ local function decide(item)
     leave_line(item)
     return hold(item, tokens, cost, output)
   end
-  expired = expired or call('ZCOUNT', leases, '-inf', integer(now))
+  expired = expired or count_ended(now)
   if item.standing then
     return kept_waiting(item, ahead, lanes, not ok and frees(item.plan, item, false) or nil, expired, holds > 0 and now + lease_us or 0)
   end

@@ -46,5 +46,10 @@ if call('HLEN', counters) > 0 then
   in_chunks('HDEL', counters, gone)
 end
 later = later or call('ZCARD', ended) > 0
-local ids = call('ZRANGEBYSCORE', leases, '-inf', integer(now), 'LIMIT', 0, tonumber(ARGV[2]))
+local ids = {}
+for _, scores in ipairs(ended_between(now)) do
+  for _, id in ipairs(call('ZRANGEBYSCORE', leases, scores[1], scores[2], 'LIMIT', 0, tonumber(ARGV[2]) - #ids)) do
+    ids[#ids + 1] = id
+  end
+end
 return { tonumber(epoch), call('ZCARD', leases), later and 1 or 0, unpack(ids) }
