@@ -15,6 +15,7 @@ from services.kernel.tenant_config import TenantConfigCache
 from services.ratelimit.adapters.metering_client import MeteringClient
 from services.ratelimit.adapters.redis_link import ClusterLink, Link, PipelinedLink
 from services.ratelimit.adapters.redis_records import RedisRecords
+from services.ratelimit.adapters.redis_slices import RedisSlices
 from services.ratelimit.adapters.redis_snapshots import RedisSnapshots
 from services.ratelimit.adapters.redis_store import RedisStore
 from services.ratelimit.adapters.tenant_rules import TenantRules
@@ -32,6 +33,7 @@ from services.ratelimit.servicers.lifecycle import LifecycleServicer
 from services.ratelimit.servicers.rate_limit import RateLimitServicer
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
 from services.ratelimit.settings import RatelimitSettings
+from services.ratelimit.slice import Slices
 
 # What may take longer than a decision: batches of commits, snapshots, sweeps. Few at a time, so that decisions get between them.
 _BULK_TIMEOUT_SECONDS = 0.5
@@ -80,6 +82,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
             consumptions,
             Looks(store, counters),
             ReserveBatches(reservations, verifier),
+            Slices(RedisSlices(scripts), counters, fencing),
             lease_seconds=settings.lease_seconds,
         )
         lifecycle = LifecycleServicer(RedisRecords(scripts))

@@ -21,6 +21,8 @@ from services.ratelimit.servicers.limit_messages import (
     request_of,
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
+from services.ratelimit.servicers.slice_messages import slice_message, slice_request_of, slice_return_of
+from services.ratelimit.slice import Slices
 
 _KINDS = {
     messages.COMMIT_KIND_SETTLED: CommitKind.SETTLED,
@@ -39,6 +41,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         consumptions: Consumptions,
         looks: Looks,
         batches: ReserveBatches,
+        slices: Slices,
         *,
         lease_seconds: float,
     ) -> None:
@@ -47,6 +50,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         self._consumptions = consumptions
         self._looks = looks
         self._batches = batches
+        self._slices = slices
         self._lease = duration(lease_seconds)
 
     async def Reserve(self, request: messages.ReserveRequest, context: object) -> messages.ReserveResponse:
@@ -73,6 +77,15 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
             shadow_refusals=[refusal_message(item) for item in used.shadow_refusals],
             degraded=used.degraded,
         )
+
+    async def TakeSlice(self, request: messages.TakeSliceRequest, context: object) -> messages.TakeSliceResponse:
+        """Charges units ahead of their use."""
+        return slice_message(await self._slices.take(current_tenant(), slice_request_of(request)))
+
+    async def ReturnSlices(self, request: messages.ReturnSlicesRequest, context: object) -> messages.ReturnSlicesResponse:
+        """Takes back what was not used."""
+        await self._slices.give_back(current_tenant(), [slice_return_of(item) for item in request.slices])
+        return messages.ReturnSlicesResponse()
 
     async def Renew(self, request: messages.RenewRequest, context: object) -> messages.RenewResponse:
         """Prolongs leases."""

@@ -13,10 +13,12 @@ _HEADS = {
     "reserve": _DECIDING,
     "look": _DECIDING,
     "extend": _DECIDING,
+    "take_slice": _DECIDING,
     "commit": _COUNTING,
     "release": _COUNTING,
     "fenced": _COUNTING,
     "load": _COUNTING,
+    "return_slices": _COUNTING,
 }
 NAMES = (*_HEADS, "renew", "sweep", "begin", "drop", "erase", "export")
 
