@@ -91,6 +91,9 @@ class LimitSlices:
         await self._give_back()
 
     async def _used_elsewhere(self, key: _Key, quantity: int, lane: Lane | None) -> UseAnswer:
+        if quantity < 1:
+            msg = "quantity must be at least 1"
+            raise ValueError(msg)
         if lane is None:
             lane = self._lane(key)
             if lane is not None:

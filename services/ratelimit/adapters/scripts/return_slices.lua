@@ -23,11 +23,9 @@ for i, id in ipairs(ids) do
   if r and r[CHARGES] then
     local used = math.min(tonumber(ARGV[3 * i]), r[QUANTITY])
     for j = 1, #r[CHARGES], 3 do
-      local c = book[r[CHARGES][j]]
-      if r[RESERVED] > now - c.window then
-        adjust(c, r[RESERVED], now, -r[QUANTITY])
-        adjust(c, math.min(r[RESERVED], now), now, used)
-      end
+      -- What has left its window is left alone by both.
+      adjust(book[r[CHARGES][j]], r[RESERVED], now, -r[QUANTITY])
+      adjust(book[r[CHARGES][j]], math.min(r[RESERVED], now), now, used)
     end
     r[QUANTITY], r[CHARGES] = used, nil
     kept[#kept + 1], kept[#kept + 2] = id, cmsgpack.pack(r)
