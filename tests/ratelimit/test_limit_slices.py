@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -181,8 +182,11 @@ async def test_a_child_that_is_forked_holds_nothing(service: Service) -> None:
         while not (await limits.try_use(UNIT)).local:
             pass
         assert limits._lanes
-        child = os.fork()
+        with warnings.catch_warnings():
+            # Of threads that a child does not have: it asks one question and ends.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
         if child == 0:
             os._exit(1 if limits._lanes or limits.try_use_locally(UNIT) else 0)
-        assert os.waitpid(child, 0)[1] == 0
+        assert (await asyncio.to_thread(os.waitpid, child, 0))[1] == 0
         assert limits._lanes

@@ -122,6 +122,18 @@ async def test_a_return_of_another_epoch_is_ignored(service: Service) -> None:
     assert await used(tenant) == 10
 
 
+async def test_a_slice_is_its_tenants_alone(service: Service) -> None:
+    """Whoever names another tenant's slice gives nothing back, and takes a slice of its own under that id."""
+    tenant, stranger = service.tenant_with(SEARCHES), service.tenant_with(SEARCHES)
+    slice_id = new_uuid7()
+    await take(tenant, 10, id=slice_id)
+    await stranger.limits()
+    await give_back(stranger, (slice_id, 0))
+    assert (await used(tenant), await used(stranger)) == (10, 0)
+    assert (await take(stranger, 3, id=slice_id)).granted == 3
+    assert (await used(tenant), await used(stranger)) == (10, 3)
+
+
 async def test_a_slice_that_comes_back_late_is_taken_where_it_still_counts(service: Service) -> None:
     """After the end of its lease the rest is free all the same; after the window there is nothing to give back."""
     tenant = service.tenant_with(rule("searches", "searches", 1, 100), rule("longer", "searches", 60, 100))
