@@ -1,8 +1,8 @@
 """Decisions a second of one process that holds slices, against a running mesh; and what they cost in CPU, here and at the service.
 
-Three ways in one run: without a wait where a slice has room, awaited, and use by use at the service. Rates stand by the clock and by this
-process's own CPU seconds, as the machine may be shared. Exit code 1 when a CPU second decides fewer than 500,000 uses here, or when the limits do
-not count exactly what was used.
+Three ways in one run: without a wait where a slice has room, awaited, and use by use at the service. Rates stand by the clock and by
+this process's own CPU seconds, as the machine may be shared. Exit code 1 when a CPU second decides fewer than 500,000 uses here, or when
+the limits do not count exactly what was used.
 """
 
 import argparse
