@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from bench import call_overhead, kernel_overhead, revocation, sealing, tenants
+from bench import call_overhead, kernel_overhead, revocation, sealing, slices, tenants
 
 BENCHES: dict[str, Callable[[list[str]], None]] = {
     "call_overhead": call_overhead.main,
@@ -11,6 +11,7 @@ BENCHES: dict[str, Callable[[list[str]], None]] = {
     "revocation": revocation.main,
     "tenants": tenants.main,
     "sealing": sealing.main,
+    "slices": slices.main,
 }
 
 

@@ -19,6 +19,7 @@ from services.ratelimit.adapters.redis_guard import RedisGuards
 from services.ratelimit.adapters.redis_link import ClusterLink, Link, PipelinedLink
 from services.ratelimit.adapters.redis_records import RedisRecords
 from services.ratelimit.adapters.redis_shares import RedisShares
+from services.ratelimit.adapters.redis_slices import RedisSlices
 from services.ratelimit.adapters.redis_snapshots import RedisSnapshots
 from services.ratelimit.adapters.redis_store import RedisStore
 from services.ratelimit.adapters.redis_tickets import RedisTickets, WakeListener
@@ -39,6 +40,7 @@ from services.ratelimit.servicers.lifecycle import LifecycleServicer
 from services.ratelimit.servicers.rate_limit import RateLimitServicer
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
 from services.ratelimit.settings import RatelimitSettings
+from services.ratelimit.slice import Slices
 from services.ratelimit.waiting_room import WaitingRoom
 
 # What may take longer than a decision: batches of commits, snapshots, sweeps. Few at a time, so that decisions get between them.
@@ -94,6 +96,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
             ReserveBatches(reservations, verifier),
             Guarding(guard, counters, AuditClient(to_tenant)),
             shares,
+            Slices(RedisSlices(scripts), counters, fencing),
             lease_seconds=settings.lease_seconds,
         )
         lifecycle = LifecycleServicer(RedisRecords(scripts, share_store, tuple(settings.provider_accounts)))

@@ -167,6 +167,14 @@ CASES: Mapping[str, Case] = {
         "reservation_id": ids.reservation_id,
         "amounts": {"tokens": 10, "cost_nano_usd": 1000},
     },
+    "/mesh.ratelimit.v1.RateLimitService/TakeSlice": lambda ids: {
+        "slice_id": str(new_uuid7()),
+        # The unit of every plan that may be sliced.
+        "product_unit": "audio_seconds",
+        "quantity": 1_000_000,
+        "user": TAMPERED,
+    },
+    "/mesh.ratelimit.v1.RateLimitService/ReturnSlices": lambda ids: {"slices": [{"slice_id": ids.reservation_id, "epoch": 1, "used": 0}]},
     "/mesh.ratelimit.v1.RateLimitService/Renew": lambda ids: {"reservations": [_ref(ids)]},
     "/mesh.ratelimit.v1.RateLimitService/Release": lambda ids: {"reservation_id": ids.reservation_id, "epoch": 1},
     "/mesh.ratelimit.v1.RateLimitService/Commit": lambda ids: {

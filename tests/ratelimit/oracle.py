@@ -47,6 +47,10 @@ class Granted:
     shadow_refusals: frozenset[str] = frozenset()
 
 
+# A slice of before a loss may be used so long after it.
+LONGEST_SLICE_US = 850_000
+
+
 @dataclass
 class Oracle:
     """One tenant. `calls` is None while it has no counters. `sums`: use of before, by rule's unit and period."""
@@ -64,7 +68,7 @@ class Oracle:
         if rule.window is Window.REQUEST:
             return 0
         volatile = rule.unit is Unit.PRODUCT and rule.window is Window.SLIDING and not rule.fails_open
-        if volatile and self.knows_since_us > now_us - rule.window_us:
+        if volatile and self.knows_since_us + LONGEST_SLICE_US > now_us - rule.window_us:
             return rule.limit
         used = sum(self._amount(rule, call) for call in self._of(rule, subject) if self._within(rule, call, now_us))
         return used + (self.sums.get((rule.unit, rule.window), 0) if rule.scope.of(subject) == NOBODY else 0)

@@ -13,7 +13,7 @@ from services.ratelimit.packing import unpacked
 
 # Longer than a context token of the tenant can still be shown, with room for clocks that differ.
 _TOMBSTONE_MILLISECONDS = 330_000
-_STATES = {1: "held", 2: "pinned", 3: "settled", 4: "void", 5: "released"}
+_STATES = {1: "held", 2: "pinned", 3: "settled", 4: "void", 5: "released", 6: "sliced"}
 _FIELDS = ("state", "epoch", "reserve_time", "tokens", "cost_nano_usd", "quantity", "user", "feature", "attempt", "product_unit")
 
 

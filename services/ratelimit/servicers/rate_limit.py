@@ -25,6 +25,8 @@ from services.ratelimit.servicers.limit_messages import (
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
 from services.ratelimit.servicers.returned_shares import returned
+from services.ratelimit.servicers.slice_messages import slice_message, slice_request_of, slice_return_of
+from services.ratelimit.slice import Slices
 
 _KINDS = {
     messages.COMMIT_KIND_SETTLED: CommitKind.SETTLED,
@@ -45,6 +47,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         batches: ReserveBatches,
         guarding: Guarding,
         shares: AccountShares,
+        slices: Slices,
         *,
         lease_seconds: float,
     ) -> None:
@@ -55,6 +58,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         self._batches = batches
         self._guarding = guarding
         self._shares = shares
+        self._slices = slices
         self._lease = duration(lease_seconds)
 
     async def Reserve(self, request: messages.ReserveRequest, context: object) -> messages.ReserveResponse:
@@ -84,6 +88,15 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
             degraded=used.degraded,
             waited=duration(used.waited_seconds) if used.waited_seconds else None,
         )
+
+    async def TakeSlice(self, request: messages.TakeSliceRequest, context: object) -> messages.TakeSliceResponse:
+        """Charges units ahead of their use."""
+        return slice_message(await self._slices.take(current_tenant(), slice_request_of(request)))
+
+    async def ReturnSlices(self, request: messages.ReturnSlicesRequest, context: object) -> messages.ReturnSlicesResponse:
+        """Takes back what was not used."""
+        await self._slices.give_back(current_tenant(), [slice_return_of(item) for item in request.slices])
+        return messages.ReturnSlicesResponse()
 
     async def Renew(self, request: messages.RenewRequest, context: object) -> messages.RenewResponse:
         """Prolongs leases."""

@@ -20,6 +20,8 @@ _HEADS = {
     "load": _COUNTING,
     "keep_places": ("common", "waiting"),
     "leave": ("common", "waiting"),
+    "take_slice": _DECIDING,
+    "return_slices": _COUNTING,
 }
 NAMES = (*_HEADS, "renew", "sweep", "begin", "drop", "erase", "export", "guard", "lift_guard")
 

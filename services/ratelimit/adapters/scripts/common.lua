@@ -60,7 +60,7 @@ end
 
 -- Units and states, as numbers.
 local REQUESTS, TOKENS, COST, RUNNING, RETRIES, PRODUCT = 1, 2, 3, 4, 5, 6
-local HELD, PINNED, SETTLED, VOID, RELEASED = 1, 2, 3, 4, 5
+local HELD, PINNED, SETTLED, VOID, RELEASED, SLICED = 1, 2, 3, 4, 5, 6
 
 -- Fields of a record. ASKED_… are of the Reserve, to know it when it is repeated. SHADOW_… are what rules in shadow mode were charged.
 -- CHARGES: by threes the counter's name, its unit (+ SHADED for one of shadow rules), its window (0: a calendar's); none once it has ended.

@@ -8,9 +8,13 @@ local STRIDE = 7
 -- When counters were loaded after a loss, 0 if they never were lost.
 local loaded_us = 0
 
--- Until when nobody knows what a rule's window holds; 0 where it is known.
+-- The longest that a slice may be used, its holder's clock allowed for. Within a second, so that a change of the rules is in force by then.
+local LONGEST_SLICE_US = 850000
+
+-- Until when nobody knows what a rule's window holds; 0 where it is known. A slice from before the loss is used on for as long as it may be, which is
+-- after the loading: a window is known again when even that has left it.
 local function blind_until(c, plan, i)
-  local until_us = plan.rules[i + 6] == 1 and loaded_us + c.window or 0
+  local until_us = plan.rules[i + 6] == 1 and loaded_us + LONGEST_SLICE_US + c.window or 0
   return until_us > now and until_us or 0
 end
 

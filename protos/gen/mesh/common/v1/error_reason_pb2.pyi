@@ -100,6 +100,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. The tenant's further attempts at the provider are used up; the first attempt is not affected. Metadata as PLAN_LIMIT."""
     ERROR_REASON_PROVIDER_SHARE: _ErrorReason.ValueType  # 44
     """RESOURCE_EXHAUSTED, with RetryInfo. The tenant's fair share of the provider's account is in use. {"account": "…", "limit": "…", "used": "…"}"""
+    ERROR_REASON_NOT_SLICEABLE: _ErrorReason.ValueType  # 45
+    """FAILED_PRECONDITION. A rule of the unit needs each use by itself, so no slice of it is given: call Consume. The cause: "durable" (a day, month or
+    cycle is counted), "open" (a rule stays open without its store) or "shadow". {"product_unit": "ai_interviews", "cause": "durable"}
+    """
     ERROR_REASON_PROVIDER_UNAVAILABLE: _ErrorReason.ValueType  # 50
     """UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing. Where it may have billed all the same, the call is listed as unresolved. {"provider": "anthropic", "http_status": "529"}"""
     ERROR_REASON_PROVIDER_REFUSED: _ErrorReason.ValueType  # 51
@@ -194,6 +198,10 @@ ERROR_REASON_RETRY_BUDGET: ErrorReason.ValueType  # 43
 """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. The tenant's further attempts at the provider are used up; the first attempt is not affected. Metadata as PLAN_LIMIT."""
 ERROR_REASON_PROVIDER_SHARE: ErrorReason.ValueType  # 44
 """RESOURCE_EXHAUSTED, with RetryInfo. The tenant's fair share of the provider's account is in use. {"account": "…", "limit": "…", "used": "…"}"""
+ERROR_REASON_NOT_SLICEABLE: ErrorReason.ValueType  # 45
+"""FAILED_PRECONDITION. A rule of the unit needs each use by itself, so no slice of it is given: call Consume. The cause: "durable" (a day, month or
+cycle is counted), "open" (a rule stays open without its store) or "shadow". {"product_unit": "ai_interviews", "cause": "durable"}
+"""
 ERROR_REASON_PROVIDER_UNAVAILABLE: ErrorReason.ValueType  # 50
 """UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing. Where it may have billed all the same, the call is listed as unresolved. {"provider": "anthropic", "http_status": "529"}"""
 ERROR_REASON_PROVIDER_REFUSED: ErrorReason.ValueType  # 51

@@ -629,6 +629,165 @@ class ConsumeResponse(_message.Message):
 Global___ConsumeResponse: _TypeAlias = ConsumeResponse  # noqa: Y015
 
 @_typing.final
+class TakeSliceRequest(_message.Message):
+    """What to charge ahead."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    PRODUCT_UNIT_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.str
+    """A UUIDv7 made for this slice, at most 60 s old when it is first sent."""
+    product_unit: _builtins.str
+    """The product's unit, such as "searches"."""
+    quantity: _builtins.int
+    """How many are wanted: 1–1,000,000,000."""
+    user: _builtins.str
+    """The tenant's user it serves; empty: none."""
+    feature: _builtins.str
+    """The feature it serves; empty: none."""
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """How long it is wanted: 0.02–2 s. Absent: as long as it may be."""
+
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.str = ...,
+        product_unit: _builtins.str = ...,
+        quantity: _builtins.int = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        lease: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "lease", b"lease", "product_unit", b"product_unit", "quantity", b"quantity", "slice_id", b"slice_id", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeSliceRequest: _TypeAlias = TakeSliceRequest  # noqa: Y015
+
+@_typing.final
+class TakeSliceResponse(_message.Message):
+    """A slice. It may be used by its caller alone, and only for the user and the feature it was taken for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANTED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    LARGEST_USE_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    granted: _builtins.int
+    """How many may be used: 1–`quantity`, and never more than a quarter of what the rules have left, or 1."""
+    epoch: _builtins.int
+    """The epoch it belongs to, for `ReturnSlices`."""
+    largest_use: _builtins.int
+    """The most that one use may need: the smallest limit of the rules of each request by itself; 0 where there is none."""
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """How long it may be used: at most 0.8 s, and at most an eighth of the shortest window. Counted by its caller's monotonic clock from a moment before
+        the request was sent.
+        """
+
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitStatus]:
+        """The rules of the unit after it."""
+
+    def __init__(
+        self,
+        *,
+        granted: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        lease: _duration_pb2.Duration | None = ...,
+        largest_use: _builtins.int = ...,
+        limits: _abc.Iterable[Global___LimitStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "granted", b"granted", "largest_use", b"largest_use", "lease", b"lease", "limits", b"limits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeSliceResponse: _TypeAlias = TakeSliceResponse  # noqa: Y015
+
+@_typing.final
+class SliceReturn(_message.Message):
+    """What is left of one slice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.str
+    """Its id."""
+    epoch: _builtins.int
+    """The epoch it belongs to. Another epoch: ignored."""
+    used: _builtins.int
+    """How many were used of it: 0–1,000,000,000. More than were granted counts as all of them."""
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        used: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "slice_id", b"slice_id", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SliceReturn: _TypeAlias = SliceReturn  # noqa: Y015
+
+@_typing.final
+class ReturnSlicesRequest(_message.Message):
+    """Slices that are used no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceReturn]:
+        """1–1,000 of the tenant's."""
+
+    def __init__(
+        self,
+        *,
+        slices: _abc.Iterable[Global___SliceReturn] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slices", b"slices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnSlicesRequest: _TypeAlias = ReturnSlicesRequest  # noqa: Y015
+
+@_typing.final
+class ReturnSlicesResponse(_message.Message):
+    """They are over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnSlicesResponse: _TypeAlias = ReturnSlicesResponse  # noqa: Y015
+
+@_typing.final
 class ReservationRef(_message.Message):
     """Which reservation, of which tenant."""
 

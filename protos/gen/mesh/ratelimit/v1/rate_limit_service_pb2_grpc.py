@@ -55,6 +55,16 @@ class RateLimitServiceStub:
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeRequest.SerializeToString,
                 response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeResponse.FromString,
                 _registered_method=True)
+        self.TakeSlice = channel.unary_unary(
+                '/mesh.ratelimit.v1.RateLimitService/TakeSlice',
+                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.TakeSliceRequest.SerializeToString,
+                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.TakeSliceResponse.FromString,
+                _registered_method=True)
+        self.ReturnSlices = channel.unary_unary(
+                '/mesh.ratelimit.v1.RateLimitService/ReturnSlices',
+                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSlicesRequest.SerializeToString,
+                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSlicesResponse.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/mesh.ratelimit.v1.RateLimitService/Renew',
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.RenewRequest.SerializeToString,
@@ -137,6 +147,26 @@ class RateLimitServiceServicer:
         Where a rule of the unit counts days, months or cycles, the use is in the ledger before it is answered. Idempotent by `consumption_id`: repeated, it
         answers the same and uses nothing more, for as long as the ledger keeps it.
         Errors: as Reserve; PERMISSION_DENIED FEATURE where the plan does not have the unit at all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeSlice(self, request, context):
+        """Charges units of the product ahead of their use, for a caller that then decides by itself, use by use, until the slice's lease ends. As much as
+        was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
+        `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
+        answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
+        Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+        its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReturnSlices(self, request, context):
+        """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
+        epoch are ignored. What has left its window meanwhile is not counted any more either way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,6 +256,16 @@ def add_RateLimitServiceServicer_to_server(servicer, server):
                     servicer.Consume,
                     request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeRequest.FromString,
                     response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeResponse.SerializeToString,
+            ),
+            'TakeSlice': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeSlice,
+                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.TakeSliceRequest.FromString,
+                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.TakeSliceResponse.SerializeToString,
+            ),
+            'ReturnSlices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnSlices,
+                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSlicesRequest.FromString,
+                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSlicesResponse.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -377,6 +417,60 @@ class RateLimitService:
             '/mesh.ratelimit.v1.RateLimitService/Consume',
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeRequest.SerializeToString,
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ConsumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeSlice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.ratelimit.v1.RateLimitService/TakeSlice',
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.TakeSliceRequest.SerializeToString,
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.TakeSliceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnSlices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.ratelimit.v1.RateLimitService/ReturnSlices',
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSlicesRequest.SerializeToString,
+            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSlicesResponse.FromString,
             options,
             channel_credentials,
             insecure,

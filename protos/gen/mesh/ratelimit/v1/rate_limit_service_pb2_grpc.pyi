@@ -41,6 +41,18 @@ class RateLimitServiceStub:
     answers the same and uses nothing more, for as long as the ledger keeps it.
     Errors: as Reserve; PERMISSION_DENIED FEATURE where the plan does not have the unit at all.
     """
+    TakeSlice: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.TakeSliceRequest, _rate_limit_service_pb2.TakeSliceResponse]
+    """Charges units of the product ahead of their use, for a caller that then decides by itself, use by use, until the slice's lease ends. As much as
+    was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
+    `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
+    answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
+    Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+    its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
+    """
+    ReturnSlices: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReturnSlicesRequest, _rate_limit_service_pb2.ReturnSlicesResponse]
+    """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
+    epoch are ignored. What has left its window meanwhile is not counted any more either way.
+    """
     Renew: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.RenewRequest, _rate_limit_service_pb2.RenewResponse]
     """Prolongs the leases of reservations by 5 s. A batch over tenants; idempotent.
     Reservations that no longer live are named in the answer: their calls must not be dispatched any more.
@@ -119,6 +131,30 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
         Where a rule of the unit counts days, months or cycles, the use is in the ledger before it is answered. Idempotent by `consumption_id`: repeated, it
         answers the same and uses nothing more, for as long as the ledger keeps it.
         Errors: as Reserve; PERMISSION_DENIED FEATURE where the plan does not have the unit at all.
+        """
+
+    @_abc_1.abstractmethod
+    def TakeSlice(
+        self,
+        request: _rate_limit_service_pb2.TakeSliceRequest,
+        context: _aio.ServicerContext[_rate_limit_service_pb2.TakeSliceRequest, _abc.Awaitable[_rate_limit_service_pb2.TakeSliceResponse]],
+    ) -> _abc.Awaitable[_rate_limit_service_pb2.TakeSliceResponse]:
+        """Charges units of the product ahead of their use, for a caller that then decides by itself, use by use, until the slice's lease ends. As much as
+        was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
+        `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
+        answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
+        Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+        its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
+        """
+
+    @_abc_1.abstractmethod
+    def ReturnSlices(
+        self,
+        request: _rate_limit_service_pb2.ReturnSlicesRequest,
+        context: _aio.ServicerContext[_rate_limit_service_pb2.ReturnSlicesRequest, _abc.Awaitable[_rate_limit_service_pb2.ReturnSlicesResponse]],
+    ) -> _abc.Awaitable[_rate_limit_service_pb2.ReturnSlicesResponse]:
+        """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
+        epoch are ignored. What has left its window meanwhile is not counted any more either way.
         """
 
     @_abc_1.abstractmethod
