@@ -71,12 +71,13 @@ class Refusal:
         """What varies, for programs."""
         status, rule = self.status, self.status.rule
         varying = {
-            "reset_time": "" if status.reset_us is None else moment(status.reset_us).isoformat().replace("+00:00", "Z"),
+            "reset_time": "" if status.reset_us is None else _written(status.reset_us),
             "lifting_plan": rule.lifting_plan,
             "user": status.subject.user,
             "feature": status.subject.feature,
         }
         fixed = {"rule": rule.name, "limit": str(status.limit), "used": str(status.used), "remaining": str(status.remaining)}
+        fixed["decide_time"] = _written(self.now_us)
         return fixed | {key: value for key, value in varying.items() if value}
 
     def error(self, tenant_id: UUID) -> MeshError:
@@ -126,6 +127,10 @@ def needed(unit: Unit, demand: Demand) -> int:
             return demand.quantity
         case _:
             return 1
+
+
+def _written(us: int) -> str:
+    return moment(us).isoformat().replace("+00:00", "Z")
 
 
 def _refusals(plan: Plan, answer: Answer, demand: Demand, *, shadow: bool) -> list[Refusal]:

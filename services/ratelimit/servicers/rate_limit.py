@@ -19,6 +19,7 @@ from services.ratelimit.servicers.limit_messages import (
     limit_messages,
     refusal_message,
     request_of,
+    set_timestamp,
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
 
@@ -61,18 +62,22 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         """Raises what a call holds."""
         reservation_id = ReservationId(parse_uuid(request.reservation_id, "reservation_id"))
         held = await self._extensions.extend(current_tenant(), reservation_id, request.epoch, amounts_of(request.amounts))
-        return messages.ExtendResponse(granted=amounts_message(held.answer.granted), limits=limit_messages(held.limits))
+        response = messages.ExtendResponse(granted=amounts_message(held.answer.granted), limits=limit_messages(held.limits))
+        set_timestamp(response.decide_time, held.answer.now_us)
+        return response
 
     async def Consume(self, request: messages.ConsumeRequest, context: object) -> messages.ConsumeResponse:
         """Uses units of the product."""
         consumption_id = ReservationId(parse_uuid(request.consumption_id, "consumption_id"))
         use = Use(consumption_id, request.product_unit, request.quantity, Subject(request.user, request.feature))
         used = await self._consumptions.consume(current_tenant(), use)
-        return messages.ConsumeResponse(
+        response = messages.ConsumeResponse(
             limits=limit_messages(used.limits),
             shadow_refusals=[refusal_message(item) for item in used.shadow_refusals],
             degraded=used.degraded,
         )
+        set_timestamp(response.decide_time, used.answer.now_us)
+        return response
 
     async def Renew(self, request: messages.RenewRequest, context: object) -> messages.RenewResponse:
         """Prolongs leases."""
