@@ -98,7 +98,7 @@ def _node(folder: Path) -> Node:
         port = free_port()
     (folder / "redis.conf").write_text(
         f'bind {LOOPBACK}\nport {port}\ndir "{folder}"\ncluster-enabled yes\ncluster-node-timeout {NODE_TIMEOUT_MS}\n'
-        'cluster-replica-validity-factor 0\nrepl-diskless-sync yes\nrepl-diskless-sync-delay 0\nsave ""\n'
+        'cluster-replica-validity-factor 0\ncluster-require-full-coverage no\nrepl-diskless-sync yes\nrepl-diskless-sync-delay 0\nsave ""\n'
     )
     process = ManagedProcess("redis", [binary("redis-server"), str(folder / "redis.conf")], log_path=folder / "redis.log")
     return Node(process, port, PipelinedLink(f"redis://{LOOPBACK}:{port}/0", timeout_seconds=5.0))

@@ -77,3 +77,11 @@ async def test_every_script_runs_on_a_cluster(cluster_url: str) -> None:
     finally:
         await cluster.close()
         await tenant.link.close()
+
+
+async def test_a_cluster_that_is_not_there_is_unavailable() -> None:
+    """No node to begin with is the same to callers as a server that is gone."""
+    cluster = ClusterLink(f"redis://127.0.0.1:{free_port()}/0", timeout_seconds=1.0)
+    with pytest.raises(Unavailable):
+        await cluster.send("EVALSHA", "0" * 40, 1, "{a}:meta")
+    await cluster.close()

@@ -165,7 +165,8 @@ async def test_a_master_is_lost_under_load(service: Service, cluster: Cluster) -
     await callers.until_full(8, lose)
     assert callers.codes <= {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
     assert callers.outage_seconds < FAILOVER_SECONDS
-    assert callers.epochs == {1, 2}
+    assert min(callers.epochs) == 1
+    assert max(callers.epochs) > 1
     assert len(callers.opened) <= LIMIT
     assert (await tenant.limits())["tokens"].used == LIMIT
     assert len(elsewhere) < 5, "a master that is gone is no reason to refuse the tenants of the others"
