@@ -82,12 +82,13 @@ class Refusal:
         """What varies, for programs."""
         status, rule = self.status, self.status.rule
         varying = {
-            "reset_time": "" if status.reset_us is None else moment(status.reset_us).isoformat().replace("+00:00", "Z"),
+            "reset_time": "" if status.reset_us is None else _written(status.reset_us),
             "lifting_plan": rule.lifting_plan,
             "user": status.subject.user,
             "feature": status.subject.feature,
         }
         fixed = {"rule": rule.name, "limit": str(status.limit), "used": str(status.used), "remaining": str(status.remaining)}
+        fixed["decide_time"] = _written(self.now_us)
         return fixed | {key: value for key, value in varying.items() if value}
 
     def error(self, tenant_id: UUID) -> MeshError:
@@ -166,6 +167,10 @@ def least(rule: LimitRule, demand: Demand) -> int:
             return need - spared * short.output_nano_usd_per_million // 1_000_000
         case _:
             return need
+
+
+def _written(us: int) -> str:
+    return moment(us).isoformat().replace("+00:00", "Z")
 
 
 def _refusals(plan: Plan, answer: Answer, demand: Demand, *, shadow: bool) -> list[Refusal]:

@@ -18,7 +18,7 @@ _MOST_PERIODS = 400
 _RECENT_SECONDS = 60
 # The order in which scripts take calendars; 0 is no calendar.
 _CALENDAR_NUMBERS = {Window.DAY: 1, Window.MONTH: 2, Window.CYCLE: 3}
-_RUNNING, _SINGLE = -1, 0
+_RUNNING_BESIDE_USES, _RUNNING, _SINGLE = -2, -1, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +159,13 @@ class Terms:
         places = {family: place for place, family in enumerate(families, 1)}
         counters = ((family.counter(subject), *_of_family(family)) for family in families)
         volatile = bool(product_unit) and not self.is_durable(product_unit)
+        # Durable uses have leases too: where there may be some, leases alone do not tell how many calls run.
+        running = _RUNNING_BESIDE_USES if any(self.is_durable(unit) for unit in self.product_units) else _RUNNING
         has_shadow = any(rule.shadow for rule in rules)
         content: Packable = (
             (subject.user, subject.feature, product_unit),
             tuple(chain.from_iterable(counters)),
-            tuple(chain.from_iterable(_of_rule(rule, places, volatile=volatile) for rule in rules)),
+            tuple(chain.from_iterable(_of_rule(rule, places, running, volatile=volatile) for rule in rules)),
             int(has_shadow),
         )
         parts = tuple(rule.scope.of(subject) for rule in rules)
@@ -175,9 +177,9 @@ def _of_family(family: Family) -> tuple[int, int, int, int]:
     return family.unit, _CALENDAR_NUMBERS.get(family.window, 0), family.window_us, int(family.shadow)
 
 
-def _of_rule(rule: LimitRule, places: dict[Family, int], *, volatile: bool) -> tuple[Packable, ...]:
+def _of_rule(rule: LimitRule, places: dict[Family, int], running: int, *, volatile: bool) -> tuple[Packable, ...]:
     """A rule for scripts: where its counter is, unit, limit, whether in shadow, fewest output tokens (0: not shortened), scope, blind."""
-    uncounted = _RUNNING if rule.window is Window.RUNNING else _SINGLE
+    uncounted = running if rule.window is Window.RUNNING else _SINGLE
     place = places[Family.of(rule)] if rule.counts else uncounted
     blind = int(volatile and rule.counts and not rule.fails_open)
     return place, rule.unit, rule.limit, int(rule.shadow), rule.min_output_tokens if rule.shortens else 0, rule.scope.value, blind

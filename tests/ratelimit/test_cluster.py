@@ -92,3 +92,11 @@ async def test_who_waits_is_woken_on_a_cluster(cluster_url: str) -> None:
         async with waiting(tenant, 90) as task:
             await tenant.settled(running, 10)
             assert (await task).granted.tokens == 90
+
+
+async def test_a_cluster_that_is_not_there_is_unavailable() -> None:
+    """No node to begin with is the same to callers as a server that is gone."""
+    cluster = ClusterLink(f"redis://127.0.0.1:{free_port()}/0", timeout_seconds=1.0)
+    with pytest.raises(Unavailable):
+        await cluster.send("EVALSHA", "0" * 40, 1, "{a}:meta")
+    await cluster.close()

@@ -257,3 +257,15 @@ async def test_after_a_loss_a_volatile_rule_is_full_for_one_window_unless_it_is_
 def consumption_time(seconds: float) -> datetime:
     """A time so far from now."""
     return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize("running", [rule("running", "running", "running", 1), rule("running", "running", "running", 1, "user")])
+async def test_a_use_under_way_is_no_running_call(service: Service, running: rules.LimitRule) -> None:
+    """A durable use is a hold until the ledger's outbox ends it, and takes no slot of the calls that may run at the same time."""
+    tenant = service.tenant_with(running, rule("interviews", "interviews", "day", 10))
+    await tenant.consume("interviews", user="ada")
+    held = await tenant.reserve(user="ada")
+    assert {status.rule: status.used for status in held.limits} == {"running": 1}
+    with pytest.raises(MeshError) as caught:
+        await tenant.reserve(user="ada")
+    assert caught.value.reason_name == "CONCURRENCY"

@@ -53,6 +53,7 @@ def test_a_refusal_names_rule_figures_reset_and_wait() -> None:
         "used": "10",
         "remaining": "0",
         "reset_time": "2026-12-31T23:59:59.750000Z",
+        "decide_time": "2026-12-31T23:59:58.500000Z",
     }
     assert error.quota_violations[0].subject == f"tenant:{tenant_id}"
     assert "10 of 10 requests per minute are in use" in error.message

@@ -1,5 +1,9 @@
 """Rules of every kind, through the service: scopes, bursts, retries, single requests, shadow, and what changes when they change."""
 
+import asyncio
+from collections.abc import Callable
+from datetime import datetime, timedelta, tzinfo
+
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -8,7 +12,8 @@ from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
-from tests.ratelimit.callers import AtService, Service, now_us
+from services.ratelimit.adapters import redis_store
+from tests.ratelimit.callers import AtService, AtStore, Service, now_us
 from tests.ratelimit.rules import SHADOW, rule
 from tests.ratelimit.scripted_peer import LedgerCall
 
@@ -35,7 +40,8 @@ async def test_users_and_features_have_their_own_limits_within_the_tenants(servi
     assert (await refused(tenant, 1, user="bob", feature="chat")).metadata["rule"] == "pair"
     assert (await refused(tenant, 11, user="eve", feature="chat")).metadata["rule"] == "chat_only"
     await tenant.reserve(30, feature="search")
-    assert (await refused(tenant, 11)).metadata == {**(await refused(tenant, 11)).metadata, "rule": "all", "used": "90"}
+    told = (await refused(tenant, 11)).metadata
+    assert (told["rule"], told["used"]) == ("all", "90")
     assert {name: status.used for name, status in (await tenant.limits(user="bob", feature="chat")).items()} == {
         "all": 90,
         "each_user": 20,
@@ -191,3 +197,23 @@ def batch_item(tenant: AtService, tokens: int, id: str = "") -> messages.Reserve
 def change(service: Service, tenant: AtService, version: int, *limit_rules: rules.LimitRule) -> None:
     """Gives the tenant other rules under a new version."""
     tenant.context = service.peer.tenants.context(tenant.tenant_id, rules.LimitRules(rules=limit_rules), version)
+
+
+async def test_a_clock_that_is_days_off_is_put_right_once_for_all_who_ask(
+    at_store: Callable[..., AtStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many decisions find at the same time that this process does not know the day, each is decided by the store's day."""
+
+    class DaysAhead(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override] # a plain datetime is what callers want
+            return datetime.now(tz) + timedelta(days=3)
+
+    tenant = at_store(tokens_per_day=100)
+    await tenant.loaded()
+    monkeypatch.setattr(redis_store, "datetime", DaysAhead)
+    for _ in range(2):
+        async with asyncio.TaskGroup() as group:
+            looks = [group.create_task(tenant.used()) for _ in range(50)]
+        assert {look.result() for look in looks} == {(0, 0, 0, 0, 0)}
+    assert abs(tenant.store._ahead_us + 3 * 86_400 * 10**6) < 60 * 10**6

@@ -63,6 +63,7 @@ async def test_a_refusal_explains_itself_on_the_wire(service: Service) -> None:
         "remaining": "0",
     }
     assert "reset_time" in error.metadata
+    assert error.metadata["decide_time"] < error.metadata["reset_time"]
     assert error.retry_after_seconds is not None
     assert 50 < error.retry_after_seconds <= 60
     assert error.quota_violations

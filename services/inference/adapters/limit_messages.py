@@ -92,6 +92,8 @@ def _metadata(refused: pb.Refusal) -> dict[str, str]:
         metadata = {"rule": status.rule, "limit": str(status.limit), "used": str(status.used), "remaining": str(status.remaining)}
     if status.HasField("reset_time"):
         metadata["reset_time"] = _written(from_timestamp(status.reset_time))
+    if refused.HasField("decide_time"):
+        metadata["decide_time"] = _written(from_timestamp(refused.decide_time))
     if refused.lifting_plan:
         metadata["lifting_plan"] = refused.lifting_plan
     return metadata

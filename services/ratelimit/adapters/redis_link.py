@@ -4,6 +4,7 @@ Low-level connections instead of the client object: one batch then costs one wri
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -29,7 +30,9 @@ _PASSING = (
     exceptions.TimeoutError,
     exceptions.ReadOnlyError,
     exceptions.OutOfMemoryError,
+    exceptions.ClusterError,
     exceptions.ClusterDownError,
+    exceptions.RedisClusterException,
     exceptions.TryAgainError,
     exceptions.MasterDownError,
     exceptions.AskError,
@@ -37,6 +40,8 @@ _PASSING = (
     OSError,
     TimeoutError,
 )
+# Of these, what says that a server did not answer at all.
+_SILENCE = (exceptions.ConnectionError, exceptions.TimeoutError, OSError, TimeoutError)
 
 
 class Link(Protocol):
@@ -141,27 +146,32 @@ class PipelinedLink:
 
 
 class ClusterLink:
-    """A Redis Cluster. Each command finds its own node by its key; a tenant's keys share one slot."""
+    """A Redis Cluster. Each command finds its own node by its key; a tenant's keys share one slot.
 
-    def __init__(self, url: str, *, timeout_seconds: float = 0.04, breaker: CircuitBreaker | None = None) -> None:
+    Each node has a breaker of its own: one that is gone is no reason to refuse the tenants of the others.
+    """
+
+    def __init__(self, url: str, *, timeout_seconds: float = 0.04) -> None:
         self._client = RedisCluster.from_url(
             url, protocol=2, socket_connect_timeout=timeout_seconds, socket_timeout=timeout_seconds, retry=Retry(NoBackoff(), 0)
         )
         self._timeout_seconds = timeout_seconds
-        self._breaker = breaker or CircuitBreaker()
+        # By the node's address; "" stands for the cluster as long as its nodes are not known.
+        self._breakers: defaultdict[str, CircuitBreaker] = defaultdict(CircuitBreaker)
 
     async def send(self, *command: str | bytes | int) -> object:
         """Returns the reply; see Link."""
-        return await self._within_limit(command)
+        return await self._within_limit(command, self._breaker_of(command))
 
     async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
         """Takes one bounded step on the node at hand; see Link. The cursor is (how many nodes are done, the node's own cursor)."""
         done, position = cast("tuple[int, int]", cursor or (0, 0))
-        await self._within_limit(("PING",))
+        await self._within_limit(("PING",), self._breakers[""])
         nodes = sorted(self._client.get_primaries(), key=lambda node: node.name)
         if done >= len(nodes):
             return None, []
-        reply = await self._within_limit(("SCAN", position, "MATCH", pattern, "COUNT", _SCAN_COUNT), target_nodes=nodes[done])
+        scan: Command = ("SCAN", position, "MATCH", pattern, "COUNT", _SCAN_COUNT)
+        reply = await self._within_limit(scan, self._breakers[nodes[done].name], target_nodes=nodes[done])
         positions, found = cast("tuple[dict[str, int] | int, list[bytes]]", reply)
         following = next(iter(positions.values())) if isinstance(positions, dict) else int(positions)
         if following:
@@ -172,17 +182,30 @@ class ClusterLink:
         """Closes the connections."""
         await self._client.aclose()
 
-    async def _within_limit(self, command: Command, **options: Any) -> object:
-        if not self._breaker.admits():
+    def _breaker_of(self, command: Command) -> CircuitBreaker:
+        # A script's keys follow their number; other commands begin with their key.
+        place = 3 if command[0] in ("EVALSHA", "EVAL") else 1
+        try:
+            node = self._client.get_node_from_key(cast("str", command[place]))
+        except (IndexError, exceptions.RedisClusterException):
+            node = None
+        return self._breakers[node.name if node else ""]
+
+    async def _within_limit(self, command: Command, breaker: CircuitBreaker, **options: Any) -> object:
+        if not breaker.admits():
             raise Unavailable("redis")
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 reply: object = await self._client.execute_command(*command, **options)
         except _PASSING as error:
-            self._breaker.failed()
+            # A slot that moves, or waits for its new master, is answered for: that is one tenant's trouble and not the node's.
+            if isinstance(error, _SILENCE):
+                breaker.failed()
+            else:
+                breaker.succeeded()
             log.warning("redis_unreachable", error=type(error).__name__)
             raise Unavailable("redis") from error
-        self._breaker.succeeded()
+        breaker.succeeded()
         return reply
 
 

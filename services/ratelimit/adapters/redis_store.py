@@ -149,7 +149,8 @@ class RedisStore:
         self, name: str, tenant_id: TenantId, terms: Terms, before: Sequence[Argument], after: Sequence[Argument], count: int
     ) -> list[Answer]:
         while True:
-            now_us = microseconds(datetime.now(UTC)) + self._ahead_us
+            clock_us = microseconds(datetime.now(UTC))
+            now_us = clock_us + self._ahead_us
             calendars = terms.packed_calendars(now_us)
             reply = await self._scripts.run(name, tenant_id, *before, terms.version, terms.families_digest, calendars, *after)
             head, *rest = cast("list[object]", reply)
@@ -157,7 +158,8 @@ class RedisStore:
                 return _answers(rest, terms.boundaries(now_us))
             if head == b"periods":
                 # This clock is days off. The store's own time says which periods it needs.
-                self._ahead_us += cast("int", rest[0]) - now_us
+                # Set and not added to: many find out at the same time.
+                self._ahead_us = cast("int", rest[0]) - clock_us
                 continue
             return [_signal(cast("bytes", head), rest)] * count
 

@@ -38,7 +38,7 @@ def limit_message(status: LimitStatus) -> messages.LimitStatus:
 
 def refusal_message(refusal: Refusal) -> messages.Refusal:
     """Why something was refused, or would be, as a message."""
-    return messages.Refusal(
+    message = messages.Refusal(
         reason=refusal.reason_name,
         status=limit_message(refusal.status),
         needed=refusal.needed,
@@ -46,6 +46,8 @@ def refusal_message(refusal: Refusal) -> messages.Refusal:
         message=refusal.message,
         lifting_plan=refusal.status.rule.lifting_plan,
     )
+    set_timestamp(message.decide_time, refusal.now_us)
+    return message
 
 
 def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:

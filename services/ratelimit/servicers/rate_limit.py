@@ -22,6 +22,7 @@ from services.ratelimit.servicers.limit_messages import (
     refusal_message,
     request_of,
     seconds_of,
+    set_timestamp,
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
 from services.ratelimit.servicers.returned_shares import returned
@@ -73,7 +74,9 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         """Raises what a call holds."""
         reservation_id = ReservationId(parse_uuid(request.reservation_id, "reservation_id"))
         held = await self._extensions.extend(current_tenant(), reservation_id, request.epoch, amounts_of(request.amounts))
-        return messages.ExtendResponse(granted=amounts_message(held.answer.granted), limits=limit_messages(held.limits))
+        response = messages.ExtendResponse(granted=amounts_message(held.answer.granted), limits=limit_messages(held.limits))
+        set_timestamp(response.decide_time, held.answer.now_us)
+        return response
 
     async def Consume(self, request: messages.ConsumeRequest, context: object) -> messages.ConsumeResponse:
         """Uses units of the product."""
@@ -82,12 +85,14 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
             consumption_id, request.product_unit, request.quantity, Subject(request.user, request.feature), seconds_of(request.max_wait)
         )
         used = await self._consumptions.consume(current_tenant(), use)
-        return messages.ConsumeResponse(
+        response = messages.ConsumeResponse(
             limits=limit_messages(used.limits),
             shadow_refusals=[refusal_message(item) for item in used.shadow_refusals],
             degraded=used.degraded,
             waited=duration(used.waited_seconds) if used.waited_seconds else None,
         )
+        set_timestamp(response.decide_time, used.answer.now_us)
+        return response
 
     async def TakeSlice(self, request: messages.TakeSliceRequest, context: object) -> messages.TakeSliceResponse:
         """Charges units ahead of their use."""

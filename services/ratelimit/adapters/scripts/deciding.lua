@@ -1,7 +1,8 @@
 -- Whether a demand fits: shared by the scripts that decide. terms.py makes what is read here.
 local now = store_time()
 
--- Rules come by sevens: where the counter is (0: none, each request by itself; -1: what runs), unit, limit, 1 in shadow, the fewest output tokens a
+-- Rules come by sevens: where the counter is (0: none, each request by itself; -1: what runs, every lease;
+-- -2: what runs, where leases may be of uses too), unit, limit, 1 in shadow, the fewest output tokens a
 -- call may be shortened to (0: it may not), scope, 1 if the ledger does not have what it counts and it is closed.
 local STRIDE = 7
 
@@ -58,8 +59,8 @@ local function all_running()
   return running
 end
 
-local function running_for(scope, shadow, user, feature)
-  if scope == 't' and not shadow then
+local function running_for(scope, shadow, user, feature, beside_uses)
+  if scope == 't' and not shadow and not beside_uses then
     return all_running()
   end
   if not living then
@@ -71,8 +72,8 @@ local function running_for(scope, shadow, user, feature)
   local count = 0
   for _, r in ipairs(living) do
     local same = (scope == 't' or scope == 'f' or r[USER] == user) and (scope == 't' or scope == 'u' or r[FEATURE] == feature)
-    -- What rules in shadow refused does not run for them.
-    if same and not (shadow and r[SHADOW_TOKENS] < 0) then
+    -- What rules in shadow refused does not run for them; a use of units (attempt 0) is no call.
+    if same and r[ATTEMPT] ~= 0 and not (shadow and r[SHADOW_TOKENS] < 0) then
       count = count + 1
     end
   end
@@ -92,7 +93,7 @@ local function used_by(plan, i)
   elseif place == 0 then
     return 0
   end
-  return running_for(plan.rules[i + 5], plan.rules[i + 3] == 1, plan.user, plan.feature)
+  return running_for(plan.rules[i + 5], plan.rules[i + 3] == 1, plan.user, plan.feature, place == -2)
 end
 
 -- How much a demand needs of a unit; nothing where it is not counted. Attempts: 0 a product's units, 1 a call, from 2 on a retry.

@@ -68,7 +68,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. The tenant's data lives in another region: call the cell there. {"region": "eu-west", "cell": "eu.example:443"}"""
     ERROR_REASON_PLAN_LIMIT: _ErrorReason.ValueType  # 30
     """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. A limit of the plan is used up.
-    {"rule": "requests_per_minute", "limit": "10", "used": "10", "remaining": "0", "reset_time": "2026-01-01T00:00:00.250Z"}
+    {"rule": "requests_per_minute", "limit": "10", "used": "10", "remaining": "0", "reset_time": "2026-01-01T00:00:00.250Z",
+    "decide_time": "2025-12-31T23:59:59.125Z"}, both times by the store's clock.
     """
     ERROR_REASON_BUDGET: _ErrorReason.ValueType  # 31
     """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. Money for the period is used up. Metadata as PLAN_LIMIT, in nano-USD."""
@@ -166,7 +167,8 @@ ERROR_REASON_WRONG_CELL: ErrorReason.ValueType  # 24
 """FAILED_PRECONDITION. The tenant's data lives in another region: call the cell there. {"region": "eu-west", "cell": "eu.example:443"}"""
 ERROR_REASON_PLAN_LIMIT: ErrorReason.ValueType  # 30
 """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. A limit of the plan is used up.
-{"rule": "requests_per_minute", "limit": "10", "used": "10", "remaining": "0", "reset_time": "2026-01-01T00:00:00.250Z"}
+{"rule": "requests_per_minute", "limit": "10", "used": "10", "remaining": "0", "reset_time": "2026-01-01T00:00:00.250Z",
+"decide_time": "2025-12-31T23:59:59.125Z"}, both times by the store's clock.
 """
 ERROR_REASON_BUDGET: ErrorReason.ValueType  # 31
 """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. Money for the period is used up. Metadata as PLAN_LIMIT, in nano-USD."""

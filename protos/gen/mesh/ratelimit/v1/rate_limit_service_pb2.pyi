@@ -170,6 +170,7 @@ class Refusal(_message.Message):
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     LIFTING_PLAN_FIELD_NUMBER: _builtins.int
+    DECIDE_TIME_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """The name of an ErrorReason without its prefix, such as "BUDGET"."""
     needed: _builtins.int
@@ -186,6 +187,10 @@ class Refusal(_message.Message):
     def retry_after(self) -> _duration_pb2.Duration:
         """When to try again; absent when waiting does not help."""
 
+    @_builtins.property
+    def decide_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was decided, by the store's clock: what `status` says was so at that moment."""
+
     def __init__(
         self,
         *,
@@ -195,10 +200,11 @@ class Refusal(_message.Message):
         retry_after: _duration_pb2.Duration | None = ...,
         message: _builtins.str = ...,
         lifting_plan: _builtins.str = ...,
+        decide_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decide_time", b"decide_time", "retry_after", b"retry_after", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lifting_plan", b"lifting_plan", "message", b"message", "needed", b"needed", "reason", b"reason", "retry_after", b"retry_after", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decide_time", b"decide_time", "lifting_plan", b"lifting_plan", "message", b"message", "needed", b"needed", "reason", b"reason", "retry_after", b"retry_after", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -522,6 +528,7 @@ class ExtendResponse(_message.Message):
 
     GRANTED_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    DECIDE_TIME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def granted(self) -> Global___Amounts:
         """What is held: at least what was asked for."""
@@ -530,15 +537,20 @@ class ExtendResponse(_message.Message):
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitStatus]:
         """The tenant's limits after it."""
 
+    @_builtins.property
+    def decide_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was decided, by the store's clock."""
+
     def __init__(
         self,
         *,
         granted: Global___Amounts | None = ...,
         limits: _abc.Iterable[Global___LimitStatus] | None = ...,
+        decide_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decide_time", b"decide_time", "granted", b"granted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "limits", b"limits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decide_time", b"decide_time", "granted", b"granted", "limits", b"limits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -598,6 +610,7 @@ class ConsumeResponse(_message.Message):
     SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
     WAITED_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    DECIDE_TIME_FIELD_NUMBER: _builtins.int
     degraded: _builtins.bool
     """True when it was admitted from a local allowance."""
     @_builtins.property
@@ -612,6 +625,10 @@ class ConsumeResponse(_message.Message):
     def waited(self) -> _duration_pb2.Duration:
         """How long it waited; absent when it did not."""
 
+    @_builtins.property
+    def decide_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was decided, by the store's clock."""
+
     def __init__(
         self,
         *,
@@ -619,10 +636,11 @@ class ConsumeResponse(_message.Message):
         shadow_refusals: _abc.Iterable[Global___Refusal] | None = ...,
         waited: _duration_pb2.Duration | None = ...,
         degraded: _builtins.bool = ...,
+        decide_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["waited", b"waited"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decide_time", b"decide_time", "waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "limits", b"limits", "shadow_refusals", b"shadow_refusals", "waited", b"waited"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decide_time", b"decide_time", "degraded", b"degraded", "limits", b"limits", "shadow_refusals", b"shadow_refusals", "waited", b"waited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

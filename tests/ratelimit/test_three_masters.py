@@ -1,0 +1,176 @@
+"""The service on a Redis Cluster of three masters: as on one server, through a resharding and the loss of a master."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mesh.metering.v1 import ledger_service_pb2 as ledger
+from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
+from services.kernel.errors import MeshError
+from services.kernel.ids import new_uuid7
+from tests.ratelimit.callers import AtService, Service, running_service
+from tests.ratelimit.redis_cluster import Cluster, running_cluster
+from tests.ratelimit.rules import SHADOW, rule
+from tests.ratelimit.scripted_peer import LedgerCall, running_peer
+from tests.support.waiting import eventually
+
+LIMIT = 400
+# How long a tenant may be refused while its slot moves, or its master is replaced: the cluster's own second, its vote, and a busy machine.
+RESHARDING_SECONDS, FAILOVER_SECONDS = 6.0, 12.0
+
+
+@pytest.fixture(scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    """Three masters and their replicas."""
+    async with running_cluster(Path(tmp_path_factory.mktemp("cluster"))) as running:
+        yield running
+
+
+@pytest.fixture
+async def service(cluster: Cluster) -> AsyncIterator[Service]:
+    """The service on it, with scripted peers."""
+    options = {"redis_cluster": True, "redis_timeout_seconds": 1.0}
+    async with running_peer() as peer, running_service(cluster.url, peer, **options) as running:
+        yield running
+
+
+@dataclass
+class Callers:
+    """Callers of one tenant who open each hold in the ledger before they count on it, as the protocol demands."""
+
+    service: Service
+    tenant: AtService
+    opened: list[bytes] = field(default_factory=list)
+    refusals: int = 0
+    outage_seconds: float = 0.0
+    codes: set[str] = field(default_factory=set)
+    epochs: set[int] = field(default_factory=set)
+
+    async def until_full(self, count: int, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        """Calls until refused by the limit, while something happens to the store."""
+        async with asyncio.TaskGroup() as group:
+            happening = group.create_task(meanwhile())  # type: ignore[arg-type] # a coroutine
+            for _ in range(count):
+                group.create_task(self._call(happening))
+
+    async def _call(self, happening: "asyncio.Task[None]") -> None:
+        loop = asyncio.get_running_loop()
+        failing_since = 0.0
+        while True:
+            try:
+                held = await self.tenant.reserve(1)
+            except MeshError as error:
+                self.codes.add(error.code.name)
+                if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    self.refusals += 1
+                    if happening.done():
+                        return
+                elif error.code is grpc.StatusCode.UNAVAILABLE:
+                    assert error.retry_after_seconds is not None
+                    failing_since = failing_since or loop.time()
+                await asyncio.sleep(0.02)
+                continue
+            if failing_since:
+                self.outage_seconds = max(self.outage_seconds, loop.time() - failing_since)
+                failing_since = 0.0
+            self._open(held)
+            # A call that takes its time: what is being done to the store falls in the middle of many.
+            await asyncio.sleep(0.05)
+
+    def _open(self, held: messages.ReserveResponse) -> None:
+        known = self.service.peer.ledger.of(self.tenant.tenant_id)
+        self.epochs.add(held.epoch)
+        if held.epoch == known.epoch:
+            id = new_uuid7().bytes
+            known.calls[id] = LedgerCall(ledger.CALL_STATE_OPEN, held.reserve_time.ToMicroseconds(), tokens=1, epoch=held.epoch)
+            self.opened.append(id)
+
+
+async def test_a_tenants_life_is_the_same_on_three_masters(service: Service, cluster: Cluster) -> None:
+    """Decisions, commits, uses, shadow rules and rebuilds, for tenants on every master."""
+    places = set()
+    for _ in range(12):
+        tenant = service.tenant_with(
+            rule("tokens", "tokens", "day", 100),
+            rule("tried", "tokens", "day", 30, mode=SHADOW),
+            rule("searches", "searches", 60, 2),
+            rule("interviews", "interviews", "day", 2),
+        )
+        places.add(cluster.owner_place(f"{{{tenant.tenant_id}}}"))
+        reservation_id = new_uuid7()
+        held = await tenant.reserve(60, id=reservation_id)
+        assert [item.status.rule for item in held.shadow_refusals] == ["tried"]
+        with pytest.raises(MeshError) as caught:
+            await tenant.reserve(41)
+        assert caught.value.metadata["used"] == "60"
+        assert await tenant.settled(reservation_id, 20) == messages.COMMIT_OUTCOME_DONE
+        assert (await tenant.reserve(80)).epoch == 1
+        for unit in ("searches", "interviews"):
+            await tenant.consume(unit, 2)
+            with pytest.raises(MeshError):
+                await tenant.consume(unit)
+        key = f"{{{tenant.tenant_id}}}:meta"
+        await cluster.masters[cluster.owner_place(key)].link.send("DEL", key)
+        assert (await tenant.reserve(1)).epoch == 2
+    assert places == {0, 1, 2}
+
+
+@pytest.mark.slow
+async def test_a_slot_moves_under_load(service: Service, cluster: Cluster) -> None:
+    """While its keys go to another master one by one its tenant gets at most UNAVAILABLE, for a short while, and never too much."""
+    tenant = service.tenant_with(rule("tokens", "tokens", "day", LIMIT))
+    callers = Callers(service, tenant)
+    key = f"{{{tenant.tenant_id}}}:meta"
+
+    async def move() -> None:
+        await eventually(lambda: _opened(callers, LIMIT // 8), within_seconds=20)
+        await cluster.move(key, cluster.masters[(cluster.owner_place(key) + 1) % 3])
+
+    await callers.until_full(8, move)
+    assert callers.codes <= {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
+    assert callers.outage_seconds < RESHARDING_SECONDS
+    # Nothing was lost and nothing given twice: holds of before that were never opened are void, those that were are counted.
+    assert len(callers.opened) <= LIMIT
+    assert (await tenant.limits())["tokens"].used == LIMIT
+
+
+@pytest.mark.slow
+async def test_a_master_is_lost_under_load(service: Service, cluster: Cluster) -> None:
+    """Its replica takes over with data that may be behind: nothing is admitted on it before the ledger has said what is used."""
+    tenant, other = service.tenant_with(rule("tokens", "tokens", "day", LIMIT)), None
+    callers = Callers(service, tenant)
+    place = cluster.owner_place(f"{{{tenant.tenant_id}}}")
+    while other is None or cluster.owner_place(f"{{{other.tenant_id}}}") == place:
+        other = service.tenant_with(rule("tokens", "tokens", "day", LIMIT))
+    await other.reserve(1)
+    elsewhere: list[str] = []
+
+    async def lose() -> None:
+        assert other is not None
+        await eventually(lambda: _opened(callers, LIMIT // 8), within_seconds=20)
+        cluster.masters[place].process.kill()
+        for _ in range(20):
+            try:
+                await other.reserve(1)
+            except MeshError as error:
+                elsewhere.append(error.reason_name)
+            await asyncio.sleep(0.05)
+        replica = cluster.replicas[place]
+        await eventually(lambda: replica.says("role:master", "INFO", "replication"), within_seconds=FAILOVER_SECONDS)
+
+    await callers.until_full(8, lose)
+    assert callers.codes <= {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
+    assert callers.outage_seconds < FAILOVER_SECONDS
+    assert min(callers.epochs) == 1
+    assert max(callers.epochs) > 1
+    assert len(callers.opened) <= LIMIT
+    assert (await tenant.limits())["tokens"].used == LIMIT
+    assert len(elsewhere) < 5, "a master that is gone is no reason to refuse the tenants of the others"
+
+
+async def _opened(callers: Callers, count: int) -> bool:
+    return len(callers.opened) >= count
