@@ -153,19 +153,18 @@ async def _floor_rows(world: World, plan: Plan, rule_count: int, called: int) ->
     pool = await RawPool.open(world.redis.url, CONCURRENCY)
     # Demands of one tenant share a script call, those of many each have their own.
     size = DECISIONS_A_SCRIPT if called == 1 else 1
-    singles, batches = await Decisions.of(shape, pool, 1), await Decisions.of(shape, pool, size)
 
-    async def one(_: int) -> None:
-        await singles.run(1)
-
-    async def pipelined(_: int) -> None:
-        await batches.run(BATCH // size)
-
-    decisions = BATCH // size * size
+    scripts = BATCH // size
     rows = {}
-    for name, call, at_once, each in (("raw_one_at_a_time", one, CONCURRENCY, 1), ("raw_pipelined", pipelined, BATCHES_AT_ONCE, decisions)):
+    for name, a_script, a_call, at_once in (("raw_one_at_a_time", 1, 1, CONCURRENCY), ("raw_pipelined", size, scripts, BATCHES_AT_ONCE)):
         await world.load(shape.tenant_ids, shape.terms)
-        rows[name] = await measure(world, call, concurrency=at_once, seconds=plan.seconds, decisions_a_call=each)
+        # After the loading, which may take long: an id is refused when it is older than a minute.
+        decisions = await Decisions.of(shape, pool, a_script)
+
+        async def call(_: int, decisions: Decisions = decisions, a_call: int = a_call) -> None:
+            await decisions.run(a_call)
+
+        rows[name] = await measure(world, call, concurrency=at_once, seconds=plan.seconds, decisions_a_call=a_script * a_call)
         await world.drop(shape.tenant_ids)
     await pool.close()
     return rows
