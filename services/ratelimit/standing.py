@@ -67,7 +67,12 @@ class LimitStatus:
     @property
     def remaining(self) -> int:
         """What is left: never below 0, as more may be used than was held."""
-        return max(0, self.rule.limit - self.used)
+        return remaining_of(self.rule, self.used)
+
+
+def remaining_of(rule: LimitRule, used: int) -> int:
+    """What is left of a rule of which so much is used."""
+    return max(0, rule.limit - used)
 
 
 def statuses(plan: Plan, answer: Answer) -> list[LimitStatus]:

@@ -1,7 +1,7 @@
 """A tenant's rules made ready for decisions: the families they need, and per subject counters and rules in the order scripts take them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from itertools import chain
 
@@ -36,6 +36,8 @@ class Plan:
     # Of each rule, the part of the subject that its scope tells apart.
     parts: tuple[Subject, ...]
     lanes: tuple[bytes, ...] = ()
+    # What others make of it once, to use for every request: it goes when the plan goes.
+    made: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ def test_what_a_plan_says_of_limits_is_kept_as_it_was(plan: Plan) -> None:
         ({"window": Window.RUNNING, "window_seconds": 0}, "window"),
         ({"unit": Unit.REQUESTS, "window": Window.REQUEST, "window_seconds": 0}, "window"),
         ({"window_seconds": 0}, "window_seconds"),
-        ({"window_seconds": 3_601}, "window_seconds"),
+        ({"window_seconds": 601}, "window_seconds"),
         ({"window": Window.DAY}, "window_seconds"),
         ({"window": Window.DAY, "window_seconds": 0, "burst": True}, "burst"),
         ({"window": Window.DAY, "window_seconds": 0, "on_store_failure": StoreFailure.OPEN}, "on_store_failure"),

@@ -12,9 +12,11 @@ from services.ratelimit.decision import Refusal
 from services.ratelimit.limit_rule import Unit
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
 from services.ratelimit.reservation import Held, Request
-from services.ratelimit.standing import LimitStatus
+from services.ratelimit.standing import Answer, LimitStatus, remaining_of, reset_us
+from services.ratelimit.terms import Plan
 
 _UNITS = {unit: rules.LimitUnit.ValueType(unit) for unit in Unit}
+_MADE = "limit_messages"
 _MODES = (rules.LIMIT_MODE_ENFORCE, rules.LIMIT_MODE_SHADOW)
 
 
@@ -52,18 +54,25 @@ def refusal_message(refusal: Refusal) -> messages.Refusal:
 
 def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:
     """A hold as a message."""
+    message = messages.ReserveResponse()
+    write_held(message, held, lease)
+    return message
+
+
+def write_held(message: messages.ReserveResponse, held: Held, lease: Duration) -> None:
+    """Writes a hold into a message that has nothing in it yet."""
     answer = held.answer
-    message = messages.ReserveResponse(
-        epoch=answer.epoch,
-        lease=lease,
-        limits=limit_messages(held.limits),
-        granted=amounts_message(answer.granted),
-        granted_output_tokens=answer.output_tokens,
-    )
-    if held.demand.shortening is not None:
-        message.shortened = held.shortened
+    message.epoch, message.granted_output_tokens = answer.epoch, answer.output_tokens
+    message.lease.CopyFrom(lease)
     if held.degraded:
         message.degraded = True
+    else:
+        message.MergeFrom(_limits_of(held.plan))
+        _fill(message.limits, held.plan, answer)
+    granted = message.granted
+    granted.tokens, granted.cost_nano_usd = answer.granted.tokens, answer.granted.cost_nano_usd
+    if held.demand.shortening is not None:
+        message.shortened = held.shortened
     if held.plan.has_shadow:
         message.shadow_refusals.extend(refusal_message(item) for item in held.shadow_refusals)
     set_timestamp(message.reserve_time, answer.reserve_us)
@@ -71,7 +80,27 @@ def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:
         set_timestamp(message.share_take_time, held.share.taken_us)
     if held.waited_seconds:
         message.waited.CopyFrom(duration(held.waited_seconds))
-    return message
+
+
+def _limits_of(plan: Plan) -> messages.ReserveResponse:
+    """The limits of an answer to the plan, without figures. Copied whole for each answer: building them anew took most of its time."""
+    made = plan.made.get(_MADE)
+    if not isinstance(made, messages.ReserveResponse):
+        limits = (limit_message(LimitStatus(rule, 0, None, part)) for rule, part in zip(plan.rules, plan.parts, strict=True))
+        made = plan.made[_MADE] = messages.ReserveResponse(limits=limits)
+    return made
+
+
+def _fill(limits: Iterable[messages.LimitStatus], plan: Plan, answer: Answer) -> None:
+    """Writes what one answer says into the plan's limits."""
+    figures, place = answer.figures, 0
+    for rule, message in zip(plan.rules, limits, strict=True):
+        used, of_log = figures[place], figures[place + 1]
+        message.used, message.remaining = used, remaining_of(rule, used)
+        reset = reset_us(rule, answer, of_log)
+        if reset is not None:
+            set_timestamp(message.reset_time, reset)
+        place += 3
 
 
 def request_of(message: messages.ReserveRequest) -> Request:

@@ -68,7 +68,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
 
     async def ReserveBatch(self, request: messages.ReserveBatchRequest, context: object) -> messages.ReserveBatchResponse:
         """Holds the worst cases of many calls, of any tenants."""
-        return messages.ReserveBatchResponse(outcomes=await self._batches.reserve(request.items, self._lease))
+        return await self._batches.reserve(request.items, self._lease)
 
     async def Extend(self, request: messages.ExtendRequest, context: object) -> messages.ExtendResponse:
         """Raises what a call holds."""

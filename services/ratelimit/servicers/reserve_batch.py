@@ -16,7 +16,7 @@ from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import Refusal
 from services.ratelimit.ready_counters import tenant_of
 from services.ratelimit.reservation import Held, Outcome, Request, Reservations
-from services.ratelimit.servicers.limit_messages import held_message, refusal_message, request_of
+from services.ratelimit.servicers.limit_messages import refusal_message, request_of, write_held
 
 _METHOD = "/mesh.ratelimit.v1.RateLimitService/ReserveBatch"
 # Tenants decided at the same time: enough to fill the store's pipeline.
@@ -32,7 +32,7 @@ class ReserveBatches:
         self._reservations = reservations
         self._verifier = verifier
 
-    async def reserve(self, items: Sequence[messages.ReserveBatchItem], lease: Duration) -> list[messages.ReserveBatchOutcome]:
+    async def reserve(self, items: Sequence[messages.ReserveBatchItem], lease: Duration) -> messages.ReserveBatchResponse:
         """Returns one outcome an item, in order; what fails fails alone."""
         outcomes: list[Outcome | None] = [None] * len(items)
         by_tenant: dict[TenantId, list[_Place]] = {}
@@ -48,7 +48,10 @@ class ReserveBatches:
                 async with asyncio.TaskGroup() as group:
                     for places in tenants[start : start + _TENANTS_AT_ONCE]:
                         group.create_task(self._decide(places, outcomes))
-        return [_message(outcome, lease) for outcome in outcomes]
+        response = messages.ReserveBatchResponse()
+        for outcome in outcomes:
+            _write(response.outcomes.add(), outcome, lease)
+        return response
 
     @asynccontextmanager
     async def _kept_alive(self, tenants: Sequence[Sequence[_Place]], lease_seconds: float) -> AsyncIterator[None]:
@@ -83,12 +86,14 @@ class ReserveBatches:
             outcomes[place] = outcome
 
 
-def _message(outcome: Outcome | None, lease: Duration) -> messages.ReserveBatchOutcome:
+def _write(message: messages.ReserveBatchOutcome, outcome: Outcome | None, lease: Duration) -> None:
+    # In place: a message that is put into another is copied, once for each it is put into.
     if isinstance(outcome, Held):
-        return messages.ReserveBatchOutcome(held=held_message(outcome, lease))
-    if isinstance(outcome, Refusal):
-        return messages.ReserveBatchOutcome(refused=refusal_message(outcome))
-    if outcome is None:
+        write_held(message.held, outcome, lease)
+    elif isinstance(outcome, Refusal):
+        message.refused.CopyFrom(refusal_message(outcome))
+    elif outcome is None:
         msg = "an item of the batch was left undecided"
         raise RuntimeError(msg)
-    return messages.ReserveBatchOutcome(error_status=encode(outcome))
+    else:
+        message.error_status = encode(outcome)

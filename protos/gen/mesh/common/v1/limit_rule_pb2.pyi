@@ -241,7 +241,7 @@ class LimitRule(_message.Message):
     window: Global___LimitWindow.ValueType
     """Over which time."""
     window_seconds: _builtins.int
-    """Of LIMIT_WINDOW_SLIDING: 1–3,600. 0 otherwise."""
+    """Of LIMIT_WINDOW_SLIDING: 1–600, because every call within is counted one by one. 0 otherwise."""
     scope: Global___LimitScope.ValueType
     """Whose use."""
     user: _builtins.str

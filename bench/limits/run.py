@@ -1,0 +1,194 @@
+"""Decisions a second of one ratelimit process: unary and in batches, beside its floors and beside others that limit rates, in one run.
+
+The floors: Redis running the very same script with the same arguments, and an empty gRPC call. A machine that is shared makes rates
+noise, so each row also has the CPU a decision took, and the verdicts are ratios within the run.
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from bench.bare_hop import METHOD
+from bench.latency import Call
+from bench.limits import rest
+from bench.limits.demands import Shape
+from bench.limits.others import FixedWindows, MovingWindows
+from bench.limits.raw_redis import Decisions, RawPool
+from bench.limits.row import Row, measure
+from bench.limits.service_load import ServiceLoad
+from bench.limits.world import World, running_world
+from devstack.ports import LOOPBACK
+from services.ratelimit.adapters.scripts import load_script
+
+CONCURRENCY = 64
+BATCH = 256
+BATCHES_AT_ONCE = 4
+# As many demands of one tenant as the service puts into one script call.
+DECISIONS_A_SCRIPT = 50
+# Of very many tenants, those that are called in one run: as many as a process keeps the rules of, with room.
+WORKING_SET = 2_000
+RESTING = 10
+TARGET_BATCH, TARGET_UNARY, TARGET_OF_FLOOR, TARGET_BYTES = 10_000, 2_500, 0.6, 2_048
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run compares."""
+
+    seconds: float
+    rule_counts: Sequence[int]
+    tenant_counts: Sequence[int]
+    others: bool
+    rest: bool
+
+
+async def run(plan: Plan) -> dict[str, object]:
+    """Starts a world of its own, measures every shape, and stops it."""
+    with tempfile.TemporaryDirectory(prefix="tenantry-bench-") as folder:
+        async with running_world(Path(folder)) as world:
+            await world.link.send("SCRIPT", "LOAD", load_script("reserve").text)
+            resting = Shape.of(5, RESTING)
+            used_bytes = await rest.use(world, resting)
+            hop = await empty_call(world, plan.seconds)
+            shapes = []
+            for tenant_count in sorted(plan.tenant_counts):
+                await _populate(world, tenant_count)
+                shapes += [await _compare(world, plan, rule_count, tenant_count, hop) for rule_count in plan.rule_counts]
+            rest_bytes = await rest.at_rest(world, resting) if plan.rest else None
+    return {
+        "bench": "limits",
+        "python": platform.python_version(),
+        "seconds_per_row": plan.seconds,
+        "concurrency": CONCURRENCY,
+        "batch": BATCH,
+        "empty_grpc_call": hop.figures(),
+        "shapes": shapes,
+        "tenant_bytes": {"rules": 5, "in_use": used_bytes, "at_rest": rest_bytes, "target": TARGET_BYTES},
+    }
+
+
+async def empty_call(world: World, seconds: float) -> Row:
+    """The floor of a unary call: gRPC alone, on a server of its own whose CPU stands in the place of the service's."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "bench.bare_hop", stdout=asyncio.subprocess.PIPE)
+    try:
+        if process.stdout is None:
+            raise RuntimeError("the server's output is a pipe")
+        port = int(await process.stdout.readline())
+        async with grpc.aio.insecure_channel(f"{LOOPBACK}:{port}") as channel:
+            echo: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(METHOD)
+
+            async def call(_: int) -> None:
+                await echo(b"")
+
+            return await measure(world, call, concurrency=CONCURRENCY, seconds=seconds, service_pid=process.pid)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def _populate(world: World, tenant_count: int) -> None:
+    """The tenants that are not called while the others are: they lie in Redis with counters of their own."""
+    idle = tenant_count - min(tenant_count, WORKING_SET)
+    if idle:
+        shape = Shape.of(5, idle)
+        await world.load(shape.tenant_ids, shape.terms)
+
+
+async def _compare(world: World, plan: Plan, rule_count: int, tenant_count: int, hop: Row) -> dict[str, object]:
+    called = min(tenant_count, WORKING_SET)
+    rows, touch = await _service_rows(world, plan, rule_count, called)
+    rows |= await _floor_rows(world, plan, rule_count, called)
+    if plan.others:
+        rows |= await _other_rows(world, plan, rule_count, called)
+    return {
+        "rules": rule_count,
+        "tenants": tenant_count,
+        "tenants_called": called,
+        "first_touch": touch,
+        "rows": {name: row.figures() for name, row in rows.items()},
+        "verdicts": {
+            "batch": verdict(rows["batch"], [rows["raw_pipelined"]], TARGET_BATCH),
+            "unary": verdict(rows["unary"], [rows["raw_one_at_a_time"], hop], TARGET_UNARY),
+        },
+    }
+
+
+def verdict(row: Row, floors: Sequence[Row], target: int) -> dict[str, object]:
+    """Whether a row keeps its target, by the rate that was measured and by what its CPU would allow. The slower floor is its own."""
+    of_floor = row.decisions_per_second / min(floor.decisions_per_second for floor in floors)
+    of_capacity = row.capacity / min(floor.capacity for floor in floors)
+    return {
+        "target_per_second": target,
+        "met": row.decisions_per_second >= target,
+        "met_by_cpu": row.capacity >= target,
+        "of_floor": round(of_floor, 2),
+        "of_floor_by_cpu": round(of_capacity, 2),
+        "floor_met": of_floor >= TARGET_OF_FLOOR,
+        "floor_met_by_cpu": of_capacity >= TARGET_OF_FLOOR,
+    }
+
+
+async def _service_rows(world: World, plan: Plan, rule_count: int, called: int) -> tuple[dict[str, Row], dict[str, float]]:
+    shape = Shape.of(rule_count, called)
+    load = ServiceLoad(world, shape, BATCH)
+    touch = await load.first_touch(CONCURRENCY)
+    rows = {
+        "unary": await measure(world, load.unary, concurrency=CONCURRENCY, seconds=plan.seconds),
+        "batch": await measure(world, load.batch, concurrency=BATCHES_AT_ONCE, seconds=plan.seconds, decisions_a_call=BATCH),
+    }
+    await world.drop(shape.tenant_ids)
+    return rows, touch
+
+
+async def _floor_rows(world: World, plan: Plan, rule_count: int, called: int) -> dict[str, Row]:
+    shape = Shape.of(rule_count, called)
+    pool = await RawPool.open(world.redis.url, CONCURRENCY)
+    # Demands of one tenant share a script call, those of many each have their own.
+    size = DECISIONS_A_SCRIPT if called == 1 else 1
+
+    scripts = BATCH // size
+    rows = {}
+    for name, a_script, a_call, at_once in (("raw_one_at_a_time", 1, 1, CONCURRENCY), ("raw_pipelined", size, scripts, BATCHES_AT_ONCE)):
+        await world.load(shape.tenant_ids, shape.terms)
+        # After the loading, which may take long: an id is refused when it is older than a minute.
+        decisions = await Decisions.of(shape, pool, a_script)
+
+        async def call(_: int, decisions: Decisions = decisions, a_call: int = a_call) -> None:
+            await decisions.run(a_call)
+
+        rows[name] = await measure(world, call, concurrency=at_once, seconds=plan.seconds, decisions_a_call=a_script * a_call)
+        await world.drop(shape.tenant_ids)
+    await pool.close()
+    return rows
+
+
+async def _other_rows(world: World, plan: Plan, rule_count: int, called: int) -> dict[str, Row]:
+    shape = Shape.of(rule_count, called)
+    pool = await RawPool.open(world.redis.url, CONCURRENCY)
+    moving, fixed = MovingWindows(world.redis.url, shape), FixedWindows(pool, shape)
+    calls: dict[str, Call] = {"limits_library": moving.decide, "fixed_windows": fixed.decide}
+    rows = {name: await measure(world, call, concurrency=CONCURRENCY, seconds=plan.seconds) for name, call in calls.items()}
+    await moving.close()
+    await pool.close()
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(prog="python -m bench limits", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each row; below the 5 s that a hold lives unrenewed")
+    parser.add_argument("--rules", type=int, nargs="+", default=[1, 5, 15], choices=range(1, 16), metavar="1-15")
+    parser.add_argument("--tenants", type=int, nargs="+", default=[1, 100_000])
+    parser.add_argument("--no-others", action="store_true", help="leave out the `limits` library and the fixed windows")
+    parser.add_argument("--no-rest", action="store_true", help="do not wait, up to three minutes, for used tenants to come to rest")
+    options = parser.parse_args(arguments)
+    plan = Plan(options.seconds, options.rules, options.tenants, others=not options.no_others, rest=not options.no_rest)
+    print(json.dumps(asyncio.run(run(plan))))
