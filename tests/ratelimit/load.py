@@ -89,12 +89,15 @@ class Load:
     async def _reserve(self, tenant: LoadedTenant) -> None:
         asked = self._call(tenant)
         request = _request(asked)
-        copies = 2 if self.random.random() < 0.05 else 1
+        copies, sent_us = 2 if self.random.random() < 0.05 else 1, now_us()
         async with asyncio.TaskGroup() as group:
             # A caller that hedges sends the same id to two replicas at once: both answers must be the one hold.
             tries = [group.create_task(self._tried("Reserve", request, asked, tenant)) for _ in range(copies)]
         for tried in tries:
             response, is_first = tried.result()
+            if copies > 1:
+                # The later of the two prolonged what the earlier one held.
+                asked.renewals.append((sent_us, now_us(), False))
             if response is not None:
                 self._held(asked, response, has_figures=is_first and copies == 1)
         if any(tried.result()[0] is not None for tried in tries):
@@ -103,7 +106,10 @@ class Load:
     async def _reserve_many(self, tenant: LoadedTenant) -> None:
         every = [self._call(tenant) for _ in range(self.random.randint(8, 40))]
         items = [messages.ReserveBatchItem(context_token=tenant.context.token, request=_request(asked)) for asked in every]
+        sent_us = now_us()
         response, is_first = await self._tried("ReserveBatch", messages.ReserveBatchRequest(items=items), None, None)
+        for asked in () if is_first else every:
+            asked.renewals.append((sent_us, now_us(), False))
         for asked, outcome in zip(every, response.outcomes if response is not None else (), strict=False):
             match outcome.WhichOneof("outcome"):
                 case "held":

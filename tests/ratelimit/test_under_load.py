@@ -24,7 +24,7 @@ from tests.ratelimit.store_reader import StoreReader, counted
 from tests.support.stores import RedisStore, running_redis
 from tests.support.waiting import eventually
 
-DECISIONS = int(os.environ.get("TENANTRY_TEST_DECISIONS", "20000"))
+DECISIONS = int(os.environ.get("TENANTRY_TEST_DECISIONS", "3000"))
 CALLERS = 24
 LEASE_SECONDS = 5
 # Seconds by which the limits' clocks are wrong: days off, so that they do not even know which day it is, and a little.
