@@ -155,6 +155,18 @@ class WrongState(MeshError):
         )
 
 
+class NotSliceable(MeshError):
+    """A rule of the unit needs each use by itself; `cause` is a word for programs, `why` a clause for people."""
+
+    def __init__(self, product_unit: str, cause: str, why: str) -> None:
+        super().__init__(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            error_reason_pb2.ERROR_REASON_NOT_SLICEABLE,
+            f"{product_unit} is not used in slices ({why}): call Consume for each use",
+            metadata={"product_unit": product_unit, "cause": cause},
+        )
+
+
 class WrongCell(MeshError):
     """The tenant's data lives in another region; `cell` is where to call, empty when this cell does not know."""
 

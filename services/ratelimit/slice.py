@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-import grpc
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import Forbidden, MeshError
+from services.kernel.errors import Forbidden, NotSliceable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import refusal
@@ -104,7 +103,7 @@ class Slices:
     async def take(self, context: TenantContext, request: SliceRequest) -> Slice:
         """Charges a slice. Repeated with the same id while it lives, it is the same slice with what is left of its lease.
 
-        Raises: LimitExceeded, Forbidden FEATURE, MeshError NOT_SLICEABLE, ReservationLost, ContentConflict, InvalidRequest, Unavailable.
+        Raises: LimitExceeded, Forbidden FEATURE, NotSliceable, ReservationLost, ContentConflict, InvalidRequest, Unavailable.
         """
         tenant_id = tenant_of(context)
         minted_us(request.slice_id)
@@ -134,19 +133,14 @@ class Slices:
 
 
 def sliceable_plan(terms: Terms, request: SliceRequest) -> Plan:
-    """The plan of a unit that may be used in slices. Raises: Forbidden FEATURE, MeshError NOT_SLICEABLE."""
+    """The plan of a unit that may be used in slices. Raises: Forbidden FEATURE, NotSliceable."""
     unit = request.product_unit
     if unit not in terms.product_units:
         raise Forbidden(error_reason_pb2.ERROR_REASON_FEATURE, f"the plan does not include {unit}", feature=unit)
     plan = terms.plan(request.subject, unit)
     cause = _unsliceable(terms, plan)
     if cause is not None:
-        raise MeshError(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            error_reason_pb2.ERROR_REASON_NOT_SLICEABLE,
-            f"{unit} is not used in slices ({_WHY[cause]}): call Consume for each use",
-            metadata={"product_unit": unit, "cause": cause.value},
-        )
+        raise NotSliceable(unit, cause.value, _WHY[cause])
     return plan
 
 

@@ -68,15 +68,14 @@ async def test_processes_that_are_killed_never_pass_a_limit_together(service: Se
     logs = [tmp_path / f"log-{number}" for number in range(3)]
     address = f"127.0.0.1:{service.app.server.bound_port}"
     async with processes(tenant, address, 6.0, logs) as started:
-
-        async def all_use_slices() -> bool:
-            return all(log.exists() and any(use.local for use in read_log(log)) for log in logs)
-
-        await eventually(all_use_slices)
+        async with asyncio.timeout(60):
+            while not (logs[0].exists() and any(use.local for use in read_log(logs[0]))):  # noqa: ASYNC110 - another process writes it
+                await asyncio.sleep(0.01)
         started[0].kill()
     uses = [use for log in logs for use in read_log(log)]
     assert_within(uses, total, each)
-    assert sum(use.local for use in uses) > len(uses) / 4
+    # Near a limit most uses are asked one by one; enough of them were not.
+    assert sum(use.local for use in uses) > 50
     # Six seconds allow three windows of 900 at most, and the limits are used, not only kept.
     assert sum(use.quantity for use in uses) > 900
 
