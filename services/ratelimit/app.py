@@ -96,7 +96,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
             ReserveBatches(reservations, verifier),
             Guarding(guard, counters, AuditClient(to_tenant)),
             shares,
-            Slices(RedisSlices(scripts), counters, fencing),
+            Slices(RedisSlices(scripts), counters, fencing, guard=guard),
             lease_seconds=settings.lease_seconds,
         )
         lifecycle = LifecycleServicer(RedisRecords(scripts, share_store, tuple(settings.provider_accounts)))
