@@ -47,6 +47,12 @@ def read_descriptor(place: int, entries: Iterable[tuple[str, str]], hits: int) -
         raise InvalidRequest(f"{field}.entries", "must prove the tenant by one of credential and tenant_context")
     if not 0 <= hits <= _MOST_HITS:
         raise InvalidRequest(f"{field}.hits_addend", f"must be from 0 to {_MOST_HITS}")
-    proof = Proof(values.get("credential", "").removeprefix("Bearer "), values.get("tenant_context", ""), values.get("remote_address", ""))
+    proof = Proof(_without_scheme(values.get("credential", "")), values.get("tenant_context", ""), values.get("remote_address", ""))
     subject = Subject(values.get("user", ""), values.get("feature", ""))
     return proof, GatewayUse(values.get("unit") or DEFAULT_UNIT, hits, subject)
+
+
+def _without_scheme(header: str) -> str:
+    scheme, _, credential = header.partition(" ")
+    # Source: RFC 9110, 11.1: the scheme is case-insensitive.
+    return credential.strip() if scheme.lower() == "bearer" else header

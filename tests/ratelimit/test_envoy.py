@@ -136,6 +136,7 @@ async def test_a_credential_proves_the_tenant_from_where_its_caller_was_seen(ser
     service.peer.tenants.credentials["ten_key", "10.1.2.3"] = tenant.context
     seen = {"credential": "Bearer ten_key", "remote_address": "10.1.2.3"}
     assert (await ask(service, seen)).overall_code == OK
+    assert (await ask(service, seen | {"credential": "bearer ten_key"})).overall_code == OK
     assert (await refused(service, seen | {"remote_address": "10.9.9.9"})).code is grpc.StatusCode.UNAUTHENTICATED
     assert (await refused(service, {"credential": "ten_other"})).code is grpc.StatusCode.UNAUTHENTICATED
 
