@@ -13,9 +13,10 @@ from devstack.event_receiver import PATH, EventReceiver, is_signed
 from devstack.ports import free_port
 from services.kernel.ids import TenantId, new_uuid7
 from services.tenant.adapters.webhook import Webhook
-from services.tenant.events import DeliveryFailed, Event, EventState, Sink, body_of, signature_of
+from services.tenant.events import DeliveryFailed, Event, EventState, Sink, body_of, read_webhook_secret, signature_of
 
-SECRET = "a secret of the stack"
+SECRET = "a secret of the stack, long enough"
+KEY = read_webhook_secret(SECRET)
 
 
 @dataclass
@@ -50,7 +51,7 @@ def event() -> Event:
 
 async def test_an_event_as_the_mesh_signs_it_is_kept_and_told(running: Running) -> None:
     """The tenant service's own sender is answered with 2xx; the body is kept as it came, and one line tells type and tenant."""
-    sender, sent = Webhook(running.url, SECRET, region="local"), event()
+    sender, sent = Webhook(running.url, KEY, region="local"), event()
     try:
         await sender.send(sent)
     finally:
@@ -61,7 +62,7 @@ async def test_an_event_as_the_mesh_signs_it_is_kept_and_told(running: Running) 
 
 async def test_what_is_not_signed_with_the_secret_is_refused(running: Running) -> None:
     """A sender with another secret, and a post without any signature, get 401 and leave nothing in the file."""
-    sender = Webhook(running.url, "another secret", region="local")
+    sender = Webhook(running.url, b"another secret, long enough", region="local")
     try:
         with pytest.raises(DeliveryFailed, match="401"):
             await sender.send(event())
@@ -79,7 +80,7 @@ def test_a_signature_is_of_one_id_one_time_and_one_body() -> None:
     good = {
         "webhook-id": "one",
         "webhook-timestamp": str(int(now)),
-        "webhook-signature": signature_of(SECRET, "one", int(now), body),
+        "webhook-signature": signature_of(KEY, "one", int(now), body),
     }
     assert is_signed(SECRET, good, body, now=now)
     assert is_signed(SECRET, {**good, "webhook-signature": f"v1,bm9uZQ== {good['webhook-signature']}"}, body, now=now)
