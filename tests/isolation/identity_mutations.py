@@ -301,8 +301,8 @@ _REMEMBERED = (
     one(
         "tenants share a remembered configuration",
         "services/kernel/tenant_config.py",
-        "self._cache.get((context.tenant_id, context.config_version), ",
-        "self._cache.get((TenantId(type(context.tenant_id)(int=0)), context.config_version), ",
+        "self._cache.get((context.tenant_id, max(at_least, context.config_version)), ",
+        "self._cache.get((TenantId(type(context.tenant_id)(int=0)), max(at_least, context.config_version)), ",
         REMEMBERED,
     ),
     one(
