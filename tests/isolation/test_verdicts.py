@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.isolation.identity_mutations import IDENTITY_MUTATIONS
 from tests.isolation.mutation import StaleMutation, applied
-from tests.isolation.mutations import Edit, Mutation
+from tests.isolation.mutations import MUTATIONS, Edit, Mutation
+from tests.isolation.placement_mutations import PLACEMENT_MUTATIONS
+from tests.isolation.store_mutations import STORE_MUTATIONS
 from tests.isolation.verdicts import Failure, is_assertion, killer, read
 
 NOTICED = Failure("test_a", "call", True, "AssertionError: 1 row")
 STUMBLED = Failure("test_b", "call", False, "AioRpcError: UNAVAILABLE")
 NOT_STARTED = Failure("test_c", "setup", True, "AssertionError: no mesh")
+
+ROOT = Path(__file__).parents[2]
 
 
 def _did_not_raise() -> None:
@@ -77,3 +82,10 @@ def test_a_mutation_that_changes_nothing_is_stale(tmp_path: Path) -> None:
     with applied(tmp_path, Mutation("a wall", (), (Edit("wall.py", "wrong", "False"),))):
         assert (tmp_path / "wall.py").read_text() == "if False:\n    refuse()\n"
     assert (tmp_path / "wall.py").read_text() == "if wrong:\n    refuse()\n"
+
+
+def test_every_mutation_fits_the_code() -> None:
+    """Each edit of a mutation finds its text exactly once: a wall that is built anew is taken down anew."""
+    for mutation in (*MUTATIONS, *PLACEMENT_MUTATIONS, *STORE_MUTATIONS, *IDENTITY_MUTATIONS):
+        for edit in mutation.edits:
+            assert (ROOT / edit.path).read_text().count(edit.find) == 1, mutation.name
