@@ -27,7 +27,7 @@ SERVICES_LISTED = {
         "mesh.tenant.v1.TenantService",
         "mesh.tenant.v1.UserService",
     },
-    "ratelimit": {"mesh.ratelimit.v1.RateLimitService"},
+    "ratelimit": {"mesh.ratelimit.v1.RateLimitService", "envoy.service.ratelimit.v3.RateLimitService"},
     "inference": {
         "mesh.inference.v1.ConversationService",
         "mesh.inference.v1.InferenceService",
