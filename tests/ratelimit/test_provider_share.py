@@ -55,7 +55,7 @@ async def test_a_lone_tenant_may_use_the_whole_account(link: PipelinedLink) -> N
 
 
 async def test_tenants_under_load_share_by_weight(link: PipelinedLink) -> None:
-    """Under steady demand of all, the heavier tenant is served more in every window but the first, and the account's limit is kept in any."""
+    """Under steady demand of all, the heavier tenant is served more once it has asked for a window; the account's limit is kept in any."""
     account, small, large = Account(link, 40), tenant(), tenant()
     now_us, starts_us, ends_us = 0, 0, 0
     while not ends_us or now_us < ends_us:
