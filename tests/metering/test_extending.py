@@ -106,8 +106,12 @@ async def test_no_extension_slips_between_an_epoch_and_its_snapshot(mesh: Mesh) 
             await asyncio.sleep(pause)
             (answers[call.ref.reservation_id],) = await mesh.extend(wider(call.ref))
 
+        async def begin(pause: float, tenant=tenant) -> pb.BeginEpochResponse:
+            await asyncio.sleep(pause)
+            return await mesh.begin_epoch(tenant)
+
         async with asyncio.TaskGroup() as group:
-            beginning = group.create_task(mesh.begin_epoch(tenant))
+            beginning = group.create_task(begin(randomness.uniform(0, longest_seconds)))
             for call in calls:
                 group.create_task(extend(call, randomness.uniform(0, longest_seconds)))
         counted = {found.reservation_id: found.tokens for found in beginning.result().outstanding}

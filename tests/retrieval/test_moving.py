@@ -143,6 +143,30 @@ async def test_points_written_beside_a_move_are_written_again(world: World) -> N
     assert [hit.chunk.document_key for hit in await one.library.search(tenant_id, "late note", 5)] == ["late"]
 
 
+async def test_points_removed_while_they_are_copied_fail_no_move(world: World) -> None:
+    """A document deleted after its points were listed and before they were read is in neither Qdrant, and the move goes on."""
+    tenant_id, (one, other) = TenantId(new_uuid7()), world.replicas
+    await one.index.provision(tenant_id)
+    stored, _ = await one.library.put(tenant_id, [draft("anchor", "The anchor holds the ship."), draft("gone", "The gone note.")])
+    context = await world.begin_move(tenant_id)
+    read_points, reads = QdrantIndex.read_points, 0
+
+    async def read_after_the_deletion(index: QdrantIndex, *args: object) -> object:
+        nonlocal reads
+        reads += 1
+        if reads == 1:
+            await other.library.delete(tenant_id, stored[1].document_id)
+        return await read_points(index, *args)  # type: ignore[arg-type] # passed on as they came
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(QdrantIndex, "read_points", read_after_the_deletion)
+        await one.mover.move(context)
+    world.arrive(tenant_id)
+    assert reads > 0
+    async with one.index.at(world.places.where[tenant_id].place) as own:
+        assert await own.count(tenant_id) == 1
+
+
 async def test_a_replica_that_knows_the_old_collection_alone_finds_the_new_one(world: World) -> None:
     """A search in a collection that is gone asks where the tenant lives now, and answers from there."""
     tenant_id, (one, stale) = TenantId(new_uuid7()), world.replicas
