@@ -11,7 +11,7 @@ from typing import Protocol
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import Forbidden, NotSliceable
+from services.kernel.errors import Forbidden, LimitExceeded, NotSliceable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import refusal
@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 # What a refused slice needed: the least that is given.
 _LEAST = Demand(attempt=0, quantity=1)
+# When the line will be empty nobody knows: a holder may ask again after this long.
+_LINE_HINT_SECONDS = 0.5
 
 
 class Unsliceable(StrEnum):
@@ -101,7 +103,9 @@ class Slices:
         self._guard: Guard = guard or NoGuard()
 
     async def take(self, context: TenantContext, request: SliceRequest) -> Slice:
-        """Charges a slice. Repeated with the same id while it lives, it is the same slice with what is left of its lease.
+        """Charges a slice, unless others wait in line for one of its rules.
+
+        Repeated with the same id while it lives, it is the same slice with what is left of its lease.
 
         Raises: LimitExceeded, Forbidden FEATURE, NotSliceable, ReservationLost, ContentConflict, InvalidRequest, Unavailable.
         """
@@ -117,6 +121,8 @@ class Slices:
         plan = terms.plan(request.subject, request.product_unit)
         if answer.verdict is Verdict.HELD:
             return Slice(plan, answer)
+        if answer.verdict is Verdict.QUEUED:
+            raise _behind_others(request.product_unit)
         if answer.verdict is not Verdict.REFUSED:
             raise lost_or_invalid(answer.verdict, request.slice_id)
         why = refusal(plan, answer, _LEAST)
@@ -149,6 +155,12 @@ _WHY = {
     Unsliceable.OPEN: "a rule stays open without its store, and would not know of slices after a loss",
     Unsliceable.SHADOW: "a rule in shadow mode decides each use by itself",
 }
+
+
+def _behind_others(product_unit: str) -> LimitExceeded:
+    message = f"others wait in line for {product_unit}, and a slice would pass them: call Consume, which may wait too (max_wait)"
+    expected_wait_ms = str(int(_LINE_HINT_SECONDS * 1000))
+    return LimitExceeded(error_reason_pb2.ERROR_REASON_QUEUE_FULL, message, _LINE_HINT_SECONDS, expected_wait_ms=expected_wait_ms)
 
 
 def _unsliceable(terms: Terms, plan: Plan) -> Unsliceable | None:
