@@ -11,10 +11,10 @@ from typing import Protocol
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import Forbidden, LimitExceeded, NotSliceable
+from services.kernel.errors import LimitExceeded, NotSliceable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.decision import refusal
+from services.ratelimit.decision import not_included, refusal
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import Guard, NoGuard
 from services.ratelimit.limits import NOBODY, Demand, Subject
@@ -141,8 +141,8 @@ class Slices:
 def sliceable_plan(terms: Terms, request: SliceRequest) -> Plan:
     """The plan of a unit that may be used in slices. Raises: Forbidden FEATURE, NotSliceable."""
     unit = request.product_unit
-    if unit not in terms.product_units:
-        raise Forbidden(error_reason_pb2.ERROR_REASON_FEATURE, f"the plan does not include {unit}", feature=unit)
+    if unit not in terms.included_units:
+        raise not_included(unit)
     plan = terms.plan(request.subject, unit)
     cause = _unsliceable(terms, plan)
     if cause is not None:

@@ -152,6 +152,29 @@ async def test_what_the_plan_does_not_have_cannot_be_used(service: Service) -> N
     assert (caught.value.code.name, caught.value.reason_name) == ("PERMISSION_DENIED", "FEATURE")
 
 
+async def test_a_rule_of_the_tenants_own_grants_no_unit(service: Service) -> None:
+    """Only a plan or an operator does: FEATURE for a use, a slice and a look; the rule is listed, and a gateway is held to it."""
+    own, theirs = (
+        rule("ours", unit, 60, 5, origin=origin)
+        for unit, origin in (("searches", rules.LIMIT_RULE_ORIGIN_TENANT), ("exports", rules.LIMIT_RULE_ORIGIN_OPERATOR))
+    )
+    tenant = service.tenant_with(rule("interviews", "ai_interviews", 60, 10), own, theirs)
+    assert (await refusal(tenant, "searches")).reason_name == "FEATURE"
+    slice_of = messages.TakeSliceRequest(slice_id=str(new_uuid7()), product_unit="searches", quantity=1)
+    look = messages.CheckRequest(product_unit="searches", quantity=1)
+    for method, request in ((tenant.stub.TakeSlice, slice_of), (tenant.stub.Check, look)):
+        with pytest.raises(MeshError) as caught:
+            await service.inference.unary(method, request, timeout_seconds=5, tenant=tenant.context)
+        assert (caught.value.code.name, caught.value.reason_name) == ("PERMISSION_DENIED", "FEATURE")
+    assert "ours" in await tenant.limits()
+    await tenant.consume("exports")
+    narrowed = service.tenant_with(
+        rule("interviews", "ai_interviews", 60, 10), rule("ours", "ai_interviews", 60, 1, origin=rules.LIMIT_RULE_ORIGIN_TENANT)
+    )
+    await narrowed.consume("ai_interviews")
+    assert (await refusal(narrowed, "ai_interviews")).metadata["rule"] == "ours"
+
+
 async def test_a_feature_that_is_switched_off_is_refused_as_one(service: Service) -> None:
     """A rule that allows nothing of a unit is no limit that is used up: FEATURE, with the plan that has it, and nothing to wait for."""
     tenant = service.tenant_with(rule("ai_interviews", "ai_interviews", "cycle", 0, lifting_plan="pro"))

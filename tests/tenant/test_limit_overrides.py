@@ -71,6 +71,8 @@ async def test_an_operator_puts_a_rule_in_a_plans_place(harness: Harness) -> Non
     created = await harness.create(plan="free")
     operator = harness.as_operator(created.tenant.tenant_id)
     loose = requests_per_minute(5_000, mode=rules_pb2.LIMIT_MODE_SHADOW, on_store_failure=rules_pb2.LIMIT_STORE_FAILURE_OPEN)
+    # Not read, and said in the answer: who put it.
+    loose.origin = rules_pb2.LIMIT_RULE_ORIGIN_OPERATOR
     answer = await put(harness, operator, loose)
     assert in_force(answer.configuration)["requests_per_minute"] == loose
     assert answer.configuration.effective.limits.requests_per_minute == 5_000
@@ -119,6 +121,10 @@ async def test_a_tenants_admin_narrows_under_names_of_its_own(harness: Harness) 
     assert {name: found[name] for name in before} == before
     await put(harness, operator, rule("theirs", limit=7))
     answer = await put(harness, key, rule(limit=900))
+    origins = {name: item.origin for name, item in in_force(answer.configuration).items()}
+    assert (origins.pop("ours"), origins.pop("try_less")) == (rules_pb2.LIMIT_RULE_ORIGIN_TENANT,) * 2
+    assert origins.pop("theirs") == rules_pb2.LIMIT_RULE_ORIGIN_OPERATOR
+    assert set(origins.values()) == {rules_pb2.LIMIT_RULE_ORIGIN_PLAN}
     assert list(answer.changed_paths) == ["limit_rules.rules.ours"]
     kept = list(answer.configuration.overrides.limit_rules.rules)
     assert [(item.name, item.limit) for item in kept] == [("ours", 900), ("theirs", 7), ("try_less", 5)]
