@@ -60,7 +60,7 @@ if minted_us < now - age_us then
 elseif minted_us > now + age_us then
   return answer(V_AHEAD, 0, 0, 0)
 end
-local known = record(id)
+local known = records_of({ id })[id]
 if known then
   return again(known)
 elseif not fitted(plan, one, false) then
