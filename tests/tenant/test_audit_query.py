@@ -209,7 +209,7 @@ async def test_nothing_is_recorded_for_another_time(harness: Harness, away: time
     assert not (await query(harness, with_key(created.api_key), action="DOCUMENTS_READ")).records
 
 
-@pytest.mark.parametrize("text", ["[1]", "1", '"text"', "{", "{'a': 1}", '{"a": NaN}', '{"a": 1} {}', " ", '{"a":' * 700 + "1" + "}" * 600])
+@pytest.mark.parametrize("text", ["[1]", "1", '"text"', "{", "{'a': 1}", '{"a": NaN}', '{"a": 1} {}', " "])
 async def test_a_detail_that_is_no_object_is_refused(harness: Harness, text: str) -> None:
     """INVALID_ARGUMENT names the item, and nothing of the batch is recorded."""
     created = await harness.create()
