@@ -93,13 +93,13 @@ async def holders(tenant: AtService) -> AsyncIterator[Holders]:
 
 
 async def test_slices_are_the_same_on_three_masters(service: Service, cluster: Cluster) -> None:
-    """Taken, repeated, refused and given back, for tenants on every master."""
+    """Taken, refused and given back, for tenants on every master."""
     places = set()
     for _ in range(12):
         tenant = service.tenant_with(rule("searches", UNIT, 60, 8))
         places.add(cluster.owner_place(f"{{{tenant.tenant_id}}}"))
         slice_id = new_uuid7()
-        assert [(await take(tenant, 5, id=slice_id)).granted for _ in range(2)] == [2, 2]
+        assert (await take(tenant, 5, id=slice_id)).granted == 2
         await tenant.consume(UNIT, 6)
         with pytest.raises(MeshError):
             await take(tenant, 1)
