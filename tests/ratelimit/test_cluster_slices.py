@@ -81,7 +81,9 @@ class Holders:
 async def holders(tenant: AtService) -> AsyncIterator[Holders]:
     """Two clients with three loops each; at the end they have given back what they held."""
     async with AsyncExitStack() as closing:
-        clients = [await closing.enter_async_context(LimitSlices(tenant.stub, metadata=metadata_of(tenant))) for _ in range(2)]
+        # Patient, so that it is the service that says what is wrong, however slow the machine.
+        patient = {"metadata": metadata_of(tenant), "timeout_seconds": RECOVERY_SECONDS}
+        clients = [await closing.enter_async_context(LimitSlices(tenant.stub, **patient)) for _ in range(2)]  # type: ignore[arg-type] # by name
         using = Holders(clients)
         async with asyncio.TaskGroup() as group:
             for limits in clients * 3:
