@@ -22,7 +22,7 @@ from bench.latency import closed_loop
 from bench.process_cost import CpuReading
 from devstack.addresses import Ports
 from devstack.handbook import Company
-from devstack.mesh_client import MeshClient, credentials
+from devstack.mesh_client import MeshClient, credentials, operator_credentials
 from devstack.provisioning import create_tenant
 from devstack.stack import Stack, running_stack
 from mesh.common.v1 import limit_rule_pb2 as rules
@@ -124,8 +124,8 @@ class Bench:
         return Measured(uses, local, seconds, time.process_time() - begin, spent)
 
 
-async def add_rule(tenant_address: str, api_key: str) -> None:
-    """Gives the tenant a rule of its own whose numbers are never reached."""
+async def add_rule(tenant_address: str, operator_key: str, tenant_id: str) -> None:
+    """Gives the tenant the unit, as an operator does, with a rule whose numbers are never reached."""
     rule = rules.LimitRule(
         name=UNIT,
         unit=rules.LIMIT_UNIT_PRODUCT,
@@ -137,9 +137,10 @@ async def add_rule(tenant_address: str, api_key: str) -> None:
     )
     request = configuration_service_pb2.UpdateConfigurationRequest(update_mask=FieldMask(paths=[f"limit_rules.rules.{UNIT}"]))
     request.overrides.limit_rules.rules.append(rule)
+    metadata = (*operator_credentials(operator_key, "bench"), ("x-tenant-id", tenant_id))
     async with grpc.aio.insecure_channel(tenant_address) as channel:
         stub = configuration_service_pb2_grpc.ConfigurationServiceStub(channel)
-        await stub.UpdateConfiguration(request, metadata=credentials(api_key), timeout=CALL_TIMEOUT_SECONDS)
+        await stub.UpdateConfiguration(request, metadata=metadata, timeout=CALL_TIMEOUT_SECONDS)
 
 
 async def run(seconds: float) -> tuple[dict[str, object], bool]:
@@ -150,7 +151,7 @@ async def run(seconds: float) -> tuple[dict[str, object], bool]:
         async with running_stack(Path(folder) / "state", ports, trace_sample_ratio=0.0) as stack, MeshClient.connect(ports) as client:
             company = Company("slices", "slices", "enterprise", "slices@bench.example.com", "Bench")
             tenant = await create_tenant(stack, client, company)
-            await add_rule(ports.address("tenant"), tenant.api_key)
+            await add_rule(ports.address("tenant"), stack.state.secrets.operator_key, tenant.tenant_id)
             async with grpc.aio.insecure_channel(ports.address("ratelimit")) as channel:
                 stub = RateLimitServiceStub(channel)
                 bench = Bench(stack, stub, tenant.api_key)

@@ -116,6 +116,8 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
             "TENANTRY_CONTEXT_SIGNING_KEY": state.secrets.context_signing_key,
             "TENANTRY_OPERATOR_KEY_SHA256": state.secrets.operator_key_sha256,
             "TENANTRY_BASE_DOMAINS": BASE_DOMAIN,
+            # An issuer to try things with is on this machine.
+            "TENANTRY_JWKS_PRIVATE_ADDRESSES": "true",
             "TENANTRY_KEY_STORE_DSN": role_dsn(state, ports, KEY_ROLE, "service", KEY_DATABASE),
             "TENANTRY_KEY_STORE_ADMIN_DSN": _admin_dsn(state, ports, KEY_DATABASE),
             "TENANTRY_MASTER_KEYS": state.secrets.master_keys,

@@ -84,6 +84,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant, feed=feed), feed=feed), rebuilder, fencing, allowance)
         room = _waiting_room(stack, background, settings, scripts)
         guard = AbuseGuard(RedisGuards(scripts))
+        background.start("ratelimit.refusals", guard.run)
         share_store = RedisShares(decisions)
         shares = ProviderShares(share_store, _accounts(settings))
         reservations = Reservations(store, counters, fencing, guard=guard, shares=shares, room=room)

@@ -88,7 +88,8 @@ class Terms:
         self.recent_seconds = max(_RECENT_SECONDS, *(-(-family.window_us // 1_000_000) for family in self.families))
         units = [rule for rule in self.rules if rule.unit is Unit.PRODUCT]
         self.product_units = frozenset(rule.product_unit for rule in units)
-        self.included_units = self.product_units.union(features)
+        # What the tenant made itself grants nothing.
+        self.included_units = frozenset(features).union(rule.product_unit for rule in units if rule.grants)
         self._durable_units = frozenset(features).union(rule.product_unit for rule in units if rule.window in CALENDAR)
         self._plans: dict[tuple[str, str, str], Plan] = {}
         self._plan_bytes = 0

@@ -35,8 +35,10 @@ class StoreReader:
             ids = [id for id in ends if (known := self.kept.get(UUID(bytes=id))) is None or known.end_us is None]
             for start in range(0, len(ids), _CHUNK):
                 some = ids[start : start + _CHUNK]
-                for id, packed in zip(some, await self._send(tenant_id, "HMGET", "reservations", *some), strict=True):
-                    self._keep(id, packed, ends[id])
+                # What was used at once is kept apart from what was held.
+                records, uses = [await self._send(tenant_id, "HMGET", kind, *some) for kind in ("reservations", "uses")]
+                for id, packed, used in zip(some, records, uses, strict=True):
+                    self._keep(id, packed or used, ends[id])
             self._read_to[tenant_id] = max(ends.values(), default=read_to)
 
     async def read_held(self) -> list[UUID]:

@@ -20,8 +20,8 @@ _HEADS = {
     "load": _COUNTING,
     "keep_places": ("common", "waiting"),
     "leave": ("common", "waiting"),
-    "take_slice": _DECIDING,
-    "return_slices": _COUNTING,
+    "take_slice": (*_WAKING, "deciding"),
+    "return_slices": _WAKING,
 }
 NAMES = (*_HEADS, "renew", "sweep", "begin", "drop", "erase", "export", "guard", "lift_guard")
 

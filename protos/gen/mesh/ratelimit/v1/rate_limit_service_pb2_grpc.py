@@ -157,7 +157,8 @@ class RateLimitServiceServicer:
         was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
         `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
         answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
-        Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+        Errors: as Consume; RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while somebody waits in line (`max_wait`) for one of the unit's rules that count
+        this user and feature, as a slice would pass them; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
         its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -166,7 +167,7 @@ class RateLimitServiceServicer:
 
     def ReturnSlices(self, request, context):
         """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
-        epoch are ignored. What has left its window meanwhile is not counted any more either way.
+        epoch are ignored. What has left its window meanwhile is not counted any more either way. Who waits in line for the unit is woken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,12 +46,13 @@ class RateLimitServiceStub:
     was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
     `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
     answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
-    Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+    Errors: as Consume; RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while somebody waits in line (`max_wait`) for one of the unit's rules that count
+    this user and feature, as a slice would pass them; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
     its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
     """
     ReturnSlices: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReturnSlicesRequest, _rate_limit_service_pb2.ReturnSlicesResponse]
     """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
-    epoch are ignored. What has left its window meanwhile is not counted any more either way.
+    epoch are ignored. What has left its window meanwhile is not counted any more either way. Who waits in line for the unit is woken.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.RenewRequest, _rate_limit_service_pb2.RenewResponse]
     """Prolongs the leases of reservations by 5 s. A batch over tenants; idempotent.
@@ -143,7 +144,8 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
         was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
         `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
         answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
-        Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+        Errors: as Consume; RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while somebody waits in line (`max_wait`) for one of the unit's rules that count
+        this user and feature, as a slice would pass them; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
         its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
         """
 
@@ -154,7 +156,7 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_rate_limit_service_pb2.ReturnSlicesRequest, _abc.Awaitable[_rate_limit_service_pb2.ReturnSlicesResponse]],
     ) -> _abc.Awaitable[_rate_limit_service_pb2.ReturnSlicesResponse]:
         """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
-        epoch are ignored. What has left its window meanwhile is not counted any more either way.
+        epoch are ignored. What has left its window meanwhile is not counted any more either way. Who waits in line for the unit is woken.
         """
 
     @_abc_1.abstractmethod
