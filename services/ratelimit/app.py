@@ -84,7 +84,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant, feed=feed), feed=feed), rebuilder, fencing, allowance)
         room = _waiting_room(stack, background, settings, scripts)
         guard = AbuseGuard(RedisGuards(scripts))
-        share_store = RedisShares(decisions)
+        share_store = RedisShares(decisions, bulk)
         shares = ProviderShares(share_store, _accounts(settings))
         reservations = Reservations(store, counters, fencing, guard=guard, shares=shares, room=room)
         consumptions = Consumptions(store, ledger, counters, fencing, guard=guard, room=room)
@@ -95,7 +95,6 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
             Looks(store, counters),
             ReserveBatches(reservations, verifier),
             Guarding(guard, counters, AuditClient(to_tenant)),
-            shares,
             Slices(RedisSlices(scripts), counters, fencing, guard=guard),
             lease_seconds=settings.lease_seconds,
         )

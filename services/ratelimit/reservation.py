@@ -19,7 +19,7 @@ from services.ratelimit.decision import Refusal, refusal, shadow_refusals
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
-from services.ratelimit.provider_share import TakenShare, need_of
+from services.ratelimit.provider_share import ONE_REQUEST, AccountUse, CountedCall, TakenShare, need_of
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
@@ -81,7 +81,6 @@ class Held:
     demand: Demand
     degraded: bool = False
     waited_seconds: float = 0.0
-    share: TakenShare | None = None
 
     @classmethod
     def from_allowance(cls, plan: Plan, demand: Demand, epoch: int) -> "Held":
@@ -117,13 +116,25 @@ Attempted = Outcome | Queued
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """What the ledger says of one reservation, in the epoch it said so."""
+    """What the ledger says of one reservation, in the epoch it said so. `output_tokens` are those within `actual`; None: not told."""
 
     tenant_id: TenantId
     reservation_id: ReservationId
     epoch: int
     kind: CommitKind
     actual: Amounts
+    output_tokens: int | None = None
+
+    @property
+    def account_use(self) -> AccountUse | None:
+        """What a provider account counts the call with from now on; None: with what it took."""
+        match self.kind:
+            case CommitKind.SETTLED if self.output_tokens is not None:
+                return AccountUse(1, max(0, self.actual.tokens - self.output_tokens), self.output_tokens)
+            case CommitKind.VOID:
+                return ONE_REQUEST
+            case _:
+                return None
 
 
 class ReservationStore(Protocol):
@@ -196,7 +207,9 @@ class Reservations:
 
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
-        await self._store.release(tenant_of(context), reservation_id, epoch)
+        tenant_id = tenant_of(context)
+        await self._store.release(tenant_id, reservation_id, epoch)
+        await self._count([CountedCall(tenant_id, reservation_id, ONE_REQUEST)])
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
         """Prolongs leases; tells of each whether it lives."""
@@ -204,7 +217,11 @@ class Reservations:
 
     async def commit(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Applies what the ledger says; tells of each whether it is done."""
-        return await self._store.commit(settlements)
+        counted = [CountedCall(item.tenant_id, item.reservation_id, use) for item in settlements if (use := item.account_use) is not None]
+        async with asyncio.TaskGroup() as group:
+            done = group.create_task(self._store.commit(settlements))
+            group.create_task(self._count(counted))
+        return done.result()
 
     async def _in_turn(self, room: WaitingRoom, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Outcome]:
         began = time.monotonic()
@@ -253,17 +270,22 @@ class Reservations:
     async def _with_share(self, outcome: Attempted, share: TakenShare | MeshError | Held | None) -> Attempted:
         if not isinstance(share, TakenShare):
             return outcome
-        # Repeated, the hold is that of before, and so is its share.
-        if isinstance(outcome, Held) and outcome.answer.reserve_us == outcome.answer.now_us:
-            return replace(outcome, share=share)
-        await self._give_back([share])
+        if not isinstance(outcome, Held):
+            await self._give_back([share])
         return outcome
 
     async def _give_back(self, shares: Sequence[TakenShare]) -> None:
         try:
-            await self._shares.give_back([(share, share.use) for share in shares])
+            await self._shares.give_back(shares)
         except Unavailable:
-            log.info("share_left_to_its_window", shares=len(shares))
+            log.info("share_left_to_its_window", calls=len(shares))
+
+    async def _count(self, calls: Sequence[CountedCall]) -> None:
+        try:
+            await self._shares.count(calls)
+        except Unavailable:
+            # Too much is counted, and only until the minute ends: nothing that the ledger need tell again.
+            log.info("share_left_to_its_window", calls=len(calls))
 
     async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | MeshError | Held | None:
         """Checks the request by itself and takes its part of its account; what keeps it out, or admits it without asking further."""
@@ -272,7 +294,7 @@ class Reservations:
             check_shortening(request.demand)
             if request.account:
                 need = need_of(request.demand, request.input_tokens)
-                return await self._shares.take(request.account, tenant_of(context), terms.weight, need)
+                return await self._shares.take(request.account, tenant_of(context), terms.weight, request.reservation_id, need)
         except Unavailable as error:
             # Asked again, a store that is away would cost the caller its time twice.
             return self._allowed(context, terms, request, error) if error.metadata.get("dependency") == STORE else error

@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -54,12 +54,12 @@ async def service(redis_server: RedisServer, peer: Peer, account: str) -> AsyncI
         yield running
 
 
-async def give_back(tenant: AtService, account: str, held: messages.ReserveResponse, **unused: int) -> None:
-    """Gives back what a call did not use."""
-    share = messages.ReturnedShare(
-        tenant_id=tenant.tenant_id.bytes, account=account, take_time=held.share_take_time, request_unsent=False, **unused
-    )
-    await tenant.inference.unary(tenant.stub.ReturnShares, messages.ReturnSharesRequest(shares=[share]), timeout_seconds=5)
+async def settle(tenant: AtService, reservation_id: UUID, tokens: int, output_tokens: int | None = None) -> None:
+    """Tells what a call used, as the ledger does."""
+    commit = tenant.commit_message(reservation_id, messages.COMMIT_KIND_SETTLED, tokens=tokens)
+    if output_tokens is not None:
+        commit.output_tokens = output_tokens
+    assert await tenant.commit(commit) == [messages.COMMIT_OUTCOME_DONE]
 
 
 async def refusal(tenant: AtService, tokens: int, **fields: Any) -> MeshError:
@@ -72,14 +72,14 @@ async def refusal(tenant: AtService, tokens: int, **fields: Any) -> MeshError:
 async def test_an_account_refuses_what_its_provider_would(service: Service, account: str) -> None:
     """The account's minute holds for all tenants together; a refusal says whose limit it is and holds nothing of the tenant's."""
     one, other = service.tenant_with(PLENTY), service.tenant_with(PLENTY)
-    held = await one.reserve(300, provider_account=account, input_tokens=100)
-    assert held.HasField("share_take_time")
+    await one.reserve(300, provider_account=account, input_tokens=100)
     await other.reserve(300, provider_account=account, input_tokens=100)
     error = await refusal(other, 300, provider_account=account, input_tokens=100)
     assert (error.reason_name, error.metadata["account"]) == ("PROVIDER_SHARE", account)
     assert error.retry_after_seconds is not None
     assert (await other.limits())["rate"].used == 300
-    assert not (await other.reserve(300, provider_account="unheard-of")).HasField("share_take_time")
+    for _ in range(4):
+        await other.reserve(300, provider_account="unheard-of", input_tokens=100)
 
 
 async def test_what_a_tenants_rule_refuses_takes_nothing_of_the_account(service: Service, account: str) -> None:
@@ -101,15 +101,56 @@ async def test_a_repeated_reserve_takes_its_share_once(service: Service, account
     assert (await refusal(tenant, 20, provider_account=account, input_tokens=10)).reason_name == "PROVIDER_SHARE"
 
 
-async def test_what_a_call_did_not_use_is_given_back(service: Service, account: str) -> None:
-    """Tokens given back are another call's within the same minute; no more is given back than was taken."""
-    tenant = service.tenant_with(PLENTY)
-    held = await tenant.reserve(500, provider_account=account, input_tokens=0)
+async def test_what_a_call_did_not_use_comes_back_when_it_is_settled(service: Service, account: str) -> None:
+    """Tokens that the ledger says were not used are another call's within the same minute; told again, they come back no second time."""
+    tenant, id = service.tenant_with(PLENTY), new_uuid7()
+    await tenant.reserve(500, id=id, provider_account=account, input_tokens=0)
     assert (await refusal(tenant, 400, provider_account=account)).reason_name == "PROVIDER_SHARE"
-    await give_back(tenant, account, held, output_tokens=450)
+    await settle(tenant, id, 50, 50)
     await tenant.reserve(400, provider_account=account)
-    await give_back(tenant, account, held, output_tokens=10_000)
-    assert (await refusal(tenant, 501, provider_account=account)).reason_name == "PROVIDER_SHARE"
+    await settle(tenant, id, 50, 50)
+    assert (await refusal(tenant, 60, provider_account=account)).reason_name == "PROVIDER_SHARE"
+    await tenant.reserve(50, provider_account=account)
+
+
+async def test_input_that_was_not_used_comes_back(service: Service, account: str) -> None:
+    """Input and output are limits of their own: each comes back by what was used of it."""
+    tenant, id = service.tenant_with(PLENTY), new_uuid7()
+    await tenant.reserve(1100, id=id, provider_account=account, input_tokens=900)
+    assert (await refusal(tenant, 300, provider_account=account, input_tokens=200)).reason_name == "PROVIDER_SHARE"
+    await settle(tenant, id, 350, 200)
+    await tenant.reserve(900, provider_account=account, input_tokens=850)
+    assert (await refusal(tenant, 10, provider_account=account, input_tokens=10)).metadata["limit"] == "1000"
+
+
+async def test_a_ledger_that_does_not_tell_leaves_the_worst_case(service: Service, account: str) -> None:
+    """Without the figure nothing comes back: too much is counted until the minute ends, never too little."""
+    tenant, id = service.tenant_with(PLENTY), new_uuid7()
+    await tenant.reserve(500, id=id, provider_account=account, input_tokens=0)
+    await settle(tenant, id, 50)
+    assert (await refusal(tenant, 400, provider_account=account)).reason_name == "PROVIDER_SHARE"
+
+
+async def test_tokens_of_a_call_that_was_not_billed_come_back(service: Service, account: str) -> None:
+    """Voided or let go, a call leaves its request counted, as the provider may have seen it; one that may have been billed leaves all."""
+    tenant, void, released, pinned = service.tenant_with(PLENTY), new_uuid7(), new_uuid7(), new_uuid7()
+    await tenant.reserve(500, id=void, provider_account=account)
+    await tenant.commit(tenant.commit_message(void, messages.COMMIT_KIND_VOID))
+    await tenant.reserve(500, id=released, provider_account=account)
+    release = messages.ReleaseRequest(reservation_id=str(released), epoch=1)
+    await tenant.inference.unary(tenant.stub.Release, release, timeout_seconds=5, tenant=tenant.context)
+    await tenant.reserve(500, id=pinned, provider_account=account)
+    await tenant.commit(tenant.commit_message(pinned, messages.COMMIT_KIND_PIN))
+    error = await refusal(tenant, 10, provider_account=account)
+    assert (error.metadata["limit"], error.metadata["used"]) == ("3", "3")
+
+
+async def test_no_other_tenant_gives_back_what_a_call_took(service: Service, account: str) -> None:
+    """A call is known by its tenant and its id: a stranger's settlement of the very same id changes nothing here."""
+    tenant, stranger, id = service.tenant_with(PLENTY), service.tenant_with(PLENTY), new_uuid7()
+    await tenant.reserve(500, id=id, provider_account=account)
+    await settle(stranger, id, 0, 0)
+    assert (await refusal(stranger, 10, provider_account=account)).reason_name == "PROVIDER_SHARE"
 
 
 async def test_an_erased_tenant_is_forgotten_in_every_account(service: Service, account: str) -> None:
