@@ -254,7 +254,7 @@ class Reservations:
         return replace(outcome, waited_seconds=time.monotonic() - began) if waited and isinstance(outcome, Held) else outcome
 
     async def _attempted(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Attempted]:
-        shares = [await self._shared(context, terms, request) for request in requests]
+        shares = await self._shares_of(context, terms, requests)
         outcomes: list[Attempted | None] = [share if isinstance(share, MeshError | Held) else None for share in shares]
         open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if open_places:
@@ -286,6 +286,16 @@ class Reservations:
         except Unavailable:
             # Too much is counted, and only until the minute ends: nothing that the ledger need tell again.
             log.info("share_left_to_its_window", calls=len(calls))
+
+    async def _shares_of(
+        self, context: TenantContext, terms: Terms, requests: Sequence[Request]
+    ) -> Sequence[TakenShare | MeshError | Held | None]:
+        if len(requests) == 1:
+            return [await self._shared(context, terms, requests[0])]
+        async with asyncio.TaskGroup() as group:
+            # In their order on the way to the store, which they share.
+            tasks = [group.create_task(self._shared(context, terms, request)) for request in requests]
+        return [task.result() for task in tasks]
 
     async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | MeshError | Held | None:
         """Checks the request by itself and takes its part of its account; what keeps it out, or admits it without asking further."""
