@@ -8,6 +8,7 @@ from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import Refusal
 from services.ratelimit.provider_share import AccountUse, CountedCall, TakenShare
 from services.ratelimit.terms import Terms
+from services.ratelimit.turn import Queued, Stand
 
 
 class Guard(Protocol):
@@ -25,10 +26,12 @@ class Guard(Protocol):
 class AccountShares(Protocol):
     """Shares a provider account's own limits among tenants."""
 
-    async def take(self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse) -> TakenShare | None:
+    async def take(
+        self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse, stand: Stand | None = None
+    ) -> TakenShare | Queued | None:
         """Takes a call's worst case; None for an account without limits, and for a call that has its share already.
 
-        Raises: LimitExceeded PROVIDER_SHARE, Unavailable.
+        Raises: ShareRefused PROVIDER_SHARE, Unavailable.
         """
         ...
 
@@ -54,7 +57,9 @@ class NoGuard:
 class NoShares:
     """Knows no account."""
 
-    async def take(self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse) -> TakenShare | None:
+    async def take(
+        self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse, stand: Stand | None = None
+    ) -> TakenShare | Queued | None:
         """Lets everyone have it."""
         return None
 

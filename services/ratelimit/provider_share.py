@@ -15,6 +15,7 @@ from services.kernel.ids import ReservationId, TenantId
 from services.ratelimit.calendar_periods import moment
 from services.ratelimit.limit_rule import MINUTE_US
 from services.ratelimit.limits import Demand
+from services.ratelimit.turn import Place, Queued, Stand
 
 WINDOW_US = MINUTE_US
 _DIMENSIONS = ("requests", "input tokens", "output tokens")
@@ -28,6 +29,7 @@ class ShareVerdict(IntEnum):
     SHARE_USED = 2
     TOO_LARGE = 3
     TAKEN_BEFORE = 4
+    QUEUED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,10 @@ class AccountUse:
 
 @dataclass(frozen=True, slots=True)
 class ShareAnswer:
-    """One decision. `limit` and `used` are the account's for ACCOUNT_FULL and TOO_LARGE, the tenant's share for SHARE_USED."""
+    """One decision. `limit` and `used` are the account's for ACCOUNT_FULL and TOO_LARGE, the tenant's share for SHARE_USED.
+
+    Of one that waits: since when, 0 without a place, and how many of its tenant's are before it.
+    """
 
     verdict: ShareVerdict
     now_us: int
@@ -53,6 +58,18 @@ class ShareAnswer:
     limit: int = 0
     used: int = 0
     free_us: int = 0
+    since_us: int = 0
+    ahead: int = 0
+
+    def place(self, account: str) -> Place:
+        """Where one stands that was not admitted."""
+        return Place(self.now_us, self.since_us, self.ahead, 0, line=account)
+
+
+class ShareRefused(LimitExceeded):
+    """An account has no room for a call now; `place` is where it waits for it."""
+
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,14 @@ class ShareStore(Protocol):
     """Keeps what calls took of accounts in the last window."""
 
     async def take(
-        self, account: str, limits: AccountUse, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse
+        self,
+        account: str,
+        limits: AccountUse,
+        tenant_id: TenantId,
+        weight: int,
+        call_id: ReservationId,
+        need: AccountUse,
+        stand: Stand | None = None,
     ) -> ShareAnswer:
         """Takes the need once, or says why not. A refusal takes nothing; it is remembered who lacks its share."""
         ...
@@ -106,22 +130,28 @@ class ProviderShares:
         self._store = store
         self._accounts = accounts
 
-    async def take(self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse) -> TakenShare | None:
+    async def take(
+        self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse, stand: Stand | None = None
+    ) -> TakenShare | Queued | None:
         """Takes a call's worst case; None for an account without limits, and for a call that has its share already.
 
-        Raises: LimitExceeded PROVIDER_SHARE, Unavailable.
+        Raises: ShareRefused PROVIDER_SHARE, Unavailable.
         """
         limits = self._accounts.get(account)
         if limits is None:
             return None
-        answer = await self._store.take(account, limits, tenant_id, max(1, weight), call_id, need)
+        answer = await self._store.take(account, limits, tenant_id, max(1, weight), call_id, need, stand)
         match answer.verdict:
             case ShareVerdict.TAKEN:
                 return TakenShare(account, tenant_id, call_id)
             case ShareVerdict.TAKEN_BEFORE:
                 return None
+            case ShareVerdict.QUEUED:
+                return Queued(answer.place(account))
             case _:
-                raise share_refusal(account, tenant_id, answer, need)
+                refused = share_refusal(account, tenant_id, answer, need)
+                refused.place = answer.place(account) if stand is not None else None
+                raise refused
 
     async def give_back(self, shares: Sequence[TakenShare]) -> None:
         """Gives back all that calls took which are not made after all; they may take again. Raises: Unavailable."""
@@ -135,7 +165,7 @@ class ProviderShares:
             await self._store.count(account, calls)
 
 
-def share_refusal(account: str, tenant_id: TenantId, answer: ShareAnswer, need: AccountUse) -> LimitExceeded:
+def share_refusal(account: str, tenant_id: TenantId, answer: ShareAnswer, need: AccountUse) -> ShareRefused:
     """The refusal as callers meet it: what is in use, and when it frees."""
     what, needed = _DIMENSIONS[answer.dimension], need.in_order()[answer.dimension]
     metadata = {
@@ -150,11 +180,11 @@ def share_refusal(account: str, tenant_id: TenantId, answer: ShareAnswer, need: 
     reason = error_reason_pb2.ERROR_REASON_PROVIDER_SHARE
     if answer.verdict is ShareVerdict.TOO_LARGE:
         message = f"This call needs {needed} {what} and the provider's account has {answer.limit} a minute: make the call smaller."
-        return LimitExceeded(reason, message, None, quota, **metadata)
+        return ShareRefused(reason, message, None, quota, **metadata)
     retry_after_seconds = max(0, -(-(answer.free_us - answer.now_us) // 1000)) / 1000
     metadata["reset_time"] = moment(answer.free_us).isoformat().replace("+00:00", "Z")
     whose = "your share of the" if answer.verdict is ShareVerdict.SHARE_USED else "the"
     message = (
         f"{answer.used} of {whose} provider account's {answer.limit} {what} a minute are in use: try again in {retry_after_seconds:.3f} s."
     )
-    return LimitExceeded(reason, message, retry_after_seconds, quota, **metadata)
+    return ShareRefused(reason, message, retry_after_seconds, quota, **metadata)

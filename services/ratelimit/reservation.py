@@ -255,7 +255,7 @@ class Reservations:
 
     async def _attempted(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Attempted]:
         shares = await self._shares_of(context, terms, requests)
-        outcomes: list[Attempted | None] = [share if isinstance(share, MeshError | Held) else None for share in shares]
+        outcomes: list[Attempted | None] = [share if isinstance(share, Queued | MeshError | Held) else None for share in shares]
         open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if open_places:
             try:
@@ -267,7 +267,7 @@ class Reservations:
                 outcomes[place] = await self._with_share(outcome, shares[place])
         return [outcome for outcome in outcomes if outcome is not None]
 
-    async def _with_share(self, outcome: Attempted, share: TakenShare | MeshError | Held | None) -> Attempted:
+    async def _with_share(self, outcome: Attempted, share: TakenShare | Queued | MeshError | Held | None) -> Attempted:
         if not isinstance(share, TakenShare):
             return outcome
         if not isinstance(outcome, Held):
@@ -289,7 +289,7 @@ class Reservations:
 
     async def _shares_of(
         self, context: TenantContext, terms: Terms, requests: Sequence[Request]
-    ) -> Sequence[TakenShare | MeshError | Held | None]:
+    ) -> Sequence[TakenShare | Queued | MeshError | Held | None]:
         if len(requests) == 1:
             return [await self._shared(context, terms, requests[0])]
         async with asyncio.TaskGroup() as group:
@@ -297,14 +297,16 @@ class Reservations:
             tasks = [group.create_task(self._shared(context, terms, request)) for request in requests]
         return [task.result() for task in tasks]
 
-    async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | MeshError | Held | None:
+    async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | Queued | MeshError | Held | None:
         """Checks the request by itself and takes its part of its account; what keeps it out, or admits it without asking further."""
         try:
             minted_us(request.reservation_id)
             check_shortening(request.demand)
             if request.account:
                 need = need_of(request.demand, request.input_tokens)
-                return await self._shares.take(request.account, tenant_of(context), terms.weight, request.reservation_id, need)
+                return await self._shares.take(
+                    request.account, tenant_of(context), terms.weight, request.reservation_id, need, request.stand
+                )
         except Unavailable as error:
             # Asked again, a store that is away would cost the caller its time twice.
             return self._allowed(context, terms, request, error) if error.metadata.get("dependency") == STORE else error

@@ -1,6 +1,5 @@
 """Provider accounts' limits in the service: beside a tenant's own rules, given back, waited for, and forgotten with the tenant."""
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,21 +10,8 @@ from mesh.common.v1 import lifecycle_service_pb2 as lifecycle
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
-from services.kernel.ids import ReservationId, new_uuid7
-from services.kernel.tenant_context import TenantContext
-from services.ratelimit.adapters.redis_link import PipelinedLink
-from services.ratelimit.adapters.redis_shares import RedisShares
-from services.ratelimit.adapters.redis_tickets import RedisTickets
-from services.ratelimit.fencing import Fencing
-from services.ratelimit.limits import Amounts, Demand
-from services.ratelimit.open_allowance import OpenAllowance
-from services.ratelimit.provider_share import AccountUse, ProviderShares
-from services.ratelimit.ready_counters import ReadyCounters
-from services.ratelimit.rebuild import Rebuilder
-from services.ratelimit.reservation import Held, Request, Reservations
-from services.ratelimit.terms import Terms
-from services.ratelimit.waiting_room import WaitingRoom
-from tests.ratelimit.callers import AtService, AtStore, Service, Stores, running_service, standard_terms
+from services.kernel.ids import new_uuid7
+from tests.ratelimit.callers import AtService, Service, running_service
 from tests.ratelimit.rules import rule
 from tests.ratelimit.scripted_peer import Peer, running_peer
 from tests.support.stores import RedisStore as RedisServer
@@ -167,34 +153,3 @@ async def test_an_erased_tenant_is_forgotten_in_every_account(service: Service, 
     erased = await service.tenant.unary(stub.EraseTenant, lifecycle.EraseTenantRequest(), timeout_seconds=10, tenant=tenant.context)
     assert {item.kind: item.count for item in erased.erased}["redis:accounts"] == 1
     assert await found() == 0
-
-
-async def test_a_share_is_waited_for(link: PipelinedLink, peer: Peer, account: str) -> None:
-    """A call that may wait waits until the account has room, and is admitted then. The minute is short here."""
-    window_us = 1_200_000
-    stores = Stores(link)
-    tenant = await AtStore(stores, link, standard_terms(tokens_per_minute=1000)).loaded()
-
-    async def terms_of(context: TenantContext, at_least: int = 0) -> Terms:
-        return tenant.terms
-
-    fencing = Fencing(stores.decisions, None)  # type: ignore[arg-type] # no lease ends here
-    rebuilder = Rebuilder(stores.snapshots, None)  # type: ignore[arg-type] # it is loaded already
-    counters = ReadyCounters(terms_of, rebuilder, fencing, OpenAllowance(stores.decisions))
-    shares = ProviderShares(RedisShares(link, window_us=window_us), {account: AccountUse(1, 0, 0)})
-    reservations = Reservations(stores.decisions, counters, fencing, shares=shares, room=WaitingRoom(RedisTickets(stores.scripts)))
-    context = peer.tenants.context(tenant.tenant_id)
-
-    def request(max_wait_seconds: float) -> Request:
-        return Request(ReservationId(new_uuid7()), Demand(Amounts(10, 0)), account=account, max_wait_seconds=max_wait_seconds)
-
-    first = await reservations.reserve(context, request(0))
-    with pytest.raises(MeshError):
-        await reservations.reserve(context, request(0.2))
-    began = time.monotonic()
-    held = await reservations.reserve(context, request(5))
-    assert isinstance(held, Held)
-    assert held.answer.reserve_us - first.answer.reserve_us >= window_us
-    assert held.waited_seconds > 0
-    assert time.monotonic() - began < 3
-    assert await tenant.link.send("EXISTS", f"{{{tenant.tenant_id}}}:waiters") == 0

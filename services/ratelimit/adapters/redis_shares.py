@@ -10,10 +10,13 @@ from services.kernel.ids import ReservationId, TenantId
 from services.ratelimit.adapters.redis_link import Link
 from services.ratelimit.adapters.scripts import Script, make_script
 from services.ratelimit.provider_share import WINDOW_US, AccountUse, CountedCall, ShareAnswer, ShareVerdict
+from services.ratelimit.turn import Stand
 
-KINDS = ("members", "active", "claims", "totals", "calls", "recent", "request_turns", "input_turns", "output_turns")
+KINDS = ("members", "active", "claims", "totals", "calls", "recent", "request_turns", "input_turns", "output_turns", "lines", "fronts")
 # Bounds how long one script keeps the store from others.
 _CALLS_A_SCRIPT = 50
+_TICKETS_A_SCRIPT = 500
+_NAMES = ("take", "count", "forget", "keep_places", "leave")
 
 
 class RedisShares:
@@ -23,13 +26,21 @@ class RedisShares:
         self._link = link
         self._bulk = bulk or link
         self._window_us = window_us
-        self._scripts = {name: _load(name) for name in ("take", "count", "forget")}
+        self._scripts = {name: _load(name) for name in _NAMES}
 
     async def take(
-        self, account: str, limits: AccountUse, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse
+        self,
+        account: str,
+        limits: AccountUse,
+        tenant_id: TenantId,
+        weight: int,
+        call_id: ReservationId,
+        need: AccountUse,
+        stand: Stand | None = None,
     ) -> ShareAnswer:
         """Takes the need once, or says why not. A refusal takes nothing; it is remembered who lacks its share."""
-        arguments = (str(tenant_id), weight, self._window_us, *limits.in_order(), *need.in_order(), call_id.bytes)
+        standing = (0, 0) if stand is None else (1 + stand.keep, stand.since_us)
+        arguments = (str(tenant_id), weight, self._window_us, *limits.in_order(), *need.in_order(), call_id.bytes, *standing)
         verdict, *figures = cast("list[int]", await self._run(self._link, "take", account, *arguments))
         return ShareAnswer(ShareVerdict(verdict), *figures)
 
@@ -40,6 +51,19 @@ class RedisShares:
             for item in calls[start : start + _CALLS_A_SCRIPT]:
                 arguments += (str(item.tenant_id), item.call_id.bytes, *item.use.in_order())
             await self._run(self._bulk, "count", account, self._window_us, *arguments)
+
+    async def keep_places(self, account: str, tenant_id: TenantId, ids: Sequence[ReservationId]) -> list[bool]:
+        """Prolongs tickets of those who wait for the account; tells of each whether it still has its place. Raises: Unavailable."""
+        kept: list[bool] = []
+        for start in range(0, len(ids), _TICKETS_A_SCRIPT):
+            some = [item.bytes for item in ids[start : start + _TICKETS_A_SCRIPT]]
+            answers = cast("list[int]", await self._run(self._bulk, "keep_places", account, str(tenant_id), *some))
+            kept += [answer == 1 for answer in answers]
+        return kept
+
+    async def leave(self, account: str, tenant_id: TenantId, ids: Sequence[ReservationId]) -> None:
+        """Takes tickets out of the account's line. Raises: Unavailable."""
+        await self._run(self._link, "leave", account, str(tenant_id), *(item.bytes for item in ids))
 
     async def forget(self, account: str, tenant_id: TenantId) -> int:
         """Removes the tenant from the account; returns how many records there were."""
@@ -64,4 +88,4 @@ def _keys(account: str) -> list[str]:
 
 def _load(name: str) -> Script:
     folder = files("services.ratelimit.adapters.share_scripts")
-    return make_script(name, "\n".join((folder / file).read_text("utf-8") for file in ("common.lua", f"{name}.lua")))
+    return make_script(name, "\n".join((folder / file).read_text("utf-8") for file in ("common.lua", "line.lua", f"{name}.lua")))

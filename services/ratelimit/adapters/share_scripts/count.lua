@@ -2,7 +2,10 @@
 -- ARGV: window, then by fives: tenant, the call's id, requests, input, output. A call that used nothing at all may be taken again. Answers how many changed.
 local window_us = tonumber(ARGV[1])
 local first = math.floor(store_time() / (window_us / BUCKETS)) - BUCKETS
+-- So many of those who have waited longest are told that something came back, and the tenants it came back from.
+local MOST_WOKEN = 4
 local all_log, changed
+local woken = {}
 
 local function count(tenant, id, use)
   local entry = unpacked(call('HGET', calls, id))
@@ -25,7 +28,7 @@ local function count(tenant, id, use)
   end
   all_log = all_log or unpacked(call('HGET', totals, 'log'))
   correct(all_log, entry[1], differences)
-  changed = (changed or 0) + 1
+  changed, woken[tenant] = (changed or 0) + 1, true
   local packed = call('HGET', members, tenant)
   if packed then
     local member = member_of(packed)
@@ -41,5 +44,13 @@ for i = 2, #ARGV, 5 do
 end
 if changed then
   call('HSET', totals, 'log', cmsgpack.pack(all_log))
+  for _, tenant in ipairs(call('ZRANGE', fronts, 0, MOST_WOKEN - 1)) do
+    woken[tenant] = true
+  end
+  local ids = {}
+  for tenant in pairs(woken) do
+    ids[#ids + 1] = line_of(tenant)[1]
+  end
+  wake(ids)
 end
 return changed or 0

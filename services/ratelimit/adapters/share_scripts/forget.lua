@@ -1,4 +1,6 @@
 -- Removes a tenant from an account; what it took stays in the sum of all until it leaves the window. ARGV: tenant. Answers 1 when it was there.
+call('HDEL', lines, ARGV[1])
+call('ZREM', fronts, ARGV[1])
 local packed = call('HGET', members, ARGV[1])
 if not packed then
   return 0

@@ -1,20 +1,44 @@
 -- Takes part of an account's minute for a call.
--- ARGV: tenant, weight, window, limits (requests, input, output; 0 unlimited), need (requests, input, output), the call's id.
--- Answers {verdict, now, dimension from 0, limit, used, when it frees}:
--- 0 taken | 1 account full | 2 share used | 3 larger than the account | 4 taken before.
-local TAKEN, FULL, SHARE_USED, TOO_LARGE, AGAIN = 0, 1, 2, 3, 4
+-- ARGV: tenant, weight, window, limits (requests, input, output; 0 unlimited), need (requests, input, output), the call's id, how it
+-- waits (0 not at all | 1 it will, and has not said since when | 2 in the line), since when or 0.
+-- Answers {verdict, now, dimension from 0, limit, used, when it frees, since when it waits, how many are before it}:
+-- 0 taken | 1 account full | 2 share used | 3 larger than the account | 4 taken before | 5 others of its tenant wait before it.
+local TAKEN, FULL, SHARE_USED, TOO_LARGE, AGAIN, QUEUED = 0, 1, 2, 3, 4, 5
 local tenant, weight, window_us, id = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), name_of_call(ARGV[1], ARGV[10])
 local limits = { tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]) }
 local need = { tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]) }
 local now = store_time()
 local quantum = window_us / BUCKETS
+local waits, since = tonumber(ARGV[11]), tonumber(ARGV[12])
 -- So much of the work that others left behind is done at a time.
 local MOST = 100
 
 for d = 1, 3 do
   if limits[d] > 0 and need[d] > limits[d] then
-    return { TOO_LARGE, now, d - 1, limits[d], 0, 0 }
+    return { TOO_LARGE, now, d - 1, limits[d], 0, 0, 0, 0 }
   end
+end
+
+local line, was
+if waits > 0 then
+  line, was = line_of(tenant)
+end
+
+local function leave_line()
+  if line then
+    tear_ticket(line, ARGV[10])
+    store_line(tenant, line, was)
+  end
+end
+
+-- Since when it waits, once it has a place.
+local function stays_in_line()
+  if waits < 2 then
+    return 0
+  end
+  local its_since = stand(line, ARGV[10], since)
+  store_line(tenant, line, was)
+  return its_since
 end
 
 local found = call('HMGET', totals, 'log', 'weights', 'claimed')
@@ -24,7 +48,12 @@ local bucket = math.max(math.floor(now / quantum), all_log[#all_log - 3] or 0)
 local first = bucket - BUCKETS
 local before = unpacked(call('HGET', calls, id))
 if before[1] and before[1] >= first then
-  return { AGAIN, now, 0, 0, 0, 0 }
+  leave_line()
+  return { AGAIN, now, 0, 0, 0, 0, 0, 0 }
+end
+local ahead = line and ahead_of(line, ARGV[10], since) or 0
+if ahead > 0 then
+  return { QUEUED, now, 0, 0, 0, 0, stays_in_line(), ahead }
 end
 local weights, claimed = tonumber(found[2]) or 0, claimed_of(found[3])
 local all_use
@@ -179,13 +208,11 @@ for d = 1, 3 do
   end
 end
 
-if why == FULL then
+if why then
   keep()
-  return { FULL, now, which - 1, limits[which], all_use[which], math.max(now + quantum, frees_us(all_log, which, excess, quantum)) }
-elseif why then
-  keep()
-  local frees = math.max(now + quantum, frees_us(mine[2], which, excess, quantum))
-  return { SHARE_USED, now, which - 1, share(which, weight), my_use[which], frees }
+  local figures = why == FULL and { limits[which], all_use[which], all_log } or { share(which, weight), my_use[which], mine[2] }
+  local frees = math.max(now + quantum, frees_us(figures[3], which, excess, quantum))
+  return { why, now, which - 1, figures[1], figures[2], frees, stays_in_line(), 0 }
 end
 
 add(mine[2], bucket, need)
@@ -197,4 +224,5 @@ end
 call('HSET', calls, id, cmsgpack.pack({ bucket, need[1], need[2], need[3] }))
 call('ZADD', recent, integer(bucket), id)
 keep()
-return { TAKEN, now, 0, 0, 0, 0 }
+leave_line()
+return { TAKEN, now, 0, 0, 0, 0, 0, 0 }
