@@ -36,11 +36,11 @@ class AccountShares(Protocol):
         ...
 
     async def give_back(self, shares: Sequence[TakenShare]) -> None:
-        """Gives back all that calls took which are not made after all. Raises: Unavailable."""
+        """Gives back all that calls took which are not made after all. Tries once."""
         ...
 
     async def count(self, calls: Sequence[CountedCall]) -> None:
-        """Counts calls with what they used instead of what they took. Raises: Unavailable."""
+        """Counts calls with what they used instead of what they took. Tries once."""
         ...
 
 

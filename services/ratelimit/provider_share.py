@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
+import structlog
+
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import LimitExceeded, QuotaViolation
+from services.kernel.errors import LimitExceeded, QuotaViolation, Unavailable
 from services.kernel.ids import ReservationId, TenantId
 from services.ratelimit.calendar_periods import moment
 from services.ratelimit.limit_rule import MINUTE_US
 from services.ratelimit.limits import Demand
 from services.ratelimit.turn import Place, Queued, Stand
+
+log = structlog.get_logger(__name__)
 
 WINDOW_US = MINUTE_US
 _DIMENSIONS = ("requests", "input tokens", "output tokens")
@@ -154,15 +158,22 @@ class ProviderShares:
                 raise refused
 
     async def give_back(self, shares: Sequence[TakenShare]) -> None:
-        """Gives back all that calls took which are not made after all; they may take again. Raises: Unavailable."""
+        """Gives back all that calls took which are not made after all; they may take again. Tries once."""
         for share in shares:
-            await self._store.count(share.account, [CountedCall(share.tenant_id, share.call_id, NOTHING_USED)])
+            await self._count(share.account, [CountedCall(share.tenant_id, share.call_id, NOTHING_USED)])
 
     async def count(self, calls: Sequence[CountedCall]) -> None:
-        """Counts calls with what they used, whichever account they are of. Repeated it changes nothing. Raises: Unavailable."""
+        """Counts calls with what they used, whichever account they are of. Repeated it changes nothing. Tries once."""
         # Whose account a call is of the accounts know themselves: the ledger need not be told, and there are few of them.
         for account in self._accounts if calls else ():
+            await self._count(account, calls)
+
+    async def _count(self, account: str, calls: Sequence[CountedCall]) -> None:
+        try:
             await self._store.count(account, calls)
+        except Unavailable:
+            # Too much is counted, and only until the minute ends: nothing that the ledger need tell again.
+            log.info("shares_left_to_their_window", account=account, calls=len(calls))
 
 
 def share_refusal(account: str, tenant_id: TenantId, answer: ShareAnswer, need: AccountUse) -> ShareRefused:

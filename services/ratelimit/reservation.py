@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Protocol
 from uuid import UUID
 
@@ -18,9 +17,10 @@ from services.ratelimit.calendar_periods import microseconds
 from services.ratelimit.decision import Refusal, refusal, shadow_refusals
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
-from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
-from services.ratelimit.provider_share import ONE_REQUEST, AccountUse, CountedCall, TakenShare, need_of
+from services.ratelimit.limits import NOBODY, Demand, Subject
+from services.ratelimit.provider_share import ONE_REQUEST, CountedCall, TakenShare, need_of
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
+from services.ratelimit.settlement import Settlement
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
 from services.ratelimit.turn import Queued, Stand
@@ -32,14 +32,6 @@ LARGEST_ID_AGE_SECONDS = 60
 UUID_VERSION = 7
 # The dependency whose silence open rules survive.
 STORE = "redis"
-
-
-class CommitKind(StrEnum):
-    """What the ledger decided of a call."""
-
-    SETTLED = "settled"
-    VOID = "void"
-    PIN = "pin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,29 +106,6 @@ Outcome = Held | Refusal | MeshError
 Attempted = Outcome | Queued
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """What the ledger says of one reservation, in the epoch it said so. `output_tokens` are those within `actual`; None: not told."""
-
-    tenant_id: TenantId
-    reservation_id: ReservationId
-    epoch: int
-    kind: CommitKind
-    actual: Amounts
-    output_tokens: int | None = None
-
-    @property
-    def account_use(self) -> AccountUse | None:
-        """What a provider account counts the call with from now on; None: with what it took."""
-        match self.kind:
-            case CommitKind.SETTLED if self.output_tokens is not None:
-                return AccountUse(1, max(0, self.actual.tokens - self.output_tokens), self.output_tokens)
-            case CommitKind.VOID:
-                return ONE_REQUEST
-            case _:
-                return None
-
-
 class ReservationStore(Protocol):
     """Decides and counts, one atomic step a tenant."""
 
@@ -209,7 +178,7 @@ class Reservations:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
         tenant_id = tenant_of(context)
         await self._store.release(tenant_id, reservation_id, epoch)
-        await self._count([CountedCall(tenant_id, reservation_id, ONE_REQUEST)])
+        await self._shares.count([CountedCall(tenant_id, reservation_id, ONE_REQUEST)])
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
         """Prolongs leases; tells of each whether it lives."""
@@ -217,10 +186,10 @@ class Reservations:
 
     async def commit(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Applies what the ledger says; tells of each whether it is done."""
-        counted = [CountedCall(item.tenant_id, item.reservation_id, use) for item in settlements if (use := item.account_use) is not None]
+        counted = [call for item in settlements if (call := item.counted_call) is not None]
         async with asyncio.TaskGroup() as group:
             done = group.create_task(self._store.commit(settlements))
-            group.create_task(self._count(counted))
+            group.create_task(self._shares.count(counted))
         return done.result()
 
     async def _in_turn(self, room: WaitingRoom, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Outcome]:
@@ -261,7 +230,7 @@ class Reservations:
             try:
                 decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
             except BaseException:
-                await self._give_back([share for share in shares if isinstance(share, TakenShare)])
+                await self._shares.give_back([share for share in shares if isinstance(share, TakenShare)])
                 raise
             for place, outcome in zip(open_places, decided, strict=True):
                 outcomes[place] = await self._with_share(outcome, shares[place])
@@ -271,21 +240,8 @@ class Reservations:
         if not isinstance(share, TakenShare):
             return outcome
         if not isinstance(outcome, Held):
-            await self._give_back([share])
+            await self._shares.give_back([share])
         return outcome
-
-    async def _give_back(self, shares: Sequence[TakenShare]) -> None:
-        try:
-            await self._shares.give_back(shares)
-        except Unavailable:
-            log.info("share_left_to_its_window", calls=len(shares))
-
-    async def _count(self, calls: Sequence[CountedCall]) -> None:
-        try:
-            await self._shares.count(calls)
-        except Unavailable:
-            # Too much is counted, and only until the minute ends: nothing that the ledger need tell again.
-            log.info("share_left_to_its_window", calls=len(calls))
 
     async def _shares_of(
         self, context: TenantContext, terms: Terms, requests: Sequence[Request]

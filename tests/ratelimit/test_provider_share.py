@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import cast
 from uuid import uuid4
 
 import pytest
@@ -14,6 +15,7 @@ from services.kernel.errors import LimitExceeded
 from services.kernel.ids import ReservationId, TenantId, new_uuid7
 from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.adapters.redis_shares import KINDS, RedisShares
+from services.ratelimit.packing import unpacked
 from services.ratelimit.provider_share import AccountUse, CountedCall, ProviderShares, ShareAnswer, ShareVerdict, share_refusal
 
 WINDOW_US = 1_200_000
@@ -308,6 +310,44 @@ async def test_nothing_is_given_back_that_has_left_the_window(link: PipelinedLin
     await account.takes(who, 2)
     await account.count(who, first, NONE)
     assert await account.takes(who, 3) == 0
+
+
+async def test_no_window_holds_more_than_the_limits_whatever_is_asked(link: PipelinedLink) -> None:
+    """The oracle: calls of any size, settled for any part of it, in any order; and what is kept of claims is the sum of its parts."""
+    account = Account(link, 30, input_tokens=200, output_tokens=100, window_us=SHORT_US)
+    weights = {tenant(): random.randint(1, 5) for _ in range(4)}
+    calls: dict[ReservationId, tuple[int, TenantId, AccountUse]] = {}
+    began_us = now_us = (await account.take(tenant())).now_us
+    while now_us < began_us + 2 * SHORT_US:
+        who, id = random.choice(list(weights)), call_id()
+        need = AccountUse(1, random.randint(0, 60), random.randint(0, 30))
+        answer = await account.take(who, weights[who], need, id)
+        now_us = answer.now_us
+        if answer.verdict is ShareVerdict.TAKEN:
+            calls[id] = (now_us, who, need)
+            recent = [use.in_order() for at_us, _, use in calls.values() if at_us > now_us - SHORT_US]
+            assert all(sum(used) <= limit for used, limit in zip(zip(*recent, strict=True), (30, 200, 100), strict=True))
+        if calls and random.random() < 0.3:
+            settled, (at_us, owner, took) = random.choice(list(calls.items()))
+            calls[settled] = (at_us, owner, AccountUse(1, random.randint(0, took.input_tokens), random.randint(0, took.output_tokens)))
+            await account.count(owner, settled, calls[settled][2])
+    weights_sum, claimed, members = await kept(account)
+    assert weights_sum == sum(weight for weight, _ in members)
+    assert claimed == tuple(map(sum, zip(*(parts for _, parts in members), strict=True)))
+
+
+async def kept(account: Account) -> tuple[int, tuple[int, ...], list[tuple[int, tuple[int, ...]]]]:
+    """The sum of weights and of claims, and of each member its own; a claim's first two figures are no sums."""
+    key = f"{{acct:{account.name}}}:"
+    members = cast("list[bytes]", await account.link.send("HVALS", f"{key}members"))
+    sums = cast("list[bytes]", await account.link.send("HMGET", f"{key}totals", "weights", "claimed"))
+    packed = [cast("tuple[int, object, tuple[int, ...]]", unpacked(member)) for member in members]
+    return int(sums[0]), parts_of(cast("tuple[int, ...]", unpacked(sums[1]))), [(weight, parts_of(claim)) for weight, _, claim in packed]
+
+
+def parts_of(claim: tuple[int, ...]) -> tuple[int, ...]:
+    """Weight, use and what is kept, a dimension."""
+    return tuple(figure for place, figure in enumerate(claim) if place % 5 >= 2)
 
 
 async def test_a_call_larger_than_the_account_is_told_so(link: PipelinedLink) -> None:

@@ -10,7 +10,7 @@ from services.ratelimit.counter import Family
 from services.ratelimit.limit_rule import LimitRule, Scope, Unit, Window
 from services.ratelimit.packing import packed, unpacked
 from services.ratelimit.rebuild import CountedCall, CountedState, CountedSum
-from services.ratelimit.reservation import CommitKind
+from services.ratelimit.settlement import CommitKind
 from services.ratelimit.standing import Verdict
 from services.ratelimit.terms import Terms
 from tests.ratelimit.callers import AtStore, cost_of_month, eventually, now_us, standard_terms, tokens_of_day

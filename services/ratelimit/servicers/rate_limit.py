@@ -9,7 +9,7 @@ from services.ratelimit.consumption import Consumptions, Use
 from services.ratelimit.extension import Extensions
 from services.ratelimit.limits import Amounts, Demand, Subject
 from services.ratelimit.look import Looks
-from services.ratelimit.reservation import CommitKind, Reservations, Settlement
+from services.ratelimit.reservation import Reservations
 from services.ratelimit.servicers.guarding import Guarding
 from services.ratelimit.servicers.limit_messages import (
     amounts_message,
@@ -25,6 +25,7 @@ from services.ratelimit.servicers.limit_messages import (
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
 from services.ratelimit.servicers.slice_messages import slice_message, slice_request_of, slice_return_of
+from services.ratelimit.settlement import CommitKind, Settlement
 from services.ratelimit.slice import Slices
 
 _KINDS = {

@@ -11,7 +11,7 @@ local now = store_time()
 local quantum = window_us / BUCKETS
 local waits, since = tonumber(ARGV[11]), tonumber(ARGV[12])
 -- So much of the work that others left behind is done at a time.
-local MOST = 100
+local MOST = 50
 
 for d = 1, 3 do
   if limits[d] > 0 and need[d] > limits[d] then
