@@ -27,7 +27,7 @@ from services.ratelimit.rebuild import Rebuilder
 from services.ratelimit.reservation import Held, Request, Reservations
 from services.ratelimit.terms import Terms
 from services.ratelimit.turn import Stand
-from services.ratelimit.waiting_room import WaitingRoom
+from services.ratelimit.waiting_room import TICKET_SECONDS, WaitingRoom
 from tests.ratelimit.callers import AtStore, Stores, standard_terms
 from tests.ratelimit.scripted_peer import Peer, running_peer
 from tests.support.stores import RedisStore as RedisServer
@@ -195,3 +195,23 @@ async def test_who_comes_later_stays_behind_though_there_is_room(link: Pipelined
     assert await store.keep_places(account, tenant, [first, second]) == [False, True]
     assert (await take(tenant, second, Stand(keep=True, since_us=later.since_us))).verdict is ShareVerdict.TAKEN
     assert await link.send("HLEN", f"{{acct:{account}}}:lines") == 0
+
+
+async def test_the_dead_do_not_keep_the_living_from_being_called(redis_server: RedisServer, link: PipelinedLink, peer: Peer) -> None:
+    """Tickets that nobody renews are passed over, of however many tenants: what comes back calls one that waits."""
+    # A share is one call: ten tenants.
+    limits, need = AccountUse(0, 0, 10 * OUTPUT), AccountUse(1, 0, OUTPUT)
+    async with room(redis_server.url, link, peer, limits, LONG_US) as waiting:
+        taken, stranger = ReservationId(new_uuid7()), TenantId(new_uuid7())
+        await waiting.store.take(waiting.account, limits, stranger, 1, taken, AccountUse(1, 0, 10 * OUTPUT))
+        for dead in [TenantId(new_uuid7()) for _ in range(8)]:
+            await waiting.store.take(waiting.account, limits, dead, 1, ReservationId(new_uuid7()), need, Stand(keep=True))
+        # As the death of their processes would leave them, after their leases.
+        await asyncio.sleep(TICKET_SECONDS + 0.1)
+        last = asyncio.create_task(waiting.reserve(59))
+        await waiting.in_line(1)
+        for output_tokens in (99, 98, 97, 0):
+            await waiting.store.count(waiting.account, [CountedCall(stranger, taken, AccountUse(1, 0, output_tokens))])
+        async with asyncio.timeout(LONG_US / 2_000_000):
+            held = await last
+        assert held.waited_seconds > 0

@@ -49,7 +49,12 @@ if changed then
   end
   local ids = {}
   for tenant in pairs(woken) do
-    ids[#ids + 1] = line_of(tenant)[1]
+    local line = line_of(tenant)
+    ids[#ids + 1] = line[1]
+    if not line[1] then
+      -- Nobody lives there: the next time others are called.
+      store_line(tenant, line)
+    end
   end
   wake(ids)
 end
