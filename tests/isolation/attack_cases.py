@@ -207,9 +207,6 @@ CASES: Mapping[str, Case] = {
         "reports": [{"tenant_id": ids.tenant_id.bytes, "auth_failures": 1_000_000}]
     },
     "/mesh.ratelimit.v1.RateLimitService/LiftGuard": _nothing,
-    "/mesh.ratelimit.v1.RateLimitService/ReturnShares": lambda ids: {
-        "shares": [{"tenant_id": ids.tenant_id.bytes, "account": "main", "take_time": in_seconds(0), "output_tokens": 10**6}]
-    },
     "/mesh.inference.v1.InferenceService/Generate": _question,
     "/mesh.inference.v1.InferenceService/StreamGenerate": _question,
     "/mesh.inference.v1.ConversationService/CreateConversation": lambda ids: {"user": TAMPERED},

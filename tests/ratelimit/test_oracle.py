@@ -17,7 +17,7 @@ from services.ratelimit.fencing import FenceVerdict
 from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
 from services.ratelimit.rebuild import CountedCall, CountedState, CountedSum
-from services.ratelimit.reservation import CommitKind
+from services.ratelimit.settlement import CommitKind
 from services.ratelimit.standing import Answer, Verdict, refusing
 from services.ratelimit.terms import Terms
 from tests.ratelimit.callers import AtStore, Stores, now_us

@@ -15,7 +15,7 @@ from services.ratelimit.limit_rule import SECOND_US, LimitRule, Scope, Unit, Win
 from services.ratelimit.limits import Subject
 from services.ratelimit.packing import packed, unpacked
 from services.ratelimit.rebuild import CountedCall, CountedState, CountedSum
-from services.ratelimit.reservation import CommitKind
+from services.ratelimit.settlement import CommitKind
 from services.ratelimit.standing import Verdict
 from services.ratelimit.terms import Terms
 from tests.ratelimit.callers import AtStore, cost_of_month, eventually, now_us, standard_terms, tokens_of_day

@@ -15,7 +15,8 @@ from services.kernel.ids import ReservationId, new_uuid7
 from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.limit_rule import MINUTE_US, SECOND_US, LimitRule, Scope, Unit, Window
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
-from services.ratelimit.reservation import Ask, CommitKind
+from services.ratelimit.reservation import Ask
+from services.ratelimit.settlement import CommitKind
 from services.ratelimit.standing import Answer, Verdict, refusing
 from services.ratelimit.terms import Terms
 from tests.ratelimit.callers import AtService, AtStore, Service, Stores

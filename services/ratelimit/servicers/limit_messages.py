@@ -76,8 +76,6 @@ def write_held(message: messages.ReserveResponse, held: Held, lease: Duration) -
     if held.plan.has_shadow:
         message.shadow_refusals.extend(refusal_message(item) for item in held.shadow_refusals)
     set_timestamp(message.reserve_time, answer.reserve_us)
-    if held.share is not None:
-        set_timestamp(message.share_take_time, held.share.taken_us)
     if held.waited_seconds:
         message.waited.CopyFrom(duration(held.waited_seconds))
 

@@ -95,11 +95,6 @@ class RateLimitServiceStub:
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.SerializeToString,
                 response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.FromString,
                 _registered_method=True)
-        self.ReturnShares = channel.unary_unary(
-                '/mesh.ratelimit.v1.RateLimitService/ReturnShares',
-                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.SerializeToString,
-                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.FromString,
-                _registered_method=True)
         self.ListLimits = channel.unary_unary(
                 '/mesh.ratelimit.v1.RateLimitService/ListLimits',
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ListLimitsRequest.SerializeToString,
@@ -219,15 +214,6 @@ class RateLimitServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ReturnShares(self, request, context):
-        """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
-        leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
-        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def ListLimits(self, request, context):
         """Lists every limit of the tenant with what is used of it now. Reads only. Errors: UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE.
         """
@@ -297,11 +283,6 @@ def add_RateLimitServiceServicer_to_server(servicer, server):
                     servicer.LiftGuard,
                     request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.FromString,
                     response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.SerializeToString,
-            ),
-            'ReturnShares': grpc.unary_unary_rpc_method_handler(
-                    servicer.ReturnShares,
-                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.FromString,
-                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.SerializeToString,
             ),
             'ListLimits': grpc.unary_unary_rpc_method_handler(
                     servicer.ListLimits,
@@ -634,33 +615,6 @@ class RateLimitService:
             '/mesh.ratelimit.v1.RateLimitService/LiftGuard',
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.SerializeToString,
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ReturnShares(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mesh.ratelimit.v1.RateLimitService/ReturnShares',
-            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.SerializeToString,
-            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -74,11 +74,6 @@ class RateLimitServiceStub:
     """Ends the guard of the tenant that `x-tenant-id` names, and forgets how often it was open. For operators; audited. Idempotent.
     Errors: INVALID_ARGUMENT when no tenant is named; UNAVAILABLE DEPENDENCY_UNAVAILABLE.
     """
-    ReturnShares: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReturnSharesRequest, _rate_limit_service_pb2.ReturnSharesResponse]
-    """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
-    leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
-    Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
-    """
     ListLimits: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ListLimitsRequest, _rate_limit_service_pb2.ListLimitsResponse]
     """Lists every limit of the tenant with what is used of it now. Reads only. Errors: UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE."""
 
@@ -213,17 +208,6 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_rate_limit_service_pb2.LiftGuardResponse]:
         """Ends the guard of the tenant that `x-tenant-id` names, and forgets how often it was open. For operators; audited. Idempotent.
         Errors: INVALID_ARGUMENT when no tenant is named; UNAVAILABLE DEPENDENCY_UNAVAILABLE.
-        """
-
-    @_abc_1.abstractmethod
-    def ReturnShares(
-        self,
-        request: _rate_limit_service_pb2.ReturnSharesRequest,
-        context: _aio.ServicerContext[_rate_limit_service_pb2.ReturnSharesRequest, _abc.Awaitable[_rate_limit_service_pb2.ReturnSharesResponse]],
-    ) -> _abc.Awaitable[_rate_limit_service_pb2.ReturnSharesResponse]:
-        """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
-        leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
-        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
