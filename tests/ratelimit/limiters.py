@@ -20,6 +20,7 @@ from tests.ratelimit.callers import TOKENS, InferenceSettings, MeteringSettings
 from tests.ratelimit.scripted_peer import Peer
 
 READY_SECONDS = 30.0
+_LOOK_AGAIN_SECONDS = 0.05
 
 
 @dataclass
@@ -80,10 +81,13 @@ class Limiters:
 
     async def kill_one_each(self, seconds: float) -> None:
         """Kills one at random every so often and starts it again, until told to stop; one at least is always up."""
+        pause = seconds
         async with asyncio.TaskGroup() as restarts:
             while not self.spared:
-                await asyncio.sleep(seconds)
+                await asyncio.sleep(pause)
                 up = [limiter for limiter in self.every if not limiter.is_down]
+                # Where starts are slow there may be none to spare: then the next one that is up dies at once.
+                pause = seconds if len(up) > 1 else _LOOK_AGAIN_SECONDS
                 if len(up) > 1:
                     victim = self.random.choice(up)
                     await victim.kill()
