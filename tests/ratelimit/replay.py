@@ -4,7 +4,7 @@ Knows nothing of scripts: it adds up what was held, by whom and when it ended. W
 It believes no end that neither the ledger nor the caller who let it go speaks of. Rules in shadow mode are left out: they decide nothing.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -13,7 +13,7 @@ from uuid import UUID
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from services.ratelimit.counter import Family
 from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window
-from services.ratelimit.limits import Amounts, Subject
+from services.ratelimit.limits import NOTHING, Amounts, Subject
 from services.ratelimit.terms import Terms
 from tests.ratelimit.bounded_counter import BoundedCounter
 from tests.ratelimit.decision_log import Asked, DecisionLog, Kept, Raise, Told, need
@@ -40,6 +40,8 @@ class Findings:
     raised_count: int = 0
     figure_count: int = 0
     rounded_count: int = 0
+    refused_raise_count: int = 0
+    refusing_rules: Counter[str] = field(default_factory=Counter)
 
 
 class Replay:
@@ -120,9 +122,9 @@ class Replay:
             case "settled":
                 return said is not None and state == ledger.CALL_STATE_SETTLED and kept.amounts == Amounts(said.tokens, said.cost)
             case "void":
-                return state == ledger.CALL_STATE_VOID
+                return state == ledger.CALL_STATE_VOID and kept.amounts == NOTHING
             case _:
-                return state == ledger.CALL_STATE_VOID or (state is None and asked.let_go)
+                return kept.amounts == NOTHING and (state == ledger.CALL_STATE_VOID or (state is None and asked.let_go))
 
     def _at(self, time_us: int, by_kind: dict[int, list[Event]]) -> None:
         for _, _, asked, bounds in by_kind[LEASE_ENDS]:
@@ -132,7 +134,8 @@ class Replay:
         for _, kind, asked, raised in by_kind[MAY_RAISE] + by_kind[RAISED]:
             assert isinstance(raised, Raise)
             self._raise(asked, raised, time_us, for_sure=kind == RAISED)
-        open_refusals = self._still_open([told for _, _, _, told in by_kind[REFUSED] if isinstance(told, Told)], time_us)
+        refusals = [told for _, _, _, told in by_kind[REFUSED] if isinstance(told, Told)]
+        open_refusals = self._still_open(refusals, time_us)
         starts = by_kind[STARTS]
         ordered = len(starts) < 2 or all(asked.id in self._first and self._first[asked.id].figures for _, _, asked, _ in starts)
         for _, _, asked, _ in sorted(starts, key=lambda event: self._place(event[2])):
@@ -140,7 +143,9 @@ class Replay:
             open_refusals = self._still_open(open_refusals, time_us)
         for told in open_refusals:
             self.findings.false_refusals.append(self._said(told, time_us))
-        self.findings.refused_count += len(by_kind[REFUSED])
+        self.findings.refused_count += len(refusals)
+        self.findings.refused_raise_count += sum(told.more is not None for told in refusals)
+        self.findings.refusing_rules.update(told.rule for told in refusals)
         for _, _, asked, kept in by_kind[ENDS]:
             assert isinstance(kept, Kept)
             self._end(asked, kept, time_us)
@@ -209,6 +214,9 @@ class Replay:
                     self.findings.over_admissions.append(f"{rule.name}: {counter.low} of {rule.limit} at {time_us}, raised {asked.id}")
 
     def _end(self, asked: Asked, kept: Kept, time_us: int) -> None:
+        if asked.id not in self._charged:
+            self.findings.unfounded_ends.append(f"{asked.id}: {kept.state} at {time_us}, before it was held at {kept.reserve_us}")
+            return
         for family, counter in self._charged[asked.id]:
             amount = need(family.unit, asked, kept.amounts) or 0
             gone = family.unit is Unit.RUNNING or (kept.state == "released") or (kept.state == "void" and family.unit is Unit.PRODUCT)
