@@ -195,6 +195,15 @@ class Replay:
         known = self._amounts.get(asked.id)
         if known is None:
             return
+        watched = [
+            (rule, self._of(rule, asked.subject, self._at_us(rule, asked, time_us)))
+            for rule in self._rules(asked)
+            if rule.unit in (Unit.TOKENS, Unit.COST) and rule.counts and not rule.shadow
+        ]
+        if not for_sure and raised.to_us is not None:
+            for rule, counter in watched:
+                counter.watch((asked.id, rule.name), time_us)
+        least = {rule.name: counter.least((asked.id, rule.name), time_us) for rule, counter in watched} if for_sure else {}
         whole = Amounts(max(known.tokens, raised.amounts.tokens), max(known.cost_nano_usd, raised.amounts.cost_nano_usd))
         for family, counter in self._charged[asked.id]:
             if family.unit in (Unit.TOKENS, Unit.COST):
@@ -204,14 +213,18 @@ class Replay:
             return
         self.findings.raised_count += 1
         self._amounts[asked.id] = whole
-        reserve_us = self._log.kept[asked.id].reserve_us
-        for rule in self._rules(asked):
-            grew = need(rule.unit, asked, whole) != need(rule.unit, asked, known)
-            in_window = rule.window is not Window.SLIDING or reserve_us > time_us - rule.window_us
-            if grew and in_window and not rule.shadow:
-                counter = self._of(rule, asked.subject, reserve_us if rule.window in CALENDAR else time_us)
-                if counter.low > rule.limit:
-                    self.findings.over_admissions.append(f"{rule.name}: {counter.low} of {rule.limit} at {time_us}, raised {asked.id}")
+        for rule, _ in watched:
+            grown = (need(rule.unit, asked, whole) or 0) - (need(rule.unit, asked, known) or 0)
+            in_window = rule.window is not Window.SLIDING or self._log.kept[asked.id].reserve_us > time_us - rule.window_us
+            # Where an answer was lost it was made at any moment since, and is right if it fitted at one of them: what was billed
+            # meanwhile may be more than was held.
+            if grown and in_window and least[rule.name] + grown > rule.limit:
+                total = f"{least[rule.name]} and {grown} of {rule.limit}"
+                self.findings.over_admissions.append(f"{rule.name}: {total} in {raised.from_us}..{time_us}, raised {asked.id}")
+
+    def _at_us(self, rule: LimitRule, asked: Asked, time_us: int) -> int:
+        """The moment in whose period a call counts: that of its reservation."""
+        return self._log.kept[asked.id].reserve_us if rule.window in CALENDAR else time_us
 
     def _end(self, asked: Asked, kept: Kept, time_us: int) -> None:
         if asked.id not in self._charged:
@@ -254,8 +267,7 @@ class Replay:
         asked = told.asked
         if told.more is None:
             return self._of(rule, asked.subject, time_us), need(rule.unit, asked, asked.demand.amounts) or 0
-        at_us = self._log.kept[asked.id].reserve_us if rule.window in CALENDAR else time_us
-        return self._of(rule, asked.subject, at_us), need(rule.unit, asked, told.more) or 0
+        return self._of(rule, asked.subject, self._at_us(rule, asked, time_us)), need(rule.unit, asked, told.more) or 0
 
     def _said(self, told: Told, time_us: int) -> str:
         rule = next(rule for rule in self._terms.rules if rule.name == told.rule)
