@@ -34,21 +34,24 @@ LEASE_SECONDS = 5
 SKEWS = (0.0, 3 * 86_400.0, -2 * 86_400.0, 37.0)
 
 
-def of_size(size: int) -> rules.LimitRules:
-    """Rules of all three scopes; at size 1 no log has so many entries that it is rounded. Days and months are used up before the end."""
+def of_size(size: int, *, tight: bool = False) -> rules.LimitRules:
+    """Rules of all three scopes; at size 1 no log has so many entries that it is rounded. Tight: days and months are used up."""
+    month = (15 + 5 * size if tight else 40_000) * DECISIONS
+    user_day = (8 + 3 * size) * DECISIONS // 100 if tight else 2 * DECISIONS * size
+    both_day = (27 + 9 * size) * DECISIONS // 20 if tight else 5_000 * DECISIONS * size
     return rules.LimitRules(
         rules=[
             rule("all", "requests", 2, 60 * size),
             rule("all_tokens", "tokens", 3, 2_500 * size),
-            rule("all_cost", "cost", "month", (110 + 12 * size) * DECISIONS),
+            rule("all_cost", "cost", "month", month),
             rule("all_retries", "retries", 2, 6 * size),
             rule("all_running", "running", "running", 30 * size),
             rule("user", "requests", 2, 25 * size, "user"),
-            rule("user_tokens", "tokens", "day", (5 + size) * DECISIONS // 10, "user"),
+            rule("user_tokens", "tokens", "day", user_day, "user"),
             rule("user_running", "running", "running", 8 * size, "user"),
             rule("feature", "requests", 2, 20 * size, "feature"),
             rule("both", "requests", 2, 9 * size, "both"),
-            rule("both_cost", "cost", "day", (11 + size) * DECISIONS, "both"),
+            rule("both_cost", "cost", "day", both_day, "both"),
             rule("tried", "tokens", 2, 900 * size, mode=SHADOW),
             rule("searches", "searches", 2, 12 * size),
             rule("searches_user", "searches", 5, 20 * size, "user"),
@@ -90,7 +93,8 @@ async def left_behind(reader: StoreReader) -> list[UUID]:
 @pytest.mark.timeout(1800)
 async def test_no_decision_of_a_loaded_and_dying_service_is_wrong(own_redis: RedisStore, peer: Peer, tmp_path: Path) -> None:
     """Four replicas, one killed each second, wrong clocks, lost answers: nothing admitted too much or refused wrongly, nothing left."""
-    tenants = [loaded_tenant(peer, of_size(size)) for size in (1, 1, 1, 12, 12)]
+    sizes = ((1, True), (1, False), (1, False), (12, True), (12, False))
+    tenants = [loaded_tenant(peer, of_size(size, tight=tight)) for size, tight in sizes]
     link = PipelinedLink(own_redis.url, timeout_seconds=10.0)
     rng = random.Random(SEED)
     async with running_limiters(peer, own_redis.url, tmp_path, SKEWS, rng=rng, redis_timeout_seconds=2.0) as limiters:
