@@ -38,6 +38,8 @@ class InStep:
         self.ids: list[ReservationId] = []
         # When leases end.
         self.until_us: dict[ReservationId, int] = {}
+        # How many calls there must be before everything is lost again.
+        self.loses_after = 3
         # What the ledger has to tell.
         self.outbox: list[Settlement] = []
 

@@ -57,11 +57,11 @@ class LimitsMachine(InStep, RuleBasedStateMachine):
         ends_us = self.until_us.get(self._pick(number), 0) if not window_us else 0 if call is None else call.reserve_us + window_us
         self._pass(max(0, ends_us - before_us - self.now_us))
 
-    @rule(really=seldom)
-    def the_store_loses_everything(self, really: bool) -> None:
-        """As a Redis that was emptied."""
-        if not really:
-            return
+    @precondition(lambda self: len(self.ids) >= self.loses_after)
+    @rule()
+    def the_store_loses_everything(self) -> None:
+        """As a Redis that was emptied, after some more calls each time."""
+        self.loses_after = len(self.ids) + 6
         self._do(self.limits.at_store.lose())
         self.oracle.lose()
 
@@ -118,6 +118,13 @@ class LimitsMachine(InStep, RuleBasedStateMachine):
         for wait_us, more_tokens, more_cost in raises:
             self._pass(wait_us)
             self.extend(0, more_tokens, cost + more_cost, 0)
+
+    @rule(amounts=amounts, subject=subjects, tokens=small, kind=st.sampled_from((CommitKind.SETTLED, CommitKind.VOID)))
+    def call(self, amounts: Amounts, subject: Subject, tokens: int, kind: CommitKind) -> None:
+        """A whole call, billed at less or more than it held."""
+        self.reserve(Times(1, 0), amounts, subject, 1, None, dies=False)
+        if self.ids[-1] in self._undecided():
+            self.the_ledger_decides(-1, tokens, kind, told=True)
 
     @precondition(lambda self: self.ids)
     @rule(number=small, tokens=small)

@@ -20,7 +20,7 @@ from tests.ratelimit.limits_by_hand import Backing
 from tests.ratelimit.limits_machine import LimitsMachine
 from tests.ratelimit.scripted_peer import running_peer
 
-EXAMPLES = int(os.environ.get("TENANTRY_TEST_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("TENANTRY_TEST_EXAMPLES", "15"))
 HOUR_US = 3600 * SECOND_US
 
 
