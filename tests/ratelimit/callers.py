@@ -67,10 +67,12 @@ def standard_terms(window_seconds: float = 60.0, **limits: int) -> Terms:
 
 
 class Stores:
-    """Everything that reads and writes a tenant's keys."""
+    """Everything that reads and writes a tenant's keys. `scripts`: others than the product's own, such as those of a set clock."""
 
-    def __init__(self, link: Link, *, lease_seconds: float = 5.0, forget_seconds: float = 120.0) -> None:
-        self.scripts = TenantScripts(link, link)
+    def __init__(
+        self, link: Link, *, lease_seconds: float = 5.0, forget_seconds: float = 120.0, scripts: TenantScripts | None = None
+    ) -> None:
+        self.scripts = scripts or TenantScripts(link, link)
         self.decisions = RedisStore(self.scripts, lease_seconds=lease_seconds, forget_seconds=forget_seconds)
         self.snapshots = RedisSnapshots(self.scripts, lease_seconds=lease_seconds)
         self.records = RedisRecords(self.scripts)

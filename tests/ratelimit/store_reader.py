@@ -52,11 +52,18 @@ class StoreReader:
                     held.append(UUID(bytes=flat[i]))
         return held
 
+    async def leased(self) -> list[UUID]:
+        """The ids that have a lease, ended or not."""
+        return [UUID(bytes=id) for tenant_id in self._read_to for id in await self._send(tenant_id, "ZRANGE", "leases", 0, -1)]
+
+    async def nothing_leased(self) -> bool:
+        """Whether there is no lease."""
+        return not await self.leased()
+
     async def outstanding(self) -> int:
         """How many leases and holds there are in all."""
-        count = 0
+        count = len(await self.leased())
         for tenant_id in self._read_to:
-            count += cast("int", await self._link.send("ZCARD", f"{{{tenant_id}}}:leases"))
             count += int(await self._link.send("HGET", f"{{{tenant_id}}}:meta", "outstanding") or 0)  # type: ignore[call-overload] # digits
         return count
 
