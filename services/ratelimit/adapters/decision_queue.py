@@ -20,7 +20,7 @@ _Waiting = tuple[Terms, Ask, "asyncio.Future[Answer]"]
 
 
 class DecisionQueue:
-    """Gathers demands by tenant. Cancelling a caller withdraws its waiting, not its demand."""
+    """Gathers demands by tenant. A caller that is cancelled gets no answer; whether its demand was decided is unknown."""
 
     def __init__(self, decide: Decide) -> None:
         self._decide = decide
@@ -30,21 +30,29 @@ class DecisionQueue:
 
     async def submit(self, tenant_id: TenantId, terms: Terms, ask: Ask) -> Answer:
         """Returns the answer to one demand. Raises: what the decision raised; Unavailable when overfull."""
+        waiting = self._waiting.get(tenant_id)
+        if waiting is None:
+            return await self._at_once(tenant_id, terms, ask)
         if self._count >= _MOST_WAITING:
             raise Unavailable("ratelimit", "too many decisions wait in this process; try again shortly")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
-        waiting = self._waiting.get(tenant_id)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        waiting.append((terms, ask, future))
         self._count += 1
-        if waiting is not None:
-            waiting.append((terms, ask, future))
-        else:
-            self._waiting[tenant_id] = [(terms, ask, future)]
-            # In a context of its own: a batch is of many callers, and the deadline of the first must not be the others'.
-            task = loop.create_task(self._drain(tenant_id), name="ratelimit.decisions", context=Context())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
         return await future
+
+    async def _at_once(self, tenant_id: TenantId, terms: Terms, ask: Ask) -> Answer:
+        # By the caller itself: a task of its own would cost most callers, who are alone, as much as the rest of this file.
+        self._waiting[tenant_id] = []
+        try:
+            return (await self._decide(tenant_id, terms, [ask]))[0]
+        finally:
+            if self._waiting[tenant_id]:
+                # In a context of its own: a batch is of many callers, and the deadline of the first must not be the others'.
+                task = asyncio.get_running_loop().create_task(self._drain(tenant_id), name="ratelimit.decisions", context=Context())
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            else:
+                del self._waiting[tenant_id]
 
     async def _drain(self, tenant_id: TenantId) -> None:
         while batch := self._waiting[tenant_id]:
