@@ -12,6 +12,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,14 +99,25 @@ class Bench:
         return next(status.used for status in response.limits if status.rule == UNIT)
 
     async def _turns(self, limits: LimitSlices, seconds: float, *, awaited: bool) -> Measured:
-        await self._until(limits, time.monotonic() + WARM_SECONDS, awaited=awaited)
+        warm, _ = await use_until([limits], time.monotonic() + WARM_SECONDS, awaited=awaited)
         begin, cpu, began = time.process_time(), CpuReading.of(self._pids), time.monotonic()
-        uses, local = await self._until(limits, began + seconds, awaited=awaited)
+        uses, local = await use_until([limits], began + seconds, awaited=awaited)
+        self.used += warm + uses
         return self._measured(uses, local, time.monotonic() - began, begin, cpu)
 
-    async def _until(self, limits: LimitSlices, end: float, *, awaited: bool) -> tuple[int, int]:
-        uses = local = 0
-        while time.monotonic() < end:
+    def _measured(self, uses: int, local: int, seconds: float, begin: float, cpu: CpuReading) -> Measured:
+        spent = CpuReading.of(self._pids).since(cpu)["ratelimit"]
+        return Measured(uses, local, seconds, time.process_time() - begin, spent)
+
+
+async def use_until(holders: Sequence[LimitSlices], end: float, *, awaited: bool) -> tuple[int, int]:
+    """Uses units of each holder in turn until `end`, on time.monotonic(); returns how many, and how many of them were decided here.
+
+    `awaited`: as callers do who do not care where; otherwise without a wait where a slice has room.
+    """
+    uses = local = 0
+    while time.monotonic() < end:
+        for limits in holders:
             here = 0
             for _ in range(DECISIONS_A_TURN):
                 if awaited:
@@ -116,12 +128,7 @@ class Bench:
                     here += (await limits.try_use(UNIT)).local
             uses, local = uses + DECISIONS_A_TURN, local + here
             await asyncio.sleep(0)
-        self.used += uses
-        return uses, local
-
-    def _measured(self, uses: int, local: int, seconds: float, begin: float, cpu: CpuReading) -> Measured:
-        spent = CpuReading.of(self._pids).since(cpu)["ratelimit"]
-        return Measured(uses, local, seconds, time.process_time() - begin, spent)
+    return uses, local
 
 
 async def add_rule(tenant_address: str, api_key: str) -> None:

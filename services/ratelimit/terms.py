@@ -190,7 +190,7 @@ class Terms:
         return Plan(subject, product_unit, form, own, tuple(rule.scope.of(subject) for rule in form.rules))
 
     def _form_for(self, subject: Subject, product_unit: str) -> PlanForm:
-        # Which rules apply depends on a name only where a rule names it, otherwise on there being one: so there are few forms for any users.
+        # Which rules apply depends on a name only where a rule names it, else on there being one: so there are few forms for any users.
         user = subject.user if subject.user in self._named_users else bool(subject.user)
         feature = subject.feature if subject.feature in self._named_features else bool(subject.feature)
         key = (user, feature, product_unit)

@@ -47,8 +47,8 @@ def load_script(name: str) -> Script:
 def with_constants(text: str) -> str:
     """Puts numbers in the place of the names that stand for them.
 
-    Lua 5.1 has no constants: a local that functions use is captured by each of them anew in every run of a script, by a walk through all that
-    are captured already. That was a tenth of what a decision under one rule took of the store.
+    Lua 5.1 has no constants: a local that functions use is captured by each of them anew in every run of a script, by a walk through
+    all that are captured already. That was a tenth of what a decision under one rule took of the store.
     """
     numbers: dict[str, str] = {}
     for names, values in _CONSTANTS.findall(text):
