@@ -98,30 +98,35 @@ class Bench:
         return next(status.used for status in response.limits if status.rule == UNIT)
 
     async def _turns(self, limits: LimitSlices, seconds: float, *, awaited: bool) -> Measured:
-        await self._until(limits, time.monotonic() + WARM_SECONDS, awaited=awaited)
+        warm, _ = await use_until(limits, time.monotonic() + WARM_SECONDS, awaited=awaited)
         begin, cpu, began = time.process_time(), CpuReading.of(self._pids), time.monotonic()
-        uses, local = await self._until(limits, began + seconds, awaited=awaited)
+        uses, local = await use_until(limits, began + seconds, awaited=awaited)
+        self.used += warm + uses
         return self._measured(uses, local, time.monotonic() - began, begin, cpu)
-
-    async def _until(self, limits: LimitSlices, end: float, *, awaited: bool) -> tuple[int, int]:
-        uses = local = 0
-        while time.monotonic() < end:
-            here = 0
-            for _ in range(DECISIONS_A_TURN):
-                if awaited:
-                    here += (await limits.try_use(UNIT)).local
-                elif limits.try_use_locally(UNIT):
-                    here += 1
-                else:
-                    here += (await limits.try_use(UNIT)).local
-            uses, local = uses + DECISIONS_A_TURN, local + here
-            await asyncio.sleep(0)
-        self.used += uses
-        return uses, local
 
     def _measured(self, uses: int, local: int, seconds: float, begin: float, cpu: CpuReading) -> Measured:
         spent = CpuReading.of(self._pids).since(cpu)["ratelimit"]
         return Measured(uses, local, seconds, time.process_time() - begin, spent)
+
+
+async def use_until(limits: LimitSlices, end: float, *, awaited: bool) -> tuple[int, int]:
+    """Uses units until `end`, on time.monotonic(); returns how many, and how many of them were decided here.
+
+    `awaited`: as callers do who do not care where; otherwise without a wait where a slice has room.
+    """
+    uses = local = 0
+    while time.monotonic() < end:
+        here = 0
+        for _ in range(DECISIONS_A_TURN):
+            if awaited:
+                here += (await limits.try_use(UNIT)).local
+            elif limits.try_use_locally(UNIT):
+                here += 1
+            else:
+                here += (await limits.try_use(UNIT)).local
+        uses, local = uses + DECISIONS_A_TURN, local + here
+        await asyncio.sleep(0)
+    return uses, local
 
 
 async def add_rule(tenant_address: str, operator_key: str, tenant_id: str) -> None:

@@ -206,7 +206,7 @@ _IDENTITIES = (
     one(
         "metadata may be said twice",
         _AUTH,
-        "            keys.refuse_malformed(context.invocation_metadata())\n",
+        "            keys.refuse_malformed(call.raw_metadata)\n",
         "",
         f"{CREDENTIALS}::test_metadata_said_twice_is_refused",
     ),

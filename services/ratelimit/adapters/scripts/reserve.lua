@@ -1,5 +1,6 @@
 -- Decides demands in their order, each against every rule at once, and takes their holds. What is refused writes nothing.
--- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of plans, plans, then by twelves:
+-- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of forms, forms, number of plans, by twos
+-- a plan's form and what is its own, then by twelves:
 -- id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, how: a sum of 1 to be used at once
 -- (no hold) and 2 to be taken only if all the others are, how it stands in line: see turns.lua.
 -- Answers {"rebuild"} | {"behind", version} | {"periods", now} | {"ok", now, epoch, items…};
@@ -21,9 +22,14 @@ if not suffixes then
   return { 'periods', now }
 end
 local lease_us, forget_us, age_us = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local plans, wanted, last_plan = {}, {}, 7 + tonumber(ARGV[7])
-for i = 8, last_plan do
-  plans[i - 7] = plan_of(ARGV[i], suffixes, wanted)
+local forms, plans, wanted = {}, {}, {}
+local last_form = 7 + tonumber(ARGV[7])
+for i = 8, last_form do
+  forms[i - 7] = form_of(cmsgpack.unpack(ARGV[i]))
+end
+local last_plan = last_form + 1 + 2 * tonumber(ARGV[last_form + 1])
+for i = last_form + 2, last_plan, 2 do
+  plans[#plans + 1] = own_plan(forms[tonumber(ARGV[i])], cmsgpack.unpack(ARGV[i + 1]), suffixes, wanted)
 end
 read(wanted, now)
 
