@@ -28,6 +28,7 @@ SHARED_TABLES = {
     "change_turn",
     "prices",
     "price_versions",
+    "billing_plan_versions",
     "schema_migrations",
     "pg_namespace",
     "pg_database",

@@ -1,7 +1,7 @@
 """The job that closes what ended a grace ago: by itself, once whoever runs it, and never what is none of its business."""
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from mesh.common.v1 import lifecycle_service_pb2 as lifecycle_pb
 from services.kernel.errors import Unavailable
@@ -18,11 +18,11 @@ GRACE = timedelta(hours=48)
 
 
 def job(mesh: Mesh, now: datetime | None = None) -> MonthlyJob:
-    """A replica's job, at a time."""
+    """A replica's job, at a time: by default when the last period's grace is over, whatever day of the month it is."""
     books = PostgresClosings(mesh.app.jobs)
     desk = InvoiceDesk(PostgresBilling(mesh.app.database), books)
     tiers = RemoteTenantPlans(mesh.to_peers)
-    return MonthlyJob(books, desk, tiers, grace=GRACE, poll_seconds=1.0, clock=lambda: now or datetime.now(UTC))
+    return MonthlyJob(books, desk, tiers, grace=GRACE, poll_seconds=1.0, clock=lambda: now or ended(1).end_time + GRACE)
 
 
 async def provisioned(mesh: Mesh, tier: str = "") -> Tenant:
@@ -127,5 +127,6 @@ async def test_a_tenant_service_that_is_away_stops_no_billing_by_subscriptions(m
     await use_units(mesh, by_tier, ended(1).start_time)
     books = PostgresClosings(mesh.app.jobs)
     desk = InvoiceDesk(PostgresBilling(mesh.app.database), books)
-    await MonthlyJob(books, desk, Away(), grace=GRACE, poll_seconds=1.0).round()
+    now = ended(1).end_time + GRACE
+    await MonthlyJob(books, desk, Away(), grace=GRACE, poll_seconds=1.0, clock=lambda: now).round()
     assert [len(await closed_starts(mesh, found)) for found in (tenant, by_tier)] == [1, 0]
