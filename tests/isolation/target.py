@@ -125,7 +125,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool", *, sealed: bool = True) -> Target:
-    """Makes a tenant with keys, two documents, a prompt, a conversation with turns, a settled call, a use of units and a closed invoice, all with its canary.
+    """Makes a tenant with keys, documents, a prompt, a conversation, a settled call, a use of units, a closed invoice, all with its canary.
 
     Its content is sealed under its own key, as its plan has it, unless told.
     """

@@ -32,12 +32,14 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
         self.tiers: dict[UUID, str] = {}
 
     def token(
-        self, tenant_id: UUID, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None, operator: bool = False
+        self, tenant_id: UUID | None, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None, operator: bool = False
     ) -> str:
         """A context token of the tenant or for it, signed by the published key unless told otherwise."""
         now = datetime.now(UTC)
-        tier = self.tiers.get(tenant_id, "free")
-        claims = TenantClaims(tenant_id=tenant_id.bytes, tier=tier, region="local", subject="key:test", scopes=["usage:read"])
+        claims = TenantClaims(region="local", subject="key:test", scopes=["usage:read"])
+        if tenant_id is not None:
+            claims.tenant_id = tenant_id.bytes
+            claims.tier = self.tiers.get(tenant_id, "free")
         if operator:
             claims.operator = True
             claims.scopes.append("operator:tenants")
@@ -51,7 +53,8 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
 
     async def Authenticate(self, request: auth_pb.AuthenticateRequest, context: Any) -> auth_pb.AuthenticateResponse:
         if request.credential == OPERATOR:
-            return auth_pb.AuthenticateResponse(context_token=self.token(UUID(bytes=request.claimed_tenant_id), operator=True))
+            claimed = UUID(bytes=request.claimed_tenant_id) if request.claimed_tenant_id else None
+            return auth_pb.AuthenticateResponse(context_token=self.token(claimed, operator=True))
         tenant_id = self.credentials.get(request.credential)
         if tenant_id is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")

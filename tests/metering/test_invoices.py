@@ -16,9 +16,14 @@ from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import invoice_service_pb2 as pb
 from services.kernel.errors import MeshError
 from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.rpc import metadata as keys
+from services.kernel.rpc.wire_status import decode_rpc_error
 from services.kernel.timestamps import to_timestamp
+from services.metering.adapters.postgres_billing import PostgresBilling
 from services.metering.adapters.postgres_closings import PostgresClosings
 from services.metering.billing.periods import period_of
+from services.metering.billing.proration import Span
+from services.metering.billing.terms import BillingTerms, PlanVersion
 from tests.metering.billing import (
     USD,
     ask,
@@ -33,9 +38,14 @@ from tests.metering.billing import (
     use_units,
 )
 from tests.metering.mesh import Mesh, Tenant, bill
+from tests.metering.peers import OPERATOR
 from tests.support.waiting import eventually
 
 HOUR = timedelta(hours=1)
+USE = """
+INSERT INTO metering.unit_entries (tenant_id, reservation_id, entry_id, product_unit, quantity, reserve_time, record_time, epoch)
+VALUES ($1, $2, $3, 'ai_interviews', 25, $4, clock_timestamp(), 0)
+"""
 YESTERDAY, TODAY = to_timestamp(ended(1).start_time), to_timestamp(ended(0).start_time)
 
 
@@ -144,6 +154,47 @@ async def test_calls_that_settle_while_a_period_is_closed_are_each_on_one_invoic
     assert sum(costs) == settled * 5_000
     assert min(costs) >= 5 * 5_000
     assert await recomputed(mesh, tenant) == []
+
+
+async def test_a_close_waits_for_who_is_writing(mesh: Mesh) -> None:
+    """A use that is recorded and not yet committed when the close begins is on the invoice: the close waits for it."""
+    tenant = mesh.new_tenant()
+    await subscribe(mesh, tenant, "starter", ended(2).start_time)
+
+    async def is_waiting() -> bool:
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND mode = 'ExclusiveLock'"
+        return await mesh.admin.fetchval(waiting) > 0
+
+    async with asyncio.TaskGroup() as group, mesh.app.database.transaction(TenantId(tenant.id)) as writer:
+        await writer.execute("SELECT pg_advisory_xact_lock_shared(metering.tenant_lock($1))", tenant.id)
+        await writer.execute(USE, tenant.id, new_uuid7(), new_uuid7(), ended(2).start_time)
+        closing = group.create_task(close(mesh, tenant, ended(2)))
+        await eventually(is_waiting, within_seconds=30.0)
+    assert lines_of(closing.result())[1:] == [("ai_interviews", 0, 20, 0), ("ai_interviews", 1, 5, 10 * USD)]
+    assert await recomputed(mesh, tenant) == []
+
+
+async def test_billing_reads_its_own_tenants_rows_through_indexes(mesh: Mesh) -> None:
+    """Among many rows of others no table is scanned, and of the tenant's own only what the period or the lateness asks for is read."""
+    tenant, other, rows = mesh.new_tenant(), mesh.new_tenant(), 40
+    for each, count in ((tenant, rows), (other, 600)):
+        await mesh.record(*[mesh.use(each, reserve_time=ended(2).start_time + HOUR) for _ in range(count)])
+        await use_tokens(mesh, each, ended(2).start_time + HOUR, [1] * count)
+    await mesh.admin.execute("ANALYZE metering.entries, metering.unit_entries")
+    read = """
+    SELECT relname, coalesce(seq_tup_read, 0) AS scanned, coalesce(idx_tup_fetch, 0) AS fetched
+    FROM pg_stat_xact_user_tables WHERE relname IN ('entries', 'unit_entries')
+    """
+    version = PlanVersion("p", "1", ended(2).start_time, BillingTerms())
+    span = Span(ended(2), ended(2).start_time, ended(2).end_time, version)
+    for books in (PostgresBilling(mesh.app.database), PostgresClosings(mesh.app.jobs)):
+        async with books.reading(TenantId(tenant.id)) as reader:
+            sums = await reader.sums([span], None)
+            days = await reader.late_days(ended(1).start_time, ended(1).start_time, None)
+            found = await reader._connection.fetch(read)
+        assert (sums[span.start_time]["ai_interviews"], sums[span.start_time]["calls.tokens"]) == (rows, rows)
+        assert len(days) == 1
+        assert [(row["scanned"], row["fetched"] <= 3 * rows) for row in found] == [(0, True)] * 2
 
 
 async def test_a_change_of_plan_is_prorated_by_seconds(mesh: Mesh) -> None:
@@ -511,3 +562,21 @@ async def test_making_invoices_again_finds_what_was_tampered_with(mesh: Mesh) ->
 def test_the_period_of_now_is_not_over() -> None:
     """What the tests above call an ended period has ended."""
     assert ended(1).end_time == ended(0).start_time == period_of(ended(0).start_time, 1).start_time
+
+
+@pytest.mark.parametrize("method", ["CloseInvoice", "IssueCreditNote", "GrantCredit", "SetSubscription"])
+async def test_an_operator_names_the_tenant(mesh: Mesh, method: str) -> None:
+    """Nobody's books are changed by a call that names nobody."""
+    fields = {
+        "CloseInvoice": {"period_start": YESTERDAY},
+        "IssueCreditNote": {
+            "credit_note_id": str(new_uuid7()), "invoice_id": str(new_uuid7()), "amount": NanoUsd(nano_usd=1), "reason": "wrong",
+        },
+        "GrantCredit": {"credit_id": str(new_uuid7()), "amount": NanoUsd(nano_usd=1)},
+        "SetSubscription": {"subscription_id": str(new_uuid7()), "plan": "free"},
+    }  # fmt: skip
+    metadata = ((keys.AUTHORIZATION, f"Bearer {OPERATOR}"), (keys.OPERATOR_REASON, "billing"))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await getattr(mesh.outside.invoices, method)(getattr(pb, f"{method}Request")(**fields[method]), metadata=metadata, timeout=10)
+    told = decode_rpc_error(refused.value, "metering")
+    assert (told.reason_name, told.metadata["field"]) == ("INVALID_REQUEST", "x-tenant-id")

@@ -214,7 +214,9 @@ CREATE INDEX unit_entries_recorded_late ON unit_entries (tenant_id, record_time)
 -- p_start: then whatever was used over a quarter of an hour before p_start was recorded that late.
 CREATE FUNCTION late_days(p_tenant uuid, p_start timestamptz, p_recorded_from timestamptz, p_recorded_before timestamptz)
 RETURNS TABLE (day timestamptz)
-LANGUAGE sql STABLE SECURITY INVOKER AS $$
+LANGUAGE sql STABLE SECURITY INVOKER
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
     SELECT date_trunc('day', u.use_time, 'UTC') FROM metering.billable_usage u
     WHERE u.tenant_id = p_tenant AND u.use_time >= p_start - interval '15 minutes' AND u.use_time < p_start
       AND u.record_time >= p_recorded_from AND u.record_time < p_recorded_before
@@ -227,7 +229,9 @@ $$;
 -- What was used in each of some spans and recorded before a moment, by meter.
 CREATE FUNCTION usage_sums(p_tenant uuid, p_starts timestamptz[], p_ends timestamptz[], p_recorded_before timestamptz)
 RETURNS TABLE (span_start timestamptz, meter text, quantity numeric)
-LANGUAGE sql STABLE SECURITY INVOKER AS $$
+LANGUAGE sql STABLE SECURITY INVOKER
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
     SELECT s.start_time, u.meter, sum(u.quantity)
     FROM unnest(p_starts, p_ends) AS s (start_time, end_time)
     CROSS JOIN LATERAL (

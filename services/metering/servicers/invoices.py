@@ -6,7 +6,7 @@ from uuid import UUID
 from mesh.metering.v1 import invoice_service_pb2 as pb
 from mesh.metering.v1 import invoice_service_pb2_grpc
 from services.kernel.errors import InvalidRequest, NotFound
-from services.kernel.ids import parse_uuid
+from services.kernel.ids import TenantId, parse_uuid
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, position_time, refused_page_token
 from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.timestamps import parse_timestamp, to_timestamp
@@ -39,9 +39,10 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
 
     async def CloseInvoice(self, request: pb.CloseInvoiceRequest, context: object) -> pb.CloseInvoiceResponse:
         """Closes a period."""
+        tenant_id = _named_tenant()
         refuse_other_currency(request.currency)
         start = parse_timestamp(request.period_start, "period_start")
-        stored = await self._desk.close(current_tenant_id(), start, current_tenant().tier)
+        stored = await self._desk.close(tenant_id, start, current_tenant().tier)
         return pb.CloseInvoiceResponse(invoice=invoice_message(stored))
 
     async def ListInvoices(self, request: pb.ListInvoicesRequest, context: object) -> pb.ListInvoicesResponse:
@@ -81,9 +82,10 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
 
     async def IssueCreditNote(self, request: pb.IssueCreditNoteRequest, context: object) -> pb.IssueCreditNoteResponse:
         """Takes back a part of an invoice."""
+        tenant_id = _named_tenant()
         refuse_other_currency(request.currency)
         stored = await self._books.note(
-            current_tenant_id(),
+            tenant_id,
             parse_uuid(request.invoice_id, "invoice_id"),
             parse_uuid(request.credit_note_id, "credit_note_id"),
             positive(request.amount),
@@ -93,6 +95,7 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
 
     async def GrantCredit(self, request: pb.GrantCreditRequest, context: object) -> pb.GrantCreditResponse:
         """Grants a credit."""
+        tenant_id = _named_tenant()
         refuse_other_currency(request.currency)
         effective = parse_timestamp(request.effective_time, "effective_time") if request.HasField("effective_time") else _SINCE_EVER
         expiry = parse_timestamp(request.expire_time, "expire_time") if request.HasField("expire_time") else None
@@ -106,8 +109,8 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
             expiry,
             _printable(request.reason),
         )
-        credit = await self._books.grant(current_tenant_id(), grant)
-        async with self._books.reading(current_tenant_id()) as reader:
+        credit = await self._books.grant(tenant_id, grant)
+        async with self._books.reading(tenant_id) as reader:
             return pb.GrantCreditResponse(credit=credit_message(credit, await reader.credits_used(_ALL)))
 
     async def ListCredits(self, request: pb.ListCreditsRequest, context: object) -> pb.ListCreditsResponse:
@@ -127,11 +130,12 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
 
     async def SetSubscription(self, request: pb.SetSubscriptionRequest, context: object) -> pb.SetSubscriptionResponse:
         """Adds a subscription."""
+        tenant_id = _named_tenant()
         moment = parse_timestamp(request.effective_time, "effective_time") if request.HasField("effective_time") else None
         if moment is not None and (moment.microsecond or request.effective_time.nanos):
             raise InvalidRequest("effective_time", "must be a whole second: plans are prorated by seconds")
         added = await self._books.subscribe(
-            current_tenant_id(), parse_uuid(request.subscription_id, "subscription_id"), request.plan, moment, request.anchor_day
+            tenant_id, parse_uuid(request.subscription_id, "subscription_id"), request.plan, moment, request.anchor_day
         )
         return pb.SetSubscriptionResponse(plan=added.plan, effective_time=to_timestamp(added.effective_time), anchor_day=added.anchor_day)
 
@@ -144,6 +148,13 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
 
 
 _ALL = 2_147_483_647
+
+
+def _named_tenant() -> TenantId:
+    context = current_tenant()
+    if context.tenant_id is None:
+        raise InvalidRequest("x-tenant-id", "must name the tenant whose books are changed")
+    return context.tenant_id
 
 
 def _number(text: str) -> int:

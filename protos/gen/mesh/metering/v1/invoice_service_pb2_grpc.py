@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InvoiceServiceStub:
-    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT.
+    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT, and so is
+    an operator's call that changes the books and names no tenant in `x-tenant-id`.
     """
 
     def __init__(self, channel):
@@ -88,7 +89,8 @@ class InvoiceServiceStub:
 
 
 class InvoiceServiceServicer:
-    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT.
+    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT, and so is
+    an operator's call that changes the books and names no tenant in `x-tenant-id`.
     """
 
     def GetDraftInvoice(self, request, context):
@@ -234,7 +236,8 @@ def add_InvoiceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InvoiceService:
-    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT.
+    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT, and so is
+    an operator's call that changes the books and names no tenant in `x-tenant-id`.
     """
 
     @staticmethod

@@ -13,7 +13,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InvoiceServiceStub:
-    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT."""
+    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT, and so is
+    an operator's call that changes the books and names no tenant in `x-tenant-id`.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetDraftInvoice: _aio.UnaryUnaryMultiCallable[_invoice_service_pb2.GetDraftInvoiceRequest, _invoice_service_pb2.GetDraftInvoiceResponse]
@@ -55,7 +57,9 @@ class InvoiceServiceStub:
     """
 
 class InvoiceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT."""
+    """Rates usage by billing plans and closes periods. Everything is in US dollars; a `currency` other than "USD" is INVALID_ARGUMENT, and so is
+    an operator's call that changes the books and names no tenant in `x-tenant-id`.
+    """
 
     @_abc_1.abstractmethod
     def GetDraftInvoice(
