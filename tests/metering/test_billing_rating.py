@@ -268,6 +268,13 @@ def test_late_usage_that_reaches_a_cheaper_volume_is_a_negative_line() -> None:
     assert (line.quantity, line.amount_nano_usd) == (1, -9)
 
 
+def test_late_usage_that_fills_up_the_minimum_gives_back_what_the_minimum_had_asked_for() -> None:
+    """A line that is gone from the second rating is taken back whole: the period costs what it would have cost in time."""
+    terms = BillingTerms((), (UsageCharge("m", 0, PerUnit(10**6)),), minimum_nano_usd=10)
+    lines = difference(rate_span(span_of(terms), {"m": 12}), rate_span(span_of(terms), {"m": 4}))
+    assert [(line.key.kind, line.quantity, line.amount_nano_usd) for line in lines] == [(LineKind.USAGE, 8, 8), (LineKind.MINIMUM, -1, -6)]
+
+
 def test_a_period_without_an_invoice_is_charged_its_usage_alone() -> None:
     """No fee, no minimum, no discount of an amount for a time before the first invoice; a share off still is."""
     terms = BillingTerms(

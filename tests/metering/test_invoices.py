@@ -23,7 +23,8 @@ from services.metering.adapters.postgres_billing import PostgresBilling
 from services.metering.adapters.postgres_closings import PostgresClosings
 from services.metering.billing.periods import period_of
 from services.metering.billing.proration import Span
-from services.metering.billing.terms import BillingTerms, PlanVersion
+from services.metering.billing.terms import BillingTerms, PlanVersion, UsageCharge
+from services.metering.billing.tiers import PerUnit
 from tests.metering.billing import (
     USD,
     ask,
@@ -105,7 +106,7 @@ async def test_late_usage_is_on_the_next_invoice_and_the_sum_is_as_if_it_had_not
         [("ai_interviews", 1, 10, 15 * USD), ("ai_interviews", 2, 20, 24 * USD)],
         [],
     ]
-    (line, _) = [line for line in second[0].content.lines if line.is_late]
+    (line, _) = (line for line in second[0].content.lines if line.is_late)
     assert (line.period_start, line.period_end) == (to_timestamp(ended(3).start_time), to_timestamp(ended(3).end_time))
     assert "late usage of" in line.description
     sums = [a.content.charges.nano_usd + b.content.charges.nano_usd for a, b in zip(first, second, strict=True)]
@@ -114,9 +115,20 @@ async def test_late_usage_is_on_the_next_invoice_and_the_sum_is_as_if_it_had_not
         assert await recomputed(mesh, tenant) == []
 
 
+@pytest.mark.parametrize("before_end", [timedelta(microseconds=1), timedelta(minutes=15), timedelta(minutes=15, microseconds=1), 20 * HOUR])
+async def test_late_usage_is_found_however_long_before_the_end_it_was(mesh: Mesh, before_end: timedelta) -> None:
+    """A single late use, in the last minutes of a closed period or long before, is on the next invoice and on no other."""
+    tenant = mesh.new_tenant()
+    await subscribe(mesh, tenant, "starter", ended(4).start_time)
+    await close(mesh, tenant, ended(3))
+    await use_units(mesh, tenant, ended(3).end_time - before_end, quantity=2)
+    invoices = [await close(mesh, tenant, ended(ago)) for ago in (2, 1)]
+    assert [lines_of(invoice)[1:] for invoice in invoices] == [[("ai_interviews", 0, 2, 0)], []]
+
+
 async def test_usage_of_before_the_first_invoice_is_on_it_once(mesh: Mesh) -> None:
     """Use of months that never had an invoice is on the first as late usage, without fees of those months; later still, on the next."""
-    tenant = mesh.new_tenant()
+    tenant, minimal = mesh.new_tenant(), mesh.new_tenant()
     await subscribe(mesh, tenant, "starter")
     await use_units(mesh, tenant, ended(5).start_time + HOUR, quantity=21)
     first = await close(mesh, tenant, ended(2))
@@ -125,6 +137,15 @@ async def test_usage_of_before_the_first_invoice_is_on_it_once(mesh: Mesh) -> No
     assert lines_of(first) == [("base", 0, 1, 29 * USD), ("ai_interviews", 0, 20, 0), ("ai_interviews", 1, 1, 2 * USD)]
     assert lines_of(second) == [("base", 0, 1, 29 * USD), ("ai_interviews", 1, 2, 4 * USD)]
     assert await recomputed(mesh, tenant) == []
+    # Of a plan with a minimum: it was never asked for then, so nothing of it is given back.
+    await subscribe(mesh, minimal, "enterprise")
+    await use_units(mesh, minimal, ended(5).start_time + HOUR, quantity=100)
+    only = await close(mesh, minimal, ended(2))
+    assert lines_of(only) == [
+        ("minimum", 0, 1, 2_000 * USD),
+        ("ai_interviews", 1, 100, 110 * USD),
+        ("committed", 0, 1, -11 * USD // 2),
+    ]
 
 
 async def test_calls_that_settle_while_a_period_is_closed_are_each_on_one_invoice(mesh: Mesh) -> None:
@@ -185,7 +206,8 @@ async def test_billing_reads_its_own_tenants_rows_through_indexes(mesh: Mesh) ->
     SELECT relname, coalesce(seq_tup_read, 0) AS scanned, coalesce(idx_tup_fetch, 0) AS fetched
     FROM pg_stat_xact_user_tables WHERE relname IN ('entries', 'unit_entries')
     """
-    version = PlanVersion("p", "1", ended(2).start_time, BillingTerms())
+    charges = tuple(UsageCharge(meter, 0, PerUnit(1)) for meter in ("ai_interviews", "calls.tokens"))
+    version = PlanVersion("p", "1", ended(2).start_time, BillingTerms((), charges))
     span = Span(ended(2), ended(2).start_time, ended(2).end_time, version)
     for books in (PostgresBilling(mesh.app.database), PostgresClosings(mesh.app.jobs)):
         async with books.reading(TenantId(tenant.id)) as reader:
@@ -296,6 +318,10 @@ async def test_what_cannot_be_closed_is_refused_and_nothing_is_written(mesh: Mes
         ("SetSubscription", {"plan": "unheard-of"}, "NOT_FOUND", "billing_plan"),
         ("SetSubscription", {"plan": "A"}, "INVALID_REQUEST", "plan"),
         ("SetSubscription", {"anchor_day": 32}, "INVALID_REQUEST", "anchor_day"),
+        ("SetSubscription", {"effective_time": Timestamp(seconds=-62_135_596_800)}, "INVALID_REQUEST", "effective_time"),
+        ("CloseInvoice", {"period_start": Timestamp(seconds=-62_135_596_800)}, "INVALID_REQUEST", "period_start"),
+        ("CloseInvoice", {"period_start": Timestamp(seconds=253_402_300_799)}, "INVALID_REQUEST", "period_start"),
+        ("CloseInvoice", {"period_start": Timestamp(seconds=253_402_300_800)}, "INVALID_REQUEST", "period_start"),
         ("SetSubscription", {"effective_time": Timestamp(seconds=1_800_000_000, nanos=1_000)}, "INVALID_REQUEST", "effective_time"),
     ],
 )  # fmt: skip
@@ -309,6 +335,7 @@ async def test_senseless_credits_notes_and_plans_are_refused(
             "credit_note_id": str(new_uuid7()), "invoice_id": str(new_uuid7()), "amount": NanoUsd(nano_usd=1), "reason": "wrong",
         },
         "SetSubscription": {"subscription_id": str(new_uuid7()), "plan": "free"},
+        "CloseInvoice": {},
     }  # fmt: skip
     tenant = mesh.new_tenant()
     with pytest.raises(MeshError) as refused:

@@ -49,7 +49,7 @@ SELECT DISTINCT date_trunc('day', use_time, 'UTC') AS day FROM metering.billable
 WHERE tenant_id = $1 AND use_time < $2 AND record_time < coalesce($3::timestamptz, 'infinity')
 """
 SELECT_SUMS = """
-SELECT span_start, meter, quantity::text AS quantity FROM metering.usage_sums($1, $2, $3, coalesce($4::timestamptz, 'infinity'))
+SELECT span_start, meter, quantity::text AS quantity FROM metering.usage_sums($1, $2, $3, coalesce($4::timestamptz, 'infinity'), $5)
 """
 _INVOICE = (
     _CLOSING
@@ -132,9 +132,10 @@ class PostgresBillingReader:
         return sorted(row["day"] for row in rows)
 
     async def sums(self, spans: Sequence[Span], recorded_before: datetime | None) -> Quantities:
-        """Returns what was used in each span, by meter."""
+        """Returns what was used in each span, by meter that a plan of them charges."""
         starts, ends = [span.start_time for span in spans], [span.end_time for span in spans]
-        rows = await self._connection.fetch(SELECT_SUMS, self._tenant_id, starts, ends, recorded_before, timeout=SUM_SECONDS)
+        meters = sorted({charge.meter for span in spans for charge in span.version.terms.charges})
+        rows = await self._connection.fetch(SELECT_SUMS, self._tenant_id, starts, ends, recorded_before, meters, timeout=SUM_SECONDS)
         found: dict[datetime, dict[str, int]] = {}
         for row in rows:
             found.setdefault(row["span_start"], {})[row["meter"]] = int(row["quantity"])

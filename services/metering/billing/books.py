@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Protocol
 from uuid import UUID
 
+from services.kernel.errors import NotFound
 from services.kernel.ids import TenantId
 from services.metering.billing.credits import Credit
 from services.metering.billing.invoice import Closing, Invoice, InvoiceLine, Quantities
@@ -144,7 +145,7 @@ class BillingReader(Protocol):
         ...
 
     async def sums(self, spans: Sequence[Span], recorded_before: datetime | None) -> Quantities:
-        """Returns what was used in each span, by meter."""
+        """Returns what was used in each span, by meter; at least of the meters that the spans' plans charge."""
         ...
 
     async def invoices(self, after_number: int, size: int) -> Sequence[StoredInvoice]:
@@ -214,6 +215,14 @@ class TierDirectory(Protocol):
     async def tier(self, tenant_id: TenantId) -> str:
         """Returns the tenant's tier now; empty when it has none any more. Raises: MeshError when nobody answers."""
         ...
+
+
+def numbered_line(stored: StoredInvoice, line_number: int) -> InvoiceLine:
+    """Returns a line of an invoice, counted from 1. Raises: NotFound."""
+    lines = stored.invoice.content.lines
+    if not 1 <= line_number <= len(lines):
+        raise NotFound("invoice_line")
+    return lines[line_number - 1]
 
 
 def line_window(closings: Sequence[Closing], closing: Closing, line: InvoiceLine) -> EntryWindow:

@@ -1,7 +1,6 @@
 """Drafts and closes invoices, and tells what is behind them. Refuses periods that have not ended or are not the next one."""
 
 from datetime import UTC, datetime
-from uuid import UUID
 
 import structlog
 
@@ -9,7 +8,7 @@ from services.kernel.errors import InvalidRequest, MeshError, NotFound, WrongSta
 from services.kernel.ids import TenantId, new_uuid7
 from services.metering.billing.books import BillingBooks, BillingReader, CloseOutcome, ClosingBooks, StoredInvoice
 from services.metering.billing.exact import AmountTooLarge
-from services.metering.billing.invoice import Closing, InvoiceContent, InvoiceLine
+from services.metering.billing.invoice import Closing, InvoiceContent
 from services.metering.billing.making import Target, anchor_day, make_content, make_invoice
 from services.metering.billing.periods import BillingPeriod, period_of
 from services.metering.billing.proration import UnknownBillingPlan
@@ -63,16 +62,6 @@ class InvoiceDesk:
             content = invoice.content
             log.info("invoice_closed", number=closing.number, due_nano_usd=content.due_nano_usd, lines=len(content.lines))
 
-    async def line(self, reader: BillingReader, invoice_id: UUID, line_number: int) -> tuple[StoredInvoice, InvoiceLine]:
-        """Returns an invoice and one of its lines, counted from 1. Raises: NotFound."""
-        stored = await reader.invoice(invoice_id)
-        if stored is None:
-            raise NotFound("invoice")
-        lines = stored.invoice.content.lines
-        if not 1 <= line_number <= len(lines):
-            raise NotFound("invoice_line")
-        return stored, lines[line_number - 1]
-
     async def _stored(self, tenant_id: TenantId, closing: Closing) -> StoredInvoice:
         async with self._closing.reading(tenant_id) as reader:
             stored = await reader.invoice(closing.invoice_id)
@@ -93,9 +82,8 @@ class InvoiceDesk:
                     "period_start", f"no period begins then; the one that contains it begins at {period.start_time.isoformat()}"
                 )
             tier_plan = "" if subscriptions else tier
-            if period.end_time <= datetime.now(UTC):
-                # Whether it can be billed at all, before anything is written.
-                await _content(reader, Target(period, None, tier_plan, closings, takes_late=True))
+            # Whether it can be billed at all, before anything is written.
+            await _content(reader, Target(period, None, tier_plan, closings, takes_late=True))
         number = subscriptions[-1].number if subscriptions else 0
         answer = await self._closing.close(tenant_id, new_uuid7(), period, tier_plan, number)
         match answer.outcome:

@@ -226,8 +226,8 @@ AS $$
       AND u.record_time >= p_recorded_from AND u.record_time < p_recorded_before
 $$;
 
--- What was used in each of some spans and recorded before a moment, by meter.
-CREATE FUNCTION usage_sums(p_tenant uuid, p_starts timestamptz[], p_ends timestamptz[], p_recorded_before timestamptz)
+-- What was used in each of some spans and recorded before a moment, by meter, of the meters that are charged.
+CREATE FUNCTION usage_sums(p_tenant uuid, p_starts timestamptz[], p_ends timestamptz[], p_recorded_before timestamptz, p_meters text[])
 RETURNS TABLE (span_start timestamptz, meter text, quantity numeric)
 LANGUAGE sql STABLE SECURITY INVOKER
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
@@ -239,6 +239,7 @@ AS $$
                CASE b.aggregation WHEN 'COUNT' THEN sum(sign(b.quantity)) WHEN 'MAX' THEN max(b.quantity) ELSE sum(b.quantity) END AS quantity
         FROM metering.billable_usage b
         WHERE b.tenant_id = p_tenant AND b.use_time >= s.start_time AND b.use_time < s.end_time AND b.record_time < p_recorded_before
+          AND b.meter = ANY (p_meters)
         GROUP BY b.meter, b.aggregation) u
     GROUP BY s.start_time, u.meter
 $$;

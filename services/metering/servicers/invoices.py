@@ -3,20 +3,25 @@
 from datetime import UTC, datetime
 from uuid import UUID
 
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from mesh.metering.v1 import invoice_service_pb2 as pb
 from mesh.metering.v1 import invoice_service_pb2_grpc
 from services.kernel.errors import InvalidRequest, NotFound
 from services.kernel.ids import TenantId, parse_uuid
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, position_time, refused_page_token
-from services.kernel.request_context import current_tenant, current_tenant_id
+from services.kernel.request_context import current_tenant, current_tenant_id, operator_reason, required_scope
 from services.kernel.timestamps import parse_timestamp, to_timestamp
-from services.metering.billing.books import BillingBooks, CreditGrant, EntryPosition, LineEntry, StoredInvoice, line_window
+from services.metering.billing.books import BillingBooks, CreditGrant, EntryPosition, LineEntry, StoredInvoice, line_window, numbered_line
 from services.metering.billing.charges import LineKind
 from services.metering.billing.desk import InvoiceDesk
 from services.metering.billing.rendering import render_csv, render_html, render_json
 from services.metering.servicers.invoice_messages import content_message, credit_message, invoice_message, positive, refuse_other_currency
 
-_SINCE_EVER = datetime(1970, 1, 1, tzinfo=UTC)
+log = structlog.get_logger(__name__)
+
+_SINCE_EVER, _FOR_EVER = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 _RENDERINGS = {
     pb.INVOICE_FORMAT_JSON: (render_json, "application/json"),
     pb.INVOICE_FORMAT_CSV: (render_csv, "text/csv; charset=utf-8"),
@@ -33,7 +38,7 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
 
     async def GetDraftInvoice(self, request: pb.GetDraftInvoiceRequest, context: object) -> pb.GetDraftInvoiceResponse:
         """Tells what an invoice would say now."""
-        moment = parse_timestamp(request.at_time, "at_time") if request.HasField("at_time") else None
+        moment = _billable(request.at_time, "at_time") if request.HasField("at_time") else None
         period, content = await self._desk.draft(current_tenant_id(), moment, current_tenant().tier)
         return pb.GetDraftInvoiceResponse(content=content_message(period, content))
 
@@ -41,7 +46,7 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
         """Closes a period."""
         tenant_id = _named_tenant()
         refuse_other_currency(request.currency)
-        start = parse_timestamp(request.period_start, "period_start")
+        start = _billable(request.period_start, "period_start")
         stored = await self._desk.close(tenant_id, start, current_tenant().tier)
         return pb.CloseInvoiceResponse(invoice=invoice_message(stored))
 
@@ -65,7 +70,10 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
         listing = f"entries|{current_tenant_id()}|{invoice_id}|{request.line_number}"
         position, size = _entry_position(request.page_token, listing), page_size(request.page_size)
         async with self._books.reading(current_tenant_id()) as reader:
-            stored, line = await self._desk.line(reader, invoice_id, request.line_number)
+            stored = await reader.invoice(invoice_id)
+            if stored is None:
+                raise NotFound("invoice")
+            line = numbered_line(stored, request.line_number)
             if line.line.key.kind is not LineKind.USAGE:
                 return pb.ListInvoiceLineEntriesResponse()
             window = line_window(await reader.closings(), stored.invoice.closing, line)
@@ -131,7 +139,7 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
     async def SetSubscription(self, request: pb.SetSubscriptionRequest, context: object) -> pb.SetSubscriptionResponse:
         """Adds a subscription."""
         tenant_id = _named_tenant()
-        moment = parse_timestamp(request.effective_time, "effective_time") if request.HasField("effective_time") else None
+        moment = _billable(request.effective_time, "effective_time") if request.HasField("effective_time") else None
         if moment is not None and (moment.microsecond or request.effective_time.nanos):
             raise InvalidRequest("effective_time", "must be a whole second: plans are prorated by seconds")
         added = await self._books.subscribe(
@@ -154,7 +162,16 @@ def _named_tenant() -> TenantId:
     context = current_tenant()
     if context.tenant_id is None:
         raise InvalidRequest("x-tenant-id", "must name the tenant whose books are changed")
+    log.info("books_change_asked_for", method=required_scope().method, operator=context.subject, reason=operator_reason())
     return context.tenant_id
+
+
+def _billable(stamp: Timestamp, field: str) -> datetime:
+    moment = parse_timestamp(stamp, field)
+    # The calendar needs a month on either side.
+    if not _SINCE_EVER <= moment < _FOR_EVER:
+        raise InvalidRequest(field, "must be a moment from 1970 to 9998")
+    return moment
 
 
 def _number(text: str) -> int:
