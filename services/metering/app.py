@@ -80,7 +80,7 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         stack.push_async_callback(database.close)
         jobs = await JobsDatabase.open(
             settings.postgres_jobs_dsn.get_secret_value(),
-            max_size=3,
+            max_size=5,
             application_name="metering-jobs",
             transaction_pooling=settings.postgres_transaction_pooling,
         )

@@ -91,3 +91,21 @@ async def rows_of(mesh: Mesh, tenant: Tenant) -> list[int]:
         await mesh.admin.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", UUID(int=tenant.id.int))
         for table in tables
     ]
+
+
+async def noted(mesh: Mesh, tenant: Tenant, invoice_id: str, amount: int, note_id: str = "", reason: str = "wrong") -> pb.Invoice:
+    """Issues a credit note."""
+    request = pb.IssueCreditNoteRequest(
+        credit_note_id=note_id or str(new_uuid7()), invoice_id=invoice_id, amount=NanoUsd(nano_usd=amount), reason=reason
+    )
+    return (await ask(mesh, tenant, "IssueCreditNote", request, operator=True)).invoice
+
+
+async def used_starter(mesh: Mesh) -> Tenant:
+    """A tenant of the starter plan for three periods, with 23 interviews and 1,000,600 tokens in the second one before this."""
+    tenant = mesh.new_tenant()
+    await subscribe(mesh, tenant, "starter", ended(3).start_time)
+    await use_units(mesh, tenant, ended(2).start_time, quantity=20)
+    await use_units(mesh, tenant, ended(2).end_time - timedelta(microseconds=1), quantity=3)
+    await use_tokens(mesh, tenant, ended(2).start_time + timedelta(hours=1), [1_000_000, 600])
+    return tenant

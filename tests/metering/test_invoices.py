@@ -1,14 +1,10 @@
 """Invoices through the real service: exact, closed once, never changed; what comes late is on the next; everything can be made again."""
 
 import asyncio
-import csv
-import io
-import re
 from datetime import timedelta
 from uuid import UUID
 
 import grpc
-import orjson
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -37,8 +33,9 @@ from tests.metering.billing import (
     subscribe,
     use_tokens,
     use_units,
+    used_starter,
 )
-from tests.metering.mesh import Mesh, Tenant, bill
+from tests.metering.mesh import Mesh, bill
 from tests.metering.peers import OPERATOR
 from tests.support.waiting import eventually
 
@@ -48,16 +45,6 @@ INSERT INTO metering.unit_entries (tenant_id, reservation_id, entry_id, product_
 VALUES ($1, $2, $3, 'ai_interviews', 25, $4, clock_timestamp(), 0)
 """
 YESTERDAY, TODAY = to_timestamp(ended(1).start_time), to_timestamp(ended(0).start_time)
-
-
-async def used_starter(mesh: Mesh) -> Tenant:
-    """A tenant of the starter plan for three periods, with 23 interviews and 1,000,600 tokens in the second one before this."""
-    tenant = mesh.new_tenant()
-    await subscribe(mesh, tenant, "starter", ended(3).start_time)
-    await use_units(mesh, tenant, ended(2).start_time, quantity=20)
-    await use_units(mesh, tenant, ended(2).end_time - timedelta(microseconds=1), quantity=3)
-    await use_tokens(mesh, tenant, ended(2).start_time + HOUR, [1_000_000, 600])
-    return tenant
 
 
 async def test_closed_invoice_charges_the_plan_exactly(mesh: Mesh) -> None:
@@ -371,174 +358,6 @@ async def test_periods_begin_on_the_tenants_day(mesh: Mesh) -> None:
     invoice = await close(mesh, tenant, ended(2, 17))
     assert invoice.content.period_start.ToDatetime().day == invoice.content.period_end.ToDatetime().day == 17
     assert lines_of(invoice) == [("base", 0, 1, 29 * USD)]
-
-
-async def test_credits_pay_by_priority_until_they_are_used_up(mesh: Mesh) -> None:
-    """Lower priority first, what is left stays for the next invoice, an expired credit pays nothing, and the list tells what remains."""
-    tenant = mesh.new_tenant()
-    await subscribe(mesh, tenant, "starter", ended(3).start_time)
-    later = await grant(mesh, tenant, 30 * USD, priority=2)
-    sooner = await grant(mesh, tenant, 10 * USD, priority=1)
-    expired = await grant(mesh, tenant, 99 * USD, expire_time=to_timestamp(ended(2).start_time))
-    first = await close(mesh, tenant, ended(2))
-    second = await close(mesh, tenant, ended(1))
-    paid = [[(use.credit_id, use.amount.nano_usd) for use in invoice.content.credit_uses] for invoice in (first, second)]
-    assert paid == [[(sooner.credit_id, 10 * USD), (later.credit_id, 19 * USD)], [(later.credit_id, 11 * USD)]]
-    assert [invoice.content.due.nano_usd for invoice in (first, second)] == [0, 18 * USD]
-    listed, token = [], ""
-    while True:
-        page = await ask(mesh, tenant, "ListCredits", pb.ListCreditsRequest(page_size=2, page_token=token))
-        listed += [(credit.credit_id, credit.remaining.nano_usd) for credit in page.credits]
-        token = page.next_page_token
-        if not token:
-            break
-    assert listed == [(later.credit_id, 0), (sooner.credit_id, 0), (expired.credit_id, 99 * USD)]
-    assert await recomputed(mesh, tenant) == []
-
-
-async def test_a_credit_is_granted_once_for_its_id(mesh: Mesh) -> None:
-    """A repeat answers the first; the same id with another amount is a conflict with both digests."""
-    tenant, credit_id = mesh.new_tenant(), str(new_uuid7())
-    first = await grant(mesh, tenant, USD, credit_id=credit_id)
-    assert await grant(mesh, tenant, USD, credit_id=credit_id) == first
-    with pytest.raises(MeshError) as refused:
-        await grant(mesh, tenant, 2 * USD, credit_id=credit_id)
-    assert (refused.value.code, refused.value.reason_name) == (grpc.StatusCode.ALREADY_EXISTS, "CONTENT_CONFLICT")
-    assert len({refused.value.metadata["stored_digest"], refused.value.metadata["request_digest"]}) == 2
-    assert (await rows_of(mesh, tenant))[1] == 1
-
-
-async def noted(mesh: Mesh, tenant: Tenant, invoice_id: str, amount: int, note_id: str = "", reason: str = "wrong") -> pb.Invoice:
-    """Issues a credit note."""
-    request = pb.IssueCreditNoteRequest(
-        credit_note_id=note_id or str(new_uuid7()), invoice_id=invoice_id, amount=NanoUsd(nano_usd=amount), reason=reason
-    )
-    return (await ask(mesh, tenant, "IssueCreditNote", request, operator=True)).invoice
-
-
-async def test_credit_notes_stand_beside_an_invoice_and_never_pass_it(mesh: Mesh) -> None:
-    """The invoice stays bit for bit; notes are issued once for their id and together take back at most what was due."""
-    tenant, note_id = mesh.new_tenant(), str(new_uuid7())
-    await subscribe(mesh, tenant, "starter", ended(3).start_time)
-    invoice = await close(mesh, tenant, ended(2))
-    for _ in range(2):
-        found = await noted(mesh, tenant, invoice.invoice_id, 20 * USD, note_id)
-    assert (found.content, found.digest) == (invoice.content, invoice.digest)
-    assert [note.amount.nano_usd for note in found.credit_notes] == [20 * USD]
-    for amount, known, reason in ((10 * USD, "", "INVALID_REQUEST"), (1, note_id, "CONTENT_CONFLICT")):
-        with pytest.raises(MeshError) as refused:
-            await noted(mesh, tenant, invoice.invoice_id, amount, known)
-        assert refused.value.reason_name == reason
-    found = await noted(mesh, tenant, invoice.invoice_id, 9 * USD)
-    assert sum(note.amount.nano_usd for note in found.credit_notes) == 29 * USD
-    assert await recomputed(mesh, tenant) == []
-
-
-async def entries_of(mesh: Mesh, tenant: Tenant, invoice_id: str, line_number: int, size: int) -> list[pb.InvoiceLineEntry]:
-    """Every record behind a line, page by page."""
-    found: list[pb.InvoiceLineEntry] = []
-    token = ""
-    while True:
-        request = pb.ListInvoiceLineEntriesRequest(invoice_id=invoice_id, line_number=line_number, page_size=size, page_token=token)
-        page = await ask(mesh, tenant, "ListInvoiceLineEntries", request)
-        found += page.entries
-        token = page.next_page_token
-        if not token:
-            return found
-
-
-async def test_every_line_of_usage_traces_to_its_records(mesh: Mesh) -> None:
-    """Pages hold each record once; what they add up to is what the tiers of the line divide; a fee has none."""
-    tenant = mesh.new_tenant()
-    await subscribe(mesh, tenant, "starter", ended(3).start_time)
-    await use_tokens(mesh, tenant, ended(2).start_time + HOUR, [1_000_000, *range(1, 8)])
-    await use_units(mesh, tenant, ended(2).start_time + HOUR, quantity=5)
-    first = await close(mesh, tenant, ended(2))
-    await use_tokens(mesh, tenant, ended(2).start_time + HOUR, [40, 50])
-    await use_tokens(mesh, tenant, ended(1).start_time + HOUR, [7])
-    second = await close(mesh, tenant, ended(1))
-    for invoice, name, is_late, count in (
-        (first, "calls.tokens", False, 8),
-        (first, "ai_interviews", False, 1),
-        (second, "calls.tokens", True, 2),
-        (second, "calls.tokens", False, 1),
-        (second, "base", False, 0),
-    ):
-        lines = [line for line in invoice.content.lines if line.name == name and line.is_late == is_late]
-        for line in lines:
-            entries = await entries_of(mesh, tenant, invoice.invoice_id, line.line_number, 3)
-            assert len({entry.usage_id for entry in entries}) == len(entries) == count
-            if count:
-                assert sum(entry.quantity for entry in entries) == sum(each.quantity for each in lines)
-                source = pb.USAGE_SOURCE_CALL if name.startswith("calls.") else pb.USAGE_SOURCE_UNIT
-                assert {entry.source for entry in entries} == {source}
-                assert all(
-                    line.span_start.ToNanoseconds() <= entry.use_time.ToNanoseconds() < line.span_end.ToNanoseconds() for entry in entries
-                )
-    with pytest.raises(MeshError) as refused:
-        await entries_of(mesh, tenant, first.invoice_id, 99, 3)
-    assert refused.value.metadata == {"resource": "invoice_line"}
-
-
-async def test_invoice_is_rendered_as_json_csv_and_a_page_that_escapes_everything(mesh: Mesh) -> None:
-    """Each form holds every line and the exact sums; the page has neither script nor address, and no text becomes markup."""
-    tenant = await used_starter(mesh)
-    invoice = await close(mesh, tenant, ended(2))
-    await noted(mesh, tenant, invoice.invoice_id, USD, reason='<script>alert("1")</script> & more')
-    documents = {
-        form: (await ask(mesh, tenant, "RenderInvoice", pb.RenderInvoiceRequest(invoice_id=invoice.invoice_id, format=form)))
-        for form in (pb.INVOICE_FORMAT_JSON, pb.INVOICE_FORMAT_CSV, pb.INVOICE_FORMAT_HTML)
-    }
-    read = orjson.loads(documents[pb.INVOICE_FORMAT_JSON].document)
-    assert [line["amount_nano_usd"] for line in read["lines"]] == [line.amount.nano_usd for line in invoice.content.lines]
-    assert (read["due_nano_usd"], read["digest"]) == (invoice.content.due.nano_usd, invoice.digest)
-    rows = list(csv.DictReader(io.StringIO(documents[pb.INVOICE_FORMAT_CSV].document.decode())))
-    assert sum(int(row["amount_nano_usd"]) for row in rows if row["line_number"]) == invoice.content.charges.nano_usd
-    assert (rows[-1]["description"], rows[-1]["amount_usd"]) == ("Due", "34.03")
-    page = documents[pb.INVOICE_FORMAT_HTML].document.decode()
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; more" in page
-    assert not re.search(r"<script|https?:|src=|@import|url\(|<link", page, re.IGNORECASE)
-    assert "@media print" in page
-    assert page.count("<tr><td>") == len(invoice.content.lines) + 1
-    assert documents[pb.INVOICE_FORMAT_HTML].media_type == "text/html; charset=utf-8"
-
-
-async def test_another_tenants_invoice_is_not_there(mesh: Mesh) -> None:
-    """Reading, rendering, tracing and crediting a foreign invoice answer as one that never was; lists are each tenant's own."""
-    owner, stranger = await used_starter(mesh), mesh.new_tenant()
-    invoice_id = (await close(mesh, owner, ended(2))).invoice_id
-    await grant(mesh, owner, USD)
-    token = (await ask(mesh, owner, "ListInvoices", pb.ListInvoicesRequest(page_size=1))).next_page_token
-    assert token == ""
-    for found in (invoice_id, str(new_uuid7())):
-        for method, request in (
-            ("GetInvoice", pb.GetInvoiceRequest(invoice_id=found)),
-            ("RenderInvoice", pb.RenderInvoiceRequest(invoice_id=found, format=pb.INVOICE_FORMAT_CSV)),
-            ("ListInvoiceLineEntries", pb.ListInvoiceLineEntriesRequest(invoice_id=found, line_number=1)),
-        ):
-            with pytest.raises(MeshError) as refused:
-                await ask(mesh, stranger, method, request)
-            assert (refused.value.reason_name, refused.value.metadata) == ("NOT_FOUND", {"resource": "invoice"})
-        with pytest.raises(MeshError) as refused:
-            await noted(mesh, stranger, found, 1)
-        assert refused.value.reason_name == "NOT_FOUND"
-    assert not (await ask(mesh, stranger, "ListInvoices", pb.ListInvoicesRequest())).invoices
-    assert not (await ask(mesh, stranger, "ListCredits", pb.ListCreditsRequest())).credits
-
-
-async def test_invoices_are_listed_page_by_page(mesh: Mesh) -> None:
-    """First first, each once; a token of another making is refused."""
-    tenant = mesh.new_tenant()
-    await subscribe(mesh, tenant, "starter", ended(5).start_time)
-    for ago in (4, 3, 2):
-        await close(mesh, tenant, ended(ago))
-    first = await ask(mesh, tenant, "ListInvoices", pb.ListInvoicesRequest(page_size=2))
-    rest = await ask(mesh, tenant, "ListInvoices", pb.ListInvoicesRequest(page_size=2, page_token=first.next_page_token))
-    assert [[invoice.number for invoice in page.invoices] for page in (first, rest)] == [[1, 2], [3]]
-    assert rest.next_page_token == ""
-    with pytest.raises(MeshError) as refused:
-        await ask(mesh, tenant, "ListCredits", pb.ListCreditsRequest(page_token=first.next_page_token))
-    assert refused.value.metadata["field"] == "page_token"
 
 
 @pytest.mark.parametrize("method", ["CloseInvoice", "IssueCreditNote", "GrantCredit", "SetSubscription"])
