@@ -1,10 +1,13 @@
 """Composition root of the metering service: builds everything by constructor, closes everything in reverse order."""
 
+import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
+from mesh.metering.v1.invoice_service_pb2_grpc import add_InvoiceServiceServicer_to_server
 from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
 from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
@@ -15,6 +18,9 @@ from services.kernel.migrate import MigrationRefused, migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.metering.adapters.postgres_billing import PostgresBilling
+from services.metering.adapters.postgres_billing_plans import billing_plan_changes, load_billing_plans
+from services.metering.adapters.postgres_closings import PostgresClosings
 from services.metering.adapters.postgres_epochs import PostgresEpochs
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.adapters.postgres_ledger import PostgresLedger
@@ -22,11 +28,17 @@ from services.metering.adapters.postgres_prices import PostgresPrices, load_pric
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
 from services.metering.adapters.ratelimit_client import RemoteLimits
+from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
+from services.metering.billing.desk import InvoiceDesk
+from services.metering.billing.monthly_job import MonthlyJob
+from services.metering.billing.plan_file import BillingPlansRefused, describe, parse_billing_plans
+from services.metering.billing.terms import PlanVersion
 from services.metering.lease_sweeper import LeaseSweeper
 from services.metering.ledger import Ledger
 from services.metering.outbox import OutboxRelay
 from services.metering.price_book import PriceBookRefused, parse_price_book
 from services.metering.price_catalog import PriceCatalog
+from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
 from services.metering.servicers.lifecycle import LifecycleServicer
 from services.metering.servicers.prices import PriceServicer
@@ -68,7 +80,7 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         stack.push_async_callback(database.close)
         jobs = await JobsDatabase.open(
             settings.postgres_jobs_dsn.get_secret_value(),
-            max_size=3,
+            max_size=5,
             application_name="metering-jobs",
             transaction_pooling=settings.postgres_transaction_pooling,
         )
@@ -85,11 +97,18 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, proves=TenantProof(verifier).proves)
         # Closed before the loops: what its last batches end is still told.
         stack.push_async_callback(ledger.close)
-        server = MeshServer(settings, servicers=_registrations(ledger, catalog, database, jobs), resolver=resolver, verifier=verifier)
+        billing, closings = PostgresBilling(database), PostgresClosings(jobs)
+        desk = InvoiceDesk(billing, closings)
+        grace = timedelta(hours=settings.invoice_grace_hours)
+        monthly = MonthlyJob(closings, desk, RemoteTenantPlans(to_tenant), grace=grace, poll_seconds=settings.invoice_poll_seconds)
+        invoices: Registration = (add_InvoiceServiceServicer_to_server, InvoiceServicer(billing, desk), "mesh.metering.v1.InvoiceService")
+        servicers = [*_registrations(ledger, catalog, database, jobs), invoices]
+        server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         background.start("outbox_deleter", relay.run_deleter)
         background.start("outbox_sender", relay.run_sender)
         background.start("outbox_poller", relay.run_poller)
         background.start("lease_sweeper", sweeper.run)
+        background.start("monthly_invoices", monthly.run)
         return MeteringApp(server, background, ledger, database, jobs, stack.pop_all())
 
 
@@ -110,7 +129,7 @@ def _channel(stack: AsyncExitStack, settings: MeteringSettings, address: str, se
 
 
 async def migrate_schema(settings: MeteringSettings) -> None:
-    """Brings the schema forward, then loads the price book. Idempotent. Raises: MigrationRefused."""
+    """Brings the schema forward, then loads the price book and the billing plans. Idempotent. Raises: MigrationRefused."""
     admin_dsn = settings.postgres_admin_dsn.get_secret_value()
     try:
         versions = parse_price_book(settings.price_book_path.read_text())
@@ -118,12 +137,39 @@ async def migrate_schema(settings: MeteringSettings) -> None:
         raise MigrationRefused(f"the price book {settings.price_book_path} cannot be read: {error.strerror}") from None
     except PriceBookRefused as error:
         raise MigrationRefused(str(error)) from None
+    plans = _read_billing_plans(settings)
     roles = {"service": settings.postgres_dsn.get_secret_value(), "jobs": settings.postgres_jobs_dsn.get_secret_value()}
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
     admin = await JobsDatabase.open(admin_dsn, max_size=1, application_name="metering-migrate")
     try:
         await load_price_book(admin, versions)
-    except PriceBookRefused as error:
+        await load_billing_plans(admin, plans)
+    except (PriceBookRefused, BillingPlansRefused) as error:
         raise MigrationRefused(str(error)) from None
     finally:
         await admin.close()
+
+
+def preview_billing_plans(settings: MeteringSettings) -> str:
+    """Says in a line each what `migrate` would load of the billing plans, and loads nothing. Raises: MigrationRefused."""
+    return asyncio.run(_preview(settings))
+
+
+async def _preview(settings: MeteringSettings) -> str:
+    plans = _read_billing_plans(settings)
+    admin = await JobsDatabase.open(settings.postgres_admin_dsn.get_secret_value(), max_size=1, application_name="metering-preview")
+    try:
+        return describe(await billing_plan_changes(admin, plans))
+    except BillingPlansRefused as error:
+        raise MigrationRefused(str(error)) from None
+    finally:
+        await admin.close()
+
+
+def _read_billing_plans(settings: MeteringSettings) -> list[PlanVersion]:
+    try:
+        return parse_billing_plans(settings.billing_plans_path.read_text())
+    except OSError as error:
+        raise MigrationRefused(f"the billing plans {settings.billing_plans_path} cannot be read: {error.strerror}") from None
+    except BillingPlansRefused as error:
+        raise MigrationRefused(str(error)) from None

@@ -20,6 +20,7 @@ from services.kernel.settings import (
 )
 
 PACKAGED_PRICE_BOOK = Path(__file__).parent / "prices.yaml"
+PACKAGED_BILLING_PLANS = Path(__file__).parent / "billing_plans.yaml"
 
 
 class MeteringSettings(ServiceSettings):
@@ -35,6 +36,11 @@ class MeteringSettings(ServiceSettings):
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     price_book_path: Path = Field(default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`")
+    billing_plans_path: Path = Field(
+        default=PACKAGED_BILLING_PLANS, description="what plans charge, YAML; read by `migrate` and `preview-billing-plans`"
+    )
+    invoice_grace_hours: float = Field(default=48.0, ge=0.0, description="a billing period is closed by itself this long after its end")
+    invoice_poll_seconds: float = Field(default=300.0, gt=0.0, description="pause between looks for periods to close")
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")

@@ -10,6 +10,11 @@ CALLS = "postgres:metering.calls"
 ENTRIES = "postgres:metering.entries"
 UNITS = "postgres:metering.unit_entries"
 EPOCHS = "postgres:metering.tenant_epochs"
+SUBSCRIPTIONS = "postgres:metering.subscriptions"
+CREDITS = "postgres:metering.credits"
+INVOICES = "postgres:metering.invoices"
+# What was billed is the operator's book: kept for ever, with the id alone.
+BILLING_TABLES = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
 
 
 class TenantRecords(Protocol):
@@ -28,5 +33,5 @@ class TenantRecords(Protocol):
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
-        """Yields each record's kind and its JSON object: calls, then entries, then entries of units, each in order of reservation."""
+        """Yields each record's kind and its JSON object: of calls, entries, uses of units, plans, credits, whole invoices."""
         ...

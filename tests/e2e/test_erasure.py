@@ -31,6 +31,8 @@ KEPT = {
     "tenant.audit", "tenant.audit_documents", "tenant.audit_chains", "tenant.request_directory", "tenant.changes", "tenant.sagas",
     "tenant.saga_steps", "tenant.events", "tenant.erasure_receipts",
     "metering.calls", "metering.entries", "metering.unit_entries", "metering.tenant_epochs", "metering.outbox", "metering.erased_tenants",
+    "metering.subscriptions", "metering.credits", "metering.invoice_closings", "metering.invoices", "metering.invoice_lines",
+    "metering.credit_uses", "metering.credit_notes",
     "inference.erased_tenants", "retrieval.erased_tenants",
     "tenant_keys.destroyed_tenants",
 }  # fmt: skip

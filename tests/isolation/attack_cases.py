@@ -4,6 +4,7 @@ Well-formed on purpose: where a guard fails, the request must really do its harm
 """
 
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -126,6 +127,7 @@ CASES: Mapping[str, Case] = {
     "/mesh.tenant.v1.SecretService/GetProviderKeyInfo": _nothing,
     "/mesh.tenant.v1.SecretService/GetProviderKey": _nothing,
     "/mesh.tenant.v1.PlanService/ListPlans": _nothing,
+    "/mesh.tenant.v1.PlanService/GetTenantPlan": lambda ids: {"tenant_id": ids.tenant_id.bytes},
     "/mesh.tenant.v1.ConfigurationService/GetConfiguration": _nothing,
     "/mesh.tenant.v1.ConfigurationService/UpdateConfiguration": lambda ids: {
         "overrides": {"ai": {"assistant_name": TAMPERED}},
@@ -254,6 +256,21 @@ CASES: Mapping[str, Case] = {
         "recent_seconds": 3_600,
     },
     "/mesh.metering.v1.PriceService/GetPriceBook": _nothing,
+    "/mesh.metering.v1.InvoiceService/GetDraftInvoice": _nothing,
+    "/mesh.metering.v1.InvoiceService/CloseInvoice": lambda ids: {"period_start": datetime(2026, 1, 1, tzinfo=UTC)},
+    "/mesh.metering.v1.InvoiceService/ListInvoices": _nothing,
+    "/mesh.metering.v1.InvoiceService/GetInvoice": lambda ids: {"invoice_id": ids.invoice_id},
+    "/mesh.metering.v1.InvoiceService/ListInvoiceLineEntries": lambda ids: {"invoice_id": ids.invoice_id, "line_number": 1},
+    "/mesh.metering.v1.InvoiceService/RenderInvoice": lambda ids: {"invoice_id": ids.invoice_id, "format": 1},
+    "/mesh.metering.v1.InvoiceService/IssueCreditNote": lambda ids: {
+        "credit_note_id": str(new_uuid7()),
+        "invoice_id": ids.invoice_id,
+        "amount": {"nano_usd": 1},
+        "reason": TAMPERED,
+    },
+    "/mesh.metering.v1.InvoiceService/GrantCredit": lambda ids: {"credit_id": str(new_uuid7()), "amount": {"nano_usd": 10**15}},
+    "/mesh.metering.v1.InvoiceService/ListCredits": lambda ids: {"page_size": 1000},
+    "/mesh.metering.v1.InvoiceService/SetSubscription": lambda ids: {"subscription_id": str(new_uuid7()), "plan": "free"},
     "/mesh.metering.v1.UsageService/GetUsageReport": _nothing,
     "/mesh.metering.v1.UsageService/ListCalls": lambda ids: {"page_size": 1000},
     "/mesh.metering.v1.UsageService/GetCall": lambda ids: {"call_id": ids.call_id},

@@ -13,8 +13,8 @@ import grpc
 from pydantic import SecretStr
 
 from mesh.common.v1 import lifecycle_service_pb2_grpc
+from mesh.metering.v1 import invoice_service_pb2_grpc, ledger_service_pb2_grpc, price_service_pb2_grpc, usage_service_pb2_grpc
 from mesh.metering.v1 import ledger_service_pb2 as pb
-from mesh.metering.v1 import ledger_service_pb2_grpc, price_service_pb2_grpc, usage_service_pb2_grpc
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.settings import ServiceSettings
@@ -50,6 +50,8 @@ def settings_for(admin_dsn: str, peers: Peers, **overrides: object) -> MeteringS
         "lease_seconds": 60.0,
         "sweep_seconds": 3_600.0,
         "relay_poll_seconds": 0.1,
+        # Periods are closed when a test says so.
+        "invoice_grace_hours": 1_000_000.0,
         "drain_seconds": 0.0,
     }
     return MeteringSettings.model_validate(values | overrides)
@@ -83,6 +85,7 @@ class Outside:
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.prices = price_service_pb2_grpc.PriceServiceStub(self.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel)
+        self.invoices = invoice_service_pb2_grpc.InvoiceServiceStub(self.channel)
 
 
 class Mesh:
@@ -97,6 +100,7 @@ class Mesh:
         self.ratelimit = Caller("ratelimit", app.server.bound_port)
         self.tenant_service = Caller("tenant", app.server.bound_port)
         self.outside = Outside(app.server.bound_port)
+        self.to_peers = MeshChannel(peers.address, settings=settings, target_service="tenant")
 
     @property
     def limits(self):
@@ -107,6 +111,7 @@ class Mesh:
         """Stops the service and its callers."""
         for caller in (self.inference, self.ratelimit, self.tenant_service, self.outside):
             await caller.channel.close()
+        await self.to_peers.close()
         await self.app.server.stop()
         await self.app.close()
 

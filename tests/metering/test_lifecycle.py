@@ -4,6 +4,7 @@ import orjson
 
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
+from tests.metering.billing import USD, close, ended, grant, recomputed, subscribe, use_units
 from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref
 
 
@@ -116,3 +117,29 @@ async def test_uses_of_an_erased_tenant_are_kept_without_names(mesh: Mesh) -> No
     assert found[("postgres:metering.unit_entries", "tenant")].found_count == 2
     assert all(store.kept for store in found.values())
     assert not any(store.canary_count for store in scan.stores if store.sight == "tenant")
+
+
+async def test_what_was_billed_is_exported_and_outlives_the_tenant(mesh: Mesh) -> None:
+    """Plans, credits and whole invoices are in the export; an erasure leaves them as they are, and they can still be made again."""
+    tenant = mesh.new_tenant()
+    await subscribe(mesh, tenant, "starter", ended(3).start_time)
+    await grant(mesh, tenant, 5 * USD)
+    await use_units(mesh, tenant, ended(2).start_time, quantity=30)
+    invoices = [await close(mesh, tenant, ended(ago)) for ago in (2, 1)]
+    exported = await export(mesh, tenant)
+    kinds = [kind.partition(".")[2] for kind, _ in exported]
+    assert [kinds.count(kind) for kind in ("subscriptions", "credits", "invoices")] == [1, 1, 2]
+    first, second = [record for kind, record in exported if kind.endswith(".invoices")]
+    assert [record["invoice_id"] for record in (first, second)] == [invoice.invoice_id for invoice in invoices]
+    assert [(line["name"], line["quantity"]) for line in first["lines"]] == [("base", 1), ("ai_interviews", 20), ("ai_interviews", 10)]
+    assert first["credit_uses"][0]["amount_nano_usd"] == 5 * USD
+    await erase(mesh, tenant)
+    assert await export(mesh, tenant) != []
+    assert await recomputed(mesh, tenant) == []
+    caller = mesh.tenant_service
+    scan = await caller.channel.unary(
+        caller.lifecycle.ScanTenant, pb.ScanTenantRequest(canaries=["user-1"]), timeout_seconds=20, tenant=tenant.context
+    )
+    found = {store.store.partition(".")[2] for store in scan.stores if store.found_count}
+    assert found >= {"subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses"}
+    assert all(store.kept for store in scan.stores if store.found_count)

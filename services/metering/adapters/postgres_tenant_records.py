@@ -6,7 +6,7 @@ from uuid import UUID
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.tenant_scan import ScannedStore, scan_schema
-from services.metering.tenant_records import CALLS, ENTRIES, UNITS
+from services.metering.tenant_records import BILLING_TABLES, CALLS, CREDITS, ENTRIES, INVOICES, SUBSCRIPTIONS, UNITS
 
 CHUNK = 500
 _BEFORE_ALL = UUID(int=0)
@@ -29,7 +29,9 @@ SELECT reservation_id FROM blanked ORDER BY reservation_id
 LOCK_TENANT = "SELECT pg_advisory_xact_lock(metering.tenant_lock($1))"
 INSERT_TOMBSTONE = "INSERT INTO metering.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
 # The books stay, with the id and without names; what is still under way ends in them.
-KEPT = frozenset({"calls", "entries", "unit_entries", "tenant_epochs", "call_leases", "outbox", "erased_tenants"})
+KEPT = frozenset(
+    ("calls", "entries", "unit_entries", "tenant_epochs", "call_leases", "outbox", "erased_tenants", *BILLING_TABLES),
+)
 EXPORT_CALLS = """
 SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
     SELECT tenant_id, reservation_id, state, call_id, attempt, open_epoch, reserve_time, open_time, dispatch_deadline, bound_tokens,
@@ -52,6 +54,42 @@ SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record F
     FROM metering.unit_entries WHERE tenant_id = $1 AND (reservation_id, 1::smallint) > ($2, $3::smallint) ORDER BY reservation_id LIMIT $4
 ) r ORDER BY r.reservation_id
 """
+# Whole invoices: each with its closing, its lines, what credits paid and what was taken back.
+EXPORT_INVOICES = """
+SELECT '00000000-0000-0000-0000-000000000000'::uuid AS reservation_id, r.number, row_to_json(r)::text AS record FROM (
+    SELECT i.tenant_id, i.number, c.invoice_id, c.period_start, c.period_end, c.close_time, c.tier_plan, i.charges_nano_usd,
+           i.carried_in_nano_usd, i.credits_nano_usd, i.due_nano_usd, i.carried_out_nano_usd, encode(i.digest, 'hex') AS digest,
+           (SELECT json_agg(row_to_json(l) ORDER BY l.line_number) FROM metering.invoice_lines l
+            WHERE l.tenant_id = i.tenant_id AND l.number = i.number) AS lines,
+           (SELECT json_agg(row_to_json(u) ORDER BY u.position) FROM metering.credit_uses u
+            WHERE u.tenant_id = i.tenant_id AND u.number = i.number) AS credit_uses,
+           (SELECT json_agg(row_to_json(n) ORDER BY n.issue_time) FROM metering.credit_notes n
+            WHERE n.tenant_id = i.tenant_id AND n.number = i.number) AS credit_notes
+    FROM metering.invoices i JOIN metering.invoice_closings c ON c.tenant_id = i.tenant_id AND c.number = i.number
+    WHERE i.tenant_id = $1 AND $2::uuid IS NOT NULL AND i.number > $3::integer ORDER BY i.number LIMIT $4
+) r ORDER BY r.number
+"""
+EXPORT_CREDITS = """
+SELECT r.credit_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, credit_id, amount_nano_usd, priority, effective_time, expire_time, reason, record_time
+    FROM metering.credits WHERE tenant_id = $1 AND (credit_id, 1::smallint) > ($2, $3::smallint) ORDER BY credit_id LIMIT $4
+) r ORDER BY r.credit_id
+"""
+EXPORT_SUBSCRIPTIONS = """
+SELECT r.subscription_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, subscription_id, number, plan, effective_time, anchor_day, record_time
+    FROM metering.subscriptions WHERE tenant_id = $1 AND (subscription_id, 1::smallint) > ($2, $3::smallint)
+    ORDER BY subscription_id LIMIT $4
+) r ORDER BY r.subscription_id
+"""
+EXPORTS = (
+    (CALLS, EXPORT_CALLS),
+    (ENTRIES, EXPORT_ENTRIES),
+    (UNITS, EXPORT_UNITS),
+    (SUBSCRIPTIONS, EXPORT_SUBSCRIPTIONS),
+    (CREDITS, EXPORT_CREDITS),
+    (INVOICES, EXPORT_INVOICES),
+)
 
 
 class PostgresTenantRecords:
@@ -86,7 +124,7 @@ class PostgresTenantRecords:
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
         """Yields each record's kind and its JSON object."""
-        for kind, sql in ((CALLS, EXPORT_CALLS), (ENTRIES, EXPORT_ENTRIES), (UNITS, EXPORT_UNITS)):
+        for kind, sql in EXPORTS:
             after, number = _BEFORE_ALL, 0
             while True:
                 async with self._database.transaction(tenant_id) as connection:

@@ -27,7 +27,7 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         return pb.EraseTenantResponse(erased=[pb.ErasedRecords(kind=CALLS, count=count)])
 
     async def ExportTenant(self, request: pb.ExportTenantRequest, context: object) -> AsyncIterator[pb.ExportTenantResponse]:
-        """Streams the tenant's calls, entries and entries of units."""
+        """Streams the tenant's calls, entries, entries of units, subscriptions, credits and invoices."""
         async for kind, record in self._records.export(current_tenant_id()):
             yield pb.ExportTenantResponse(kind=kind, record_json=record.encode())
 
