@@ -26,20 +26,32 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
     def __init__(self) -> None:
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self.credentials: dict[str, UUID] = {}
+        self.operators: set[str] = set()
 
     def token(self, tenant_id: UUID, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None) -> str:
         """A context token of the tenant, signed by the published key unless told otherwise."""
         now = datetime.now(UTC)
-        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="free", region="local", subject="key:test", scopes=["usage:read"])
+        scopes = ["usage:read", "usage:write"]
+        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="free", region="local", subject="key:test", scopes=scopes)
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + lifetime)
         return mint(claims, key or self._key)
+
+    def operator_token(self) -> str:
+        """A context token of an operator who named no tenant."""
+        now = datetime.now(UTC)
+        claims = TenantClaims(subject="operator:test", scopes=["operator:tenants"], operator=True)
+        claims.issue_time.FromDatetime(now)
+        claims.expire_time.FromDatetime(now + timedelta(seconds=300))
+        return mint(claims, self._key)
 
     async def GetContextKeys(self, request: auth_pb.GetContextKeysRequest, context: Any) -> auth_pb.GetContextKeysResponse:
         public = self._key.private_key.public_key().public_bytes_raw()
         return auth_pb.GetContextKeysResponse(keys=[auth_pb.ContextKey(key_id=self._key.key_id, public_key=public)])
 
     async def Authenticate(self, request: auth_pb.AuthenticateRequest, context: Any) -> auth_pb.AuthenticateResponse:
+        if request.credential in self.operators:
+            return auth_pb.AuthenticateResponse(context_token=self.operator_token())
         tenant_id = self.credentials.get(request.credential)
         if tenant_id is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")
