@@ -28,6 +28,7 @@ SHARED_TABLES = {
     "change_turn",
     "prices",
     "price_versions",
+    "event_types",
     "schema_migrations",
     "pg_namespace",
     "pg_database",

@@ -39,9 +39,10 @@ APPEND_ONLY = (
     "tenant.audit_documents",
     "metering.prices",
     "metering.price_versions",
+    "metering.event_types",
 )
 SHARED_TABLES = {
-    "metering": ("prices", "price_versions"),
+    "metering": ("prices", "price_versions", "event_types"),
     "tenant": (
         "plan_catalogs",
         "plans",
@@ -67,6 +68,7 @@ JOBS_MAY = {
     "metering.call_leases": {"SELECT", "DELETE"},
     "metering.entries": {"SELECT", "INSERT"},
     "metering.unit_entries": {"SELECT"},
+    "metering.events": {"SELECT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "retrieval.documents": {"SELECT"},
     "retrieval.retrieval_placed_tenants": {"SELECT"},
@@ -163,7 +165,7 @@ async def test_the_feed_loses_nothing_younger_than_an_hour(mesh: Mesh, admin: as
 async def test_what_was_recorded_cannot_be_changed(mesh: Mesh, table: str, attacker: Target) -> None:
     """Entries, audit and prices refuse UPDATE and DELETE to their own service, for the tenant's own rows too."""
     schema, _, name = table.partition(".")
-    column = "version" if name.startswith("price") else "tenant_id"
+    column = {"prices": "version", "price_versions": "version", "event_types": "product"}.get(name, "tenant_id")
     for role in ("service", "jobs"):
         async with as_role(mesh.stack, schema, role) as connection:
             await connection.fetch(SET_SESSION, str(attacker.tenant_id))

@@ -13,8 +13,8 @@ import grpc
 from pydantic import SecretStr
 
 from mesh.common.v1 import lifecycle_service_pb2_grpc
-from mesh.metering.v1 import ledger_service_pb2 as pb
 from mesh.metering.v1 import event_service_pb2_grpc, ledger_service_pb2_grpc, price_service_pb2_grpc, usage_service_pb2_grpc
+from mesh.metering.v1 import ledger_service_pb2 as pb
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.settings import ServiceSettings

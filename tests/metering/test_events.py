@@ -155,7 +155,7 @@ async def test_types_are_listed_in_pages(mesh: Mesh) -> None:
 
 
 async def test_an_event_is_taken_back_once_for_ever(mesh: Mesh) -> None:
-    """Its quantity once more, negative, at the same time of use; repeated, also at once and with another reason, it is the same reversal."""
+    """Its quantity once more, negative, at the same time of use; repeated, at once or for another reason, it is the same reversal."""
     tenant, time = mesh.new_tenant(), datetime(2026, 2, 3, tzinfo=UTC)
     sent = event("one", quantity=5, time=time, metadata={"room": "7"})
     await record(mesh, tenant, [sent, event("two", quantity=2)])

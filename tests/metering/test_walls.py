@@ -7,9 +7,10 @@ import pytest
 
 from services.kernel.catalog import violations
 from services.kernel.ids import TenantId, new_uuid7
+from tests.metering import events
 from tests.metering.mesh import Mesh, bill, dsn_of
 
-TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries")
+TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims")
 BOOKS = ("entries", "unit_entries")
 
 
@@ -17,7 +18,7 @@ async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) ->
     """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
     connection = await asyncpg.connect(ledger_dsn)
     try:
-        assert await violations(connection, "metering", shared_tables=("price_versions", "prices")) == []
+        assert await violations(connection, "metering", shared_tables=("price_versions", "prices", "event_types")) == []
     finally:
         await connection.close()
 
@@ -60,6 +61,11 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await mesh.settle(bill((await mesh.opened(one, epoch=1)).ref))
     await mesh.opened(one, epoch=1)
     await mesh.record(mesh.use(one, epoch=1))
+    await events.register(mesh)
+    await events.record(mesh, one, [events.event()])
+    # What is in the outbox is on its way out.
+    planted = await mesh.admin.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", one.id)
+    assert planted > 0 or table == "outbox"
     async with mesh.app.database.transaction(TenantId(other.id)) as connection:
         assert await connection.fetchval(f"SELECT count(*) FROM metering.{table}") == 0
         assert await connection.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", one.id) == 0
