@@ -110,7 +110,7 @@ class Sender:
 
 
 async def test_a_killed_service_loses_no_answered_event_and_counts_none_twice(mesh: Mesh, mortal: Mortal, admin: asyncpg.Pool) -> None:
-    """Killed while several callers record: every batch is there whole or not at all, the answered ones are, and the retry completes the rest."""
+    """Killed while several callers record: each batch is there whole or not at all, each answered one is, a retry completes the rest."""
     await register(mesh)
     tenant = mesh.new_tenant()
     senders = [Sender(tenant, mortal.port, number) for number in range(CALLERS)]
