@@ -95,7 +95,8 @@ class EventLog:
 
     async def _refusals(self, events: Sequence[Event]) -> Sequence[Recorded | None]:
         """Returns the refusal of each event, or nothing at all when none is refused."""
-        unknown = await self._types.unknown({TypeName(event.product, event.event_type) for event in events})
+        names = {(event.product, event.event_type) for event in events}
+        unknown = await self._types.unknown({TypeName(*name) for name in names})
         latest_us = int((self._clock() + FUTURE_BOUND).timestamp() * 1_000_000)
         if not unknown and max(event.occurred_us for event in events) <= latest_us:
             return ()

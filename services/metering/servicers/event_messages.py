@@ -1,7 +1,6 @@
 """Messages of events as values, and values as messages. Refuses what the contract's rules cannot say: NUL in a text, times out of range."""
 
 from collections.abc import Sequence
-from uuid import UUID
 
 import orjson
 
@@ -29,10 +28,10 @@ def event_type_message(value: EventType) -> pb.EventType:
 def events(request: pb.RecordEventsRequest, tenant_id: bytes) -> list[Event]:
     """Reads the events and gives each the id it will have. Raises: InvalidRequest."""
     minted = new_uuid7s(len(request.events))
-    return [_event(message, f"events[{index}]", tenant_id, minted[index]) for index, message in enumerate(request.events)]
+    return [_event(message, index, tenant_id, minted[index]) for index, message in enumerate(request.events)]
 
 
-def _event(message: pb.Event, where: str, tenant_id: bytes, event_id: bytes) -> Event:
+def _event(message: pb.Event, index: int, tenant_id: bytes, event_id: bytes) -> Event:
     source, name, product, kind = message.source, message.id, message.product, message.type
     user, feature, quantity, metadata = message.subject, message.feature, message.data.quantity, message.data.metadata
     # What the event is. When it happened is no part of it.
@@ -45,8 +44,8 @@ def _event(message: pb.Event, where: str, tenant_id: bytes, event_id: bytes) -> 
         extra = orjson.dumps(pairs).decode()
     digest = content_digest(texts)
     if digest is None:
-        raise InvalidRequest(where, "texts must not contain the NUL character")
-    occurred_us = micros(message.time, f"{where}.time")
+        raise InvalidRequest(f"events[{index}]", "texts must not contain the NUL character")
+    occurred_us = micros(message.time, f"events[{index}].time")
     return Event(tenant_id, source, name, event_id, digest, product, kind, quantity, occurred_us, user, feature, extra)
 
 
@@ -103,4 +102,6 @@ def recorded_event(row: LedgerEvent) -> pb.RecordedEvent:
 
 
 def _text(event_id: bytes) -> str:
-    return str(UUID(bytes=event_id)) if event_id else ""
+    # As a UUID writes itself, at a third of the price: thousands are written at once.
+    digits = event_id.hex()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}" if digits else ""
