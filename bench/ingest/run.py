@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from bench.ingest.pairs import opened_and_settled
-from bench.ingest.stored import fill_up_to
+from bench.ingest.stored import bytes_an_event, fill_up_to
 from bench.ingest.ways import Measured, by_copy, by_unnest, in_batches, one_by_one
 from bench.ingest.world import World, running_world
 
@@ -99,7 +99,7 @@ async def _with_stored(world: World, plan: Plan, count: int) -> dict[str, float]
         "fill_seconds": round(seconds, 1),
         "events_per_second": round(median(cost.per_second for cost in costs)),
         "ingest_cpu_us": round(median(cost.ingest_us for cost in costs), 2),
-    }
+    } | await bytes_an_event(world)
 
 
 def _figures(measured: Sequence[Measured]) -> dict[str, float]:

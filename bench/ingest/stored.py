@@ -21,7 +21,19 @@ SELECT $1, event_id, $5, '/interviews', event_id::text, $6, 1, $4 + n * interval
        'user-' || n % 100, ''
 FROM ids
 """
+SIZE = """
+SELECT (SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('metering.events'))::bigint AS row_bytes,
+       (SELECT count(*) FROM metering.events WHERE tenant_id IS NOT NULL) AS rows,
+       (SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('metering.event_claims'))::bigint AS claim_bytes,
+       (SELECT count(*) FROM metering.event_claims WHERE tenant_id IS NOT NULL) AS claims
+"""
 COUNT = "SELECT count(*) FROM metering.events WHERE tenant_id = $1"
+
+
+async def bytes_an_event(world: World) -> dict[str, float]:
+    """What a stored event takes, with its indexes: its row, and the claim that stays for ever."""
+    sizes = await world.admin.fetchrow(SIZE, timeout=FILL_SECONDS)
+    return {"row_bytes": round(sizes["row_bytes"] / sizes["rows"]), "claim_bytes": round(sizes["claim_bytes"] / sizes["claims"])}
 
 
 async def fill_up_to(world: World, count: int) -> float:

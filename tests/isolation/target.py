@@ -11,7 +11,7 @@ from devstack.environment import TENANTS_OWN_KEYS
 from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
-from mesh.metering.v1 import usage_service_pb2
+from mesh.metering.v1 import event_service_pb2, usage_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
 from mesh.tenant.v1 import (
     api_key_service_pb2,
@@ -30,6 +30,8 @@ from tests.support.mesh import Mesh
 from tests.support.waiting import eventually
 
 ON_RECORD_SECONDS = 90.0
+EVENT_SOURCE = "/planting"
+EVENT_TYPE = {"product": "planting", "type": "thing.planted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool", *, sealed: bool = True) -> Target:
-    """Makes a tenant with keys, two documents, a prompt, a conversation with turns, a settled call and a use of units, all with its canary.
+    """Makes a tenant with keys, documents, a prompt, a conversation with turns, a settled call, a use of units, events: all its canary's.
 
     Its content is sealed under its own key, as its plan has it, unless told.
     """
@@ -134,6 +136,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolatio
     await eventually(lambda: _read_is_on_record(mesh, metadata, call_id), within_seconds=ON_RECORD_SECONDS)
     call = (await mesh.client.usage.GetCall(usage_service_pb2.GetCallRequest(call_id=call_id), metadata=metadata)).attempts[0]
     await _plant_use(mesh, surface, tenant, canary)
+    await _plant_events(mesh, surface, metadata, canary, listed_documents[0].document_key)
     made = await _must(
         surface,
         "tenant",
@@ -256,6 +259,29 @@ async def _plant_use(mesh: Mesh, surface: Surface, tenant: DemoTenant, canary: s
     assert list(recorded.messages[0].outcomes) == [1]  # type: ignore[attr-defined] # as above
 
 
+async def _plant_events(mesh: Mesh, surface: Surface, metadata: Metadata, canary: str, name: str) -> None:
+    """Records two events, one of them by a name that attacks use."""
+    operator = operator_credentials(mesh.stack.state.secrets.operator_key, "planting")
+    event_type = event_service_pb2.EventType(**EVENT_TYPE, unit="things", aggregation=event_service_pb2.AGGREGATION_SUM)
+    known = event_service_pb2.RegisterEventTypeRequest(event_type=event_type)
+    await _must(surface, "metering", "EventService/RegisterEventType", known, operator)
+    events = [
+        event_service_pb2.Event(
+            id=event_id,
+            source=EVENT_SOURCE,
+            **EVENT_TYPE,
+            subject=f"user-{canary}",
+            feature=f"feature_{canary}",
+            data=event_service_pb2.EventData(quantity=3, metadata={"note": canary}),
+        )
+        for event_id in (name, f"second-{canary}")
+    ]
+    for event in events:
+        event.time.GetCurrentTime()
+    recorded = await _must(surface, "metering", "EventService/RecordEvents", event_service_pb2.RecordEventsRequest(events=events), metadata)
+    assert [result.outcome for result in recorded.messages[0].results] == [1, 1]  # type: ignore[attr-defined] # as above
+
+
 async def _plant_settings(surface: Surface, metadata: Metadata, canary: str) -> None:
     for name in (canary, f"{canary} again"):
         request = configuration_service_pb2.UpdateConfigurationRequest(
@@ -270,6 +296,7 @@ async def _page_tokens(surface: Surface, metadata: Metadata, conversation_id: st
     for port, method in (
         ("retrieval", "DocumentService/ListDocuments"),
         ("inference", "ConversationService/ListTurns"),
+        ("metering", "EventService/ListEvents"),
         ("tenant", "ApiKeyService/ListApiKeys"),
         ("tenant", "UserService/ListUsers"),
         ("tenant", "ConfigurationService/ListConfigurationChanges"),
