@@ -29,9 +29,9 @@ class _AggregationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Aggregati
     AGGREGATION_UNSPECIFIED: _Aggregation.ValueType  # 0
     """Never sent."""
     AGGREGATION_SUM: _Aggregation.ValueType  # 1
-    """The sum of their quantities."""
+    """The sum of their quantities, reversals among them."""
     AGGREGATION_COUNT: _Aggregation.ValueType  # 2
-    """How many there are, whatever their quantities."""
+    """How many there are that were not taken back, whatever their quantities."""
     AGGREGATION_MAX: _Aggregation.ValueType  # 3
     """The highest of their quantities, of those that were not taken back."""
 
@@ -41,9 +41,9 @@ class Aggregation(_Aggregation, metaclass=_AggregationEnumTypeWrapper):
 AGGREGATION_UNSPECIFIED: Aggregation.ValueType  # 0
 """Never sent."""
 AGGREGATION_SUM: Aggregation.ValueType  # 1
-"""The sum of their quantities."""
+"""The sum of their quantities, reversals among them."""
 AGGREGATION_COUNT: Aggregation.ValueType  # 2
-"""How many there are, whatever their quantities."""
+"""How many there are that were not taken back, whatever their quantities."""
 AGGREGATION_MAX: Aggregation.ValueType  # 3
 """The highest of their quantities, of those that were not taken back."""
 Global___Aggregation: _TypeAlias = Aggregation  # noqa: Y015
