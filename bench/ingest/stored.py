@@ -9,17 +9,16 @@ FILL_SECONDS = 600.0
 # Ids rise with time, as UUIDv7 does; their time is long before any that the service mints.
 FILL = """
 WITH made AS MATERIALIZED (
-    SELECT lpad(to_hex(n), 12, '0') || '-7000-8000-' || lpad(to_hex(n), 12, '0') AS tail, n FROM generate_series($2::bigint, $3::bigint) n
-), ids AS (
-    SELECT (substr(tail, 1, 8) || '-' || substr(tail, 9, 4) || substr(tail, 13))::uuid AS event_id, n FROM made
+    SELECT lpad(to_hex(n), 12, '0') AS digits, $4::timestamptz + n * interval '1 microsecond' AS record_time, n
+    FROM generate_series($2::bigint, $3::bigint) n
+), ids AS MATERIALIZED (
+    SELECT (substr(digits, 1, 8) || '-' || substr(digits, 9) || '-7000-8000-' || digits)::uuid AS event_id, record_time, n FROM made
 ), claimed AS (
     INSERT INTO metering.event_claims (tenant_id, source, id, digest, event_id, record_time)
-    SELECT $1, '/interviews', event_id::text, sha256(event_id::text::bytea), event_id, $4 + n * interval '1 microsecond' FROM ids
+    SELECT $1, '/interviews', event_id::text, sha256(event_id::text::bytea), event_id, record_time FROM ids
 )
 INSERT INTO metering.events (tenant_id, event_id, product, source, id, event_type, quantity, occurred_at, record_time, user_name, feature)
-SELECT $1, event_id, $5, '/interviews', event_id::text, $6, 1, $4 + n * interval '1 microsecond', $4 + n * interval '1 microsecond',
-       'user-' || n % 100, ''
-FROM ids
+SELECT $1, event_id, $5, '/interviews', event_id::text, $6, 1, record_time, record_time, 'user-' || n % 100, '' FROM ids
 """
 SIZE = """
 SELECT (SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('metering.events'))::bigint AS row_bytes,
