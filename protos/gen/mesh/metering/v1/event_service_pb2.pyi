@@ -391,9 +391,11 @@ class RecordEventResult(_message.Message):
     event_id: _builtins.str
     """RECORDED, DUPLICATE and CONFLICT: the ledger's own id of the event that stands, 36 characters."""
     recorded_digest: _builtins.bytes
-    """CONFLICT: SHA-256 of the content that stands, 32 bytes."""
+    """CONFLICT: SHA-256 of the content that stands, 32 bytes: of source, id, product, type, quantity in decimal, subject and feature, then each key of
+    the metadata and its value, by key, as UTF-8 with a NUL between any two.
+    """
     sent_digest: _builtins.bytes
-    """CONFLICT: SHA-256 of the content that was sent, 32 bytes."""
+    """CONFLICT: likewise of the content that was sent."""
     def __init__(
         self,
         *,
