@@ -1,7 +1,7 @@
 """The services metering talks to, as scripted peers that speak their real contracts on loopback: tenant and ratelimit."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -27,11 +27,18 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self.credentials: dict[str, UUID] = {}
         self.operators: set[str] = set()
+        self.readers: set[str] = set()
 
-    def token(self, tenant_id: UUID, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None) -> str:
+    def token(
+        self,
+        tenant_id: UUID,
+        *,
+        lifetime: timedelta = timedelta(seconds=300),
+        key: SigningKey | None = None,
+        scopes: Sequence[str] = ("usage:read", "usage:write"),
+    ) -> str:
         """A context token of the tenant, signed by the published key unless told otherwise."""
         now = datetime.now(UTC)
-        scopes = ["usage:read", "usage:write"]
         claims = TenantClaims(tenant_id=tenant_id.bytes, tier="free", region="local", subject="key:test", scopes=scopes)
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + lifetime)
@@ -55,7 +62,8 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
         tenant_id = self.credentials.get(request.credential)
         if tenant_id is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")
-        return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id))
+        scopes = ("usage:read",) if request.credential in self.readers else ("usage:read", "usage:write")
+        return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id, scopes=scopes))
 
 
 class ScriptedLimits(limits_grpc.RateLimitServiceServicer):

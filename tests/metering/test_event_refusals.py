@@ -114,3 +114,15 @@ async def test_only_an_operator_registers_a_type(mesh: Mesh) -> None:
         await ask(mesh, tenant, "RegisterEventType", pb.RegisterEventTypeRequest(event_type=wanted))
     assert refused.value.reason_name == "CALLER_NOT_ALLOWED"
     assert await mesh.admin.fetchval("SELECT count(*) FROM metering.event_types WHERE product = 'p'") == 0
+
+
+async def test_a_key_that_only_reads_records_nothing_and_takes_nothing_back(mesh: Mesh) -> None:
+    """Without usage:write both are SCOPE_MISSING; listing is for usage:read."""
+    await register(mesh)
+    tenant, sent = mesh.new_tenant(), event("one")
+    mesh.peers.tenants.readers.add(f"key-{tenant.id}")
+    for attempt in (record(mesh, tenant, [sent]), reverse(mesh, tenant, sent)):
+        with pytest.raises(MeshError) as refused:
+            await attempt
+        assert (refused.value.reason_name, dict(refused.value.metadata)) == ("SCOPE_MISSING", {"scope": "usage:write"})
+    assert await listed(mesh, tenant) == []

@@ -11,7 +11,7 @@ from services.kernel.tenant_database import JobsDatabase
 MAKE_MONTH = "SELECT metering.make_event_month($1::date)"
 DROP_MONTH = "SELECT metering.drop_event_month($1::date)"
 SELECT_DROPPABLE = "SELECT month FROM metering.event_months_to_drop($1::timestamptz)"
-AS_OWNER = "SET LOCAL ROLE metering_owner; SET LOCAL lock_timeout = '2s'"
+AS_OWNER = "SET LOCAL ROLE metering_owner; SET LOCAL lock_timeout = '500ms'"
 
 
 class PostgresEventMonths:
