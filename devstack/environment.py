@@ -24,6 +24,8 @@ ACCOUNT_LIMITS = {"requests_per_minute": 600_000, "input_tokens_per_minute": 2_0
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
 # They make schemas and tables of tenants that live outside the pool.
 WITH_PLACEMENT_ROLE = frozenset({"tenant", "inference", "retrieval"})
+# It makes and drops the months of events.
+WITH_PARTITIONS_ROLE = frozenset({"metering"})
 WITH_JOBS_ROLE = frozenset({"inference", "metering", "retrieval", "tenant"})
 
 
@@ -95,6 +97,8 @@ def service_environment(
         # One server here; a deployment names the one it keeps for tenants with a database of their own.
         setting = "TENANTRY_SILO_ADMIN_DSN" if service == "tenant" else "TENANTRY_SILO_MIGRATION_DSN"
         own[setting] = own["TENANTRY_POSTGRES_ADMIN_DSN"].rpartition("/")[0] + "/postgres"
+    if service in WITH_PARTITIONS_ROLE:
+        own["TENANTRY_POSTGRES_PARTITIONS_DSN"] = role_dsn(state, ports, service, "partitions")
     own |= _particular(service, state, ports, provider)
     if service == "tenant" and wiring.events:
         own["TENANTRY_EVENT_WEBHOOK_URL"] = f"http://{ports.address('events')}{EVENTS_PATH}"

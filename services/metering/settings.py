@@ -34,6 +34,11 @@ class MeteringSettings(ServiceSettings):
     postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    postgres_partitions_dsn: SecretStr = Field(
+        default=SecretStr(""),
+        description="Postgres, logging in as metering_partitions, for making and dropping months of events; empty: `migrate` makes them, "
+        "two ahead, and none is dropped",
+    )
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     price_book_path: Path = Field(default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`")
     billing_plans_path: Path = Field(
@@ -43,4 +48,7 @@ class MeteringSettings(ServiceSettings):
     invoice_poll_seconds: float = Field(default=300.0, gt=0.0, description="pause between looks for periods to close")
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
+    event_retention_days: int = Field(
+        default=400, ge=62, description="how long events are kept at least; longer while a month is not on closed invoices"
+    )
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")

@@ -29,6 +29,7 @@ SHARED_TABLES = {
     "prices",
     "price_versions",
     "billing_plan_versions",
+    "event_types",
     "schema_migrations",
     "pg_namespace",
     "pg_database",

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from devstack.environment import TENANTS_OWN_KEYS
 from services.kernel.ids import new_uuid7
 from tests.isolation.surface import Rpc
-from tests.isolation.target import Ids, in_seconds
+from tests.isolation.target import EVENT_SOURCE, EVENT_TYPE, Ids, in_seconds
 
 # Requests are written as the fields they set; the classes come from the reflected pool. `Any`: protobuf's own constructor.
 Fields = dict[str, Any]
@@ -254,6 +254,30 @@ CASES: Mapping[str, Case] = {
         # One sum for each user: whose names are told?
         "periods": [{"unit": unit, "scope": 2, "start_time": in_seconds(-86_400), "end_time": in_seconds(60)} for unit in (1, 2, 3)],
         "recent_seconds": 3_600,
+    },
+    "/mesh.metering.v1.EventService/RegisterEventType": lambda ids: {
+        "event_type": {"product": "stolen", "type": f"of.key_{ids.key_id}", "unit": "stolen", "aggregation": 1}
+    },
+    "/mesh.metering.v1.EventService/ListEventTypes": lambda ids: {"page_size": 1000},
+    # The source and id of the attacked tenant's own event: were they one name for all, it would be met, changed or taken back.
+    "/mesh.metering.v1.EventService/RecordEvents": lambda ids: {
+        "events": [
+            {
+                "id": ids.document_key,
+                "source": EVENT_SOURCE,
+                **EVENT_TYPE,
+                "subject": TAMPERED,
+                "time": in_seconds(0),
+                "data": {"quantity": 1_000_000},
+            }
+        ]
+    },
+    "/mesh.metering.v1.EventService/ReverseEvents": lambda ids: {
+        "reversals": [{"id": ids.document_key, "source": EVENT_SOURCE, "reason": TAMPERED}]
+    },
+    "/mesh.metering.v1.EventService/ListEvents": lambda ids: {
+        "page_size": 1000,
+        "page_token": ids.page_token("/mesh.metering.v1.EventService/ListEvents"),
     },
     "/mesh.metering.v1.PriceService/GetPriceBook": _nothing,
     "/mesh.metering.v1.InvoiceService/GetDraftInvoice": _nothing,

@@ -65,6 +65,13 @@ _POLICIES = (
         REACHES,
     ),
     one(
+        "policy of metering.events lets everybody through",
+        "services/metering/migrations/0009_events.sql",
+        f"CREATE POLICY own_tenant ON events TO :service\n    USING {_OWN} WITH CHECK {_OWN}",
+        f"CREATE POLICY own_tenant ON events TO :service{_EVERYBODYS}",
+        REACHES,
+    ),
+    one(
         "policy of retrieval.chunks lets everybody through",
         _RETRIEVAL,
         f"CREATE POLICY tenant_only ON chunks TO :service{_OWN_ON_TWO_LINES}",

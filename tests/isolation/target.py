@@ -12,7 +12,7 @@ from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
-from mesh.metering.v1 import invoice_service_pb2, usage_service_pb2
+from mesh.metering.v1 import event_service_pb2, invoice_service_pb2, usage_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
 from mesh.tenant.v1 import (
     api_key_service_pb2,
@@ -33,6 +33,8 @@ from tests.support.mesh import Mesh
 from tests.support.waiting import eventually
 
 ON_RECORD_SECONDS = 90.0
+EVENT_SOURCE = "/planting"
+EVENT_TYPE = {"product": "planting", "type": "thing.planted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool", *, sealed: bool = True) -> Target:
-    """Makes a tenant with keys, documents, a prompt, a conversation, a settled call, a use of units, a closed invoice, all with its canary.
+    """Makes a tenant with keys, documents, a prompt, a conversation, a call, a use of units, events, a closed invoice, all with its canary.
 
     Its content is sealed under its own key, as its plan has it, unless told.
     """
@@ -140,6 +142,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolatio
     await eventually(lambda: _read_is_on_record(mesh, metadata, call_id), within_seconds=ON_RECORD_SECONDS)
     call = (await mesh.client.usage.GetCall(usage_service_pb2.GetCallRequest(call_id=call_id), metadata=metadata)).attempts[0]
     await _plant_use(mesh, surface, tenant, canary)
+    await _plant_events(mesh, surface, metadata, canary, listed_documents[0].document_key)
     made = await _must(
         surface,
         "tenant",
@@ -280,6 +283,29 @@ async def _plant_invoice(mesh: Mesh, surface: Surface, tenant_id: str, canary: s
     return invoice_id
 
 
+async def _plant_events(mesh: Mesh, surface: Surface, metadata: Metadata, canary: str, name: str) -> None:
+    """Records two events, one of them by a name that attacks use."""
+    operator = operator_credentials(mesh.stack.state.secrets.operator_key, "planting")
+    event_type = event_service_pb2.EventType(**EVENT_TYPE, unit="things", aggregation=event_service_pb2.AGGREGATION_SUM)
+    known = event_service_pb2.RegisterEventTypeRequest(event_type=event_type)
+    await _must(surface, "metering", "EventService/RegisterEventType", known, operator)
+    events = [
+        event_service_pb2.Event(
+            id=event_id,
+            source=EVENT_SOURCE,
+            **EVENT_TYPE,
+            subject=f"user-{canary}",
+            feature=f"feature_{canary}",
+            data=event_service_pb2.EventData(quantity=3, metadata={"note": canary}),
+        )
+        for event_id in (name, f"second-{canary}")
+    ]
+    for event in events:
+        event.time.GetCurrentTime()
+    recorded = await _must(surface, "metering", "EventService/RecordEvents", event_service_pb2.RecordEventsRequest(events=events), metadata)
+    assert [result.outcome for result in recorded.messages[0].results] == [1, 1]  # type: ignore[attr-defined] # as above
+
+
 async def _plant_settings(surface: Surface, metadata: Metadata, canary: str) -> None:
     for name in (canary, f"{canary} again"):
         request = configuration_service_pb2.UpdateConfigurationRequest(
@@ -294,6 +320,7 @@ async def _page_tokens(surface: Surface, metadata: Metadata, conversation_id: st
     for port, method in (
         ("retrieval", "DocumentService/ListDocuments"),
         ("inference", "ConversationService/ListTurns"),
+        ("metering", "EventService/ListEvents"),
         ("tenant", "ApiKeyService/ListApiKeys"),
         ("tenant", "UserService/ListUsers"),
         ("tenant", "ConfigurationService/ListConfigurationChanges"),

@@ -42,9 +42,10 @@ APPEND_ONLY = (
     "tenant.audit_documents",
     "metering.prices",
     "metering.price_versions",
+    "metering.event_types",
 )
 SHARED_TABLES = {
-    "metering": ("prices", "price_versions", "billing_plan_versions"),
+    "metering": ("prices", "price_versions", "event_types", "billing_plan_versions"),
     "tenant": (
         "plan_catalogs",
         "plans",
@@ -78,6 +79,7 @@ JOBS_MAY = {
     "metering.invoices": {"SELECT", "INSERT"},
     "metering.invoice_lines": {"SELECT", "INSERT"},
     "metering.credit_uses": {"SELECT", "INSERT"},
+    "metering.events": {"SELECT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "retrieval.documents": {"SELECT"},
     "retrieval.retrieval_placed_tenants": {"SELECT"},
@@ -174,7 +176,8 @@ async def test_the_feed_loses_nothing_younger_than_an_hour(mesh: Mesh, admin: as
 async def test_what_was_recorded_cannot_be_changed(mesh: Mesh, table: str, attacker: Target) -> None:
     """Entries, invoices, audit, prices and billing plans refuse UPDATE and DELETE to their own service, for the tenant's own rows too."""
     schema, _, name = table.partition(".")
-    column = "version" if name.startswith(("price", "billing_plan")) else "tenant_id"
+    first = {"prices": "version", "price_versions": "version", "billing_plan_versions": "version", "event_types": "product"}
+    column = first.get(name, "tenant_id")
     for role in ("service", "jobs"):
         async with as_role(mesh.stack, schema, role) as connection:
             await connection.fetch(SET_SESSION, str(attacker.tenant_id))

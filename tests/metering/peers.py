@@ -1,7 +1,7 @@
 """The services metering talks to, as scripted peers that speak their real contracts on loopback: tenant and ratelimit."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -29,20 +29,27 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
     def __init__(self) -> None:
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self.credentials: dict[str, UUID] = {}
+        self.readers: set[str] = set()
         self.tiers: dict[UUID, str] = {}
 
     def token(
-        self, tenant_id: UUID | None, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None, operator: bool = False
+        self,
+        tenant_id: UUID | None,
+        *,
+        lifetime: timedelta = timedelta(seconds=300),
+        key: SigningKey | None = None,
+        operator: bool = False,
+        scopes: Sequence[str] = ("usage:read", "usage:write"),
     ) -> str:
         """A context token of the tenant or for it, signed by the published key unless told otherwise."""
         now = datetime.now(UTC)
-        claims = TenantClaims(region="local", subject="key:test", scopes=["usage:read"])
+        claims = TenantClaims(region="local", subject="key:test", scopes=scopes)
         if tenant_id is not None:
             claims.tenant_id = tenant_id.bytes
             claims.tier = self.tiers.get(tenant_id, "free")
         if operator:
             claims.operator = True
-            claims.scopes.append("operator:tenants")
+            claims.scopes[:] = ["usage:read", "operator:tenants"]
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + lifetime)
         return mint(claims, key or self._key)
@@ -58,7 +65,8 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
         tenant_id = self.credentials.get(request.credential)
         if tenant_id is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")
-        return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id))
+        scopes = ("usage:read",) if request.credential in self.readers else ("usage:read", "usage:write")
+        return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id, scopes=scopes))
 
     async def GetTenantPlan(self, request: plan_pb.GetTenantPlanRequest, context: Any) -> plan_pb.GetTenantPlanResponse:
         tier = self.tiers.get(UUID(bytes=request.tenant_id))

@@ -9,11 +9,12 @@ from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import invoice_service_pb2 as invoice_pb
 from services.kernel.catalog import violations
 from services.kernel.ids import TenantId, new_uuid7
+from tests.metering import events
 from tests.metering.billing import USD, ask, close, ended, grant, subscribe
 from tests.metering.mesh import Mesh, Tenant, bill, dsn_of
 
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
-TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", *BILLING)
+TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING)
 BOOKS = ("entries", "unit_entries")
 
 
@@ -39,7 +40,8 @@ async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) ->
     """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
     connection = await asyncpg.connect(ledger_dsn)
     try:
-        assert await violations(connection, "metering", shared_tables=("price_versions", "prices", "billing_plan_versions")) == []
+        shared = ("price_versions", "prices", "event_types", "billing_plan_versions")
+        assert await violations(connection, "metering", shared_tables=shared) == []
     finally:
         await connection.close()
 
@@ -112,6 +114,8 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await mesh.opened(one, epoch=1)
     await mesh.record(mesh.use(one, epoch=1))
     await bill_whole(mesh, one)
+    await events.register(mesh)
+    await events.record(mesh, one, [events.event()])
     # The relay may have emptied the outbox by now.
     assert table == "outbox" or await mesh.admin.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", one.id) > 0
     async with mesh.app.database.transaction(TenantId(other.id)) as connection:

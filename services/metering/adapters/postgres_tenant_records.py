@@ -1,15 +1,17 @@
 """Provisions, pseudonymises and exports a tenant in Postgres, many rows at a time, never all at once."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
 from uuid import UUID
 
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.tenant_scan import ScannedStore, scan_schema
-from services.metering.tenant_records import BILLING_TABLES, CALLS, CREDITS, ENTRIES, INVOICES, SUBSCRIPTIONS, UNITS
+from services.metering.tenant_records import BILLING_TABLES, CALLS, CREDITS, ENTRIES, EVENTS, INVOICES, SUBSCRIPTIONS, UNITS
 
 CHUNK = 500
 _BEFORE_ALL = UUID(int=0)
+_BEFORE_ALL_EVENTS = (datetime(1970, 1, 1, tzinfo=UTC), _BEFORE_ALL)
 
 INSERT_EPOCH = "INSERT INTO metering.tenant_epochs (tenant_id, epoch) VALUES ($1, 0) ON CONFLICT DO NOTHING"
 # States, leases and outbox stay as they are: a call under way when its tenant is erased is still settled and told to the limits.
@@ -26,11 +28,48 @@ WITH chosen AS MATERIALIZED (
 SELECT reservation_id FROM blanked ORDER BY reservation_id
 """
 # Exclusive against batches that open calls: what was opened before is blanked below, what is opened later is blanked by its trigger.
+BLANK_EVENTS = """
+WITH chosen AS MATERIALIZED (
+    SELECT record_time, event_id FROM metering.events
+    WHERE tenant_id = $1 AND (record_time, event_id) > ($2, $3)
+      AND (user_name <> '' OR feature <> '' OR (metadata IS NOT NULL AND reverses IS NULL))
+    ORDER BY record_time, event_id LIMIT $4 FOR UPDATE
+), blanked AS (
+    UPDATE metering.events e SET user_name = '', feature = '', metadata = CASE WHEN e.reverses IS NOT NULL THEN e.metadata END
+    FROM chosen c WHERE e.tenant_id = $1 AND e.record_time = c.record_time AND e.event_id = c.event_id
+    RETURNING e.record_time, e.event_id
+)
+SELECT record_time, event_id FROM blanked ORDER BY record_time, event_id
+"""
+# A name could be guessed and tried against the digest of an event that held it.
+BLANK_DIGESTS = """
+WITH chosen AS MATERIALIZED (
+    SELECT source, id FROM metering.event_claims
+    WHERE tenant_id = $1 AND (source, id) > ($2, $3) AND digest <> ''
+    ORDER BY source, id LIMIT $4 FOR UPDATE
+), blanked AS (
+    UPDATE metering.event_claims k SET digest = ''
+    FROM chosen c WHERE k.tenant_id = $1 AND k.source = c.source AND k.id = c.id
+    RETURNING k.source, k.id
+)
+SELECT source, id FROM blanked ORDER BY source, id
+"""
 LOCK_TENANT = "SELECT pg_advisory_xact_lock(metering.tenant_lock($1))"
 INSERT_TOMBSTONE = "INSERT INTO metering.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
 # The books stay, with the id and without names; what is still under way ends in them.
 KEPT = frozenset(
-    ("calls", "entries", "unit_entries", "tenant_epochs", "call_leases", "outbox", "erased_tenants", *BILLING_TABLES),
+    (
+        "calls",
+        "entries",
+        "unit_entries",
+        "tenant_epochs",
+        "call_leases",
+        "outbox",
+        "erased_tenants",
+        "events",
+        "event_claims",
+        *BILLING_TABLES,
+    ),
 )
 EXPORT_CALLS = """
 SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
@@ -82,13 +121,21 @@ SELECT r.subscription_id AS reservation_id, 1::smallint AS number, row_to_json(r
     ORDER BY subscription_id LIMIT $4
 ) r ORDER BY r.subscription_id
 """
-EXPORTS = (
-    (CALLS, EXPORT_CALLS),
-    (ENTRIES, EXPORT_ENTRIES),
-    (UNITS, EXPORT_UNITS),
-    (SUBSCRIPTIONS, EXPORT_SUBSCRIPTIONS),
-    (CREDITS, EXPORT_CREDITS),
-    (INVOICES, EXPORT_INVOICES),
+EXPORT_EVENTS = """
+SELECT r.record_time, r.event_id, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, event_id, product, source, id, event_type, quantity, occurred_at, record_time, user_name, feature, reverses, metadata
+    FROM metering.events WHERE tenant_id = $1 AND (record_time, event_id) > ($2, $3) ORDER BY record_time, event_id LIMIT $4
+) r ORDER BY r.record_time, r.event_id
+"""
+# Each kind with what finds it from a position on, which is the first columns of a row, and the position before all rows.
+_EXPORTS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    (CALLS, EXPORT_CALLS, (_BEFORE_ALL, 0)),
+    (ENTRIES, EXPORT_ENTRIES, (_BEFORE_ALL, 0)),
+    (UNITS, EXPORT_UNITS, (_BEFORE_ALL, 0)),
+    (EVENTS, EXPORT_EVENTS, _BEFORE_ALL_EVENTS),
+    (SUBSCRIPTIONS, EXPORT_SUBSCRIPTIONS, (_BEFORE_ALL, 0)),
+    (CREDITS, EXPORT_CREDITS, (_BEFORE_ALL, 0)),
+    (INVOICES, EXPORT_INVOICES, (_BEFORE_ALL, 0)),
 )
 
 
@@ -104,19 +151,15 @@ class PostgresTenantRecords:
         async with self._database.transaction(tenant_id) as connection:
             await connection.execute(INSERT_EPOCH, tenant_id)
 
-    async def pseudonymise(self, tenant_id: TenantId) -> int:
-        """Blanks users, features and prompt names of all its calls, and of those to come; returns how many calls had any."""
+    async def pseudonymise(self, tenant_id: TenantId) -> Mapping[str, int]:
+        """Blanks users, features, prompt names and metadata of its calls and events, and of those to come; returns how many had any."""
         async with self._database.transaction(tenant_id) as connection:
             await connection.execute(LOCK_TENANT, tenant_id)
             await connection.execute(INSERT_TOMBSTONE, tenant_id)
-        blanked, after = 0, _BEFORE_ALL
-        while True:
-            async with self._database.transaction(tenant_id) as connection:
-                rows = await connection.fetch(PSEUDONYMISE, tenant_id, after, CHUNK)
-            blanked += len(rows)
-            if len(rows) < CHUNK:
-                return blanked
-            after = rows[-1]["reservation_id"]
+        counts = {CALLS: await self._blank_all(PSEUDONYMISE, tenant_id, _BEFORE_ALL)}
+        counts[EVENTS] = await self._blank_all(BLANK_EVENTS, tenant_id, *_BEFORE_ALL_EVENTS)
+        await self._blank_all(BLANK_DIGESTS, tenant_id, "", "")
+        return counts
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
         """Counts what holds the tenant's id or one of the strings; the jobs role sees the books of every tenant."""
@@ -124,13 +167,24 @@ class PostgresTenantRecords:
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
         """Yields each record's kind and its JSON object."""
-        for kind, sql in EXPORTS:
-            after, number = _BEFORE_ALL, 0
+        for kind, sql, start in _EXPORTS:
+            position = start
             while True:
                 async with self._database.transaction(tenant_id) as connection:
-                    rows = await connection.fetch(sql, tenant_id, after, number, CHUNK)
+                    rows = await connection.fetch(sql, tenant_id, *position, CHUNK)
                 for row in rows:
                     yield kind, row["record"]
                 if len(rows) < CHUNK:
                     break
-                after, number = rows[-1]["reservation_id"], rows[-1]["number"]
+                position = tuple(rows[-1])[:-1]
+
+    async def _blank_all(self, sql: str, tenant_id: TenantId, *position: object) -> int:
+        """Blanks a chunk at a time, from position to position, until there is less than one; returns how many rows there were in all."""
+        blanked = 0
+        while True:
+            async with self._database.transaction(tenant_id) as connection:
+                rows = await connection.fetch(sql, tenant_id, *position, CHUNK)
+            blanked += len(rows)
+            if len(rows) < CHUNK:
+                return blanked
+            position = tuple(rows[-1])
