@@ -1,0 +1,86 @@
+"""Kills parts of a running mesh with SIGKILL and starts each again, as its supervisor in a deployment does."""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+
+from devstack.managed_process import ProcessFailedError
+from devstack.stack import Stack
+from tests.chaos.chances import PARTS, Death
+
+_RESTART_PAUSE_SECONDS = 0.2
+
+
+class Killer:
+    """The deaths of one mesh, and what brings its parts back."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._forgets: set[str] = set()
+        self._down: set[str] = set()
+        self._all_up = asyncio.Event()
+        self._all_up.set()
+        self.kill_counts: Counter[str] = Counter()
+        self.restart_count = 0
+
+    @contextlib.asynccontextmanager
+    async def keeping_up(self) -> AsyncIterator[None]:
+        """Starts every part again that dies meanwhile."""
+        async with asyncio.TaskGroup() as group:
+            keepers = [group.create_task(self._keep_up(part)) for part in PARTS]
+            try:
+                yield
+            finally:
+                for keeper in keepers:
+                    keeper.cancel()
+
+    async def run(self, deaths: Iterator[Death], until: float) -> None:
+        """Kills until then, on time.monotonic()."""
+        for death in deaths:
+            await asyncio.sleep(min(death.after_seconds, max(0.0, until - time.monotonic())))
+            if time.monotonic() >= until:
+                return
+            self._kill(death)
+
+    async def all_up(self) -> None:
+        """Returns once every part is ready."""
+        await self._all_up.wait()
+
+    def _kill(self, death: Death) -> None:
+        process = self._stack.processes[death.part]
+        if process.exit_code is not None:
+            return
+        # Known before the part is gone: whoever brings it back looks here.
+        if death.forgets:
+            self._forgets.add(death.part)
+        self._down.add(death.part)
+        self._all_up.clear()
+        self.kill_counts[death.part] += 1
+        process.kill()
+
+    async def _keep_up(self, part: str) -> None:
+        while True:
+            await self._stack.processes[part].wait()
+            self._down.add(part)
+            self._all_up.clear()
+            await self._bring_back(part)
+            self.restart_count += 1
+            if self._stack.processes[part].exit_code is None:
+                self._down.discard(part)
+            if not self._down:
+                self._all_up.set()
+
+    async def _bring_back(self, part: str) -> None:
+        while True:
+            if part in self._forgets:
+                self._forgets.discard(part)
+                self._stack.redis.forget()
+            try:
+                await self._stack.start_again(part)
+            except ProcessFailedError:
+                # It died while it started, or what it needs is away: as after any other death.
+                await asyncio.sleep(_RESTART_PAUSE_SECONDS)
+            else:
+                return
