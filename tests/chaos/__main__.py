@@ -1,7 +1,7 @@
-"""python -m tests.chaos [--duration SECONDS] [--seed NUMBER] [--settle SECONDS] [--state FOLDER]
+"""Runs a whole mesh, kills a part of it every 1-3 s while callers use it, and compares every ledger afterwards.
 
-Runs a whole mesh, kills a part of it every 1-3 s while callers use it, and compares every ledger afterwards. The first line is the
-seed, from which everything random follows; the last line is one JSON object. Exits 1 with what differs.
+python -m tests.chaos [--duration SECONDS] [--seed NUMBER] [--settle SECONDS] [--state FOLDER]
+The first line is the seed, from which everything random follows; the last is one JSON object. Exits 1 with what differs.
 """
 
 import argparse

@@ -16,17 +16,20 @@ from services.ratelimit.packing import unpacked
 
 CALLS = """
     SELECT c.tenant_id, c.reservation_id, c.call_id, c.state, c.bound_tokens, c.bound_nano_usd, c.model, c.price_version, c.reserve_time
-    FROM metering.calls c WHERE c.product_unit IS NULL"""
+    FROM metering.calls c WHERE c.product_unit IS NULL AND ($1::uuid IS NULL OR c.tenant_id = $1)"""
 ENTRIES = """
     SELECT e.tenant_id, e.reservation_id, e.model, e.price_version, e.input_tokens, e.output_tokens, e.cache_read_tokens,
            e.cache_write_5m_tokens, e.cache_write_1h_tokens, e.total_tokens, e.cost_nano_usd, e.reserve_time
-    FROM metering.entries e"""
-UNITS = "SELECT u.tenant_id, u.reservation_id, u.product_unit, u.quantity FROM metering.unit_entries u"
+    FROM metering.entries e WHERE $1::uuid IS NULL OR e.tenant_id = $1"""
+UNITS = """
+    SELECT u.tenant_id, u.reservation_id, u.quantity FROM metering.unit_entries u WHERE $1::uuid IS NULL OR u.tenant_id = $1"""
 PRICES = """
     SELECT p.version, p.model, p.input_nano_usd, p.output_nano_usd, p.cache_read_nano_usd, p.cache_write_5m_nano_usd,
            p.cache_write_1h_nano_usd
     FROM metering.prices p"""
-WAITING = "SELECT (SELECT count(*) FROM metering.outbox) + (SELECT count(*) FROM metering.call_leases)"
+WAITING = """
+    SELECT (SELECT count(*) FROM metering.outbox o WHERE $1::uuid IS NULL OR o.tenant_id = $1)
+         + (SELECT count(*) FROM metering.call_leases l WHERE $1::uuid IS NULL OR l.tenant_id = $1)"""
 OPEN, SETTLED, VOID, UNRESOLVED, RECONCILED = 1, 2, 3, 4, 5
 _HELD, _PINNED = 1, 2
 _TOKEN_PRICE_UNIT = 10**6
@@ -129,18 +132,18 @@ def _billed(line: dict[str, Any]) -> Billed:
     return Billed(str(line["call_id"]), line["model"], tokens)
 
 
-async def read_ledger(dsn: str) -> Ledger:
-    """Reads our ledger at one moment, as the superuser."""
+async def read_ledger(dsn: str, tenant_id: str | None = None) -> Ledger:
+    """Reads our ledger at one moment, as the superuser: of one tenant, or of all."""
     connection = await asyncpg.connect(dsn)
     try:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             return Ledger(
                 await connection.fetchval("SELECT now()"),
-                [_call(row) for row in await connection.fetch(CALLS)],
-                [_entry(row) for row in await connection.fetch(ENTRIES)],
-                {(str(row["tenant_id"]), str(row["reservation_id"])): row["quantity"] for row in await connection.fetch(UNITS)},
+                [_call(row) for row in await connection.fetch(CALLS, tenant_id)],
+                [_entry(row) for row in await connection.fetch(ENTRIES, tenant_id)],
+                {(str(row["tenant_id"]), str(row["reservation_id"])): row["quantity"] for row in await connection.fetch(UNITS, tenant_id)},
                 {(row["version"], row["model"]): Tokens(*list(row.values())[2:]) for row in await connection.fetch(PRICES)},
-                await connection.fetchval(WAITING),
+                await connection.fetchval(WAITING, tenant_id),
             )
     finally:
         await connection.close()

@@ -55,19 +55,23 @@ class UnitOrder:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Which part is killed, how long after the one before. `forgets`: its data goes with it, where the mesh has to bear that (Redis)."""
+    """Which part is killed, how long after the one before.
+
+    `forgets`: its data goes with it, where the mesh has to bear that (Redis). `early`: it is killed also while it is starting.
+    """
 
     after_seconds: float
     part: str
     forgets: bool
+    early: bool
 
 
 def deaths(seed: int) -> Iterator[Death]:
     """Yields deaths without end."""
     rng = random.Random(f"{seed}/deaths")
     while True:
-        part = rng.choice(PARTS)
-        yield Death(rng.uniform(SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS), part, part == "redis" and rng.random() < 0.5)
+        part, pause_seconds = rng.choice(PARTS), rng.uniform(SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        yield Death(pause_seconds, part, forgets=part == "redis" and rng.random() < 0.5, early=rng.random() < 0.2)
 
 
 def orders(seed: int, tenant: int, caller: int) -> Iterator[Order | UnitOrder]:

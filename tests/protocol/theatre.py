@@ -1,0 +1,286 @@
+"""A whole mesh whose limits, ledger and provider are reached over a wire that a run controls, and replicas of inference that it kills."""
+
+import asyncio
+import json
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import grpc
+import redis.asyncio
+from aiohttp import web
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from devstack.addresses import Ports
+from devstack.environment import service_environment
+from devstack.handbook import Company
+from devstack.managed_process import ManagedProcess
+from devstack.mesh_client import MeshClient, credentials, operator_credentials
+from devstack.ports import LOOPBACK, free_port
+from devstack.provisioning import create_tenant
+from devstack.stack import HEALTH_SERVICE_NAMES, SERVICE_READY_SECONDS, Stack, is_serving_at
+from devstack.state import DemoTenant, StackState
+from mesh.inference.v1 import inference_service_pb2, inference_service_pb2_grpc
+from mesh.ratelimit.v1 import rate_limit_service_pb2, rate_limit_service_pb2_grpc
+from mesh.tenant.v1 import configuration_service_pb2
+from tests.chaos.books import Ledger, Limits, read_holds, read_ledger, read_provider
+from tests.protocol.patient import PATIENCE_SECONDS
+from tests.protocol.wire import Letter, Wire, route
+from tests.ratelimit.rules import rule
+from tests.support.mesh import state_folder
+
+CALLS = 2
+BUDGET_RULE = "cost_nano_usd_per_month"
+QUESTION = "Go on."
+MAX_OUTPUT_TOKENS = 100
+# What the provider writes for an amount of the model: a little, or all it may.
+OUTPUT_TOKENS = {1: 5, 2: MAX_OUTPUT_TOKENS}
+_CALL_ID = "x-tenantry-call-id"
+_WIRED = {"metering", "ratelimit"}
+_LEASE_SECONDS = "60"
+_SECONDS = 20.0
+
+
+class WiredStack(Stack):
+    """The mesh, with services that are patient and the wire between those that play."""
+
+    def __init__(self, state: StackState, ports: Ports, routes: dict[str, str]) -> None:
+        super().__init__(state, ports, trace_sample_ratio=0.0)
+        self._routes = routes
+
+    async def start_service(self, name: str, **extra_environment: str) -> None:
+        """Starts a service; those of the protocol as `patient` ones."""
+        if name not in _WIRED | {"inference"}:
+            await super().start_service(name, **extra_environment)
+            return
+        await self.start_patient(name, name, self.ports.address(name))
+
+    async def start_patient(self, name: str, service: str, address: str) -> ManagedProcess:
+        """Starts a replica of a service under a name of its own, and waits until it serves."""
+        environment = service_environment(service, self.state, self.ports, self.provider, trace_sample_ratio=0.0)
+        peer = {"metering": "RATELIMIT", "ratelimit": "METERING"}.get(service)
+        changed = {"TENANTRY_LISTEN_ADDRESS": address}
+        if peer is not None:
+            changed |= {f"TENANTRY_{peer}_ADDRESS": self._routes[service], "TENANTRY_LEASE_SECONDS": _LEASE_SECONDS}
+        if service == "metering":
+            changed["TENANTRY_RELAY_POLL_SECONDS"] = "0.05"
+        if service == "ratelimit":
+            changed["TENANTRY_REDIS_TIMEOUT_SECONDS"] = "5"
+        if service == "inference":
+            changed |= {
+                "TENANTRY_RATELIMIT_ADDRESS": self._routes["inference to ratelimit"],
+                "TENANTRY_METERING_ADDRESS": self._routes["inference to metering"],
+                "TENANTRY_PROVIDER_BASE_URL": self._routes["provider"],
+                "TENANTRY_DEFAULT_CALL_DEADLINE_SECONDS": str(PATIENCE_SECONDS),
+            }
+        process = ManagedProcess(
+            name, [sys.executable, "-m", "tests.protocol.patient", service], log_path=self.state.log_path(name), env=environment | changed
+        )
+        self.processes[name] = process
+        await process.start()
+        await process.wait_ready(lambda: is_serving_at(address, HEALTH_SERVICE_NAMES[service]), timeout_seconds=SERVICE_READY_SECONDS)
+        return process
+
+
+@dataclass
+class Replica:
+    """One process of inference, and the caller's channel to it."""
+
+    address: str
+    process: ManagedProcess
+    channel: grpc.aio.Channel
+    alive: bool = True
+
+    @property
+    def inference(self) -> inference_service_pb2_grpc.InferenceServiceStub:
+        """Its stub."""
+        return inference_service_pb2_grpc.InferenceServiceStub(self.channel)
+
+
+@dataclass
+class Theatre:
+    """Everything a run needs. `hold`, `bills`: what a call is held at, and what the provider bills for an amount, in nano-USD."""
+
+    stack: WiredStack
+    client: MeshClient
+    wire: Wire
+    replicas: list[Replica]
+    another_limiter: rate_limit_service_pb2_grpc.RateLimitServiceStub
+    hold: int = 0
+    bills: dict[int, int] = field(default_factory=dict)
+
+    async def tenant(self, budget_nano_usd: int) -> DemoTenant:
+        """Makes a tenant with that budget and no other limit that a run would meet."""
+        name = f"run-{uuid.uuid4().hex[:12]}"
+        tenant = await create_tenant(self.stack, self.client, Company(name, name.title(), "enterprise", f"{name}@example.com", "Player"))
+        request = configuration_service_pb2.UpdateConfigurationRequest(
+            overrides=configuration_service_pb2.ConfigurationOverrides(
+                limit_rules=configuration_service_pb2.LimitRuleOverrides(rules=[rule(BUDGET_RULE, "cost", "month", budget_nano_usd)])
+            ),
+            update_mask=FieldMask(paths=[f"limit_rules.rules.{BUDGET_RULE}"]),
+        )
+        operator = operator_credentials(self.stack.state.secrets.operator_key, "a run of the model")
+        metadata = (*operator, ("x-tenant-id", tenant.tenant_id))
+        await self.client.configuration.UpdateConfiguration(request, metadata=metadata, timeout=_SECONDS)
+        return tenant
+
+    async def ask_limits(self, tenant: DemoTenant, stub: rate_limit_service_pb2_grpc.RateLimitServiceStub | None = None) -> dict[str, int]:
+        """Asks what is used of each limit: limits without their data ask for a snapshot first."""
+        listed = await (stub or self.client.limits).ListLimits(
+            rate_limit_service_pb2.ListLimitsRequest(), metadata=credentials(tenant.api_key), timeout=PATIENCE_SECONDS
+        )
+        return {limit.rule: limit.used for limit in listed.limits}
+
+    async def lose_limits_data(self) -> None:
+        """Empties Redis."""
+        async with redis.asyncio.from_url(self.stack.redis.url) as client:
+            await client.flushall()
+
+    async def limits(self, tenant: DemoTenant) -> Limits:
+        """What the limits have of the tenant."""
+        used = await self.ask_limits(tenant)
+        holds, lease_count = await read_holds(self.stack.redis.url, tenant.tenant_id)
+        return Limits(holds, lease_count, used)
+
+    async def ledger(self, tenant: DemoTenant) -> Ledger:
+        """What the ledger has of the tenant."""
+        return await read_ledger(self.stack.postgres.dsn("tenantry"), tenant.tenant_id)
+
+    def billed(self, call_ids: set[str]) -> list[Any]:
+        """What the provider billed for the calls."""
+        return [line for line in read_provider(self.stack.state.folder / "provider-ledger.jsonl") if line.call_id in call_ids]
+
+    def question(self, replica: int, tenant: DemoTenant, call_id: uuid.UUID) -> Any:
+        """Asks a replica the one question of every run."""
+        request = inference_service_pb2.StreamGenerateRequest(
+            messages=[inference_service_pb2.Message(role=inference_service_pb2.ROLE_USER, text=QUESTION)],
+            options=inference_service_pb2.GenerateOptions(max_output_tokens=MAX_OUTPUT_TOKENS),
+        )
+        metadata = credentials(tenant.api_key, call_id=call_id)
+        return self.replicas[replica].inference.StreamGenerate(request, metadata=metadata, timeout=PATIENCE_SECONDS)
+
+    async def revive(self) -> None:
+        """Starts every replica again that a run has killed."""
+        async with asyncio.TaskGroup() as group:
+            for number, replica in enumerate(self.replicas):
+                if not replica.alive:
+                    group.create_task(self._revive(number))
+
+    async def _revive(self, number: int) -> None:
+        await self.replicas[number].channel.close()
+        self.replicas[number] = await _replica(self.stack, number, self.replicas[number].address)
+
+
+async def _replica(stack: WiredStack, number: int, address: str) -> Replica:
+    # The first is the mesh's own, so that tenants are made there.
+    name = f"inference-{number}" if number else "inference"
+    process = stack.processes.get(name)
+    if process is None or process.exit_code is not None:
+        process = await stack.start_patient(name, "inference", address)
+    return Replica(address, process, grpc.aio.insecure_channel(address, (("grpc.use_local_subchannel_pool", 1),)))
+
+
+class ProviderGate:
+    """Stands before the provider: a dispatch goes on when the run says what is billed, and its answer comes back when the run says so."""
+
+    def __init__(self, wire: Wire, target: str) -> None:
+        self._wire, self._target = wire, target
+        self._session: aiohttp.ClientSession | None = None
+        self.output_tokens: dict[str, int] = {}
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Takes a request for the provider."""
+        body, headers = await request.read(), {k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length")}
+        call_id = request.headers.get(_CALL_ID, "")
+
+        async def send() -> bytes:
+            told = headers | ({"x-stub-output-tokens": str(self.output_tokens[call_id])} if call_id in self.output_tokens else {})
+            assert self._session is not None
+            async with self._session.request(request.method, f"{self._target}{request.path_qs}", data=body, headers=told) as answer:
+                content = await answer.read()
+                return json.dumps([answer.status, answer.headers["content-type"], content.decode()]).encode()
+
+        if request.path != "/v1/messages" or self._wire.open:
+            return _response(await send())
+        letter = Letter("dispatch", (uuid.UUID(call_id),), -1, "inference", send, reader=asyncio.get_running_loop().create_future())
+        await self._wire.put(letter)
+        assert letter.reader is not None
+        answer = await letter.reader
+        if not isinstance(answer, bytes):
+            raise web.HTTPInternalServerError
+        return _response(answer)
+
+    @asynccontextmanager
+    async def serving(self, port: int) -> AsyncIterator[None]:
+        """Listens on a loopback port."""
+        app = web.Application(client_max_size=1 << 24)
+        app.router.add_route("*", "/{path:.*}", self.handle)
+        runner = web.AppRunner(app, handler_cancellation=False, shutdown_timeout=0.1)
+        await runner.setup()
+        async with aiohttp.ClientSession() as self._session:
+            await web.TCPSite(runner, LOOPBACK, port).start()
+            try:
+                yield
+            finally:
+                await runner.cleanup()
+
+
+def _response(answer: bytes) -> web.Response:
+    status, content_type, content = json.loads(answer)
+    return web.Response(status=status, body=content.encode(), headers={"content-type": content_type})
+
+
+@asynccontextmanager
+async def running_theatre() -> AsyncIterator[tuple[Theatre, ProviderGate]]:
+    """A theatre on free ports, rehearsed: it knows what a call is held at and what it costs."""
+    async with AsyncExitStack() as exits:
+        folder = exits.enter_context(state_folder())
+        ports, wire = Ports.free(), Wire()
+        wire.open = True
+        served = {name: free_port() for name in ("metering", "ratelimit", "inference to ratelimit", "inference to metering", "provider")}
+        targets = {"metering": "ratelimit", "ratelimit": "metering", "inference to ratelimit": "ratelimit", "inference to metering": "metering"}
+        routes = {name: f"{LOOPBACK}:{port}" for name, port in served.items()}
+        routes["provider"] = f"http://{routes['provider']}"
+        for name, target in targets.items():
+            await exits.enter_async_context(route(wire, name, served[name], ports.address(target)))
+        gate = ProviderGate(wire, f"http://{ports.address('provider')}")
+        await exits.enter_async_context(gate.serving(served["provider"]))
+        stack = WiredStack(StackState.open(folder), ports, routes)
+        await stack.start()
+        exits.push_async_callback(stack.stop)
+        client = await exits.enter_async_context(MeshClient.connect(ports))
+        addresses = [ports.address("inference"), *(f"{LOOPBACK}:{free_port()}" for _ in range(CALLS - 1))]
+        async with asyncio.TaskGroup() as group:
+            another = f"{LOOPBACK}:{free_port()}"
+            group.create_task(stack.start_patient("ratelimit-1", "ratelimit", another))
+            starts = [group.create_task(_replica(stack, number, address)) for number, address in enumerate(addresses)]
+        limiter_channel = await exits.enter_async_context(grpc.aio.insecure_channel(another))
+        theatre = Theatre(
+            stack, client, wire, [start.result() for start in starts], rate_limit_service_pb2_grpc.RateLimitServiceStub(limiter_channel)
+        )
+        exits.push_async_callback(_end, stack, theatre)
+        await _rehearse(theatre, gate)
+        yield theatre, gate
+
+
+async def _end(stack: WiredStack, theatre: Theatre) -> None:
+    for replica in theatre.replicas:
+        await replica.channel.close()
+        await replica.process.stop()
+    await stack.processes["ratelimit-1"].stop()
+
+
+async def _rehearse(theatre: Theatre, gate: ProviderGate) -> None:
+    tenant = await theatre.tenant(10**12)
+    for amount, tokens in OUTPUT_TOKENS.items():
+        call_id = uuid.uuid4()
+        gate.output_tokens[str(call_id)] = tokens
+        # Each replica once: what it holds for a prompt it has not seen is what a run's call is held at.
+        async for event in theatre.question(amount - 1, tenant, call_id):
+            if event.WhichOneof("event") == "final":
+                theatre.bills[amount] = event.final.cost.nano_usd
+    (theatre.hold,) = {call.bound_nano_usd for call in (await theatre.ledger(tenant)).calls}
