@@ -1,7 +1,7 @@
 """Plays a run of the model on real services: each step of the run is attempted there, then everything is brought to rest and compared.
 
-What a step asks for may not be possible: where the rule is in force that the run does without, the services refuse it. Such a step is passed
-over, as a message is that nobody ever sent.
+What a step asks for may not be possible: where the rule is in force that the run does without, the services refuse it. Such a step is
+passed over, as a message is that nobody ever sent.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -30,7 +29,9 @@ LETTER_SECONDS = 20.0
 FORBIDDEN_SECONDS = 1.5
 REST_SECONDS = 60.0
 _LOOK_SECONDS = 0.05
-_HELD, _PINNED = 1, 2
+# Limits that have their data are in the model's epoch 0: here the first one they asked for.
+_FIRST_EPOCH = 1
+_HELD = 1
 
 END_LEASE = "UPDATE metering.call_leases SET lease_until = now() - interval '1 second' WHERE tenant_id = $1"
 SWEEP = "SELECT count(*) FROM metering.sweep_leases(1000)"
@@ -57,8 +58,7 @@ class Play:
         self._theatre, self._gate, self._tenant, self._budget, self._admin = theatre, gate, tenant, budget, admin
         self._wire = theatre.wire
         self._calls: dict[int, Call] = {}
-        self._rebuilds: dict[int, Letter] = {}
-        self._askers: list[asyncio.Task[Any]] = []
+        self._rebuilds: list[tuple[Letter, asyncio.Task[None]]] = []
         self.taken: list[str] = []
         self.passed_over: list[str] = []
 
@@ -109,7 +109,7 @@ class Play:
 
     async def gives_up(self, c: int) -> bool:
         self._cancel(c)
-        return await self._sees(c, "void", "release")
+        return await self._sees(c, "void", "release", "interrupt")
 
     async def hears_void(self, c: int) -> bool:
         return self._give(c, "void") and await self._sees(c, "release")
@@ -141,7 +141,7 @@ class Play:
 
     async def interrupts(self, c: int) -> bool:
         self._cancel(c)
-        return await self._sees(c, "interrupt")
+        return await self._sees(c, "interrupt", "void", "release")
 
     async def hears_interrupt(self, c: int) -> bool:
         return self._give(c, "interrupt") and await self._sees(c)
@@ -211,7 +211,7 @@ class Play:
 
     async def begins_epoch(self) -> bool:
         """Answers the newest request for a snapshot that has none: an older one is late."""
-        waiting = [letter for _, letter in sorted(self._rebuilds.items()) if not letter.answers]
+        waiting = [letter for letter, _ in self._rebuilds if not letter.answers]
         if not waiting:
             return False
         await waiting[-1].deliver()
@@ -220,7 +220,12 @@ class Play:
     # -- the limits ------------------------------------------------------------------------------------------------------------------
 
     async def holds(self, c: int) -> bool:
-        return not self._calls[c].expired and await self._deliver(c, "reserve")
+        # Without their data the limits decide nothing: the message waits for them.
+        return not self._calls[c].expired and await self._limits_have_data() and await self._deliver(c, "reserve")
+
+    async def _limits_have_data(self) -> bool:
+        async with redis.asyncio.from_url(self._theatre.stack.redis.url) as client:
+            return bool(await client.hexists(f"{{{self._tenant.tenant_id}}}:meta", "epoch"))
 
     async def releases(self, c: int) -> bool:
         return await self._deliver(c, "release")
@@ -236,7 +241,7 @@ class Play:
         before = len(self._wire.find("fence", (reservation_id,)))
 
         async def happened() -> bool:
-            return len(self._wire.find("fence", (reservation_id,))) > before or await self._state(c) not in (_HELD,)
+            return len(self._wire.find("fence", (reservation_id,))) > before or await self._state(c) != _HELD
 
         return await _soon(happened, LETTER_SECONDS)
 
@@ -265,45 +270,57 @@ class Play:
 
     async def hears_end(self, c: int) -> bool:
         commits = self._wire.find("commit", self._ids(c))
-        return bool(commits) and _well(await commits[-1].deliver())
+        return bool(commits) and await self._wire.commit(commits[-1])
 
     async def hears_pin(self, c: int) -> bool:
         pins = self._wire.find("pin", self._ids(c))
-        return bool(pins) and _well(await pins[-1].deliver())
+        return bool(pins) and await self._wire.commit(pins[-1])
 
     async def meets_newer_epoch(self) -> bool:
         told = [letter for letter in self._wire.letters if letter.kind in ("commit", "pin")]
-        return bool(told) and _well(await max(told, key=lambda letter: letter.epoch).deliver())
+        return bool(told) and await self._wire.commit(max(told, key=lambda letter: letter.epoch))
 
     async def loses_data(self) -> bool:
         await self._theatre.lose_limits_data()
         return True
 
     async def asks_for_snapshot(self) -> bool:
-        """Has the limits asked by a caller; they ask the ledger. What they asked for before, they wait for no longer."""
-        for letter in self._rebuilds.values():
-            letter.lose()
+        """Has a replica of the limits asked by a caller that waits for no other answer; it asks the ledger."""
+        if await self._limits_have_data():
+            return False
+        waiting = [letter for letter, asker in self._rebuilds if not asker.done()]
+        if len(waiting) == len(self._theatre.limiters):
+            waiting[0].lose()
+        free = len(waiting) % len(self._theatre.limiters)
         before = len(self._wire.find("rebuild"))
-        self._askers.append(asyncio.get_running_loop().create_task(self._ask_limits()))
+        asker = asyncio.get_running_loop().create_task(self._ask_limits(free))
         if not await self._wire.wait_until(lambda: len(self._wire.find("rebuild")) > before, LETTER_SECONDS):
             return False
-        self._rebuilds[len(self._rebuilds)] = self._wire.find("rebuild")[-1]
+        self._rebuilds.append((self._wire.find("rebuild")[-1], asker))
         return True
 
-    async def _ask_limits(self) -> None:
+    async def _ask_limits(self, limiter: int) -> None:
         try:
-            await self._theatre.ask_limits(self._tenant)
+            await self._theatre.ask_limits(self._tenant, limiter)
         except grpc.aio.AioRpcError:
             # Nobody answered the limits: they say so, and whoever asks next has them ask again.
             return
 
-    async def loads_snapshot(self, _: int) -> bool:
-        answered = [letter for _, letter in sorted(self._rebuilds.items()) if letter.answers]
-        if not answered or not self._askers:
-            return False
-        answered[-1].give(answered[-1].answers[-1])
-        done, _waiting = await asyncio.wait(self._askers[-1:], timeout=LETTER_SECONDS)
-        return bool(done)
+    async def loads_snapshot(self, epoch: int) -> bool:
+        """Gives the limits the snapshot of an epoch: they load it, or ask for another. One that was loaded before is loaded again."""
+        for letter, asker in self._rebuilds:
+            if letter.answers and _epoch(letter.answers[-1]) == epoch + _FIRST_EPOCH and not asker.done():
+                letter.give(letter.answers[-1])
+                return await self._went_on(asker)
+        return await self._theatre.tap.repeat(self._theatre.stack.redis.url, self._tenant.tenant_id, epoch + _FIRST_EPOCH)
+
+    async def _went_on(self, asker: "asyncio.Task[None]") -> bool:
+        before = len(self._wire.find("rebuild"))
+
+        async def happened() -> bool:
+            return asker.done() or len(self._wire.find("rebuild")) > before
+
+        return await _soon(happened, LETTER_SECONDS)
 
     async def reserve_expires(self, c: int) -> bool:
         self._calls[c].expired = True
@@ -374,7 +391,7 @@ class Play:
 
     # -- the end ---------------------------------------------------------------------------------------------------------------------
 
-    async def rest(self) -> list[str]:
+    async def rest(self, rest_seconds: float) -> list[str]:
         """Brings everything to its end, as time and a wire that loses nothing would, and returns what then differs."""
         self._wire.open = True
         for letter in list(self._wire.letters):
@@ -389,10 +406,8 @@ class Play:
             found = await self._compare()
             return not found
 
-        await _soon(agrees, self._rest_seconds)
+        await _soon(agrees, rest_seconds)
         return found
-
-    _rest_seconds = REST_SECONDS
 
     async def _callers_hear_the_end(self) -> None:
         asking = [call.asking for call in self._calls.values() if call.asking and self._theatre.replicas[call.number].alive]
@@ -427,8 +442,8 @@ def _told(final: inference_service_pb2.CallSummary) -> Told:
     return Told(final.usage.input_tokens, final.usage.output_tokens, final.cost.nano_usd)
 
 
-def _well(answer: Answer) -> bool:
-    return isinstance(answer, bytes)
+def _epoch(answer: Answer) -> int:
+    return ledger_pb.BeginEpochResponse.FromString(answer).epoch if isinstance(answer, bytes) else -1
 
 
 async def _soon(true: Callable[[], Awaitable[bool]], within_seconds: float) -> bool:
@@ -488,7 +503,7 @@ _ATTEMPTS: Sequence[tuple[re.Pattern[str], Attempt]] = [
 ]
 
 
-async def play(theatre: Theatre, gate: ProviderGate, labels: Sequence[str]) -> tuple[Play, list[str]]:
+async def play(theatre: Theatre, gate: ProviderGate, labels: Sequence[str], rest_seconds: float = REST_SECONDS) -> tuple[Play, list[str]]:
     """Plays a run with a new tenant, and returns it with what differs at rest."""
     await theatre.revive()
     theatre.wire.clear()
@@ -503,6 +518,6 @@ async def play(theatre: Theatre, gate: ProviderGate, labels: Sequence[str]) -> t
         theatre.wire.open = False
         for label in labels:
             await played.step(label)
-        return played, await played.rest()
+        return played, await played.rest(rest_seconds)
     finally:
         await admin.close()

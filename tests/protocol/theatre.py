@@ -29,6 +29,7 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2, rate_limit_service_pb2_grp
 from mesh.tenant.v1 import configuration_service_pb2
 from tests.chaos.books import Ledger, Limits, read_holds, read_ledger, read_provider
 from tests.protocol.patient import PATIENCE_SECONDS
+from tests.protocol.redis_tap import RedisTap
 from tests.protocol.wire import Letter, Wire, route
 from tests.ratelimit.rules import rule
 from tests.support.mesh import state_folder
@@ -54,7 +55,8 @@ class WiredStack(Stack):
 
     async def start_service(self, name: str, **extra_environment: str) -> None:
         """Starts a service; those of the protocol as `patient` ones."""
-        if name not in _WIRED | {"inference"}:
+        if name not in _WIRED:
+            # Also inference: the mesh's own makes tenants and answers nobody; replicas that die are beside it.
             await super().start_service(name, **extra_environment)
             return
         await self.start_patient(name, name, self.ports.address(name))
@@ -69,6 +71,8 @@ class WiredStack(Stack):
         if service == "metering":
             changed["TENANTRY_RELAY_POLL_SECONDS"] = "0.05"
         if service == "ratelimit":
+            # By way of the tap, whose port stands in place of the server's.
+            changed["TENANTRY_REDIS_URL"] = self.redis.url.replace(f":{self.ports.redis}/", f":{self._routes['redis']}/")
             changed["TENANTRY_REDIS_TIMEOUT_SECONDS"] = "5"
         if service == "inference":
             changed |= {
@@ -109,7 +113,8 @@ class Theatre:
     client: MeshClient
     wire: Wire
     replicas: list[Replica]
-    another_limiter: rate_limit_service_pb2_grpc.RateLimitServiceStub
+    limiters: list[rate_limit_service_pb2_grpc.RateLimitServiceStub]
+    tap: RedisTap
     hold: int = 0
     bills: dict[int, int] = field(default_factory=dict)
 
@@ -128,9 +133,9 @@ class Theatre:
         await self.client.configuration.UpdateConfiguration(request, metadata=metadata, timeout=_SECONDS)
         return tenant
 
-    async def ask_limits(self, tenant: DemoTenant, stub: rate_limit_service_pb2_grpc.RateLimitServiceStub | None = None) -> dict[str, int]:
-        """Asks what is used of each limit: limits without their data ask for a snapshot first."""
-        listed = await (stub or self.client.limits).ListLimits(
+    async def ask_limits(self, tenant: DemoTenant, limiter: int = 0) -> dict[str, int]:
+        """Asks a replica of the limits what is used of each: without their data they ask for a snapshot first."""
+        listed = await self.limiters[limiter].ListLimits(
             rate_limit_service_pb2.ListLimitsRequest(), metadata=credentials(tenant.api_key), timeout=PATIENCE_SECONDS
         )
         return {limit.rule: limit.used for limit in listed.limits}
@@ -176,11 +181,7 @@ class Theatre:
 
 
 async def _replica(stack: WiredStack, number: int, address: str) -> Replica:
-    # The first is the mesh's own, so that tenants are made there.
-    name = f"inference-{number}" if number else "inference"
-    process = stack.processes.get(name)
-    if process is None or process.exit_code is not None:
-        process = await stack.start_patient(name, "inference", address)
+    process = await stack.start_patient(f"inference-{number}", "inference", address)
     return Replica(address, process, grpc.aio.insecure_channel(address, (("grpc.use_local_subchannel_pool", 1),)))
 
 
@@ -241,10 +242,19 @@ async def running_theatre() -> AsyncIterator[tuple[Theatre, ProviderGate]]:
         folder = exits.enter_context(state_folder())
         ports, wire = Ports.free(), Wire()
         wire.open = True
-        served = {name: free_port() for name in ("metering", "ratelimit", "inference to ratelimit", "inference to metering", "provider")}
-        targets = {"metering": "ratelimit", "ratelimit": "metering", "inference to ratelimit": "ratelimit", "inference to metering": "metering"}
+        served = {
+            name: free_port() for name in ("metering", "ratelimit", "inference to ratelimit", "inference to metering", "provider", "redis")
+        }
+        targets = {
+            "metering": "ratelimit",
+            "ratelimit": "metering",
+            "inference to ratelimit": "ratelimit",
+            "inference to metering": "metering",
+        }
         routes = {name: f"{LOOPBACK}:{port}" for name, port in served.items()}
-        routes["provider"] = f"http://{routes['provider']}"
+        routes |= {"provider": f"http://{routes['provider']}", "redis": str(served["redis"])}
+        tap = RedisTap(ports.redis)
+        await exits.enter_async_context(tap.serving(served["redis"]))
         for name, target in targets.items():
             await exits.enter_async_context(route(wire, name, served[name], ports.address(target)))
         gate = ProviderGate(wire, f"http://{ports.address('provider')}")
@@ -253,14 +263,19 @@ async def running_theatre() -> AsyncIterator[tuple[Theatre, ProviderGate]]:
         await stack.start()
         exits.push_async_callback(stack.stop)
         client = await exits.enter_async_context(MeshClient.connect(ports))
-        addresses = [ports.address("inference"), *(f"{LOOPBACK}:{free_port()}" for _ in range(CALLS - 1))]
+        addresses = [f"{LOOPBACK}:{free_port()}" for _ in range(CALLS)]
         async with asyncio.TaskGroup() as group:
             another = f"{LOOPBACK}:{free_port()}"
             group.create_task(stack.start_patient("ratelimit-1", "ratelimit", another))
             starts = [group.create_task(_replica(stack, number, address)) for number, address in enumerate(addresses)]
         limiter_channel = await exits.enter_async_context(grpc.aio.insecure_channel(another))
         theatre = Theatre(
-            stack, client, wire, [start.result() for start in starts], rate_limit_service_pb2_grpc.RateLimitServiceStub(limiter_channel)
+            stack,
+            client,
+            wire,
+            [start.result() for start in starts],
+            [client.limits, rate_limit_service_pb2_grpc.RateLimitServiceStub(limiter_channel)],
+            tap,
         )
         exits.push_async_callback(_end, stack, theatre)
         await _rehearse(theatre, gate)

@@ -1,7 +1,7 @@
 """What lies between the parties when real services play a run: every message of the protocol stops here until it is told to go on.
 
-A message is delivered when the run says so, as often as it says, also after its sender died or stopped to wait. Whatever is no message of the
-protocol passes; renewals of leases are lost, so that a lease ends when the run says so.
+A message is delivered when the run says so, as often as it says, also after its sender died or stopped to wait. Whatever is no message
+of the protocol passes; renewals of leases are lost, so that a lease ends when the run says so.
 """
 
 # grpc is generic in its stubs only: subscripting it at run time fails.
@@ -74,6 +74,7 @@ class Wire:
         self.letters: list[Letter] = []
         self.fenced: dict[UUID, tuple[int, int]] = {}
         self.heard: dict[UUID, int] = {}
+        self.done: set[tuple[str, UUID, int]] = set()
         self.open = False
         self.changed = asyncio.Condition()
 
@@ -84,6 +85,16 @@ class Wire:
         self.letters.clear()
         self.fenced.clear()
         self.heard.clear()
+        self.done.clear()
+
+    async def commit(self, letter: Letter) -> bool:
+        """Delivers an end of a call to the limits. Once they say that it is done, the ledger hears so when it sends it again."""
+        answer = await letter.deliver()
+        if not isinstance(answer, bytes):
+            return False
+        if limit_pb.CommitResponse.FromString(answer).outcomes[0] == limit_pb.COMMIT_OUTCOME_DONE:
+            self.done.add((letter.kind, letter.reservation_ids[0], letter.epoch))
+        return True
 
     def find(self, kind: str, reservation_ids: Sequence[UUID] = (), sender: str = "") -> list[Letter]:
         """The messages of a kind about any of the reservations, the first sent first."""
@@ -155,10 +166,10 @@ class _Route(grpc.GenericRpcHandler):
 
         if method in _LOST and not self._wire.open:
             return Refused(grpc.StatusCode.UNAVAILABLE, "lost on the wire", ())
-        if self._wire.open:
-            return await send()
         if method == _COMMIT:
             return await self._commits(request, send)
+        if self._wire.open:
+            return await send()
         if method == _FENCE:
             return await self._fences(request, send)
         return await self._one(method, request, send)
@@ -174,14 +185,20 @@ class _Route(grpc.GenericRpcHandler):
         return await letter.reader
 
     async def _commits(self, request: bytes, send: Callable[[bytes], Any]) -> bytes:
-        """Each end is a message of its own. The ledger hears that it has to send them again, and keeps them in its outbox."""
-        commits = limit_pb.CommitRequest.FromString(request).commits
-        for commit in commits:
+        """Each end is a message of its own. Until it is done the ledger hears that it has to send it again, and keeps it in its outbox."""
+        outcomes = []
+        for commit in limit_pb.CommitRequest.FromString(request).commits:
             kind, reservation_id = _COMMIT_KINDS[commit.kind], UUID(bytes=commit.reservation.reservation_id)
-            if all(known.epoch != commit.epoch for known in self._wire.find(kind, (reservation_id,))):
+            known = [letter for letter in self._wire.find(kind, (reservation_id,)) if letter.epoch == commit.epoch]
+            if not known:
                 body = limit_pb.CommitRequest(commits=[commit]).SerializeToString()
-                await self._wire.put(Letter(kind, (reservation_id,), commit.epoch, self._sender, lambda body=body: send(body)))
-        return limit_pb.CommitResponse(outcomes=[limit_pb.COMMIT_OUTCOME_RETRY] * len(commits)).SerializeToString()
+                known = [Letter(kind, (reservation_id,), commit.epoch, self._sender, lambda body=body: send(body))]
+                await self._wire.put(known[0])
+            name = (kind, reservation_id, commit.epoch)
+            if self._wire.open and name not in self._wire.done:
+                await self._wire.commit(known[0])
+            outcomes.append(limit_pb.COMMIT_OUTCOME_DONE if name in self._wire.done else limit_pb.COMMIT_OUTCOME_RETRY)
+        return limit_pb.CommitResponse(outcomes=outcomes).SerializeToString()
 
     async def _fences(self, request: bytes, send: Callable[[bytes], Any]) -> Answer:
         """Each fence is a message of its own. The limits ask every sweep; they hear an answer once it is let through, until then none."""

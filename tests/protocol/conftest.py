@@ -1,0 +1,14 @@
+"""One theatre for all runs that are played: a run has a tenant of its own."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.protocol.theatre import ProviderGate, Theatre, running_theatre
+
+
+@pytest.fixture(scope="session")
+async def stage() -> AsyncIterator[tuple[Theatre, ProviderGate]]:
+    """The theatre, and the gate before its provider."""
+    async with running_theatre() as running:
+        yield running
