@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.protocol.theatre import ProviderGate, Theatre, running_theatre
+from tests.protocol.stage.provider_gate import ProviderGate
+from tests.protocol.stage.theatre import Theatre, running_theatre
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""The runs that go wrong when a rule of the call protocol is gone, each by its rule: `python -m tests.protocol.explore --variants` prints them.
+"""The runs that go wrong when a rule of the call protocol is gone, each by its rule.
 
-Where the shortest one cannot happen to the real services, because another wall is in its way, a longer one stands here that can.
-Runs with an extension are not played: the gate before the provider does not cut an answer in two.
+`python -m tests.protocol.explore --variants` prints them. Where the shortest one cannot happen to the real services, because another wall
+is in its way, a longer one stands here that can. Runs with an extension are not played: the gate before the provider does not cut an
+answer in two.
 """
 
 RUNS: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""`python -m tests.protocol.patient SERVICE`: a service of the mesh that waits for answers as long as a run holds them back.
+"""`python -m tests.protocol.stage.patient SERVICE`: a service of the mesh that waits for answers as long as a run holds them back.
 
 Nothing but its patience differs: in the model a message may take any time, and no run is to depend on a machine's pace.
 """

@@ -1,7 +1,6 @@
 """A whole mesh whose limits, ledger and provider are reached over a wire that a run controls, and replicas of inference that it kills."""
 
 import asyncio
-import json
 import sys
 import uuid
 from collections.abc import AsyncIterator
@@ -9,10 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
 import grpc
 import redis.asyncio
-from aiohttp import web
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from devstack.addresses import Ports
@@ -28,9 +25,10 @@ from mesh.inference.v1 import inference_service_pb2, inference_service_pb2_grpc
 from mesh.ratelimit.v1 import rate_limit_service_pb2, rate_limit_service_pb2_grpc
 from mesh.tenant.v1 import configuration_service_pb2
 from tests.chaos.books import Ledger, Limits, read_holds, read_ledger, read_provider
-from tests.protocol.patient import PATIENCE_SECONDS
-from tests.protocol.redis_tap import RedisTap
-from tests.protocol.wire import Letter, Wire, route
+from tests.protocol.stage.patient import PATIENCE_SECONDS
+from tests.protocol.stage.provider_gate import ProviderGate
+from tests.protocol.stage.redis_tap import RedisTap
+from tests.protocol.stage.wire import Wire, route
 from tests.ratelimit.rules import rule
 from tests.support.mesh import state_folder
 
@@ -40,7 +38,6 @@ QUESTION = "Go on."
 MAX_OUTPUT_TOKENS = 100
 # What the provider writes for an amount of the model: a little, or all it may.
 OUTPUT_TOKENS = {1: 5, 2: MAX_OUTPUT_TOKENS}
-_CALL_ID = "x-tenantry-call-id"
 _WIRED = {"metering", "ratelimit"}
 _LEASE_SECONDS = "60"
 _SECONDS = 20.0
@@ -82,7 +79,10 @@ class WiredStack(Stack):
                 "TENANTRY_DEFAULT_CALL_DEADLINE_SECONDS": str(PATIENCE_SECONDS),
             }
         process = ManagedProcess(
-            name, [sys.executable, "-m", "tests.protocol.patient", service], log_path=self.state.log_path(name), env=environment | changed
+            name,
+            [sys.executable, "-m", "tests.protocol.stage.patient", service],
+            log_path=self.state.log_path(name),
+            env=environment | changed,
         )
         self.processes[name] = process
         await process.start()
@@ -183,56 +183,6 @@ class Theatre:
 async def _replica(stack: WiredStack, number: int, address: str) -> Replica:
     process = await stack.start_patient(f"inference-{number}", "inference", address)
     return Replica(address, process, grpc.aio.insecure_channel(address, (("grpc.use_local_subchannel_pool", 1),)))
-
-
-class ProviderGate:
-    """Stands before the provider: a dispatch goes on when the run says what is billed, and its answer comes back when the run says so."""
-
-    def __init__(self, wire: Wire, target: str) -> None:
-        self._wire, self._target = wire, target
-        self._session: aiohttp.ClientSession | None = None
-        self.output_tokens: dict[str, int] = {}
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Takes a request for the provider."""
-        body, headers = await request.read(), {k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length")}
-        call_id = request.headers.get(_CALL_ID, "")
-
-        async def send() -> bytes:
-            told = headers | ({"x-stub-output-tokens": str(self.output_tokens[call_id])} if call_id in self.output_tokens else {})
-            assert self._session is not None
-            async with self._session.request(request.method, f"{self._target}{request.path_qs}", data=body, headers=told) as answer:
-                content = await answer.read()
-                return json.dumps([answer.status, answer.headers["content-type"], content.decode()]).encode()
-
-        if request.path != "/v1/messages" or self._wire.open:
-            return _response(await send())
-        letter = Letter("dispatch", (uuid.UUID(call_id),), -1, "inference", send, reader=asyncio.get_running_loop().create_future())
-        await self._wire.put(letter)
-        assert letter.reader is not None
-        answer = await letter.reader
-        if not isinstance(answer, bytes):
-            raise web.HTTPInternalServerError
-        return _response(answer)
-
-    @asynccontextmanager
-    async def serving(self, port: int) -> AsyncIterator[None]:
-        """Listens on a loopback port."""
-        app = web.Application(client_max_size=1 << 24)
-        app.router.add_route("*", "/{path:.*}", self.handle)
-        runner = web.AppRunner(app, handler_cancellation=False, shutdown_timeout=0.1)
-        await runner.setup()
-        async with aiohttp.ClientSession() as self._session:
-            await web.TCPSite(runner, LOOPBACK, port).start()
-            try:
-                yield
-            finally:
-                await runner.cleanup()
-
-
-def _response(answer: bytes) -> web.Response:
-    status, content_type, content = json.loads(answer)
-    return web.Response(status=status, body=content.encode(), headers={"content-type": content_type})
 
 
 @asynccontextmanager
