@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
-from devstack.managed_process import ProcessFailedError
+from devstack.managed_process import ManagedProcess, ProcessFailedError
 from devstack.stack import Stack
 from tests.chaos.chances import PARTS, Death
 
@@ -23,6 +23,8 @@ class Killer:
         self._stack = stack
         self._forgets: set[str] = set()
         self._down: set[str] = set()
+        # Killed, and not yet seen to be dead.
+        self._dying: set[str] = set()
         self._all_up = asyncio.Event()
         self._all_up.set()
         self.kill_counts: Counter[str] = Counter()
@@ -61,11 +63,12 @@ class Killer:
 
     def _kill(self, death: Death) -> None:
         process = self._stack.processes[death.part]
-        if process.exit_code is not None or not self._may_kill(death):
+        if not _runs(process) or not self._may_kill(death):
             return
         # Known before the part is gone: whoever brings it back looks here.
         if death.forgets:
             self._forgets.add(death.part)
+        self._dying.add(death.part)
         self._down.add(death.part)
         self._all_up.clear()
         self.kill_counts[death.part] += 1
@@ -74,11 +77,12 @@ class Killer:
     async def _keep_up(self, part: str) -> None:
         while True:
             await self._stack.processes[part].wait()
+            self._dying.discard(part)
             self._down.add(part)
             self._all_up.clear()
             await self._bring_back(part)
             self.restart_count += 1
-            if self._stack.processes[part].exit_code is None:
+            if part not in self._dying and self._stack.processes[part].exit_code is None:
                 self._down.discard(part)
             if not self._down:
                 self._all_up.set()
@@ -92,6 +96,15 @@ class Killer:
                 await self._stack.start_again(part)
             except ProcessFailedError:
                 # It died while it started, or what it needs is away: as after any other death.
+                self._dying.discard(part)
                 await asyncio.sleep(_RESTART_PAUSE_SECONDS)
             else:
                 return
+
+
+def _runs(process: ManagedProcess) -> bool:
+    try:
+        return process.pid > 0 and process.exit_code is None
+    except ProcessFailedError:
+        # It is only about to be started.
+        return False
