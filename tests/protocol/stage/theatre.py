@@ -5,7 +5,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import grpc
@@ -39,6 +39,13 @@ MAX_OUTPUT_TOKENS = 100
 # What the provider writes for an amount of the model: a little, or all it may.
 OUTPUT_TOKENS = {1: 5, 2: MAX_OUTPUT_TOKENS}
 _WIRED = {"metering", "ratelimit"}
+# Who reaches whom over the wire, by the name of the route.
+_TARGETS = {
+    "metering": "ratelimit",
+    "ratelimit": "metering",
+    "inference to ratelimit": "ratelimit",
+    "inference to metering": "metering",
+}
 _LEASE_SECONDS = "60"
 _SECONDS = 20.0
 
@@ -46,9 +53,9 @@ _SECONDS = 20.0
 class WiredStack(Stack):
     """The mesh, with services that are patient and the wire between those that play."""
 
-    def __init__(self, state: StackState, ports: Ports, routes: dict[str, str]) -> None:
+    def __init__(self, state: StackState, ports: Ports, served: dict[str, int]) -> None:
         super().__init__(state, ports, trace_sample_ratio=0.0)
-        self._routes = routes
+        self._served = served
 
     async def start_service(self, name: str, **extra_environment: str) -> None:
         """Starts a service; those of the protocol as `patient` ones."""
@@ -64,18 +71,18 @@ class WiredStack(Stack):
         peer = {"metering": "RATELIMIT", "ratelimit": "METERING"}.get(service)
         changed = {"TENANTRY_LISTEN_ADDRESS": address}
         if peer is not None:
-            changed |= {f"TENANTRY_{peer}_ADDRESS": self._routes[service], "TENANTRY_LEASE_SECONDS": _LEASE_SECONDS}
+            changed |= {f"TENANTRY_{peer}_ADDRESS": self._at(service), "TENANTRY_LEASE_SECONDS": _LEASE_SECONDS}
         if service == "metering":
             changed["TENANTRY_RELAY_POLL_SECONDS"] = "0.05"
         if service == "ratelimit":
             # By way of the tap, whose port stands in place of the server's.
-            changed["TENANTRY_REDIS_URL"] = self.redis.url.replace(f":{self.ports.redis}/", f":{self._routes['redis']}/")
+            changed["TENANTRY_REDIS_URL"] = self.redis.url.replace(f":{self.ports.redis}/", f":{self._served['redis']}/")
             changed["TENANTRY_REDIS_TIMEOUT_SECONDS"] = "5"
         if service == "inference":
             changed |= {
-                "TENANTRY_RATELIMIT_ADDRESS": self._routes["inference to ratelimit"],
-                "TENANTRY_METERING_ADDRESS": self._routes["inference to metering"],
-                "TENANTRY_PROVIDER_BASE_URL": self._routes["provider"],
+                "TENANTRY_RATELIMIT_ADDRESS": self._at("inference to ratelimit"),
+                "TENANTRY_METERING_ADDRESS": self._at("inference to metering"),
+                "TENANTRY_PROVIDER_BASE_URL": f"http://{self._at('provider')}",
                 "TENANTRY_DEFAULT_CALL_DEADLINE_SECONDS": str(PATIENCE_SECONDS),
             }
         process = ManagedProcess(
@@ -88,6 +95,9 @@ class WiredStack(Stack):
         await process.start()
         await process.wait_ready(lambda: is_serving_at(address, HEALTH_SERVICE_NAMES[service]), timeout_seconds=SERVICE_READY_SECONDS)
         return process
+
+    def _at(self, route: str) -> str:
+        return f"{LOOPBACK}:{self._served[route]}"
 
 
 @dataclass
@@ -192,44 +202,38 @@ async def running_theatre() -> AsyncIterator[tuple[Theatre, ProviderGate]]:
         folder = exits.enter_context(state_folder())
         ports, wire = Ports.free(), Wire()
         wire.open = True
-        served = {
-            name: free_port() for name in ("metering", "ratelimit", "inference to ratelimit", "inference to metering", "provider", "redis")
-        }
-        targets = {
-            "metering": "ratelimit",
-            "ratelimit": "metering",
-            "inference to ratelimit": "ratelimit",
-            "inference to metering": "metering",
-        }
-        routes = {name: f"{LOOPBACK}:{port}" for name, port in served.items()}
-        routes |= {"provider": f"http://{routes['provider']}", "redis": str(served["redis"])}
-        tap = RedisTap(ports.redis)
+        served = _more_ports(ports)
+        tap, gate = RedisTap(ports.redis), ProviderGate(wire, f"http://{ports.address('provider')}")
         await exits.enter_async_context(tap.serving(served["redis"]))
-        for name, target in targets.items():
-            await exits.enter_async_context(route(wire, name, served[name], ports.address(target)))
-        gate = ProviderGate(wire, f"http://{ports.address('provider')}")
         await exits.enter_async_context(gate.serving(served["provider"]))
-        stack = WiredStack(StackState.open(folder), ports, routes)
+        for name, target in _TARGETS.items():
+            await exits.enter_async_context(route(wire, name, served[name], ports.address(target)))
+        stack = WiredStack(StackState.open(folder), ports, served)
         await stack.start()
         exits.push_async_callback(stack.stop)
         client = await exits.enter_async_context(MeshClient.connect(ports))
-        addresses = [f"{LOOPBACK}:{free_port()}" for _ in range(CALLS)]
+        limiter = f"{LOOPBACK}:{served['ratelimit-1']}"
         async with asyncio.TaskGroup() as group:
-            another = f"{LOOPBACK}:{free_port()}"
-            group.create_task(stack.start_patient("ratelimit-1", "ratelimit", another))
+            group.create_task(stack.start_patient("ratelimit-1", "ratelimit", limiter))
+            addresses = [f"{LOOPBACK}:{served[f'inference-{number}']}" for number in range(CALLS)]
             starts = [group.create_task(_replica(stack, number, address)) for number, address in enumerate(addresses)]
-        limiter_channel = await exits.enter_async_context(grpc.aio.insecure_channel(another))
-        theatre = Theatre(
-            stack,
-            client,
-            wire,
-            [start.result() for start in starts],
-            [client.limits, rate_limit_service_pb2_grpc.RateLimitServiceStub(limiter_channel)],
-            tap,
-        )
+        channel = await exits.enter_async_context(grpc.aio.insecure_channel(limiter))
+        limiters = [client.limits, rate_limit_service_pb2_grpc.RateLimitServiceStub(channel)]
+        theatre = Theatre(stack, client, wire, [start.result() for start in starts], limiters, tap)
         exits.push_async_callback(_end, stack, theatre)
         await _rehearse(theatre, gate)
         yield theatre, gate
+
+
+def _more_ports(ports: Ports) -> dict[str, int]:
+    """A free port for each thing that is not part of a mesh, none of them one of the mesh's."""
+    taken, chosen = set(astuple(ports)), dict[str, int]()
+    for name in (*_TARGETS, "provider", "redis", "ratelimit-1", *(f"inference-{number}" for number in range(CALLS))):
+        while (port := free_port()) in taken:
+            pass
+        chosen[name] = port
+        taken.add(port)
+    return chosen
 
 
 async def _end(stack: WiredStack, theatre: Theatre) -> None:
