@@ -10,6 +10,7 @@ _OPEN = "services/metering/migrations/0003_open_and_settle.sql"
 _ENDS = "services/metering/migrations/0004_ends_without_a_bill.sql"
 _EPOCHS = "services/metering/migrations/0008_counted_periods.sql"
 _COMMIT = "services/ratelimit/adapters/scripts/commit.lua"
+_LOAD = "services/ratelimit/adapters/scripts/load.lua"
 _SETTLEMENT = "services/inference/settlement.py"
 
 # A snapshot also says which calls have ended lately, so that a Reserve that comes again meets its own end and holds nothing.
@@ -76,7 +77,9 @@ PROTOCOL_MUTATIONS = (
     ),
     _without(
         "rebuild_answers_own_request",
-        Edit("services/ratelimit/adapters/scripts/load.lua", "if m[1] or m[2] ~= ARGV[1] then\n", "if m[1] then\n"),
+        Edit(_LOAD, "if m[1] or m[2] ~= ARGV[1] then\n", "if m[1] then\n"),
+        # Only a request says of which history the data is that answers it; what has none counts as lost.
+        Edit(_LOAD, "call('HSET', meta, 'epoch', ARGV[2],", "call('HSET', meta, 'history', current_history(), 'epoch', ARGV[2],"),
     ),
     _without(
         "rebuild_counts_open_calls",
