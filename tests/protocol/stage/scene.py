@@ -94,7 +94,8 @@ class Scene:
 
         def happened() -> bool:
             asking = self.calls[c].asking
-            over = asking is None or (asking.done() and not asking.cancelled())
+            # A caller that went away has heard its end; what its replica does about it is still to come.
+            over = asking is None or (asking.done() and not (kinds and asking.cancelled()))
             return over or any(self.letter(c, kind) for kind in kinds)
 
         self._refuse_second_tries()
