@@ -82,7 +82,7 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         jobs_store = PostgresJobs(jobs)
         relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)
         sweeper = LeaseSweeper(jobs_store, relay, lease_seconds=settings.lease_seconds, sweep_seconds=settings.sweep_seconds)
-        ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, proves=TenantProof(verifier).proves)
+        ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, tier_of=TenantProof(verifier).tier_of)
         # Closed before the loops: what its last batches end is still told.
         stack.push_async_callback(ledger.close)
         server = MeshServer(settings, servicers=_registrations(ledger, catalog, database, jobs), resolver=resolver, verifier=verifier)
