@@ -1,8 +1,8 @@
 """What sums that are ready when they are asked for cost the ledger: CPU of Postgres and pairs a second, with them and without, in turn.
 
-Opens and settles batches of calls over several tenants, through the ledger's own statements, on one connection; in one half of each round the
-trigger that counts is switched off. In the other half the log is folded by a second connection, whose cost is told apart. Halves are compared
-within a round, so what else the machine does is in both.
+Opens and settles batches of calls over several tenants, through the ledger's own statements, on one connection; in one half of each round
+the trigger that counts is switched off. In the other half the log is folded by a second connection, whose cost is told apart. Halves are
+compared within a round, so what else the machine does is in both.
 """
 
 import argparse
@@ -37,7 +37,10 @@ FEATURES, PROMPTS = ("chat", "search", "summary"), ("default@1", "default@2")
 WITHOUT, WITH = 0, 1
 # These fill caches and make plans.
 WARMING = 2
-SWITCH = {WITHOUT: "ALTER TABLE metering.calls DISABLE TRIGGER calls_are_counted", WITH: "ALTER TABLE metering.calls ENABLE TRIGGER calls_are_counted"}
+SWITCH = {
+    WITHOUT: "ALTER TABLE metering.calls DISABLE TRIGGER calls_are_counted",
+    WITH: "ALTER TABLE metering.calls ENABLE TRIGGER calls_are_counted",
+}
 BACKEND = "SELECT pid FROM pg_stat_activity WHERE application_name = $1"
 FOLD = "SELECT metering.fold_usage(1000000)"
 
@@ -97,7 +100,7 @@ async def measure(options: argparse.Namespace, postgres: EmbeddedPostgres) -> di
     await migrate_schema(MeteringSettings(postgres_admin_dsn=secret, postgres_dsn=SecretStr(service), postgres_jobs_dsn=SecretStr(jobs)))
     database = await TenantDatabase.open(service, max_size=1, application_name="usage-writes")
     folding = await JobsDatabase.open(jobs, max_size=1, application_name="usage-folds", statement_timeout_seconds=60.0)
-    admin = await asyncpg.connect(postgres.dsn())  # noqa: TID251 - switches the triggers, as an administrator
+    admin = await asyncpg.connect(postgres.dsn())
     tenants = [new_uuid7().bytes for _ in range(options.tenants)]
     ledger, cpu, clock = PostgresLedger(database, lease_seconds=60.0), Rounds((WITHOUT, WITH)), Rounds((WITHOUT, WITH))
     folds: list[float] = []

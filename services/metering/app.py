@@ -14,6 +14,7 @@ from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import MigrationRefused, migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.metering.adapters.postgres_epochs import PostgresEpochs
 from services.metering.adapters.postgres_jobs import PostgresJobs
@@ -21,7 +22,9 @@ from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPrices, load_price_book
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
+from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
 from services.metering.adapters.ratelimit_client import RemoteLimits
+from services.metering.adapters.tenant_calendars import TenantCalendars
 from services.metering.lease_sweeper import LeaseSweeper
 from services.metering.ledger import Ledger
 from services.metering.outbox import OutboxRelay
@@ -33,6 +36,7 @@ from services.metering.servicers.prices import PriceServicer
 from services.metering.servicers.usage import UsageServicer
 from services.metering.settings import MeteringSettings
 from services.metering.tenant_proof import TenantProof
+from services.metering.usage_folder import UsageFolder
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 SCHEMA = "metering"
@@ -82,23 +86,48 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         jobs_store = PostgresJobs(jobs)
         relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)
         sweeper = LeaseSweeper(jobs_store, relay, lease_seconds=settings.lease_seconds, sweep_seconds=settings.sweep_seconds)
-        ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, tier_of=TenantProof(verifier).tier_of)
+        ledger = Ledger(
+            PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, tier_of=TenantProof(verifier).tier_of
+        )
         # Closed before the loops: what its last batches end is still told.
         stack.push_async_callback(ledger.close)
-        server = MeshServer(settings, servicers=_registrations(ledger, catalog, database, jobs), resolver=resolver, verifier=verifier)
+        usage = UsageServicer(
+            PostgresUsage(database),
+            await _usage_queries(stack, settings, database, jobs),
+            TenantCalendars(TenantConfigCache(to_tenant, feed=feed)),
+        )
+        server = MeshServer(
+            settings, servicers=_registrations(ledger, catalog, usage, database, jobs), resolver=resolver, verifier=verifier
+        )
         background.start("outbox_deleter", relay.run_deleter)
         background.start("outbox_sender", relay.run_sender)
         background.start("outbox_poller", relay.run_poller)
         background.start("lease_sweeper", sweeper.run)
+        background.start("usage_folder", UsageFolder(jobs_store, fold_seconds=settings.usage_fold_seconds).run)
         return MeteringApp(server, background, ledger, database, jobs, stack.pop_all())
 
 
-def _registrations(ledger: Ledger, catalog: PriceCatalog, database: TenantDatabase, jobs: JobsDatabase) -> list[Registration]:
+async def _usage_queries(
+    stack: AsyncExitStack, settings: MeteringSettings, database: TenantDatabase, jobs: JobsDatabase
+) -> PostgresUsageQueries:
+    reading, reading_all, pooling = database, jobs, settings.postgres_transaction_pooling
+    if dsn := settings.postgres_read_dsn.get_secret_value():
+        reading = await TenantDatabase.open(dsn, max_size=6, application_name="metering-read", transaction_pooling=pooling)
+        stack.push_async_callback(reading.close)
+    if dsn := settings.postgres_jobs_read_dsn.get_secret_value():
+        reading_all = await JobsDatabase.open(dsn, max_size=2, application_name="metering-jobs-read", transaction_pooling=pooling)
+        stack.push_async_callback(reading_all.close)
+    return PostgresUsageQueries(database, reading, reading_all)
+
+
+def _registrations(
+    ledger: Ledger, catalog: PriceCatalog, usage: UsageServicer, database: TenantDatabase, jobs: JobsDatabase
+) -> list[Registration]:
     records = PostgresTenantRecords(database, jobs)
     return [
         (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
         (add_PriceServiceServicer_to_server, PriceServicer(catalog), "mesh.metering.v1.PriceService"),
-        (add_UsageServiceServicer_to_server, UsageServicer(PostgresUsage(database)), "mesh.metering.v1.UsageService"),
+        (add_UsageServiceServicer_to_server, usage, "mesh.metering.v1.UsageService"),
         (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(records), "mesh.common.v1.TenantLifecycleService"),
     ]
 

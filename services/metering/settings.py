@@ -33,8 +33,18 @@ class MeteringSettings(ServiceSettings):
     postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    postgres_read_dsn: SecretStr = Field(
+        default=SecretStr(""),
+        description="a read replica of the same database, logging in as metering_service, for `QueryUsage`; empty: the primary",
+    )
+    postgres_jobs_read_dsn: SecretStr = Field(
+        default=SecretStr(""), description="the same replica, logging in as metering_jobs, for `QueryUsageOfTenants`; empty: the primary"
+    )
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     price_book_path: Path = Field(default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`")
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
+    usage_fold_seconds: float = Field(
+        default=1.0, gt=0.0, description="pause between folds of changes into sums of use; answers have them all, folded or not"
+    )
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")

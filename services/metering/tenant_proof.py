@@ -1,4 +1,4 @@
-"""Whether a context token proves the tenant an item of a batch names, and in which tier. One that cannot be judged now neither does nor does not."""
+"""Whether a context token proves the tenant an item of a batch names. A token that cannot be judged now is no proof and no disproof."""
 
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import Unauthenticated
@@ -11,7 +11,10 @@ class TenantProof:
         self._verifier = verifier
 
     async def tier_of(self, context_token: str, tenant_id: bytes) -> str | None:
-        """Returns the plan tier of a valid token of that tenant, None for any other. Raises: Unavailable when the signing keys cannot be fetched."""
+        """Returns the plan tier of a valid token of that tenant, None for any other.
+
+        Raises: Unavailable when the signing keys cannot be fetched.
+        """
         try:
             context = await self._verifier.verify(context_token)
         except Unauthenticated:

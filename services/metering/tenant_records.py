@@ -10,6 +10,8 @@ CALLS = "postgres:metering.calls"
 ENTRIES = "postgres:metering.entries"
 UNITS = "postgres:metering.unit_entries"
 EPOCHS = "postgres:metering.tenant_epochs"
+# What the log and the sums of use are kept in: made of calls and units, so they are not exported, and blanked with them.
+USAGE = ("usage_pending", "usage_rollups", "usage_latencies")
 
 
 class TenantRecords(Protocol):

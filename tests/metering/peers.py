@@ -9,15 +9,19 @@ from uuid import UUID
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mesh.common.v1 import limit_rule_pb2 as rules_pb
 from mesh.common.v1.tenant_claims_pb2 import TenantClaims
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as limits_pb
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc as limits_grpc
 from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
 from mesh.tenant.v1 import authentication_service_pb2_grpc as auth_grpc
+from mesh.tenant.v1 import tenant_service_pb2 as tenant_pb
+from mesh.tenant.v1 import tenant_service_pb2_grpc as tenant_grpc
 from services.kernel.context_token import SigningKey, mint
 
 DONE = limits_pb.COMMIT_OUTCOME_DONE
 RETRY = limits_pb.COMMIT_OUTCOME_RETRY
+OPERATOR_KEY = "operator-key"
 
 
 class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
@@ -27,10 +31,12 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self.credentials: dict[str, UUID] = {}
 
-    def token(self, tenant_id: UUID, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None) -> str:
+    def token(
+        self, tenant_id: UUID, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None, tier: str = "free"
+    ) -> str:
         """A context token of the tenant, signed by the published key unless told otherwise."""
         now = datetime.now(UTC)
-        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="free", region="local", subject="key:test", scopes=["usage:read"])
+        claims = TenantClaims(tenant_id=tenant_id.bytes, tier=tier, region="local", subject="key:test", scopes=["usage:read"])
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + lifetime)
         return mint(claims, key or self._key)
@@ -39,11 +45,34 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
         public = self._key.private_key.public_key().public_bytes_raw()
         return auth_pb.GetContextKeysResponse(keys=[auth_pb.ContextKey(key_id=self._key.key_id, public_key=public)])
 
+    def operator_token(self, tenant_id: bytes) -> str:
+        """A context token of an operator, acting for a tenant or for none."""
+        now = datetime.now(UTC)
+        claims = TenantClaims(tenant_id=tenant_id, region="local", subject="operator:test", operator=True)
+        claims.scopes.extend(["operator:tenants", "usage:read"])
+        claims.issue_time.FromDatetime(now)
+        claims.expire_time.FromDatetime(now + timedelta(seconds=300))
+        return mint(claims, self._key)
+
     async def Authenticate(self, request: auth_pb.AuthenticateRequest, context: Any) -> auth_pb.AuthenticateResponse:
+        if request.credential == OPERATOR_KEY:
+            return auth_pb.AuthenticateResponse(context_token=self.operator_token(request.claimed_tenant_id))
         tenant_id = self.credentials.get(request.credential)
         if tenant_id is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")
         return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id))
+
+
+class ScriptedConfigs(tenant_grpc.TenantServiceServicer):
+    """Answers every tenant's configuration: of no rule, in the time zone and with the anchor the test put."""
+
+    def __init__(self) -> None:
+        self.rules: dict[str, rules_pb.LimitRules] = {}
+
+    async def GetTenantConfig(self, request: tenant_pb.GetTenantConfigRequest, context: Any) -> tenant_pb.GetTenantConfigResponse:
+        tenant_id = dict(context.invocation_metadata())["x-tenant-id"]
+        rules = self.rules.get(tenant_id, rules_pb.LimitRules())
+        return tenant_pb.GetTenantConfigResponse(config=tenant_pb.TenantConfig(tenant_id=tenant_id, version=1, limit_rules=rules))
 
 
 class ScriptedLimits(limits_grpc.RateLimitServiceServicer):
@@ -83,6 +112,7 @@ class Peers:
     def __init__(self) -> None:
         self.tenants = ScriptedTenantService()
         self.limits = ScriptedLimits()
+        self.configs = ScriptedConfigs()
         self.port = 0
 
     async def start(self) -> None:
@@ -90,6 +120,7 @@ class Peers:
         self._server = grpc.aio.server()
         auth_grpc.add_AuthenticationServiceServicer_to_server(self.tenants, self._server)
         limits_grpc.add_RateLimitServiceServicer_to_server(self.limits, self._server)
+        tenant_grpc.add_TenantServiceServicer_to_server(self.configs, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
 

@@ -9,7 +9,17 @@ from services.kernel.catalog import violations
 from services.kernel.ids import TenantId, new_uuid7
 from tests.metering.mesh import Mesh, bill, dsn_of
 
-TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries")
+TENANT_TABLES = (
+    "calls",
+    "call_leases",
+    "entries",
+    "outbox",
+    "tenant_epochs",
+    "unit_entries",
+    "usage_latencies",
+    "usage_pending",
+    "usage_rollups",
+)
 BOOKS = ("entries", "unit_entries")
 
 
