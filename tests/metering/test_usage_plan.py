@@ -59,7 +59,7 @@ def test_single_calls_are_read_for_less_than_an_hour_at_each_end(start: datetime
 
 @given(moments, lengths, zones, st.sampled_from((Bucket.HOUR, Bucket.DAY, Bucket.MONTH)))
 def test_buckets_begin_where_the_clock_says(start: datetime, length: timedelta, zone: ZoneInfo, bucket: Bucket) -> None:
-    """The first begins with the period; the others rise, each at a full hour, day or month of the zone, or right after a leap of its clock."""
+    """The first begins with the period; the others rise, each at a full hour, day or month of the zone, or after a leap of its clock."""
     starts = bucket_starts(bucket, start, start + length, zone)
     assert starts[0] == start
     assert all(earlier < later < start + length for earlier, later in pairwise(starts))
