@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from bench import call_overhead, kernel_overhead, revocation, sealing, slices, tenants, usage_writes
+from bench import call_overhead, kernel_overhead, revocation, sealing, slices, tenants, usage_query, usage_writes
 from bench.limits import run as limits
 
 BENCHES: dict[str, Callable[[list[str]], None]] = {
@@ -14,6 +14,7 @@ BENCHES: dict[str, Callable[[list[str]], None]] = {
     "tenants": tenants.main,
     "sealing": sealing.main,
     "slices": slices.main,
+    "usage_query": usage_query.main,
     "usage_writes": usage_writes.main,
 }
 

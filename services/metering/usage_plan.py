@@ -15,13 +15,17 @@ class Grain(IntEnum):
     HOUR = 1
     DAY = 2
     USER_DAY = 3
+    # Of one user, whatever it was used for.
+    USER_ALONE_DAY = 4
 
 
 # Coarsest first.
 WITHOUT_USERS = (Grain.DAY, Grain.HOUR)
 WITH_USERS = (Grain.USER_DAY,)
+USERS_ALONE = (Grain.USER_ALONE_DAY,)
 LATENCIES = (Grain.DAY,)
-_LENGTHS = {Grain.HOUR: timedelta(hours=1), Grain.DAY: timedelta(days=1), Grain.USER_DAY: timedelta(days=1)}
+_HOUR, _DAY = timedelta(hours=1), timedelta(days=1)
+_LENGTHS = {Grain.HOUR: _HOUR, Grain.DAY: _DAY, Grain.USER_DAY: _DAY, Grain.USER_ALONE_DAY: _DAY}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from services.kernel.errors import InvalidRequest
 from services.kernel.ids import TenantId
 from services.metering.call import TokenUsage
 from services.metering.usage_calendar import Bucket, bucket_starts, month_start
-from services.metering.usage_plan import LATENCIES, WITH_USERS, WITHOUT_USERS, Grain, Segment, segments
+from services.metering.usage_plan import LATENCIES, USERS_ALONE, WITH_USERS, WITHOUT_USERS, Grain, Segment, segments
 
 MAX_PERIOD = timedelta(days=400)
 MAX_PERIOD_OF_HOURS = timedelta(days=32)
@@ -90,7 +90,13 @@ class UsageQuery:
 
     def segments(self) -> list[Segment]:
         """Returns the parts of the period with the sums that answer for them."""
-        return segments(self.bucket_starts(), self.end, WITH_USERS if self.of_users else WITHOUT_USERS)
+        return segments(self.bucket_starts(), self.end, self._grains())
+
+    def _grains(self) -> Sequence[Grain]:
+        if not self.of_users:
+            return WITHOUT_USERS
+        alone = self.group_by <= {Dimension.TENANT, Dimension.USER} and self.filter == UsageFilter(users=self.filter.users)
+        return USERS_ALONE if alone else WITH_USERS
 
     def latency_segments(self) -> list[Segment]:
         """As `segments`, for latencies."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from services.kernel.errors import InvalidRequest
 from services.metering.usage_calendar import Bucket, bucket_starts, cycle, month_start, zone_of
 from services.metering.usage_plan import LATENCIES, WITH_USERS, WITHOUT_USERS, Grain, segments
-from services.metering.usage_query import UsageQuery, period
+from services.metering.usage_query import Dimension, UsageFilter, UsageQuery, period
 
 ZONES = (
     "UTC",
@@ -28,7 +28,7 @@ moments = st.integers(min_value=0, max_value=20 * 365 * 86_400 * 10**6).map(
 )
 lengths = st.timedeltas(min_value=timedelta(microseconds=1), max_value=timedelta(days=45))
 zones = st.sampled_from(ZONES).map(ZoneInfo)
-UNITS = {Grain.HOUR: 3_600, Grain.DAY: 86_400, Grain.USER_DAY: 86_400}
+UNITS = {Grain.HOUR: 3_600, Grain.DAY: 86_400, Grain.USER_DAY: 86_400, Grain.USER_ALONE_DAY: 86_400}
 
 
 @given(moments, lengths, zones, st.sampled_from(Bucket), st.sampled_from((WITHOUT_USERS, WITH_USERS, LATENCIES, ())))
@@ -123,3 +123,14 @@ def test_users_are_read_from_sums_that_know_them() -> None:
     assert not query.of_users
     assert {part.grain for part in query.segments()} == {Grain.HOUR, Grain.DAY}
     assert {part.grain for part in query.latency_segments()} == {Grain.DAY, Grain.CALLS}
+    users, chat = frozenset({Dimension.USER}), UsageFilter(users=("user-1",), features=("chat",))
+    for group_by, wanted, grain in (
+        (users, UsageFilter(), Grain.USER_ALONE_DAY),
+        (frozenset(), UsageFilter(users=("user-1",)), Grain.USER_ALONE_DAY),
+        (users | {Dimension.MODEL}, UsageFilter(), Grain.USER_DAY),
+        (frozenset(), chat, Grain.USER_DAY),
+        (users, UsageFilter(product_units=("",)), Grain.USER_DAY),
+    ):
+        of_users = UsageQuery(start, start + timedelta(days=3), group_by=group_by, filter=wanted)
+        assert {part.grain for part in of_users.segments()} == {grain, Grain.CALLS}
+        assert {part.grain for part in of_users.latency_segments()} == {Grain.CALLS}

@@ -55,7 +55,9 @@ class Script:
         ends: list[Callable[[], Awaitable[object]]] = [
             lambda: self._say("SettleCalls", pb.SettleCallsRequest(calls=[settlement])),
             lambda: self._say("VoidCalls", pb.VoidCallsRequest(calls=[unknown(opening.ref, pb.TokenUsage(input_tokens=5))])),
-            lambda: self._say("VoidCalls", pb.VoidCallsRequest(calls=[not_billed(opening.ref, chance.choice(("provider_529", "cancelled")))])),
+            lambda: self._say(
+                "VoidCalls", pb.VoidCallsRequest(calls=[not_billed(opening.ref, chance.choice(("provider_529", "cancelled")))])
+            ),
             lambda: self._say("FenceCalls", pb.FenceCallsRequest(calls=[pb.FenceCall(ref=opening.ref)])),
             lambda: self._reconcile(opening.ref),
             lambda: self._lapse(opening.ref),

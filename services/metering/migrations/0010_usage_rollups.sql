@@ -7,8 +7,8 @@
 -- What a row of `calls` counts is a function of that row (the view counted_use). A change of the row adds what the new one counts and takes away what
 -- the old one did; so the sums are right whatever ended the call, by whichever release, and can be worked out anew at any time.
 --
--- Grains: 1 the hour, 2 the day, 3 the day of one user, all of UTC, by the time of use. Hours and days know no users: those would be nearly as many
--- rows as there are calls. Whoever asks for parts of them reads the calls of those parts.
+-- Grains: 1 the hour, 2 the day, 3 the day of one user, 4 the day of one user whatever it was used for, all of UTC, by the time of use. Hours and
+-- days know no users: those would be nearly as many rows as there are calls. Whoever asks for parts of them reads the calls of those parts.
 
 -- Why a call ended without a bill, by the word its end was told with: 1 refused by the provider, 2 the provider is overloaded or limits, 3 it
 -- failed or was not reached, 4 cancelled, 5 the deadline passed, 6 whoever made the call was lost, 7 anything else.
@@ -66,13 +66,13 @@ CREATE TABLE usage_pending (
 
 CREATE TABLE usage_rollups (
     tenant_id uuid NOT NULL,
-    grain smallint NOT NULL CHECK (grain BETWEEN 1 AND 3),
+    grain smallint NOT NULL CHECK (grain BETWEEN 1 AND 4),
     start_time timestamptz NOT NULL,
     series uuid NOT NULL,
     provider text NOT NULL,
     model text NOT NULL,
     feature text NOT NULL,
-    user_name text NOT NULL CHECK (grain = 3 OR user_name = ''),
+    user_name text NOT NULL CHECK (grain > 2 OR user_name = ''),
     prompt_version text NOT NULL,
     tier text NOT NULL,
     product_unit text NOT NULL,
@@ -205,7 +205,7 @@ BEGIN
         DELETE FROM metering.usage_pending p USING chosen c WHERE p.tenant_id = c.tenant_id AND p.pending_id = c.pending_id
         RETURNING p.*, date_trunc('hour', p.use_time, 'UTC') AS use_hour, date_trunc('day', p.use_time, 'UTC') AS use_day
     ), summed AS (
-        SELECT t.tenant_id, g.grain, g.start_time, t.provider, t.model, t.feature, g.user_name, t.prompt_version, t.tier, t.product_unit,
+        SELECT t.tenant_id, g.grain, g.start_time, g.provider, g.model, g.feature, g.user_name, g.prompt_version, g.tier, g.product_unit,
                coalesce(sum(t.sign) FILTER (WHERE t.state = 2), 0) AS settled, coalesce(sum(t.sign) FILTER (WHERE t.state = 3), 0) AS void,
                coalesce(sum(t.sign) FILTER (WHERE t.state = 4), 0) AS unresolved, coalesce(sum(t.sign) FILTER (WHERE t.state = 5), 0) AS reconciled,
                coalesce(sum(t.sign) FILTER (WHERE t.attempt > 1), 0) AS retries,
@@ -217,8 +217,12 @@ BEGIN
                sum(t.sign * t.cache_write_5m_tokens) AS cache_write_5m, sum(t.sign * t.cache_write_1h_tokens) AS cache_write_1h,
                sum(t.sign * t.cost_nano_usd) AS cost, sum(t.sign * t.quantity) AS quantity
         FROM taken t
-        CROSS JOIN LATERAL (VALUES (1::smallint, t.use_hour, ''), (2::smallint, t.use_day, ''), (3::smallint, t.use_day, t.user_name))
-                   AS g (grain, start_time, user_name)
+        CROSS JOIN LATERAL (VALUES
+            (1::smallint, t.use_hour, t.provider, t.model, t.feature, '', t.prompt_version, t.tier, t.product_unit),
+            (2::smallint, t.use_day, t.provider, t.model, t.feature, '', t.prompt_version, t.tier, t.product_unit),
+            (3::smallint, t.use_day, t.provider, t.model, t.feature, t.user_name, t.prompt_version, t.tier, t.product_unit),
+            (4::smallint, t.use_day, '', '', '', t.user_name, '', '', '')
+        ) AS g (grain, start_time, provider, model, feature, user_name, prompt_version, tier, product_unit)
         GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
     ), rolled AS (
         INSERT INTO metering.usage_rollups AS u (
