@@ -58,7 +58,8 @@ CROSS JOIN LATERAL (VALUES
     (1::smallint, date_trunc('hour', c.use_time, 'UTC'), c.provider, c.model, c.feature, '', c.prompt_version, c.tier),
     (2::smallint, $1::timestamptz, c.provider, c.model, c.feature, '', c.prompt_version, c.tier),
     (3::smallint, $1::timestamptz, c.provider, c.model, c.feature, c.user_name, c.prompt_version, c.tier),
-    (4::smallint, $1::timestamptz, '', '', '', c.user_name, '', '')
+    (4::smallint, $1::timestamptz, '', '', '', c.user_name, '', ''),
+    (5::smallint, $1::timestamptz, '', '', '', '', '', '')
 ) AS g (grain, start_time, provider, model, feature, user_name, prompt_version, tier)
 WHERE c.tenant_id = ANY ($2::uuid[]) AND c.use_time >= $1 AND c.use_time < $1 + interval '24 hours' AND c.product_unit = ''
 GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10

@@ -17,15 +17,18 @@ class Grain(IntEnum):
     USER_DAY = 3
     # Of one user, whatever it was used for.
     USER_ALONE_DAY = 4
+    # Of the tenant, likewise.
+    TENANT_DAY = 5
 
 
 # Coarsest first.
 WITHOUT_USERS = (Grain.DAY, Grain.HOUR)
 WITH_USERS = (Grain.USER_DAY,)
 USERS_ALONE = (Grain.USER_ALONE_DAY,)
+TENANTS_ALONE = (Grain.TENANT_DAY, Grain.HOUR)
 LATENCIES = (Grain.DAY,)
 _HOUR, _DAY = timedelta(hours=1), timedelta(days=1)
-_LENGTHS = {Grain.HOUR: _HOUR, Grain.DAY: _DAY, Grain.USER_DAY: _DAY, Grain.USER_ALONE_DAY: _DAY}
+_LENGTHS = {Grain.HOUR: _HOUR, Grain.DAY: _DAY, Grain.USER_DAY: _DAY, Grain.USER_ALONE_DAY: _DAY, Grain.TENANT_DAY: _DAY}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from services.kernel.errors import InvalidRequest
 from services.kernel.ids import TenantId
 from services.metering.call import TokenUsage
 from services.metering.usage_calendar import Bucket, bucket_starts, month_start
-from services.metering.usage_plan import LATENCIES, USERS_ALONE, WITH_USERS, WITHOUT_USERS, Grain, Segment, segments
+from services.metering.usage_plan import LATENCIES, TENANTS_ALONE, USERS_ALONE, WITH_USERS, WITHOUT_USERS, Grain, Segment, segments
 
 MAX_PERIOD = timedelta(days=400)
 MAX_PERIOD_OF_HOURS = timedelta(days=32)
@@ -93,10 +93,10 @@ class UsageQuery:
         return segments(self.bucket_starts(), self.end, self._grains())
 
     def _grains(self) -> Sequence[Grain]:
-        if not self.of_users:
-            return WITHOUT_USERS
-        alone = self.group_by <= {Dimension.TENANT, Dimension.USER} and self.filter == UsageFilter(users=self.filter.users)
-        return USERS_ALONE if alone else WITH_USERS
+        others = self.group_by - {Dimension.TENANT, Dimension.USER} or self.filter != UsageFilter(users=self.filter.users)
+        if self.of_users:
+            return WITH_USERS if others else USERS_ALONE
+        return WITHOUT_USERS if others else TENANTS_ALONE
 
     def latency_segments(self) -> list[Segment]:
         """As `segments`, for latencies."""

@@ -28,7 +28,7 @@ moments = st.integers(min_value=0, max_value=20 * 365 * 86_400 * 10**6).map(
 )
 lengths = st.timedeltas(min_value=timedelta(microseconds=1), max_value=timedelta(days=45))
 zones = st.sampled_from(ZONES).map(ZoneInfo)
-UNITS = {Grain.HOUR: 3_600, Grain.DAY: 86_400, Grain.USER_DAY: 86_400, Grain.USER_ALONE_DAY: 86_400}
+UNITS = {Grain.HOUR: 3_600, Grain.DAY: 86_400, Grain.USER_DAY: 86_400, Grain.USER_ALONE_DAY: 86_400, Grain.TENANT_DAY: 86_400}
 
 
 @given(moments, lengths, zones, st.sampled_from(Bucket), st.sampled_from((WITHOUT_USERS, WITH_USERS, LATENCIES, ())))
@@ -121,7 +121,9 @@ def test_users_are_read_from_sums_that_know_them() -> None:
     start = datetime(2026, 11, 1, 5, tzinfo=UTC)
     query = UsageQuery(start, start + timedelta(days=3))
     assert not query.of_users
-    assert {part.grain for part in query.segments()} == {Grain.HOUR, Grain.DAY}
+    assert {part.grain for part in query.segments()} == {Grain.HOUR, Grain.TENANT_DAY}
+    by_model = UsageQuery(start, start + timedelta(days=3), group_by=frozenset({Dimension.MODEL}))
+    assert {part.grain for part in by_model.segments()} == {Grain.HOUR, Grain.DAY}
     assert {part.grain for part in query.latency_segments()} == {Grain.DAY, Grain.CALLS}
     users, chat = frozenset({Dimension.USER}), UsageFilter(users=("user-1",), features=("chat",))
     for group_by, wanted, grain in (

@@ -9,7 +9,13 @@ import asyncpg
 from services.kernel.ids import TenantId
 from services.kernel.placement import HOME
 from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
-from services.metering.adapters.usage_statements import QUERY, QUERY_WITH_LATENCIES, SELECT_OUTSTANDING, SELECT_TENANTS
+from services.metering.adapters.usage_statements import (
+    PLAN_AS_ASKED,
+    QUERY,
+    QUERY_WITH_LATENCIES,
+    SELECT_OUTSTANDING,
+    SELECT_TENANTS,
+)
 from services.metering.call import TokenUsage
 from services.metering.usage_plan import Segment
 from services.metering.usage_query import (
@@ -92,6 +98,7 @@ async def _groups(
         position.key.tenant_id,
         *position.key.names,
     ]
+    await connection.execute(PLAN_AS_ASKED)
     if query.tells_latencies:
         rows = await connection.fetch(QUERY_WITH_LATENCIES, *arguments, *_columns(query.latency_segments()))
     else:

@@ -7,8 +7,9 @@
 -- What a row of `calls` counts is a function of that row (the view counted_use). A change of the row adds what the new one counts and takes away what
 -- the old one did; so the sums are right whatever ended the call, by whichever release, and can be worked out anew at any time.
 --
--- Grains: 1 the hour, 2 the day, 3 the day of one user, 4 the day of one user whatever it was used for, all of UTC, by the time of use. Hours and
--- days know no users: those would be nearly as many rows as there are calls. Whoever asks for parts of them reads the calls of those parts.
+-- Grains: 1 the hour, 2 the day, 3 the day of one user, 4 the day of one user whatever was used, 5 the day of the tenant whatever was used; all of
+-- UTC, by the time of use. Hours know no users: they would be nearly as many rows as there are calls. Whoever asks for parts of what a sum holds
+-- reads the calls of those parts.
 
 -- Why a call ended without a bill, by the word its end was told with: 1 refused by the provider, 2 the provider is overloaded or limits, 3 it
 -- failed or was not reached, 4 cancelled, 5 the deadline passed, 6 whoever made the call was lost, 7 anything else.
@@ -66,13 +67,13 @@ CREATE TABLE usage_pending (
 
 CREATE TABLE usage_rollups (
     tenant_id uuid NOT NULL,
-    grain smallint NOT NULL CHECK (grain BETWEEN 1 AND 4),
+    grain smallint NOT NULL CHECK (grain BETWEEN 1 AND 5),
     start_time timestamptz NOT NULL,
     series uuid NOT NULL,
     provider text NOT NULL,
     model text NOT NULL,
     feature text NOT NULL,
-    user_name text NOT NULL CHECK (grain > 2 OR user_name = ''),
+    user_name text NOT NULL CHECK (grain IN (3, 4) OR user_name = ''),
     prompt_version text NOT NULL,
     tier text NOT NULL,
     product_unit text NOT NULL,
@@ -221,7 +222,8 @@ BEGIN
             (1::smallint, t.use_hour, t.provider, t.model, t.feature, '', t.prompt_version, t.tier, t.product_unit),
             (2::smallint, t.use_day, t.provider, t.model, t.feature, '', t.prompt_version, t.tier, t.product_unit),
             (3::smallint, t.use_day, t.provider, t.model, t.feature, t.user_name, t.prompt_version, t.tier, t.product_unit),
-            (4::smallint, t.use_day, '', '', '', t.user_name, '', '', '')
+            (4::smallint, t.use_day, '', '', '', t.user_name, '', '', ''),
+            (5::smallint, t.use_day, '', '', '', '', '', '', '')
         ) AS g (grain, start_time, provider, model, feature, user_name, prompt_version, tier, product_unit)
         GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
     ), rolled AS (
