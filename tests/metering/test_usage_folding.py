@@ -31,7 +31,9 @@ SELECT outcome FROM metering.settle_calls(
     array_fill(40::bigint, $3))
 """
 PRICE = """
-WITH v AS (INSERT INTO metering.price_versions VALUES ('v', '2026-01-01', 's', '2026-01-01', decode(repeat('00', 32), 'hex')) RETURNING version)
+WITH v AS (
+    INSERT INTO metering.price_versions VALUES ('v', '2026-01-01', 's', '2026-01-01', decode(repeat('00', 32), 'hex')) RETURNING version
+)
 INSERT INTO metering.prices SELECT version, 'p', 'm', 0, 0, 0, 0, 0 FROM v
 """
 SUMS = """
