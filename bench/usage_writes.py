@@ -12,13 +12,15 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 import asyncpg
-from pydantic import SecretStr
 
 from bench.crowd import process_cpu_seconds
 from bench.paired import Rounds, orders
@@ -43,6 +45,10 @@ SWITCH = {
 }
 BACKEND = "SELECT pid FROM pg_stat_activity WHERE application_name = $1"
 FOLD = "SELECT metering.fold_usage(1000000)"
+COUNTED = """
+SELECT sum(settled_calls) FILTER (WHERE grain = 1)::bigint AS settled, count(*) AS rows
+FROM metering.usage_rollups WHERE tenant_id IS NOT NULL
+"""
 
 
 def openings(tenants: Sequence[bytes], size: int, users: int) -> list[Opening]:
@@ -93,52 +99,79 @@ def settlements(opened: Sequence[Opening]) -> list[RatedSettlement]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Half:
+    """What a pair cost in one half of a round, in microseconds: CPU of the writing session and of the folding one, and time."""
+
+    writer: float
+    folder: float
+    clock: float
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A migrated database with one session that writes, one that folds, and an administrator's."""
+
+    ledger: PostgresLedger
+    folding: JobsDatabase
+    admin: asyncpg.Connection
+    writer_pid: int
+    folder_pid: int
+
+    @classmethod
+    @asynccontextmanager
+    async def on(cls, postgres: EmbeddedPostgres) -> AsyncIterator[Self]:
+        """Migrates and connects; everything is closed at the end."""
+        service, jobs = (postgres.dsn(role=role, password=PASSWORD) for role in ("metering_service", "metering_jobs"))
+        dsns = {"postgres_admin_dsn": postgres.dsn(), "postgres_dsn": service, "postgres_jobs_dsn": jobs}
+        await migrate_schema(MeteringSettings.model_validate(dsns))
+        database = await TenantDatabase.open(service, max_size=1, application_name="usage-writes")
+        folding = await JobsDatabase.open(jobs, max_size=1, application_name="usage-folds", statement_timeout_seconds=60.0)
+        admin = await asyncpg.connect(postgres.dsn())
+        try:
+            writer, folder = [await admin.fetchval(BACKEND, name) for name in ("usage-writes", "usage-folds")]
+            yield cls(PostgresLedger(database, lease_seconds=60.0), folding, admin, writer, folder)
+        finally:
+            await admin.close()
+            await folding.close()
+            await database.close()
+
+    async def half(self, subject: int, tenants: Sequence[bytes], options: argparse.Namespace) -> Half:
+        """Opens and settles batches with the trigger or without it, then folds."""
+        await self.admin.execute(SWITCH[subject])
+        batches = [openings(tenants, options.batch, options.users) for _ in range(options.batches)]
+        settling = [settlements(batch) for batch in batches]
+        cpu, began = process_cpu_seconds(self.writer_pid), time.perf_counter()
+        for opened, settled in zip(batches, settling, strict=True):
+            await self.ledger.open(opened)
+            await self.ledger.settle(settled)
+        wrote, took = process_cpu_seconds(self.writer_pid) - cpu, time.perf_counter() - began
+        cpu = process_cpu_seconds(self.folder_pid)
+        await self.folding.call(FOLD)
+        scale = 1e6 / (options.batch * options.batches)
+        return Half(wrote * scale, (process_cpu_seconds(self.folder_pid) - cpu) * scale, took * scale)
+
+
 async def measure(options: argparse.Namespace, postgres: EmbeddedPostgres) -> dict[str, object]:
-    """Runs the rounds on a migrated database."""
-    secret = SecretStr(postgres.dsn())
-    service, jobs = (postgres.dsn(role=role, password=PASSWORD) for role in ("metering_service", "metering_jobs"))
-    await migrate_schema(MeteringSettings(postgres_admin_dsn=secret, postgres_dsn=SecretStr(service), postgres_jobs_dsn=SecretStr(jobs)))
-    database = await TenantDatabase.open(service, max_size=1, application_name="usage-writes")
-    folding = await JobsDatabase.open(jobs, max_size=1, application_name="usage-folds", statement_timeout_seconds=60.0)
-    admin = await asyncpg.connect(postgres.dsn())
+    """Runs the rounds."""
     tenants = [new_uuid7().bytes for _ in range(options.tenants)]
-    ledger, cpu, clock = PostgresLedger(database, lease_seconds=60.0), Rounds((WITHOUT, WITH)), Rounds((WITHOUT, WITH))
-    folds: list[float] = []
-    writer, folder = [await admin.fetchval(BACKEND, name) for name in ("usage-writes", "usage-folds")]
-    for number, order in enumerate(orders((WITHOUT, WITH), options.rounds + WARMING)):
-        spent: dict[int, float] = {}
-        took: dict[int, float] = {}
-        for subject in order:
-            await admin.execute(SWITCH[subject])
-            batches = [openings(tenants, options.batch, options.users) for _ in range(options.batches)]
-            settling = [settlements(batch) for batch in batches]
-            before, began = process_cpu_seconds(writer), time.perf_counter()
-            for opened, settled in zip(batches, settling, strict=True):
-                await ledger.open(opened)
-                await ledger.settle(settled)
-            pairs = options.batch * options.batches
-            spent[subject] = (process_cpu_seconds(writer) - before) / pairs * 1e6
-            took[subject] = (time.perf_counter() - began) / pairs * 1e6
-            before = process_cpu_seconds(folder)
-            await folding.call(FOLD)
-            if subject == WITH and number >= WARMING:
-                folds.append((process_cpu_seconds(folder) - before) / pairs * 1e6)
-        if number >= WARMING:
-            cpu.add(spent)
-            clock.add(took)
-    sums = await admin.fetchval("SELECT sum(settled_calls) FROM metering.usage_rollups WHERE tenant_id IS NOT NULL AND grain = 1")
-    rows = await admin.fetchval("SELECT count(*) FROM metering.usage_rollups WHERE tenant_id IS NOT NULL")
-    await admin.close()
-    await folding.close()
-    await database.close()
+    cpu, clock, folds = Rounds((WITHOUT, WITH)), Rounds((WITHOUT, WITH)), []
+    async with World.on(postgres) as world:
+        for number, order in enumerate(orders((WITHOUT, WITH), options.rounds + WARMING)):
+            halves = {subject: await world.half(subject, tenants, options) for subject in order}
+            if number >= WARMING:
+                cpu.add({subject: half.writer for subject, half in halves.items()})
+                clock.add({subject: half.clock for subject, half in halves.items()})
+                folds.append(halves[WITH].folder)
+        counted = await world.admin.fetchrow(COUNTED)
     return {
         "postgres_cpu_us_per_pair": {"without": round(cpu.median_cost(WITHOUT), 1), "with": round(cpu.median_cost(WITH), 1)},
         "postgres_cpu_ratio": round(cpu.relative(WITH), 3),
         "fold_cpu_us_per_pair": round(median(folds), 1),
         "pairs_per_second": {"without": round(1e6 / clock.median_cost(WITHOUT)), "with": round(1e6 / clock.median_cost(WITH))},
         "time_ratio": round(clock.relative(WITH), 3),
-        "settled_and_counted": int(sums),
-        "rollup_rows": rows,
+        "settled_and_counted": counted["settled"],
+        "rollup_rows": counted["rows"],
     }
 
 

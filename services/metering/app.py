@@ -63,20 +63,7 @@ async def build(settings: MeteringSettings) -> MeteringApp:
     async with AsyncExitStack() as stack:
         to_limits = _channel(stack, settings, settings.ratelimit_address, "ratelimit")
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
-        database = await TenantDatabase.open(
-            settings.postgres_dsn.get_secret_value(),
-            max_size=12,
-            application_name="metering",
-            transaction_pooling=settings.postgres_transaction_pooling,
-        )
-        stack.push_async_callback(database.close)
-        jobs = await JobsDatabase.open(
-            settings.postgres_jobs_dsn.get_secret_value(),
-            max_size=3,
-            application_name="metering-jobs",
-            transaction_pooling=settings.postgres_transaction_pooling,
-        )
-        stack.push_async_callback(jobs.close)
+        database, jobs = await _databases(stack, settings)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         feed = ChangeFeed(to_tenant)
@@ -105,6 +92,16 @@ async def build(settings: MeteringSettings) -> MeteringApp:
         background.start("lease_sweeper", sweeper.run)
         background.start("usage_folder", UsageFolder(jobs_store, fold_seconds=settings.usage_fold_seconds).run)
         return MeteringApp(server, background, ledger, database, jobs, stack.pop_all())
+
+
+async def _databases(stack: AsyncExitStack, settings: MeteringSettings) -> tuple[TenantDatabase, JobsDatabase]:
+    dsn, jobs_dsn = settings.postgres_dsn.get_secret_value(), settings.postgres_jobs_dsn.get_secret_value()
+    pooling = settings.postgres_transaction_pooling
+    database = await TenantDatabase.open(dsn, max_size=12, application_name="metering", transaction_pooling=pooling)
+    stack.push_async_callback(database.close)
+    jobs = await JobsDatabase.open(jobs_dsn, max_size=3, application_name="metering-jobs", transaction_pooling=pooling)
+    stack.push_async_callback(jobs.close)
+    return database, jobs
 
 
 async def _usage_queries(

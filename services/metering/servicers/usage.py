@@ -1,7 +1,12 @@
 """mesh.metering.v1.UsageService: what the call's own tenant used; for operators, what tenants did."""
 
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from uuid import UUID
+
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import usage_service_pb2 as pb
@@ -16,7 +21,7 @@ from services.metering.call_record import CallRecord, UsageStore, page_position,
 from services.metering.servicers import usage_query_messages as messages
 from services.metering.servicers.ledger_messages import state, usage_message
 from services.metering.usage_calendar import Calendars, TenantCalendar, cycle, zone_of
-from services.metering.usage_query import UsageQueries
+from services.metering.usage_query import GroupUse, RowPosition, UsageQueries, UsageQuery
 from services.metering.usage_report import UsageLine, build_report
 
 
@@ -69,39 +74,30 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         if pb.USAGE_DIMENSION_TENANT in asked.group_by:
             raise InvalidRequest("query.group_by", "a tenant's use has no TENANT dimension: it is all of one tenant")
         calendar = _calendar(asked.time_zone) if asked.time_zone else await self._calendars.of(current_tenant())
-        listing = messages.listing_of(str(tenant_id), asked)
-        page = messages.page_of(asked, listing, calendar, datetime.now(UTC))
-        query, size = messages.usage_query(asked, page, calendar), page_size(asked.page_size)
-        found = await self._queries.of_tenant(tenant_id, query, page.after, size + 1)
-        groups, following = cut_page(found, size, lambda last: messages.page_token(listing, page, last))
+        found = await _answered(asked, str(tenant_id), calendar, partial(self._queries.of_tenant, tenant_id))
         return pb.QueryUsageResponse(
-            start_time=to_timestamp(page.start),
-            end_time=to_timestamp(page.end),
+            start_time=found.start_time,
+            end_time=found.end_time,
             time_zone=calendar.zone_name or "UTC",
-            rows=messages.usage_rows(query, groups),
-            next_page_token=following,
+            rows=found.rows,
+            next_page_token=found.next_page_token,
         )
 
     async def QueryUsageOfTenants(self, request: pb.QueryUsageOfTenantsRequest, context: object) -> pb.QueryUsageOfTenantsResponse:
         """Adds up tenants' use, for operators."""
-        asked = request.query
+        asked, named = request.query, current_tenant().tenant_id
         if pb.USAGE_DIMENSION_USER in asked.group_by or asked.filter.users:
             raise InvalidRequest("query.group_by", "users are told to whom acts for their tenant: ask QueryUsage, naming the tenant")
-        named = current_tenant().tenant_id
-        tenant_ids = [parse_uuid(text, f"tenant_ids[{index}]") for index, text in enumerate(request.tenant_ids)]
-        wanted = sorted(set(tenant_ids)) if named is None else [named]
+        tenant_ids = {parse_uuid(text, f"tenant_ids[{index}]") for index, text in enumerate(request.tenant_ids)}
+        wanted = sorted(tenant_ids) if named is None else [named]
         calendar = _calendar(asked.time_zone)
-        listing = messages.listing_of(",".join(map(str, wanted)), asked)
-        page = messages.page_of(asked, listing, calendar, datetime.now(UTC))
-        query, size = messages.usage_query(asked, page, calendar), page_size(asked.page_size)
-        found = await self._queries.of_tenants(wanted, query, page.after, size + 1)
-        groups, following = cut_page(found, size, lambda last: messages.page_token(listing, page, last))
+        found = await _answered(asked, ",".join(map(str, wanted)), calendar, partial(self._queries.of_tenants, wanted))
         return pb.QueryUsageOfTenantsResponse(
-            start_time=to_timestamp(page.start),
-            end_time=to_timestamp(page.end),
+            start_time=found.start_time,
+            end_time=found.end_time,
             time_zone=calendar.zone_name or "UTC",
-            rows=messages.usage_rows(query, groups),
-            next_page_token=following,
+            rows=found.rows,
+            next_page_token=found.next_page_token,
         )
 
     async def GetBalance(self, request: pb.GetBalanceRequest, context: object) -> pb.GetBalanceResponse:
@@ -109,6 +105,28 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         calendar = await self._calendars.of(current_tenant())
         start, end = cycle(datetime.now(UTC), calendar.zone, calendar.anchor_day)
         return messages.balance_response(start, end, await self._queries.balance(current_tenant_id(), start, end))
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    start_time: Timestamp
+    end_time: Timestamp
+    rows: Sequence[pb.UsageRow]
+    next_page_token: str
+
+
+async def _answered(
+    asked: pb.UsageQuery,
+    whose: str,
+    calendar: TenantCalendar,
+    find: Callable[[UsageQuery, RowPosition | None, int], Awaitable[Sequence[GroupUse]]],
+) -> _Answered:
+    listing = messages.listing_of(whose, asked)
+    page = messages.page_of(asked, listing, calendar, datetime.now(UTC))
+    query, size = messages.usage_query(asked, page, calendar), page_size(asked.page_size)
+    found = await find(query, page.after, size + 1)
+    groups, following = cut_page(found, size, lambda last: messages.page_token(listing, page, last))
+    return _Answered(to_timestamp(page.start), to_timestamp(page.end), messages.usage_rows(query, groups), following)
 
 
 def _calendar(zone_name: str) -> TenantCalendar:

@@ -372,7 +372,7 @@ class QueryUsageOfTenantsRequest(_message.Message):
 
     @_builtins.property
     def tenant_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only these tenants, 36 characters each; empty: all."""
+        """Only these tenants, 36 characters each; empty: all. Where `x-tenant-id` names one, it is the only one."""
 
     def __init__(
         self,
