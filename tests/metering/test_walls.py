@@ -14,7 +14,8 @@ from tests.metering.billing import USD, ask, close, ended, grant, subscribe
 from tests.metering.mesh import Mesh, Tenant, bill, dsn_of
 
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
-TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING)
+USAGE = ("usage_latencies", "usage_pending", "usage_rollups")
+TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING, *USAGE)
 BOOKS = ("entries", "unit_entries")
 
 
