@@ -4,10 +4,12 @@ import sys
 from collections.abc import Callable
 
 from bench import call_overhead, kernel_overhead, revocation, sealing, slices, tenants, usage_query, usage_writes
+from bench.ingest import run as ingest
 from bench.limits import run as limits
 
 BENCHES: dict[str, Callable[[list[str]], None]] = {
     "call_overhead": call_overhead.main,
+    "ingest": ingest.main,
     "kernel_overhead": kernel_overhead.main,
     "limits": limits.main,
     "revocation": revocation.main,

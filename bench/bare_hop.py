@@ -1,6 +1,6 @@
 """The floor under any mesh of this kind: one empty grpc.aio unary call between two processes, as CPU time of both together.
 
-`python -m bench.bare_hop` is the server's side; it prints its port.
+`python -m bench.bare_hop [BYTES]` is the server's side; it prints its port, and answers so many bytes, or what it was sent.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ CALLS = 3_000
 
 
 class _Echo(grpc.GenericRpcHandler):
+    def __init__(self, answer: bytes | None) -> None:
+        self._fixed = answer
+
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
-        return grpc.unary_unary_rpc_method_handler(_answer)
+        return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    async def _answer(self, request: bytes, context: object) -> bytes:
+        return request if self._fixed is None else self._fixed
 
 
-async def _answer(request: bytes, context: object) -> bytes:
-    return request
-
-
-async def serve() -> None:
+async def serve(answer: bytes | None) -> None:
     """Serves until killed."""
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((_Echo(),))
+    server.add_generic_rpc_handlers((_Echo(answer),))
     print(server.add_insecure_port(f"{LOOPBACK}:0"), flush=True)
     await server.start()
     await server.wait_for_termination()
@@ -65,4 +67,4 @@ async def _calls(call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes], count: in
 
 
 if __name__ == "__main__":
-    uvloop.run(serve())
+    uvloop.run(serve(bytes(int(sys.argv[1])) if len(sys.argv) > 1 else None))

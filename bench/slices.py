@@ -22,7 +22,7 @@ from bench.latency import closed_loop
 from bench.process_cost import CpuReading
 from devstack.addresses import Ports
 from devstack.handbook import Company
-from devstack.mesh_client import MeshClient, credentials
+from devstack.mesh_client import MeshClient, credentials, operator_credentials
 from devstack.provisioning import create_tenant
 from devstack.stack import Stack, running_stack
 from mesh.common.v1 import limit_rule_pb2 as rules
@@ -98,34 +98,39 @@ class Bench:
         return next(status.used for status in response.limits if status.rule == UNIT)
 
     async def _turns(self, limits: LimitSlices, seconds: float, *, awaited: bool) -> Measured:
-        await self._until(limits, time.monotonic() + WARM_SECONDS, awaited=awaited)
+        warm, _ = await use_until(limits, time.monotonic() + WARM_SECONDS, awaited=awaited)
         begin, cpu, began = time.process_time(), CpuReading.of(self._pids), time.monotonic()
-        uses, local = await self._until(limits, began + seconds, awaited=awaited)
+        uses, local = await use_until(limits, began + seconds, awaited=awaited)
+        self.used += warm + uses
         return self._measured(uses, local, time.monotonic() - began, begin, cpu)
-
-    async def _until(self, limits: LimitSlices, end: float, *, awaited: bool) -> tuple[int, int]:
-        uses = local = 0
-        while time.monotonic() < end:
-            here = 0
-            for _ in range(DECISIONS_A_TURN):
-                if awaited:
-                    here += (await limits.try_use(UNIT)).local
-                elif limits.try_use_locally(UNIT):
-                    here += 1
-                else:
-                    here += (await limits.try_use(UNIT)).local
-            uses, local = uses + DECISIONS_A_TURN, local + here
-            await asyncio.sleep(0)
-        self.used += uses
-        return uses, local
 
     def _measured(self, uses: int, local: int, seconds: float, begin: float, cpu: CpuReading) -> Measured:
         spent = CpuReading.of(self._pids).since(cpu)["ratelimit"]
         return Measured(uses, local, seconds, time.process_time() - begin, spent)
 
 
-async def add_rule(tenant_address: str, api_key: str) -> None:
-    """Gives the tenant a rule of its own whose numbers are never reached."""
+async def use_until(limits: LimitSlices, end: float, *, awaited: bool) -> tuple[int, int]:
+    """Uses units until `end`, on time.monotonic(); returns how many, and how many of them were decided here.
+
+    `awaited`: as callers do who do not care where; otherwise without a wait where a slice has room.
+    """
+    uses = local = 0
+    while time.monotonic() < end:
+        here = 0
+        for _ in range(DECISIONS_A_TURN):
+            if awaited:
+                here += (await limits.try_use(UNIT)).local
+            elif limits.try_use_locally(UNIT):
+                here += 1
+            else:
+                here += (await limits.try_use(UNIT)).local
+        uses, local = uses + DECISIONS_A_TURN, local + here
+        await asyncio.sleep(0)
+    return uses, local
+
+
+async def add_rule(tenant_address: str, operator_key: str, tenant_id: str) -> None:
+    """Gives the tenant the unit, as an operator does, with a rule whose numbers are never reached."""
     rule = rules.LimitRule(
         name=UNIT,
         unit=rules.LIMIT_UNIT_PRODUCT,
@@ -137,9 +142,10 @@ async def add_rule(tenant_address: str, api_key: str) -> None:
     )
     request = configuration_service_pb2.UpdateConfigurationRequest(update_mask=FieldMask(paths=[f"limit_rules.rules.{UNIT}"]))
     request.overrides.limit_rules.rules.append(rule)
+    metadata = (*operator_credentials(operator_key, "bench"), ("x-tenant-id", tenant_id))
     async with grpc.aio.insecure_channel(tenant_address) as channel:
         stub = configuration_service_pb2_grpc.ConfigurationServiceStub(channel)
-        await stub.UpdateConfiguration(request, metadata=credentials(api_key), timeout=CALL_TIMEOUT_SECONDS)
+        await stub.UpdateConfiguration(request, metadata=metadata, timeout=CALL_TIMEOUT_SECONDS)
 
 
 async def run(seconds: float) -> tuple[dict[str, object], bool]:
@@ -150,7 +156,7 @@ async def run(seconds: float) -> tuple[dict[str, object], bool]:
         async with running_stack(Path(folder) / "state", ports, trace_sample_ratio=0.0) as stack, MeshClient.connect(ports) as client:
             company = Company("slices", "slices", "enterprise", "slices@bench.example.com", "Bench")
             tenant = await create_tenant(stack, client, company)
-            await add_rule(ports.address("tenant"), tenant.api_key)
+            await add_rule(ports.address("tenant"), stack.state.secrets.operator_key, tenant.tenant_id)
             async with grpc.aio.insecure_channel(ports.address("ratelimit")) as channel:
                 stub = RateLimitServiceStub(channel)
                 bench = Bench(stack, stub, tenant.api_key)

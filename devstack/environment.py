@@ -1,5 +1,6 @@
 """The environment each service of the embedded stack is started with: the same variables a deployment sets."""
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -17,9 +18,14 @@ KEY_DATABASE = "tenantry_keys"
 KEY_ROLE = "tenant_keys"
 # The stub takes these beside the house's key: what a tenant that brings its own key would bring.
 TENANTS_OWN_KEYS = ("sk-stub-a-tenants-own-key", "sk-stub-another-tenants-own-key")
+# The house's account at the provider: more than this machine can call, so nobody is refused, and every call takes its share all the same.
+PROVIDER_ACCOUNT = "house"
+ACCOUNT_LIMITS = {"requests_per_minute": 600_000, "input_tokens_per_minute": 2_000_000_000, "output_tokens_per_minute": 400_000_000}
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
 # They make schemas and tables of tenants that live outside the pool.
 WITH_PLACEMENT_ROLE = frozenset({"tenant", "inference", "retrieval"})
+# It makes and drops the months of events.
+WITH_PARTITIONS_ROLE = frozenset({"metering"})
 WITH_JOBS_ROLE = frozenset({"inference", "metering", "retrieval", "tenant"})
 
 
@@ -91,6 +97,8 @@ def service_environment(
         # One server here; a deployment names the one it keeps for tenants with a database of their own.
         setting = "TENANTRY_SILO_ADMIN_DSN" if service == "tenant" else "TENANTRY_SILO_MIGRATION_DSN"
         own[setting] = own["TENANTRY_POSTGRES_ADMIN_DSN"].rpartition("/")[0] + "/postgres"
+    if service in WITH_PARTITIONS_ROLE:
+        own["TENANTRY_POSTGRES_PARTITIONS_DSN"] = role_dsn(state, ports, service, "partitions")
     own |= _particular(service, state, ports, provider)
     if service == "tenant" and wiring.events:
         own["TENANTRY_EVENT_WEBHOOK_URL"] = f"http://{ports.address('events')}{EVENTS_PATH}"
@@ -116,16 +124,22 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
             "TENANTRY_CONTEXT_SIGNING_KEY": state.secrets.context_signing_key,
             "TENANTRY_OPERATOR_KEY_SHA256": state.secrets.operator_key_sha256,
             "TENANTRY_BASE_DOMAINS": BASE_DOMAIN,
+            # An issuer to try things with is on this machine.
+            "TENANTRY_JWKS_PRIVATE_ADDRESSES": "true",
             "TENANTRY_KEY_STORE_DSN": role_dsn(state, ports, KEY_ROLE, "service", KEY_DATABASE),
             "TENANTRY_KEY_STORE_ADMIN_DSN": _admin_dsn(state, ports, KEY_DATABASE),
             "TENANTRY_MASTER_KEYS": state.secrets.master_keys,
             "TENANTRY_MOVE_GRACE_SECONDS": "3",
         }
     if service == "ratelimit":
-        return {"TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0"}
+        return {
+            "TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0",
+            "TENANTRY_PROVIDER_ACCOUNTS": json.dumps({PROVIDER_ACCOUNT: ACCOUNT_LIMITS}),
+        }
     if service == "retrieval":
         return {"TENANTRY_QDRANT_URL": f"http://{ports.address('qdrant')}", "TENANTRY_QDRANT_API_KEY": state.secrets.qdrant_api_key}
     if service == "inference":
         call_id_header = {"TENANTRY_PROVIDER_CALL_ID_HEADER": "x-tenantry-call-id"} if provider.is_stub else {}
-        return {"TENANTRY_PROVIDER_BASE_URL": provider.base_url, "TENANTRY_ANTHROPIC_API_KEY": provider.api_key} | call_id_header
+        own_account = {"TENANTRY_ANTHROPIC_API_KEY": provider.api_key, "TENANTRY_PROVIDER_ACCOUNT": PROVIDER_ACCOUNT}
+        return {"TENANTRY_PROVIDER_BASE_URL": provider.base_url} | own_account | call_id_header
     return {}

@@ -95,7 +95,9 @@ class Decisions:
     async def of(cls, shape: Shape, pool: RawPool, size: int) -> Decisions:
         """Takes down calls of `size` demands each, for every tenant, or for the one tenant with every mix of users."""
         count = max(len(shape.tenant_ids), 20)
-        return cls([await _taken_down(shape, number, size) for number in range(count)], pool, size)
+        paper = _Paper()
+        store = RedisStore(TenantScripts(paper, paper))
+        return cls([await _taken_down(store, shape, number, size) for number in range(count)], pool, size)
 
     async def run(self, calls: int) -> None:
         """Makes so many script calls in one pipeline. Raises when anything is not held."""
@@ -131,13 +133,12 @@ class _Paper:
         """Nothing is open."""
 
 
-async def _taken_down(shape: Shape, number: int, size: int) -> list[bytes]:
+async def _taken_down(store: RedisStore, shape: Shape, number: int, size: int) -> list[bytes]:
     """The packed call, cut where the ids are."""
     tenant_id: TenantId = shape.tenant_ids[number % len(shape.tenant_ids)]
     asks = [ask(shape.terms, number + place, new_uuid7()) for place in range(size)]
-    paper = _Paper()
     try:
-        await RedisStore(TenantScripts(paper, paper)).reserve(tenant_id, shape.terms, asks)
+        await store.reserve(tenant_id, shape.terms, asks)
     except _TakenDown as taken:
         rest, segments = packed(taken.command), []
         for item in asks:

@@ -1,7 +1,11 @@
 """Decisions through the service, as inference asks for them: one a call, and many tenants' in one message."""
 
+from __future__ import annotations
+
 import asyncio
 import secrets
+
+import grpc
 
 from bench.limits.demands import Shape, request
 from bench.limits.world import SERVICE, World
@@ -44,8 +48,16 @@ class ServiceLoad:
 
     async def unary(self, number: int) -> None:
         """One Reserve. Raises when it is not held."""
+        await self.unary_by(self._reserve, number)
+
+    async def unary_by(self, method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes], number: int) -> bytes:
+        """The same by another method, of another server; returns the answer."""
         place = number % len(self._tokens)
-        await self._reserve(request(number).SerializeToString(), metadata=self._metadata[place], timeout=CALL_SECONDS)
+        return await method(request(number).SerializeToString(), metadata=self._metadata[place], timeout=CALL_SECONDS)
+
+    async def answer_bytes(self) -> int:
+        """How large the answer to a Reserve is."""
+        return len(await self.unary_by(self._reserve, 0))
 
     async def batch(self, number: int) -> None:
         """One ReserveBatch. Raises when any of it is not held."""

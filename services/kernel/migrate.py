@@ -1,7 +1,8 @@
 """Brings one schema forward: numbered SQL files, each in one transaction, each applied once. Refuses a file that changed after it ran.
 
-Roles are made here too: `<schema>_owner` (NOLOGIN, owns everything), `<schema>_service` and `<schema>_jobs` (LOGIN, own nothing), and
-`<schema>_placement` (LOGIN, may become the owner), which makes the tables of tenants that live in a schema or database of their own.
+Roles are made here too: `<schema>_owner` (NOLOGIN, owns everything), `<schema>_service` and `<schema>_jobs` (LOGIN, own nothing). Where a
+DSN names them, two more that may become the owner: `<schema>_placement` (LOGIN), which makes the tables of tenants that live in a schema or
+database of their own, and `<schema>_partitions` (LOGIN), which makes and drops the months of a table.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ _PLACEHOLDER = re.compile(r"(?<![:\w]):(owner|service|jobs)\b")
 # A file that begins so makes nothing of a tenant's content: it is left out where tenants have places of their own.
 _AT_HOME_ONLY = "-- At home only."
 _KINDS = ("owner", "service", "jobs")
-_LOGINS = ("service", "jobs", "placement")
+_OWNING = ("placement", "partitions")
+_LOGINS = ("service", "jobs", *_OWNING)
 _HOME_HISTORY = "schema_migrations"
 # Statements for the jobs role alone, each of which ends with its first semicolon.
 _FOR_JOBS = re.compile(r"^[ \t]*(?:GRANT|CREATE POLICY)\b[^;]*?\bTO\s+:jobs\b[^;]*;", re.MULTILINE)
@@ -91,7 +93,7 @@ class Destination:
 async def migrate(dsn_admin: str, schema: str, migrations_dir: Path, roles: Mapping[str, str] | None = None) -> list[str]:
     """Applies what is missing and returns the names of the files applied. Idempotent; concurrent runs wait for each other.
 
-    `roles` maps `service`, `jobs` and `placement` to the DSN the service will log in with: its password becomes the role's.
+    `roles` maps `service`, `jobs`, `placement` and `partitions` to the DSN the service will log in with: its password becomes the role's.
 
     Raises: MigrationRefused for a changed, missing, misnamed or renumbered file, or for a DSN of another role.
     """
@@ -209,7 +211,7 @@ def _passwords(schema: str, roles: Mapping[str, str]) -> dict[str, str]:
     passwords: dict[str, str] = {}
     for kind, dsn in roles.items():
         if kind not in _LOGINS:
-            raise MigrationRefused(f"roles may name service, jobs and placement, not {kind}")
+            raise MigrationRefused(f"roles may name {', '.join(_LOGINS)}, not {kind}")
         if not dsn:
             continue
         parts, name = urlsplit(dsn), f"{schema}_{kind}"
@@ -230,9 +232,10 @@ async def _prepare(connection: asyncpg.Connection, schema: str, passwords: Mappi
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema} AUTHORIZATION {names['owner']}")
         await connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO {names['service']}, {names['jobs']}")
         await _name_home(connection, schema, names["service"])
-        if "placement" in passwords:
-            await ensure_role(connection, f"{schema}_placement", login=True, password=passwords["placement"])
-            await connection.execute(f"GRANT {names['owner']} TO {schema}_placement WITH INHERIT FALSE, SET TRUE")
+        for kind in _OWNING:
+            if kind in passwords:
+                await ensure_role(connection, f"{schema}_{kind}", login=True, password=passwords[kind])
+                await connection.execute(f"GRANT {names['owner']} TO {schema}_{kind} WITH INHERIT FALSE, SET TRUE")
         await connection.execute(f"SET LOCAL ROLE {names['owner']}")
         await connection.execute(CREATE_HISTORY.format(history=home_of(schema).history))
 

@@ -14,6 +14,8 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_context import TenantContext
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from services.kernel.telemetry.trace_parent import TraceParent
 
 EXTERNAL = "external"
@@ -26,6 +28,8 @@ class RequestScope:
     method: str = ""
     # Carries bearers and tokens: never part of a repr, which a traceback may print.
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
+    # The same as it came: a key may stand in it twice. grpc builds it anew each time it is asked.
+    raw_metadata: "Sequence[tuple[str, str | bytes]]" = field(default=(), repr=False)
     peer_address: str = ""
     caller: str = ""
     tenant: TenantContext | None = None

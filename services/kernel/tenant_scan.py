@@ -19,7 +19,7 @@ LIST_TABLES = """
 SELECT c.relname AS name, c.relrowsecurity AS walled,
        array_agg(quote_ident(a.attname) ORDER BY a.attnum) AS columns
 FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-WHERE c.relnamespace = $1::regnamespace AND c.relkind = 'r' AND has_column_privilege(c.oid, a.attnum, 'SELECT')
+WHERE c.relnamespace = $1::regnamespace AND c.relkind IN ('r', 'p') AND has_column_privilege(c.oid, a.attnum, 'SELECT')
 GROUP BY c.relname, c.relrowsecurity ORDER BY c.relname
 """
 COUNT_IN_TABLE = """

@@ -208,7 +208,7 @@ class Ledger:
         keys = await self._price_keys_of(items)
         settled = await self._store.settle([await self._rate(item, key) for item, key in zip(items, keys, strict=True)])
         self._ends.send(
-            CallEnd(item.tenant_id, item.reservation_id, EndKind.SETTLED, result.told_epoch, item.usage.total, result.cost_nano_usd)
+            _settled_end(item, result.told_epoch, result.cost_nano_usd)
             for item, result in zip(items, settled, strict=True)
             if result.told_epoch is not None
         )
@@ -267,6 +267,10 @@ class Ledger:
         if len(self._price_keys) >= _REMEMBERED_CALLS:
             self._price_keys.pop(next(iter(self._price_keys)))
         self._price_keys[item.tenant_id + item.reservation_id] = PriceKey(item.price_version, item.provider, item.model)
+
+
+def _settled_end(item: Settlement, epoch: int, nano_usd: int) -> CallEnd:
+    return CallEnd(item.tenant_id, item.reservation_id, EndKind.SETTLED, epoch, item.usage.total, nano_usd, item.usage.output)
 
 
 def _alarm(item: Settlement, result: Settled) -> None:

@@ -36,7 +36,7 @@ class EndKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """One row of the outbox: an end of a call, decided in an epoch; tokens and cost are 0 unless settled."""
+    """One row of the outbox: an end of a call, decided in an epoch; tokens and cost are 0 unless settled, `output_tokens` of the tokens."""
 
     tenant_id: bytes
     reservation_id: bytes
@@ -44,6 +44,7 @@ class CallEnd:
     epoch: int
     tokens: int = 0
     cost_nano_usd: int = 0
+    output_tokens: int = 0
 
 
 class Limits(Protocol):

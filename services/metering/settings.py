@@ -20,6 +20,7 @@ from services.kernel.settings import (
 )
 
 PACKAGED_PRICE_BOOK = Path(__file__).parent / "prices.yaml"
+PACKAGED_BILLING_PLANS = Path(__file__).parent / "billing_plans.yaml"
 
 
 class MeteringSettings(ServiceSettings):
@@ -33,6 +34,11 @@ class MeteringSettings(ServiceSettings):
     postgres_transaction_pooling: PostgresTransactionPooling = False
     postgres_jobs_dsn: PostgresJobsDsn = SecretStr("")
     postgres_admin_dsn: PostgresAdminDsn = SecretStr("")
+    postgres_partitions_dsn: SecretStr = Field(
+        default=SecretStr(""),
+        description="Postgres, logging in as metering_partitions, for making and dropping months of events; empty: `migrate` makes them, "
+        "two ahead, and none is dropped",
+    )
     postgres_read_dsn: SecretStr = Field(
         default=SecretStr(""),
         description="a read replica of the same database, logging in as metering_service, for `QueryUsage`; empty: the primary",
@@ -42,8 +48,16 @@ class MeteringSettings(ServiceSettings):
     )
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     price_book_path: Path = Field(default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`")
+    billing_plans_path: Path = Field(
+        default=PACKAGED_BILLING_PLANS, description="what plans charge, YAML; read by `migrate` and `preview-billing-plans`"
+    )
+    invoice_grace_hours: float = Field(default=48.0, ge=0.0, description="a billing period is closed by itself this long after its end")
+    invoice_poll_seconds: float = Field(default=300.0, gt=0.0, description="pause between looks for periods to close")
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
+    event_retention_days: int = Field(
+        default=400, ge=62, description="how long events are kept at least; longer while a month is not on closed invoices"
+    )
     usage_fold_seconds: float = Field(
         default=1.0, gt=0.0, description="pause between folds of changes into sums of use; answers have them all, folded or not"
     )

@@ -1,6 +1,6 @@
 """A tenant's beginning and end in the ledger: what is made, forgotten and handed out. Amounts are kept for ever."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from services.kernel.ids import TenantId
@@ -9,7 +9,13 @@ from services.kernel.tenant_scan import ScannedStore
 CALLS = "postgres:metering.calls"
 ENTRIES = "postgres:metering.entries"
 UNITS = "postgres:metering.unit_entries"
+EVENTS = "postgres:metering.events"
 EPOCHS = "postgres:metering.tenant_epochs"
+SUBSCRIPTIONS = "postgres:metering.subscriptions"
+CREDITS = "postgres:metering.credits"
+INVOICES = "postgres:metering.invoices"
+# What was billed is the operator's book: kept for ever, with the id alone.
+BILLING_TABLES = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
 # What the log and the sums of use are kept in: made of calls and units, so they are not exported, and blanked with them.
 USAGE = ("usage_pending", "usage_rollups", "usage_latencies")
 
@@ -21,8 +27,8 @@ class TenantRecords(Protocol):
         """Makes the tenant's first epoch, unless it is there."""
         ...
 
-    async def pseudonymise(self, tenant_id: TenantId) -> int:
-        """Blanks users, features and prompt names of all its calls, and of those to come; returns how many calls had any."""
+    async def pseudonymise(self, tenant_id: TenantId) -> Mapping[str, int]:
+        """Blanks users, features, prompt names and metadata of its calls and events, and of those to come; returns how many had any."""
         ...
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
@@ -30,5 +36,5 @@ class TenantRecords(Protocol):
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
-        """Yields each record's kind and its JSON object: calls, then entries, then entries of units, each in order of reservation."""
+        """Yields each record's kind and its JSON object: of calls, entries, uses of units, events, plans, credits, whole invoices."""
         ...

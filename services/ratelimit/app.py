@@ -82,9 +82,10 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         allowance = OpenAllowance(store)
         background.start("ratelimit.open_allowance", allowance.run)
         counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant, feed=feed), feed=feed), rebuilder, fencing, allowance)
-        room = _waiting_room(stack, background, settings, scripts)
+        share_store = RedisShares(decisions, bulk)
+        room = _waiting_room(stack, background, settings, RedisTickets(scripts, share_store))
         guard = AbuseGuard(RedisGuards(scripts))
-        share_store = RedisShares(decisions)
+        background.start("ratelimit.refusals", guard.run)
         shares = ProviderShares(share_store, _accounts(settings))
         reservations = Reservations(store, counters, fencing, guard=guard, shares=shares, room=room)
         consumptions = Consumptions(store, ledger, counters, fencing, guard=guard, room=room)
@@ -95,7 +96,6 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
             Looks(store, counters),
             ReserveBatches(reservations, verifier),
             Guarding(guard, counters, AuditClient(to_tenant)),
-            shares,
             Slices(RedisSlices(scripts), counters, fencing, guard=guard),
             lease_seconds=settings.lease_seconds,
         )
@@ -113,8 +113,8 @@ def _registrations(limits: RateLimitServicer, envoy: EnvoyServicer, lifecycle: L
     ]
 
 
-def _waiting_room(stack: AsyncExitStack, background: BackgroundTasks, settings: RatelimitSettings, scripts: TenantScripts) -> WaitingRoom:
-    room = WaitingRoom(RedisTickets(scripts))
+def _waiting_room(stack: AsyncExitStack, background: BackgroundTasks, settings: RatelimitSettings, tickets: RedisTickets) -> WaitingRoom:
+    room = WaitingRoom(tickets)
     stack.push_async_callback(room.close)
     background.start("ratelimit.tickets", room.run)
     listener = WakeListener(settings.redis_url.get_secret_value(), room, cluster=settings.redis_cluster)

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 
 from services.ratelimit.limit_rule import CALENDAR, MINUTE_US, SECOND_US, LimitRule, Scope, Unit, Window
 from services.ratelimit.limits import Subject
 
 _UNITS = {Unit.REQUESTS: "q", Unit.TOKENS: "t", Unit.COST: "c", Unit.RETRIES: "y"}
+# In bytes: ids such as UUIDs are kept as they are.
+_LONGEST_PART, _DIGEST_BYTES = 40, 20
 _WINDOWS = {Window.DAY: "d", Window.MONTH: "m", Window.CYCLE: "b"}
 
 
@@ -41,12 +44,13 @@ class Family:
             case Scope.TENANT:
                 return self.stem
             case Scope.USER:
-                return f"{self.stem}:{part.user}"
+                return f"{self.stem}:{short(part.user)}"
             case Scope.FEATURE:
-                return f"{self.stem}:{part.feature}"
+                return f"{self.stem}:{short(part.feature)}"
             case Scope.USER_FEATURE:
                 # The length keeps ("a", "bc") and ("ab", "c") apart.
-                return f"{self.stem}:{len(part.user)}:{part.user}:{part.feature}"
+                user = short(part.user)
+                return f"{self.stem}:{len(user)}:{user}:{short(part.feature)}"
 
     def of_period(self, subject: Subject, start_us: int) -> str:
         """The whole name of a calendar counter, as scripts write it."""
@@ -66,6 +70,17 @@ STANDARD = (
     Family(Unit.COST, Window.DAY),
     Family(Unit.COST, Window.MONTH),
 )
+
+
+def short(name: str) -> str:
+    """A user's or feature's name as it stands in counters' names: itself up to 40 bytes, and 41 bytes with a digest of it beyond.
+
+    A user has one in each family, until their periods end. The lengths tell a digest from a name that looks like one.
+    """
+    encoded = name.encode()
+    if len(encoded) <= _LONGEST_PART:
+        return name
+    return f"~{blake2b(encoded, digest_size=_DIGEST_BYTES).hexdigest()}"
 
 
 def families_of(rules: Iterable[LimitRule]) -> tuple[Family, ...]:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from services.kernel.ids import TenantId
+from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import Refusal
-from services.ratelimit.provider_share import AccountUse, TakenShare
+from services.ratelimit.provider_share import AccountUse, CountedCall, TakenShare
 from services.ratelimit.terms import Terms
+from services.ratelimit.turn import Queued, Stand
 
 
 class Guard(Protocol):
@@ -25,12 +26,21 @@ class Guard(Protocol):
 class AccountShares(Protocol):
     """Shares a provider account's own limits among tenants."""
 
-    async def take(self, account: str, tenant_id: TenantId, weight: int, need: AccountUse) -> TakenShare | None:
-        """Takes a call's worst case; None for an account without limits. Raises: LimitExceeded PROVIDER_SHARE, Unavailable."""
+    async def take(
+        self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse, stand: Stand | None = None
+    ) -> TakenShare | Queued | None:
+        """Takes a call's worst case; None for an account without limits, and for a call that has its share already.
+
+        Raises: ShareRefused PROVIDER_SHARE, Unavailable.
+        """
         ...
 
-    async def give_back(self, shares: Sequence[tuple[TakenShare, AccountUse]]) -> None:
-        """Gives back what calls did not use. Raises: Unavailable."""
+    async def give_back(self, shares: Sequence[TakenShare]) -> None:
+        """Gives back all that calls took which are not made after all. Tries once."""
+        ...
+
+    async def count(self, calls: Sequence[CountedCall]) -> None:
+        """Counts calls with what they used instead of what they took. Tries once."""
         ...
 
 
@@ -47,9 +57,14 @@ class NoGuard:
 class NoShares:
     """Knows no account."""
 
-    async def take(self, account: str, tenant_id: TenantId, weight: int, need: AccountUse) -> TakenShare | None:
+    async def take(
+        self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse, stand: Stand | None = None
+    ) -> TakenShare | Queued | None:
         """Lets everyone have it."""
         return None
 
-    async def give_back(self, shares: Sequence[tuple[TakenShare, AccountUse]]) -> None:
+    async def give_back(self, shares: Sequence[TakenShare]) -> None:
         """Nothing was taken."""
+
+    async def count(self, calls: Sequence[CountedCall]) -> None:
+        """Nothing is counted."""

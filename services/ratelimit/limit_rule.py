@@ -64,7 +64,10 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LimitRule:
-    """One rule. `user` and `feature` narrow it to one of them. `fails_open`: it admits from a local allowance while its store is away."""
+    """One rule. `user` and `feature` narrow it to one of them. `fails_open`: it admits from a local allowance while its store is away.
+
+    `grants`: it is the plan's or an operator's, so that its unit is one the tenant has; a tenant's own only narrows.
+    """
 
     name: str
     unit: Unit
@@ -82,6 +85,7 @@ class LimitRule:
     waits: bool = False
     burst: bool = False
     lifting_plan: str = ""
+    grants: bool = True
 
     def applies_to(self, subject: Subject) -> bool:
         """Tells whether a request of the subject is held to it."""

@@ -45,21 +45,24 @@ class Looks:
 
         A tenant without counters gets them from the ledger first: its limits must be readable before its first call.
         """
+        return await self._look(context, subject, demand, product_unit, as_use=bool(product_unit))
+
+    async def every(self, context: TenantContext, subject: Subject) -> list[LimitStatus]:
+        """Every rule of all together and of the subject, calls' rules first; also of units that only own rules mention."""
+        terms = await self._counters.terms_of(context)
+        found: list[LimitStatus] = []
+        for product_unit in ("", *sorted(terms.product_units)):
+            found += (await self._look(context, subject, _NO_DEMAND, product_unit, as_use=False)).limits
+        return found
+
+    async def _look(self, context: TenantContext, subject: Subject, demand: Demand, product_unit: str, *, as_use: bool) -> Look:
         tenant_id = tenant_of(context)
 
         async def question(terms: Terms) -> list[Answer]:
-            if product_unit and product_unit not in terms.included_units:
+            if as_use and product_unit not in terms.included_units:
                 raise not_included(product_unit)
             return [await self._store.look(tenant_id, terms, terms.plan(subject, product_unit), demand)]
 
         terms, (answer,) = await self._counters.ask(context, question)
         plan = terms.plan(subject, product_unit)
         return Look(statuses(plan, answer), refusal(plan, answer, demand), shadow_refusals(plan, answer, demand))
-
-    async def every(self, context: TenantContext, subject: Subject) -> list[LimitStatus]:
-        """Every rule of all together and of the subject, calls' rules first."""
-        terms = await self._counters.terms_of(context)
-        found: list[LimitStatus] = []
-        for product_unit in ("", *sorted(terms.product_units)):
-            found += (await self.check(context, subject, _NO_DEMAND, product_unit)).limits
-        return found

@@ -6,16 +6,24 @@ from collections.abc import Iterable
 Packable = int | str | bytes | Iterable["Packable"]
 
 
-def packed(value: Packable) -> bytes:
+class Packed(bytes):
+    """What is packed already: part of something larger as it is."""
+
+    __slots__ = ()
+
+
+def packed(value: Packable) -> Packed:
     """Returns the value as `cmsgpack.unpack` reads it."""
     out = bytearray()
     _pack(value, out)
-    return bytes(out)
+    return Packed(out)
 
 
 def _pack(value: Packable, out: bytearray) -> None:
     if isinstance(value, int):
         _pack_integer(value, out)
+    elif isinstance(value, Packed):
+        out += value
     elif isinstance(value, str | bytes):
         text = value.encode() if isinstance(value, str) else value
         # A text of up to 31 bytes has its length in its tag; Lua makes no difference between texts and bytes.

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Protocol
 from uuid import UUID
 
@@ -18,9 +17,10 @@ from services.ratelimit.calendar_periods import microseconds
 from services.ratelimit.decision import Refusal, refusal, shadow_refusals
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
-from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
-from services.ratelimit.provider_share import TakenShare, need_of
+from services.ratelimit.limits import NOBODY, Demand, Subject
+from services.ratelimit.provider_share import ONE_REQUEST, CountedCall, TakenShare, need_of
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
+from services.ratelimit.settlement import Settlement
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
 from services.ratelimit.turn import Queued, Stand
@@ -29,17 +29,8 @@ from services.ratelimit.waiting_room import WaitingRoom, until_of
 log = structlog.get_logger(__name__)
 
 LARGEST_ID_AGE_SECONDS = 60
-UUID_VERSION = 7
 # The dependency whose silence open rules survive.
 STORE = "redis"
-
-
-class CommitKind(StrEnum):
-    """What the ledger decided of a call."""
-
-    SETTLED = "settled"
-    VOID = "void"
-    PIN = "pin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +72,6 @@ class Held:
     demand: Demand
     degraded: bool = False
     waited_seconds: float = 0.0
-    share: TakenShare | None = None
 
     @classmethod
     def from_allowance(cls, plan: Plan, demand: Demand, epoch: int) -> "Held":
@@ -113,17 +103,6 @@ class Held:
 Outcome = Held | Refusal | MeshError
 # Of a request that may wait.
 Attempted = Outcome | Queued
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """What the ledger says of one reservation, in the epoch it said so."""
-
-    tenant_id: TenantId
-    reservation_id: ReservationId
-    epoch: int
-    kind: CommitKind
-    actual: Amounts
 
 
 class ReservationStore(Protocol):
@@ -196,7 +175,9 @@ class Reservations:
 
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
-        await self._store.release(tenant_of(context), reservation_id, epoch)
+        tenant_id = tenant_of(context)
+        await self._store.release(tenant_id, reservation_id, epoch)
+        await self._shares.count([CountedCall(tenant_id, reservation_id, ONE_REQUEST)])
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
         """Prolongs leases; tells of each whether it lives."""
@@ -204,7 +185,11 @@ class Reservations:
 
     async def commit(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Applies what the ledger says; tells of each whether it is done."""
-        return await self._store.commit(settlements)
+        counted = [call for item in settlements if (call := item.counted_call) is not None]
+        async with asyncio.TaskGroup() as group:
+            done = group.create_task(self._store.commit(settlements))
+            group.create_task(self._shares.count(counted))
+        return done.result()
 
     async def _in_turn(self, room: WaitingRoom, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Outcome]:
         began = time.monotonic()
@@ -237,42 +222,45 @@ class Reservations:
         return replace(outcome, waited_seconds=time.monotonic() - began) if waited and isinstance(outcome, Held) else outcome
 
     async def _attempted(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Attempted]:
-        shares = [await self._shared(context, terms, request) for request in requests]
-        outcomes: list[Attempted | None] = [share if isinstance(share, MeshError | Held) else None for share in shares]
+        shares = await self._shares_of(context, terms, requests)
+        outcomes: list[Attempted | None] = [share if isinstance(share, Queued | MeshError | Held) else None for share in shares]
         open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if open_places:
             try:
                 decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
             except BaseException:
-                await self._give_back([share for share in shares if isinstance(share, TakenShare)])
+                await self._shares.give_back([share for share in shares if isinstance(share, TakenShare)])
                 raise
             for place, outcome in zip(open_places, decided, strict=True):
-                outcomes[place] = await self._with_share(outcome, shares[place])
+                share = shares[place]
+                outcomes[place] = await self._with_share(outcome, share) if isinstance(share, TakenShare) else outcome
         return [outcome for outcome in outcomes if outcome is not None]
 
-    async def _with_share(self, outcome: Attempted, share: TakenShare | MeshError | Held | None) -> Attempted:
-        if not isinstance(share, TakenShare):
-            return outcome
-        # Repeated, the hold is that of before, and so is its share.
-        if isinstance(outcome, Held) and outcome.answer.reserve_us == outcome.answer.now_us:
-            return replace(outcome, share=share)
-        await self._give_back([share])
+    async def _with_share(self, outcome: Attempted, share: TakenShare) -> Attempted:
+        if not isinstance(outcome, Held):
+            await self._shares.give_back([share])
         return outcome
 
-    async def _give_back(self, shares: Sequence[TakenShare]) -> None:
-        try:
-            await self._shares.give_back([(share, share.use) for share in shares])
-        except Unavailable:
-            log.info("share_left_to_its_window", shares=len(shares))
+    async def _shares_of(
+        self, context: TenantContext, terms: Terms, requests: Sequence[Request]
+    ) -> Sequence[TakenShare | Queued | MeshError | Held | None]:
+        if len(requests) == 1:
+            return [await self._shared(context, terms, requests[0])]
+        async with asyncio.TaskGroup() as group:
+            # In their order on the way to the store, which they share.
+            tasks = [group.create_task(self._shared(context, terms, request)) for request in requests]
+        return [task.result() for task in tasks]
 
-    async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | MeshError | Held | None:
+    async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | Queued | MeshError | Held | None:
         """Checks the request by itself and takes its part of its account; what keeps it out, or admits it without asking further."""
         try:
             minted_us(request.reservation_id)
             check_shortening(request.demand)
             if request.account:
                 need = need_of(request.demand, request.input_tokens)
-                return await self._shares.take(request.account, tenant_of(context), terms.weight, need)
+                return await self._shares.take(
+                    request.account, tenant_of(context), terms.weight, request.reservation_id, need, request.stand
+                )
         except Unavailable as error:
             # Asked again, a store that is away would cost the caller its time twice.
             return self._allowed(context, terms, request, error) if error.metadata.get("dependency") == STORE else error
@@ -326,10 +314,12 @@ class Reservations:
 
 def minted_us(reservation_id: UUID) -> int:
     """When the id was made. Raises: InvalidRequest for one that does not tell."""
-    if reservation_id.version != UUID_VERSION:
+    number = reservation_id.int
+    # Version 7 of the variant of RFC 9562: UUID's own properties, which ask for the one and the other, cost a decision more than its plan.
+    if number >> 76 & 0xF != 7 or number >> 62 & 0b11 != 0b10:
         raise InvalidRequest("reservation_id", "must be a UUID of version 7, made for this attempt")
     # Its first 48 bits are milliseconds.
-    return (reservation_id.int >> 80) * 1000
+    return (number >> 80) * 1000
 
 
 def check_shortening(demand: Demand) -> None:

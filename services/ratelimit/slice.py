@@ -11,10 +11,10 @@ from typing import Protocol
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import Forbidden, NotSliceable
+from services.kernel.errors import LimitExceeded, NotSliceable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.decision import refusal
+from services.ratelimit.decision import not_included, refusal
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import Guard, NoGuard
 from services.ratelimit.limits import NOBODY, Demand, Subject
@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 # What a refused slice needed: the least that is given.
 _LEAST = Demand(attempt=0, quantity=1)
+# When the line will be empty nobody knows: a holder may ask again after this long.
+_LINE_HINT_SECONDS = 0.5
 
 
 class Unsliceable(StrEnum):
@@ -101,7 +103,9 @@ class Slices:
         self._guard: Guard = guard or NoGuard()
 
     async def take(self, context: TenantContext, request: SliceRequest) -> Slice:
-        """Charges a slice. Repeated with the same id while it lives, it is the same slice with what is left of its lease.
+        """Charges a slice, unless others wait in line for one of its rules.
+
+        Repeated with the same id while it lives, it is the same slice with what is left of its lease.
 
         Raises: LimitExceeded, Forbidden FEATURE, NotSliceable, ReservationLost, ContentConflict, InvalidRequest, Unavailable.
         """
@@ -117,6 +121,8 @@ class Slices:
         plan = terms.plan(request.subject, request.product_unit)
         if answer.verdict is Verdict.HELD:
             return Slice(plan, answer)
+        if answer.verdict is Verdict.QUEUED:
+            raise _behind_others(request.product_unit)
         if answer.verdict is not Verdict.REFUSED:
             raise lost_or_invalid(answer.verdict, request.slice_id)
         why = refusal(plan, answer, _LEAST)
@@ -135,8 +141,8 @@ class Slices:
 def sliceable_plan(terms: Terms, request: SliceRequest) -> Plan:
     """The plan of a unit that may be used in slices. Raises: Forbidden FEATURE, NotSliceable."""
     unit = request.product_unit
-    if unit not in terms.product_units:
-        raise Forbidden(error_reason_pb2.ERROR_REASON_FEATURE, f"the plan does not include {unit}", feature=unit)
+    if unit not in terms.included_units:
+        raise not_included(unit)
     plan = terms.plan(request.subject, unit)
     cause = _unsliceable(terms, plan)
     if cause is not None:
@@ -149,6 +155,12 @@ _WHY = {
     Unsliceable.OPEN: "a rule stays open without its store, and would not know of slices after a loss",
     Unsliceable.SHADOW: "a rule in shadow mode decides each use by itself",
 }
+
+
+def _behind_others(product_unit: str) -> LimitExceeded:
+    message = f"others wait in line for {product_unit}, and a slice would pass them: call Consume, which may wait too (max_wait)"
+    expected_wait_ms = str(int(_LINE_HINT_SECONDS * 1000))
+    return LimitExceeded(error_reason_pb2.ERROR_REASON_QUEUE_FULL, message, _LINE_HINT_SECONDS, expected_wait_ms=expected_wait_ms)
 
 
 def _unsliceable(terms: Terms, plan: Plan) -> Unsliceable | None:

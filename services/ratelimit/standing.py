@@ -67,12 +67,7 @@ class LimitStatus:
     @property
     def remaining(self) -> int:
         """What is left: never below 0, as more may be used than was held."""
-        return remaining_of(self.rule, self.used)
-
-
-def remaining_of(rule: LimitRule, used: int) -> int:
-    """What is left of a rule of which so much is used."""
-    return max(0, rule.limit - used)
+        return max(0, self.rule.limit - self.used)
 
 
 def statuses(plan: Plan, answer: Answer) -> list[LimitStatus]:
@@ -104,3 +99,10 @@ def period_end_us(rule: LimitRule, answer: Answer) -> int:
     """When the calendar window of the rule ends that the answer's time is in."""
     bounds = answer.periods[CALENDAR.index(rule.window)]
     return next(end for end in bounds[1:] if answer.now_us < end)
+
+
+def current_day(answer: Answer) -> tuple[int, int]:
+    """Begin and end of the day that the answer's time is in: months and cycles end with days."""
+    days = answer.periods[CALENDAR.index(Window.DAY)]
+    place = next(place for place in range(1, len(days)) if answer.now_us < days[place])
+    return days[place - 1], days[place]

@@ -7,7 +7,7 @@ from itertools import chain
 
 from services.ratelimit.calendar_periods import Boundaries, Calendar
 from services.ratelimit.counter import Family, families_of
-from services.ratelimit.limit_rule import CALENDAR, LimitRule, Scope, Unit, Window, applicable
+from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window, applicable
 from services.ratelimit.limits import Subject
 from services.ratelimit.packing import Packable, packed
 
@@ -22,22 +22,47 @@ _RUNNING_BESIDE_USES, _RUNNING, _SINGLE = -2, -1, 0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a request of one subject is counted in and held to. `packed` is the same for scripts.
+class PlanForm:
+    """What the plans of all subjects share that the same rules apply to. `packed` is the same for scripts."""
 
-    `lanes`: for each rule the name of the line of those whom it keeps out.
-    """
+    rules: tuple[LimitRule, ...]
+    families: tuple[Family, ...]
+    has_shadow: bool
+    packed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request of one subject is counted in and held to. `own`, for scripts, is what the form does not say."""
 
     subject: Subject
     product_unit: str
-    rules: tuple[LimitRule, ...]
-    packed: bytes
-    has_shadow: bool
+    form: PlanForm
+    own: bytes
     # Of each rule, the part of the subject that its scope tells apart.
     parts: tuple[Subject, ...]
-    lanes: tuple[bytes, ...] = ()
     # What others make of it once, to use for every request: it goes when the plan goes.
     made: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def rules(self) -> tuple[LimitRule, ...]:
+        """The rules it is held to."""
+        return self.form.rules
+
+    @property
+    def has_shadow(self) -> bool:
+        """Whether any of them is in shadow mode."""
+        return self.form.has_shadow
+
+    @property
+    def packed(self) -> bytes:
+        """All of it, for scripts that take one plan."""
+        return self.form.packed + self.own
+
+    @property
+    def lanes(self) -> list[bytes]:
+        """For each rule the name of the line of those whom it keeps out."""
+        return [_lane(rule, part) for rule, part in zip(self.rules, self.parts, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +113,12 @@ class Terms:
         self.recent_seconds = max(_RECENT_SECONDS, *(-(-family.window_us // 1_000_000) for family in self.families))
         units = [rule for rule in self.rules if rule.unit is Unit.PRODUCT]
         self.product_units = frozenset(rule.product_unit for rule in units)
-        self.included_units = self.product_units.union(features)
+        # What the tenant made itself grants nothing.
+        self.included_units = frozenset(features).union(rule.product_unit for rule in units if rule.grants)
         self._durable_units = frozenset(features).union(rule.product_unit for rule in units if rule.window in CALENDAR)
+        self._named_users = frozenset(rule.user for rule in self.rules if rule.user)
+        self._named_features = frozenset(rule.feature for rule in self.rules if rule.feature)
+        self._forms: dict[tuple[str | bool, str | bool, str], PlanForm] = {}
         self._plans: dict[tuple[str, str, str], Plan] = {}
         self._plan_bytes = 0
         self._calendars: tuple[tuple[int, int], bytes, tuple[Boundaries, Boundaries, Boundaries]] | None = None
@@ -151,28 +180,45 @@ class Terms:
             return cached
         days, months, cycles = (self.calendar.boundaries(window, now_us) for window in CALENDAR)
         # A day that ends is not always a month that does, but cycles and months begin with days.
-        made = ((days[1], days[2]), packed((days, months, cycles)), (days, months, cycles))
+        made = ((days[1], days[2]), packed([_with_suffixes(bounds) for bounds in (days, months, cycles)]), (days, months, cycles))
         self._calendars = made
         return made
 
     def _planned(self, subject: Subject, product_unit: str) -> Plan:
+        form = self._form_for(subject, product_unit)
+        names = [family.counter(subject) for family in form.families]
+        own = packed((subject.user, subject.feature, product_unit, names))
+        return Plan(subject, product_unit, form, own, tuple(rule.scope.of(subject) for rule in form.rules))
+
+    def _form_for(self, subject: Subject, product_unit: str) -> PlanForm:
+        # Which rules apply depends on a name only where a rule names it, else on there being one: so there are few forms for any users.
+        user = subject.user if subject.user in self._named_users else bool(subject.user)
+        feature = subject.feature if subject.feature in self._named_features else bool(subject.feature)
+        key = (user, feature, product_unit)
+        form = self._forms.get(key)
+        if form is None:
+            form = self._forms[key] = self._formed(subject, product_unit)
+        return form
+
+    def _formed(self, subject: Subject, product_unit: str) -> PlanForm:
         rules = applicable((rule for rule in self.rules if rule.product_unit == product_unit), subject)
-        families = [family for family in self.families_for(product_unit) if family.scope.covers(subject)]
+        families = tuple(family for family in self.families_for(product_unit) if family.scope.covers(subject))
         places = {family: place for place, family in enumerate(families, 1)}
-        counters = ((family.counter(subject), *_of_family(family)) for family in families)
         volatile = bool(product_unit) and not self.is_durable(product_unit)
         # Durable uses have leases too: where there may be some, leases alone do not tell how many calls run.
         running = _RUNNING_BESIDE_USES if any(self.is_durable(unit) for unit in self.product_units) else _RUNNING
         has_shadow = any(rule.shadow for rule in rules)
         content: Packable = (
-            (subject.user, subject.feature, product_unit),
-            tuple(chain.from_iterable(counters)),
+            tuple(chain.from_iterable(map(_of_family, families))),
             tuple(chain.from_iterable(_of_rule(rule, places, running, volatile=volatile) for rule in rules)),
             int(has_shadow),
         )
-        parts = tuple(rule.scope.of(subject) for rule in rules)
-        lanes = tuple(_lane(rule, part) for rule, part in zip(rules, parts, strict=True))
-        return Plan(subject, product_unit, rules, packed(content), has_shadow, parts, lanes)
+        return PlanForm(rules, families, has_shadow, packed(content))
+
+
+def _with_suffixes(bounds: Boundaries) -> tuple[Packable, ...]:
+    """The bounds of three periods, and what the names of counters end with in each: see `Family.of_period`."""
+    return (*bounds, *(f"@{start // SECOND_US}" for start in bounds[:-1]))
 
 
 def _of_family(family: Family) -> tuple[int, int, int, int]:

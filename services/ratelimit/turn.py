@@ -16,7 +16,7 @@ class Place:
     """Where one stands that was not admitted, by the store's clock.
 
     `since_us`: 0 without a place. `ahead`: those before it who wait for what it needs. `returns_us`: when a hold that runs could end by
-    itself; 0 when nothing runs that could come back.
+    itself; 0 when nothing runs that could come back. `line`: whose line it is, a provider account's; empty: the tenant's own.
     """
 
     now_us: int
@@ -24,6 +24,7 @@ class Place:
     ahead: int
     returns_us: int
     expired_holds: int = 0
+    line: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from services.kernel.errors import LimitExceeded, MeshError, Unavailable
+from services.kernel.errors import MeshError, Unavailable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.request_context import remaining_seconds
 from services.ratelimit.decision import Refusal
 from services.ratelimit.limit_rule import SECOND_US, Window
+from services.ratelimit.provider_share import ShareRefused
 from services.ratelimit.turn import Pause, Place, Queued, Stand
 
 log = structlog.get_logger(__name__)
@@ -36,11 +37,11 @@ T = TypeVar("T")
 class TicketStore(Protocol):
     """Keeps the lines."""
 
-    async def keep_places(self, tenant_id: TenantId, ids: Sequence[ReservationId]) -> list[bool]:
+    async def keep_places(self, tenant_id: TenantId, ids: Sequence[ReservationId], line: str = "") -> list[bool]:
         """Prolongs tickets by `TICKET_SECONDS`; tells of each whether it still has its place. Raises: Unavailable."""
         ...
 
-    async def leave(self, tenant_id: TenantId, ids: Sequence[ReservationId]) -> None:
+    async def leave(self, tenant_id: TenantId, ids: Sequence[ReservationId], line: str = "") -> None:
         """Takes tickets out of the line. Raises: Unavailable."""
         ...
 
@@ -50,6 +51,8 @@ class _Seat:
     tenant_id: TenantId
     reservation_id: ReservationId
     since_us: int = 0
+    # The line it has a ticket in; None: it has none.
+    line: str | None = None
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     under_way: "asyncio.Task[Any] | None" = None
 
@@ -81,21 +84,18 @@ class WaitingRoom:
             return first
         seat = self._sit(tenant_id, reservation_id)
         try:
-            if _place_of(first) is None:
-                # What keeps it out has no line, only a clock.
-                await self._passed(seat, pause, until)
             while (left := until - time.monotonic()) > 0:
                 seat.woken.clear()
                 outcome = await self._ask(seat, attempt, Stand(keep=True, since_us=seat.since_us))
                 pause = pause_after(outcome, left)
                 if pause is None:
                     if not isinstance(outcome, Refusal | MeshError):
-                        seat.since_us = 0  # its ticket went as it was admitted
+                        seat.line = None  # its ticket went as it was admitted
                     return outcome
                 place = _place_of(outcome)
-                if place is not None and not place.since_us:
+                if place is None or not place.since_us:
                     break  # the line is full
-                seat.since_us = place.since_us if place is not None else seat.since_us
+                await self._stand(seat, place)
                 await self._passed(seat, pause, until)
             return await self._ask(seat, attempt, None)
         finally:
@@ -116,14 +116,14 @@ class WaitingRoom:
         while True:
             await self._occupied.wait()
             await asyncio.sleep(RENEW_SECONDS)
-            by_tenant: dict[TenantId, list[ReservationId]] = {}
+            by_line: dict[tuple[TenantId, str], list[ReservationId]] = {}
             for seats in self._seats.values():
                 for seat in seats:
-                    if seat.since_us:
-                        by_tenant.setdefault(seat.tenant_id, []).append(seat.reservation_id)
+                    if seat.line is not None:
+                        by_line.setdefault((seat.tenant_id, seat.line), []).append(seat.reservation_id)
             async with asyncio.TaskGroup() as group:
-                for tenant_id, ids in by_tenant.items():
-                    group.create_task(self._renew(tenant_id, ids))
+                for (tenant_id, line), ids in by_line.items():
+                    group.create_task(self._renew(tenant_id, line, ids))
 
     async def close(self) -> None:
         """Waits for those who are leaving; their tickets end by themselves else."""
@@ -136,6 +136,13 @@ class WaitingRoom:
         self._occupied.set()
         return seat
 
+    async def _stand(self, seat: _Seat, place: Place) -> None:
+        left, seat.line, seat.since_us = seat.line, place.line, place.since_us
+        if left is not None and left != place.line:
+            # Nobody is kept waiting behind one that waits for something else; it comes back to its old place.
+            with suppress(Unavailable):
+                await self._store.leave(seat.tenant_id, [seat.reservation_id], left)
+
     async def _rise(self, seat: _Seat) -> None:
         others = self._seats[seat.reservation_id]
         others.discard(seat)
@@ -144,7 +151,7 @@ class WaitingRoom:
         del self._seats[seat.reservation_id]
         if not self._seats:
             self._occupied.clear()
-        if not seat.since_us and seat.under_way is None:
+        if seat.line is None and seat.under_way is None:
             return
         # Its caller may be gone: leaving is nobody's to cancel, and has a context and a time of its own.
         task = asyncio.get_running_loop().create_task(self._leave(seat), name="ratelimit.leave", context=Context())
@@ -153,11 +160,14 @@ class WaitingRoom:
         await asyncio.shield(task)
 
     async def _leave(self, seat: _Seat) -> None:
+        lines = set() if seat.line is None else {seat.line}
         if seat.under_way is not None:
             # An attempt that its caller left behind may still write its ticket.
             await asyncio.wait([seat.under_way])
+            lines.add(_line_left(seat.under_way))
         try:
-            await self._store.leave(seat.tenant_id, [seat.reservation_id])
+            for line in lines:
+                await self._store.leave(seat.tenant_id, [seat.reservation_id], line)
         except Unavailable:
             log.info("ticket_left_to_its_lease", tenant_id=str(seat.tenant_id))
 
@@ -177,9 +187,9 @@ class WaitingRoom:
             async with asyncio.timeout(max(0.0, seconds)):
                 await seat.woken.wait()
 
-    async def _renew(self, tenant_id: TenantId, ids: Sequence[ReservationId]) -> None:
+    async def _renew(self, tenant_id: TenantId, line: str, ids: Sequence[ReservationId]) -> None:
         try:
-            kept = await self._store.keep_places(tenant_id, ids)
+            kept = await self._store.keep_places(tenant_id, ids, line)
         except Unavailable:
             return
         self.wake(reservation_id for reservation_id, has_place in zip(ids, kept, strict=True) if not has_place)
@@ -198,7 +208,7 @@ def pause_after(outcome: object, left_seconds: float) -> Pause | None:
         return Pause(None)
     if isinstance(outcome, Refusal):
         return _pause_of(outcome, left_seconds)
-    if isinstance(outcome, LimitExceeded) and outcome.retry_after_seconds is not None and "account" in outcome.metadata:
+    if isinstance(outcome, ShareRefused) and outcome.place is not None and outcome.retry_after_seconds is not None:
         return Pause(outcome.retry_after_seconds) if outcome.retry_after_seconds <= left_seconds else None
     return None
 
@@ -227,4 +237,12 @@ def _forget(task: "asyncio.Task[Any]") -> None:
 
 
 def _place_of(outcome: object) -> Place | None:
-    return outcome.place if isinstance(outcome, Queued | Refusal) else None
+    return outcome.place if isinstance(outcome, Queued | Refusal | ShareRefused) else None
+
+
+def _line_left(attempt: "asyncio.Task[Any]") -> str:
+    # Where an attempt wrote its ticket that nobody waited for.
+    if attempt.cancelled() or attempt.exception() is not None:
+        return ""
+    place = _place_of(attempt.result())
+    return "" if place is None else place.line

@@ -24,6 +24,7 @@ from services.tenant.limit_changes import (
     with_limits,
 )
 from services.tenant.plan import Plan, sense_problem, unknown_plan
+from services.tenant.rule_pace import refuse_hurry
 from services.tenant.scopes import OPERATOR_SCOPE
 
 LIMIT_NAMES = OVERRIDE_NAMES[:8]
@@ -68,6 +69,10 @@ class Outcome:
 Decide = Callable[[StoredConfiguration, Mapping[str, Plan]], StoredConfiguration]
 
 
+# Given how many seconds ago the tenant itself changed its own limits, newest first, refuses one more change by raising.
+Pace = Callable[[TenantId, Sequence[float]], None]
+
+
 class ConfigurationStore(Protocol):
     """Where configurations are kept, with their history."""
 
@@ -75,8 +80,13 @@ class ConfigurationStore(Protocol):
         """Returns the newest configuration in one round trip."""
         ...
 
-    async def change(self, tenant_id: TenantId, decide: Decide, actor: Actor, *, validate_only: bool) -> Outcome | None:
-        """Writes what is decided, with history, audit record and announcement in one transaction; None for no such tenant."""
+    async def change(
+        self, tenant_id: TenantId, decide: Decide, actor: Actor, *, validate_only: bool, pace: Pace | None = None
+    ) -> Outcome | None:
+        """Writes what is decided, with history, audit record and announcement in one transaction; None for no such tenant.
+
+        `pace` is asked before a change of the tenant's own limits is written.
+        """
         ...
 
     async def list_changes(self, tenant_id: TenantId, before_version: int, limit: int) -> Sequence[ConfigurationChange]:
@@ -110,14 +120,16 @@ class TenantConfiguration:
     ) -> Outcome:
         """Sets each named override, or takes it back where the value is None; likewise the tenant's own limits.
 
-        Raises: InvalidRequest, Forbidden(SCOPE_MISSING | MODEL_TIER), WrongState for another version than the expected one, NotFound.
+        Raises: InvalidRequest, Forbidden(SCOPE_MISSING | MODEL_TIER), WrongState for another version than the expected one, NotFound,
+        LimitExceeded(PLAN_LIMIT) where the tenant changes its own limits too often.
         """
 
         def decide(stored: StoredConfiguration, plans: Mapping[str, Plan]) -> StoredConfiguration:
             _refuse_other_version(stored, expected_version)
             return updated(stored, plans, wish, limits, by_operator=by_operator)
 
-        return _found(await self._store.change(tenant_id, decide, actor, validate_only=validate_only))
+        pace = None if by_operator else refuse_hurry
+        return _found(await self._store.change(tenant_id, decide, actor, validate_only=validate_only, pace=pace))
 
     async def change_plan(
         self, tenant_id: TenantId, plan_name: str, actor: Actor, *, expected_version: int, validate_only: bool

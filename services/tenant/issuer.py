@@ -17,7 +17,7 @@ from services.kernel.ids import TenantId
 from services.tenant.actor import Actor
 from services.tenant.full import too_many
 from services.tenant.json_web_key import Algorithm, JwksMalformed, read_jwks
-from services.tenant.jwks_cache import JwksDown, JwksSource
+from services.tenant.jwks_cache import JwksDown, JwksPrivate, JwksSource
 from services.tenant.scopes import ISSUER_SCOPES, TENANT_SCOPES, grantable
 from services.tenant.text import printable
 
@@ -122,6 +122,10 @@ class IssuerRegistry:
             keys = read_jwks(await self._source.fetch(terms.jwks_uri))
         except JwksDown:
             raise Unavailable("jwks", "the JWKS does not answer; nothing was registered") from None
+        except JwksPrivate:
+            raise InvalidRequest(
+                "jwks_uri", "must lead to a public address; this one is of a private network, a link or a loopback"
+            ) from None
         except JwksMalformed:
             raise InvalidRequest("jwks_uri", "must answer a JSON Web Key Set of at most 64 KB, without a redirect") from None
         if not any(algorithm in key.by_algorithm for key in keys.values() for algorithm in terms.algorithms):

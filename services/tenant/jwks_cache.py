@@ -31,11 +31,18 @@ class JwksDown(Exception):
     """The address does not answer, or answers that it cannot."""
 
 
+class JwksPrivate(JwksMalformed):
+    """The address leads into a private network, and nothing was sent there."""
+
+
 class JwksSource(Protocol):
     """Where key sets come from."""
 
     async def fetch(self, uri: str) -> bytes:
-        """Returns what stands at the address. Raises: JwksDown; JwksMalformed for a redirect, another refusal and what is too large."""
+        """Returns what stands at the address.
+
+        Raises: JwksDown; JwksPrivate; JwksMalformed for a redirect, another refusal and what is too large.
+        """
         ...
 
 

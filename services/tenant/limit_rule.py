@@ -61,6 +61,14 @@ class StoreFailure(StrEnum):
     OPEN = "open"
 
 
+class Origin(StrEnum):
+    """Whose word a rule is. A tenant's own narrows and grants nothing."""
+
+    PLAN = "plan"
+    OPERATOR = "operator"
+    TENANT = "tenant"
+
+
 @dataclass(frozen=True, slots=True)
 class NearEdge:
     """What may be done for a call before the rule refuses it; `min_output_tokens` of 0 stands for 1."""
@@ -75,7 +83,7 @@ NOTHING_AT_THE_EDGE = NearEdge()
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. `lifting_plan` is put there when the rules of a tenant are made, and is no part of what is kept."""
+    """One rule. `lifting_plan` and `origin` are put there when the rules of a tenant are made, and are no part of what is kept."""
 
     name: str
     unit: Unit
@@ -91,6 +99,7 @@ class Rule:
     near_edge: NearEdge = NOTHING_AT_THE_EDGE
     burst: bool = False
     lifting_plan: str = ""
+    origin: Origin = Origin.PLAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +122,7 @@ STANDARD: Mapping[str, tuple[Unit, Window, int]] = {
     "retries_per_minute": (Unit.RETRIES, Window.SLIDING, 60),
 }
 WORDS = {"unit": Unit, "window": Window, "scope": Scope, "mode": Mode, "on_store_failure": StoreFailure}
-KEPT = tuple(field.name for field in fields(Rule) if field.name not in ("name", "lifting_plan"))
+KEPT = tuple(field.name for field in fields(Rule) if field.name not in ("name", "lifting_plan", "origin"))
 DEFAULTS = Rule("", Unit.REQUESTS, Window.SLIDING, 0)
 SAID = ("unit", "window", "limit")
 EDGE = tuple(field.name for field in fields(NearEdge))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from services.tenant.limit_rule import Mode, Rule, Unit
+from services.tenant.limit_rule import Mode, Origin, Rule, Unit
 from services.tenant.plan import Plan
 from services.tenant.plan_rules import AbuseGuard
 
@@ -21,6 +21,11 @@ class OwnRule:
 
     rule: Rule
     by_operator: bool
+
+    @property
+    def told(self) -> Rule:
+        """The rule, with whose word it is."""
+        return replace(self.rule, origin=Origin.OPERATOR if self.by_operator else Origin.TENANT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ def effective_rules(
     `terms` are the plan's with the tenant's numbers in them, `overridden` the names of those numbers: no plan lifts what would stay.
     `ladder` holds all plans from the smallest to the largest; of them those count in which the tenant could be where it is placed.
     """
-    by_operator = {kept.rule.name: kept.rule for kept in own if kept.by_operator}
+    by_operator = {kept.rule.name: kept.told for kept in own if kept.by_operator}
     plan_rules = terms.rules()
     within_reach = [plan for plan in larger_plans(terms, ladder) if placement in plan.isolation]
     found = [
@@ -69,7 +74,7 @@ def effective_rules(
                 # A later plan uses the name: both hold, and the plan's keeps it.
                 name = _free_name(name, taken)
                 taken.add(name)
-            found.append(replace(kept.rule, name=name))
+            found.append(replace(kept.told, name=name))
     return tuple(found)
 
 

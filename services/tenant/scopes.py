@@ -10,6 +10,7 @@ OPERATOR_SCOPE = "operator:tenants"
 RESOLVE_SCOPE = "operator:resolve"
 GENERATE_SCOPE = "inference:generate"
 CONSUME_SCOPE = "limits:consume"
+RECORD_SCOPE = "usage:write"
 TENANT_SCOPES = frozenset(
     (
         GENERATE_SCOPE,
@@ -22,15 +23,18 @@ TENANT_SCOPES = frozenset(
         "limits:read",
         CONSUME_SCOPE,
         "usage:read",
+        RECORD_SCOPE,
         "tenant:read",
         "tenant:admin",
     )
 )
-# An operator looks after a tenant but never spends its money or its units.
-OPERATOR_TENANT_SCOPES = (TENANT_SCOPES - {GENERATE_SCOPE, CONSUME_SCOPE}) | {OPERATOR_SCOPE, RESOLVE_SCOPE}
+# What costs the tenant something: its money, its units, or an entry on its bill.
+_SPENDING_SCOPES = frozenset((GENERATE_SCOPE, CONSUME_SCOPE, RECORD_SCOPE))
+# An operator looks after a tenant but never spends for it.
+OPERATOR_TENANT_SCOPES = (TENANT_SCOPES - _SPENDING_SCOPES) | {OPERATOR_SCOPE, RESOLVE_SCOPE}
 # Operators register issuers, and whoever has an issuer's key makes tokens: a new issuer grants at most what an operator may hand out.
 # More is the tenant's own to grant.
-ISSUER_SCOPES = TENANT_SCOPES - {GENERATE_SCOPE, CONSUME_SCOPE}
+ISSUER_SCOPES = TENANT_SCOPES - _SPENDING_SCOPES
 FRONT_SCOPES = frozenset((RESOLVE_SCOPE,))
 OPERATOR_SCOPES = frozenset((OPERATOR_SCOPE, RESOLVE_SCOPE))
 

@@ -50,6 +50,9 @@ class TenantSettings(ServiceSettings):
     base_domains: str = Field(
         default="", description="domains under which <slug>.<domain> names a tenant, comma separated; empty: no host does by itself"
     )
+    jwks_private_addresses: bool = Field(
+        default=False, description="whether the JWKS of an issuer may be at a private, link-local or loopback address"
+    )
     key_store_dsn: SecretStr = Field(
         default=SecretStr(""),
         description="the key store, apart from the data and its backups, logging in as tenant_keys_service",

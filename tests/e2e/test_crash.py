@@ -10,7 +10,7 @@ from devstack.state import DemoTenant
 from mesh.inference.v1 import inference_service_pb2
 from mesh.metering.v1 import ledger_service_pb2, usage_service_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2
-from tests.support.mesh import Mesh, running_mesh
+from tests.support.mesh import Mesh, account_use, running_mesh
 from tests.support.waiting import eventually
 
 # One lease (5 s), the sweeps' second, and room for a slow machine.
@@ -18,12 +18,12 @@ SETTLES_WITHIN_SECONDS = 10.0
 ENDED = {ledger_service_pb2.CALL_STATE_SETTLED, ledger_service_pb2.CALL_STATE_UNRESOLVED}
 
 
-async def begin_slow_stream(mesh: Mesh, tenant: DemoTenant, call_id: uuid.UUID) -> grpc.aio.UnaryStreamCall:
+async def begin_slow_stream(
+    mesh: Mesh, tenant: DemoTenant, call_id: uuid.UUID, text: str = "[[stub: output_tokens=200 token_ms=100]] Go on."
+) -> grpc.aio.UnaryStreamCall:
     """Starts a streamed call and returns once its first text has arrived; the provider is still busy with it."""
     request = inference_service_pb2.StreamGenerateRequest(
-        messages=[
-            inference_service_pb2.Message(role=inference_service_pb2.ROLE_USER, text="[[stub: output_tokens=200 token_ms=100]] Go on.")
-        ],
+        messages=[inference_service_pb2.Message(role=inference_service_pb2.ROLE_USER, text=text)],
         options=inference_service_pb2.GenerateOptions(max_output_tokens=250),
     )
     stream = mesh.client.inference.StreamGenerate(request, metadata=credentials(tenant.api_key, call_id=call_id), timeout=60)
@@ -93,6 +93,28 @@ async def test_a_cancelled_stream_is_unresolved_and_frees_its_slot(mesh: Mesh) -
     await eventually(is_over, within_seconds=SETTLES_WITHIN_SECONDS)
     report = await mesh.client.usage.GetUsageReport(usage_service_pb2.GetUsageReportRequest(), metadata=credentials(tenant.api_key))
     assert (await used_limits(mesh, tenant))["cost_nano_usd_per_month"] == report.outstanding_bound.nano_usd > 0
+
+
+async def test_what_a_call_did_not_use_of_the_account_survives_killed_limits(mesh: Mesh) -> None:
+    """A call that ends while no limits are there gives back to the provider's account what it did not use as soon as they are again."""
+    tenant = await mesh.tenant()
+    stream = await begin_slow_stream(mesh, tenant, uuid.uuid4(), "[[stub: output_tokens=40 token_ms=20]] Go on.")
+    _, input_tokens, output_tokens = await account_use(mesh, tenant)
+    process = mesh.stack.processes["ratelimit"]
+    try:
+        process.kill()
+        await process.wait()
+        usage = await anext(event.final.usage async for event in stream if event.WhichOneof("event") == "final")
+        assert await account_use(mesh, tenant) == (1, input_tokens, output_tokens)
+        assert usage.input_tokens < input_tokens
+        assert usage.output_tokens < output_tokens
+    finally:
+        await mesh.stack.start_service("ratelimit")
+
+    async def is_counted() -> bool:
+        return await account_use(mesh, tenant) == (1, usage.input_tokens, usage.output_tokens)
+
+    await eventually(is_counted, within_seconds=30)
 
 
 async def test_limits_are_rebuilt_from_the_ledger_when_redis_forgets(mesh: Mesh) -> None:

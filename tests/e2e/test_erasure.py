@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import asyncpg
@@ -19,9 +20,10 @@ from devstack.environment import DATABASE, KEY_DATABASE, TENANTS_OWN_KEYS, servi
 from devstack.mesh_client import Metadata, credentials, open_channel, operator_credentials
 from devstack.state import DemoTenant
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2
-from mesh.metering.v1 import usage_service_pb2
+from mesh.metering.v1 import event_service_pb2, event_service_pb2_grpc, usage_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
 from mesh.tenant.v1 import secret_service_pb2, secret_service_pb2_grpc, tenant_service_pb2
+from services.metering.event_months import months_from
 from tests.support.mesh import Mesh
 
 PLACEMENTS = ("pool", "bridge", "silo")
@@ -31,6 +33,10 @@ KEPT = {
     "tenant.audit", "tenant.audit_documents", "tenant.audit_chains", "tenant.request_directory", "tenant.changes", "tenant.sagas",
     "tenant.saga_steps", "tenant.events", "tenant.erasure_receipts",
     "metering.calls", "metering.entries", "metering.unit_entries", "metering.tenant_epochs", "metering.outbox", "metering.erased_tenants",
+    "metering.subscriptions", "metering.credits", "metering.invoice_closings", "metering.invoices", "metering.invoice_lines",
+    "metering.credit_uses", "metering.credit_notes",
+    *(f"metering.events_{month:%Y_%m}" for month in months_from(datetime.now(UTC).date())),
+    *(f"metering.event_claims_{number}" for number in range(16)),
     "inference.erased_tenants", "retrieval.erased_tenants",
     "tenant_keys.destroyed_tenants",
 }  # fmt: skip
@@ -98,7 +104,35 @@ async def use(mesh: Mesh, isolation: str) -> Used:
     report = await mesh.client.usage.GetUsageReport(usage_service_pb2.GetUsageReportRequest(), metadata=metadata, timeout=30)
     assert (report.settled_count, report.total_cost.nano_usd) == (2, cost)
     assert cost > 0
+    await record_events(mesh, metadata, fact)
     return Used(tenant, fact, cost)
+
+
+async def record_events(mesh: Mesh, metadata: Metadata, fact: str) -> None:
+    """Records two events that say what only the tenant knows, and takes one of them back."""
+    wanted = event_service_pb2.EventType(product="vault", type="door.opened", unit="doors", aggregation=event_service_pb2.AGGREGATION_SUM)
+    events = [
+        event_service_pb2.Event(
+            id=str(number),
+            source="/vault",
+            product="vault",
+            type="door.opened",
+            subject=fact,
+            feature=fact,
+            data=event_service_pb2.EventData(quantity=1, metadata={"code": fact}),
+        )
+        for number in range(2)
+    ]
+    for event in events:
+        event.time.GetCurrentTime()
+    reversals = [event_service_pb2.EventReversal(id="1", source="/vault", reason="a mistake")]
+    async with open_channel(mesh.stack.ports.address("metering"), mesh.stack.client_leaf) as channel:
+        stub = event_service_pb2_grpc.EventServiceStub(channel)
+        known = event_service_pb2.RegisterEventTypeRequest(event_type=wanted)
+        await stub.RegisterEventType(known, metadata=as_operator(mesh), timeout=30)
+        recorded = await stub.RecordEvents(event_service_pb2.RecordEventsRequest(events=events), metadata=metadata, timeout=30)
+        assert [result.outcome for result in recorded.results] == [1, 1]
+        await stub.ReverseEvents(event_service_pb2.ReverseEventsRequest(reversals=reversals), metadata=metadata, timeout=30)
 
 
 def erasing(used: Used) -> tenant_service_pb2.EraseTenantRequest:
@@ -117,7 +151,7 @@ async def test_an_erased_tenant_leaves_amounts_and_nothing_else(mesh: Mesh, isol
     removed = {item["store"]: item["count"] for item in json.loads(answer.receipt.body_json)["removed"]}
     wanted = {
         "postgres:retrieval.documents": 1, "qdrant:points": 1, "postgres:inference.conversations": 1, "postgres:inference.turns": 4,
-        "postgres:metering.calls": 2, "postgres:tenant.provider_keys": 1, "postgres:tenant.tenants": 1,
+        "postgres:metering.calls": 2, "postgres:metering.events": 3, "postgres:tenant.provider_keys": 1, "postgres:tenant.tenants": 1,
         "key_store:tenant_keys.data_keys": 1,
     }  # fmt: skip
     assert {store: removed.get(store) for store in wanted} == wanted

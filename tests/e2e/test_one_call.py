@@ -14,7 +14,7 @@ from devstack.trace_receiver import Span
 from mesh.inference.v1 import conversation_service_pb2, conversation_service_pb2_grpc, inference_service_pb2
 from mesh.metering.v1 import ledger_service_pb2, usage_service_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2
-from tests.support.mesh import Mesh
+from tests.support.mesh import Mesh, account_use
 from tests.support.waiting import eventually
 
 
@@ -68,6 +68,19 @@ async def settled_limits(mesh: Mesh, api_key: str) -> dict[str, int]:
         used = {limit.rule: limit.used for limit in listed.limits}
         if used["concurrent_calls"] == 0:
             return used
+
+
+async def test_the_providers_account_counts_what_the_ledger_counts(mesh: Mesh) -> None:
+    """After a call its tenant has used one request of the account's minute, and the tokens of its bill instead of the worst case."""
+    tenant = await mesh.tenant()
+    asked = await ask(mesh.client, tenant, "What do you know?")
+    await settled_limits(mesh, tenant.api_key)
+    usage = asked.summary.usage
+
+    async def is_counted() -> bool:
+        return await account_use(mesh, tenant) == (1, usage.input_tokens, usage.output_tokens)
+
+    await eventually(is_counted, within_seconds=10)
 
 
 EDGES = {

@@ -65,6 +65,13 @@ _POLICIES = (
         REACHES,
     ),
     one(
+        "policy of metering.events lets everybody through",
+        "services/metering/migrations/0010_events.sql",
+        f"CREATE POLICY own_tenant ON events TO :service\n    USING {_OWN} WITH CHECK {_OWN}",
+        f"CREATE POLICY own_tenant ON events TO :service{_EVERYBODYS}",
+        REACHES,
+    ),
+    one(
         "policy of retrieval.chunks lets everybody through",
         _RETRIEVAL,
         f"CREATE POLICY tenant_only ON chunks TO :service{_OWN_ON_TWO_LINES}",
@@ -206,7 +213,7 @@ _IDENTITIES = (
     one(
         "metadata may be said twice",
         _AUTH,
-        "            keys.refuse_malformed(context.invocation_metadata())\n",
+        "            keys.refuse_malformed(call.raw_metadata)\n",
         "",
         f"{CREDENTIALS}::test_metadata_said_twice_is_refused",
     ),

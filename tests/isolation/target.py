@@ -10,8 +10,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from devstack.environment import TENANTS_OWN_KEYS
 from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
+from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
-from mesh.metering.v1 import usage_service_pb2
+from mesh.metering.v1 import event_service_pb2, invoice_service_pb2, usage_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
 from mesh.tenant.v1 import (
     api_key_service_pb2,
@@ -24,12 +25,16 @@ from mesh.tenant.v1 import (
     user_service_pb2,
 )
 from services.kernel.ids import new_uuid7
+from services.kernel.timestamps import to_timestamp
+from services.metering.billing.periods import period_of
 from tests.isolation.surface import LEAF, Answer, Surface
 from tests.support.jwks import SigningKey, running_jwks
 from tests.support.mesh import Mesh
 from tests.support.waiting import eventually
 
 ON_RECORD_SECONDS = 90.0
+EVENT_SOURCE = "/planting"
+EVENT_TYPE = {"product": "planting", "type": "thing.planted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class Ids:
     issuer_id: str
     user_id: str
     domain: str
+    invoice_id: str
     page_tokens: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -62,6 +68,7 @@ class Ids:
             issuer_id=str(new_uuid7()),
             user_id=str(new_uuid7()),
             domain=f"d{secrets.token_hex(8)}.example",
+            invoice_id=str(new_uuid7()),
         )
 
     def page_token(self, listing: str) -> str:
@@ -82,6 +89,7 @@ class Ids:
             "issuer_id",
             "user_id",
             "domain",
+            "invoice_id",
         ):
             text = str(getattr(self, name))
             found[text.encode()] = f"<{name}>".encode()
@@ -119,7 +127,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool", *, sealed: bool = True) -> Target:
-    """Makes a tenant with keys, two documents, a prompt, a conversation with turns, a settled call and a use of units, all with its canary.
+    """Makes a tenant with keys, documents, a prompt, a conversation, a call, a use of units, events, a closed invoice, all with its canary.
 
     Its content is sealed under its own key, as its plan has it, unless told.
     """
@@ -134,6 +142,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolatio
     await eventually(lambda: _read_is_on_record(mesh, metadata, call_id), within_seconds=ON_RECORD_SECONDS)
     call = (await mesh.client.usage.GetCall(usage_service_pb2.GetCallRequest(call_id=call_id), metadata=metadata)).attempts[0]
     await _plant_use(mesh, surface, tenant, canary)
+    await _plant_events(mesh, surface, metadata, canary, listed_documents[0].document_key)
     made = await _must(
         surface,
         "tenant",
@@ -160,6 +169,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolatio
         issuer_id=issuer_id,
         user_id=put.messages[0].user.user_id,  # type: ignore[attr-defined] # a class of the reflected pool
         domain=domain,
+        invoice_id=await _plant_invoice(mesh, surface, tenant.tenant_id, canary),
         page_tokens=await _page_tokens(surface, metadata, conversation_id),
     )
     return Target(tenant, canary, ids, prompt)
@@ -256,6 +266,46 @@ async def _plant_use(mesh: Mesh, surface: Surface, tenant: DemoTenant, canary: s
     assert list(recorded.messages[0].outcomes) == [1]  # type: ignore[attr-defined] # as above
 
 
+async def _plant_invoice(mesh: Mesh, surface: Surface, tenant_id: str, canary: str) -> str:
+    """Leaves a row in every billing table: a plan, a credit, the last month's invoice that it pays in part, and a note; returns its id."""
+    operator = (*operator_credentials(mesh.stack.state.secrets.operator_key, "planting"), ("x-tenant-id", tenant_id))
+    period = period_of(period_of(datetime.now(UTC), 1).start_time - timedelta(seconds=1), 1)
+    amount = NanoUsd(nano_usd=1_000_000_000)
+    plan = invoice_service_pb2.SetSubscriptionRequest(subscription_id=str(new_uuid7()), plan="starter")
+    await _must(surface, "metering", "InvoiceService/SetSubscription", plan, operator)
+    credit = invoice_service_pb2.GrantCreditRequest(credit_id=str(new_uuid7()), amount=amount, reason=canary)
+    await _must(surface, "metering", "InvoiceService/GrantCredit", credit, operator)
+    asked = invoice_service_pb2.CloseInvoiceRequest(period_start=to_timestamp(period.start_time))
+    closed = await _must(surface, "metering", "InvoiceService/CloseInvoice", asked, operator)
+    invoice_id = str(closed.messages[0].invoice.invoice_id)  # type: ignore[attr-defined] # a class of the reflected pool
+    note = invoice_service_pb2.IssueCreditNoteRequest(credit_note_id=str(new_uuid7()), invoice_id=invoice_id, amount=amount, reason=canary)
+    await _must(surface, "metering", "InvoiceService/IssueCreditNote", note, operator)
+    return invoice_id
+
+
+async def _plant_events(mesh: Mesh, surface: Surface, metadata: Metadata, canary: str, name: str) -> None:
+    """Records two events, one of them by a name that attacks use."""
+    operator = operator_credentials(mesh.stack.state.secrets.operator_key, "planting")
+    event_type = event_service_pb2.EventType(**EVENT_TYPE, unit="things", aggregation=event_service_pb2.AGGREGATION_SUM)
+    known = event_service_pb2.RegisterEventTypeRequest(event_type=event_type)
+    await _must(surface, "metering", "EventService/RegisterEventType", known, operator)
+    events = [
+        event_service_pb2.Event(
+            id=event_id,
+            source=EVENT_SOURCE,
+            **EVENT_TYPE,
+            subject=f"user-{canary}",
+            feature=f"feature_{canary}",
+            data=event_service_pb2.EventData(quantity=3, metadata={"note": canary}),
+        )
+        for event_id in (name, f"second-{canary}")
+    ]
+    for event in events:
+        event.time.GetCurrentTime()
+    recorded = await _must(surface, "metering", "EventService/RecordEvents", event_service_pb2.RecordEventsRequest(events=events), metadata)
+    assert [result.outcome for result in recorded.messages[0].results] == [1, 1]  # type: ignore[attr-defined] # as above
+
+
 async def _plant_settings(surface: Surface, metadata: Metadata, canary: str) -> None:
     for name in (canary, f"{canary} again"):
         request = configuration_service_pb2.UpdateConfigurationRequest(
@@ -270,6 +320,7 @@ async def _page_tokens(surface: Surface, metadata: Metadata, conversation_id: st
     for port, method in (
         ("retrieval", "DocumentService/ListDocuments"),
         ("inference", "ConversationService/ListTurns"),
+        ("metering", "EventService/ListEvents"),
         ("tenant", "ApiKeyService/ListApiKeys"),
         ("tenant", "UserService/ListUsers"),
         ("tenant", "ConfigurationService/ListConfigurationChanges"),

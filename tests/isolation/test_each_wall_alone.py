@@ -97,7 +97,19 @@ async def test_changing_what_was_recorded_is_not_granted(mesh: Mesh, table: str)
         await connection.close()
 
 
-@pytest.mark.parametrize("table", ["tenant.audit", "tenant.audit_documents", "metering.entries", "metering.unit_entries"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "tenant.audit",
+        "tenant.audit_documents",
+        "metering.entries",
+        "metering.unit_entries",
+        "metering.subscriptions",
+        "metering.invoice_lines",
+        "metering.credit_uses",
+        "metering.credit_notes",
+    ],
+)
 async def test_a_trigger_alone_refuses_to_change_what_was_recorded(mesh: Mesh, table: str) -> None:
     """Were everything granted, a trigger would still refuse: it refuses the superuser."""
     connection = await superuser(mesh.stack)

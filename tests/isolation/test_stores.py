@@ -8,6 +8,7 @@ import pytest
 
 from devstack.environment import DATABASE, KEY_DATABASE, KEY_ROLE
 from services.kernel import catalog
+from services.metering.tenant_records import BILLING_TABLES
 from services.tenant.change_hub import ChangeKind
 from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
 from tests.isolation.places import TRANSIENT, transient_rows
@@ -35,13 +36,16 @@ pytestmark = over(PLAIN)
 APPEND_ONLY = (
     "metering.entries",
     "metering.unit_entries",
+    *(f"metering.{name}" for name in BILLING_TABLES),
+    "metering.billing_plan_versions",
     "tenant.audit",
     "tenant.audit_documents",
     "metering.prices",
     "metering.price_versions",
+    "metering.event_types",
 )
 SHARED_TABLES = {
-    "metering": ("prices", "price_versions"),
+    "metering": ("prices", "price_versions", "event_types", "billing_plan_versions"),
     "tenant": (
         "plan_catalogs",
         "plans",
@@ -67,6 +71,15 @@ JOBS_MAY = {
     "metering.call_leases": {"SELECT", "DELETE"},
     "metering.entries": {"SELECT", "INSERT"},
     "metering.unit_entries": {"SELECT"},
+    "metering.erased_tenants": {"SELECT"},
+    "metering.subscriptions": {"SELECT"},
+    "metering.credits": {"SELECT"},
+    "metering.credit_notes": {"SELECT"},
+    "metering.invoice_closings": {"SELECT", "INSERT"},
+    "metering.invoices": {"SELECT", "INSERT"},
+    "metering.invoice_lines": {"SELECT", "INSERT"},
+    "metering.credit_uses": {"SELECT", "INSERT"},
+    "metering.events": {"SELECT"},
     "metering.usage_pending": {"SELECT", "INSERT", "DELETE"},
     "metering.usage_rollups": {"SELECT", "INSERT", "UPDATE"},
     "metering.usage_latencies": {"SELECT", "INSERT", "UPDATE"},
@@ -164,9 +177,10 @@ async def test_the_feed_loses_nothing_younger_than_an_hour(mesh: Mesh, admin: as
 
 @pytest.mark.parametrize("table", APPEND_ONLY)
 async def test_what_was_recorded_cannot_be_changed(mesh: Mesh, table: str, attacker: Target) -> None:
-    """Entries, audit and prices refuse UPDATE and DELETE to their own service, for the tenant's own rows too."""
+    """Entries, invoices, audit, prices and billing plans refuse UPDATE and DELETE to their own service, for the tenant's own rows too."""
     schema, _, name = table.partition(".")
-    column = "version" if name.startswith("price") else "tenant_id"
+    first = {"prices": "version", "price_versions": "version", "billing_plan_versions": "version", "event_types": "product"}
+    column = first.get(name, "tenant_id")
     for role in ("service", "jobs"):
         async with as_role(mesh.stack, schema, role) as connection:
             await connection.fetch(SET_SESSION, str(attacker.tenant_id))

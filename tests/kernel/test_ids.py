@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.kernel.errors import InvalidRequest
-from services.kernel.ids import new_uuid7, parse_uuid, uuid7_time, uuid_from_bytes
+from services.kernel.ids import new_uuid7, new_uuid7s, parse_uuid, uuid7_time, uuid_from_bytes
 
 MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(9000, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis wants naive bounds
 
@@ -17,6 +17,28 @@ def test_ids_of_a_process_are_unique_and_in_order() -> None:
     """Each id sorts after every id minted before it, also within one millisecond."""
     ids = [new_uuid7() for _ in range(20_000)]
     assert sorted(set(ids)) == ids
+
+
+def test_ids_of_a_batch_are_in_order_with_all_others() -> None:
+    """A batch's ids are of version 7 and of now, and sort with each other and with those minted one by one, before and after."""
+    minted = [new_uuid7()]
+    for count in (1, 5_000, 0, 2):
+        minted += [UUID(bytes=raw) for raw in new_uuid7s(count)] + [new_uuid7()]
+    assert sorted(set(minted)) == minted
+    assert {(value.version, value.variant) for value in minted} == {(7, "specified in RFC 4122")}
+    told = [uuid7_time(value) for value in minted]
+    assert all(moment is not None and abs((moment - datetime.now(UTC)).total_seconds()) < 60 for moment in told)
+
+
+def test_a_batch_that_would_run_over_its_bits_begins_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the last id before the variant's bits would be counted into, a batch is still in order and of version 7."""
+    monkeypatch.setattr("services.kernel.ids._last", (2**44, 2**62 - 10))
+    monkeypatch.setattr("services.kernel.ids.secrets.randbits", lambda bits: 0)
+    last = new_uuid7()
+    batch = [UUID(bytes=raw) for raw in new_uuid7s(100)]
+    assert sorted({last, *batch}) == [last, *batch]
+    assert {(value.version, value.variant) for value in batch} == {(7, "specified in RFC 4122")}
+    assert new_uuid7() > batch[-1]
 
 
 @given(MOMENTS)

@@ -85,6 +85,24 @@ async def test_the_owner_owns_all_and_the_service_role_logs_in(postgres: Postgre
     await connection.close()
 
 
+@pytest.mark.parametrize("kind", ["placement", "partitions"])
+async def test_who_makes_tables_may_become_the_owner_and_is_nothing_by_itself(postgres: PostgresStore, files: Path, kind: str) -> None:
+    """It logs in, has no right of its own and none of the owner's until it puts the owner's role on."""
+    dsn = await postgres.fresh_database()
+    login = dsn_for(dsn, f"depot_{kind}")
+    await migrate(dsn, "depot", files, {kind: login})
+    connection = await asyncpg.connect(login)
+    for sql in ("SELECT 1 FROM depot.items", "DROP TABLE depot.items", "CREATE TABLE depot.mine (x int)"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(sql)
+    async with connection.transaction():
+        await connection.execute("SET LOCAL ROLE depot_owner")
+        await connection.execute("CREATE TABLE depot.mine (x int)")
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.execute("DROP TABLE depot.mine")
+    await connection.close()
+
+
 async def test_a_dsn_of_another_role_is_refused(postgres: PostgresStore, files: Path) -> None:
     """A service that would log in as somebody else is a mistake found at migration, not in production."""
     with pytest.raises(MigrationRefused, match="shop_service"):

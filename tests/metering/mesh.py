@@ -13,8 +13,14 @@ import grpc
 from pydantic import SecretStr
 
 from mesh.common.v1 import lifecycle_service_pb2_grpc
+from mesh.metering.v1 import (
+    event_service_pb2_grpc,
+    invoice_service_pb2_grpc,
+    ledger_service_pb2_grpc,
+    price_service_pb2_grpc,
+    usage_service_pb2_grpc,
+)
 from mesh.metering.v1 import ledger_service_pb2 as pb
-from mesh.metering.v1 import ledger_service_pb2_grpc, price_service_pb2_grpc, usage_service_pb2_grpc
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.settings import ServiceSettings
@@ -23,7 +29,11 @@ from services.metering.app import MeteringApp, build, migrate_schema
 from services.metering.settings import MeteringSettings
 from tests.metering.peers import Peers
 
-PASSWORDS = {"metering_service": "service-password", "metering_jobs": "jobs-password"}
+PASSWORDS = {
+    "metering_service": "service-password",
+    "metering_jobs": "jobs-password",
+    "metering_partitions": "partitions-password",
+}
 TOKENS = {name: f"{name}-bearer" for name in ("inference", "ratelimit", "tenant", "metering")}
 HASHES = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in TOKENS.items())
 MODEL = "claude-haiku-4-5-20251001"
@@ -47,9 +57,12 @@ def settings_for(admin_dsn: str, peers: Peers, **overrides: object) -> MeteringS
         "postgres_admin_dsn": SecretStr(admin_dsn),
         "postgres_dsn": SecretStr(dsn_of(admin_dsn, "metering_service")),
         "postgres_jobs_dsn": SecretStr(dsn_of(admin_dsn, "metering_jobs")),
+        "postgres_partitions_dsn": SecretStr(dsn_of(admin_dsn, "metering_partitions")),
         "lease_seconds": 60.0,
         "sweep_seconds": 3_600.0,
         "relay_poll_seconds": 0.1,
+        # Periods are closed when a test says so.
+        "invoice_grace_hours": 1_000_000.0,
         "drain_seconds": 0.0,
     }
     return MeteringSettings.model_validate(values | overrides)
@@ -74,6 +87,7 @@ class Caller:
         self.ledger = ledger_service_pb2_grpc.LedgerServiceStub(self.channel.channel)
         self.prices = price_service_pb2_grpc.PriceServiceStub(self.channel.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel.channel)
+        self.events = event_service_pb2_grpc.EventServiceStub(self.channel.channel)
         self.lifecycle = lifecycle_service_pb2_grpc.TenantLifecycleServiceStub(self.channel.channel)
 
 
@@ -84,6 +98,8 @@ class Outside:
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.prices = price_service_pb2_grpc.PriceServiceStub(self.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel)
+        self.invoices = invoice_service_pb2_grpc.InvoiceServiceStub(self.channel)
+        self.events = event_service_pb2_grpc.EventServiceStub(self.channel)
 
 
 class Mesh:
@@ -98,6 +114,7 @@ class Mesh:
         self.ratelimit = Caller("ratelimit", app.server.bound_port)
         self.tenant_service = Caller("tenant", app.server.bound_port)
         self.outside = Outside(app.server.bound_port)
+        self.to_peers = MeshChannel(peers.address, settings=settings, target_service="tenant")
 
     @property
     def limits(self):
@@ -108,6 +125,7 @@ class Mesh:
         """Stops the service and its callers."""
         for caller in (self.inference, self.ratelimit, self.tenant_service, self.outside):
             await caller.channel.close()
+        await self.to_peers.close()
         await self.app.server.stop()
         await self.app.close()
 

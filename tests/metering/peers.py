@@ -1,7 +1,7 @@
 """The services metering talks to, as scripted peers that speak their real contracts on loopback: tenant and ratelimit."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -15,28 +15,45 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2 as limits_pb
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc as limits_grpc
 from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
 from mesh.tenant.v1 import authentication_service_pb2_grpc as auth_grpc
+from mesh.tenant.v1 import plan_service_pb2 as plan_pb
+from mesh.tenant.v1 import plan_service_pb2_grpc as plan_grpc
 from mesh.tenant.v1 import tenant_service_pb2 as tenant_pb
 from mesh.tenant.v1 import tenant_service_pb2_grpc as tenant_grpc
 from services.kernel.context_token import SigningKey, mint
 
 DONE = limits_pb.COMMIT_OUTCOME_DONE
 RETRY = limits_pb.COMMIT_OUTCOME_RETRY
-OPERATOR_KEY = "operator-key"
+OPERATOR = "operator-key"
 
 
-class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
-    """Publishes one key, and mints the tokens and answers the credentials of the tests."""
+class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.PlanServiceServicer):
+    """Publishes one key, mints the tokens and answers the credentials of the tests, and knows the tiers they give."""
 
     def __init__(self) -> None:
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self.credentials: dict[str, UUID] = {}
+        self.readers: set[str] = set()
+        self.tiers: dict[UUID, str] = {}
 
     def token(
-        self, tenant_id: UUID, *, lifetime: timedelta = timedelta(seconds=300), key: SigningKey | None = None, tier: str = "free"
+        self,
+        tenant_id: UUID | None,
+        *,
+        lifetime: timedelta = timedelta(seconds=300),
+        key: SigningKey | None = None,
+        operator: bool = False,
+        scopes: Sequence[str] = ("usage:read", "usage:write"),
+        tier: str = "",
     ) -> str:
-        """A context token of the tenant, signed by the published key unless told otherwise."""
+        """A context token of the tenant or for it, signed by the published key unless told otherwise."""
         now = datetime.now(UTC)
-        claims = TenantClaims(tenant_id=tenant_id.bytes, tier=tier, region="local", subject="key:test", scopes=["usage:read"])
+        claims = TenantClaims(region="local", subject="key:test", scopes=scopes)
+        if tenant_id is not None:
+            claims.tenant_id = tenant_id.bytes
+            claims.tier = tier or self.tiers.get(tenant_id, "free")
+        if operator:
+            claims.operator = True
+            claims.scopes[:] = ["usage:read", "operator:tenants"]
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + lifetime)
         return mint(claims, key or self._key)
@@ -45,22 +62,21 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer):
         public = self._key.private_key.public_key().public_bytes_raw()
         return auth_pb.GetContextKeysResponse(keys=[auth_pb.ContextKey(key_id=self._key.key_id, public_key=public)])
 
-    def operator_token(self, tenant_id: bytes) -> str:
-        """A context token of an operator, acting for a tenant or for none."""
-        now = datetime.now(UTC)
-        claims = TenantClaims(tenant_id=tenant_id, region="local", subject="operator:test", operator=True)
-        claims.scopes.extend(["operator:tenants", "usage:read"])
-        claims.issue_time.FromDatetime(now)
-        claims.expire_time.FromDatetime(now + timedelta(seconds=300))
-        return mint(claims, self._key)
-
     async def Authenticate(self, request: auth_pb.AuthenticateRequest, context: Any) -> auth_pb.AuthenticateResponse:
-        if request.credential == OPERATOR_KEY:
-            return auth_pb.AuthenticateResponse(context_token=self.operator_token(request.claimed_tenant_id))
+        if request.credential == OPERATOR:
+            claimed = UUID(bytes=request.claimed_tenant_id) if request.claimed_tenant_id else None
+            return auth_pb.AuthenticateResponse(context_token=self.token(claimed, operator=True))
         tenant_id = self.credentials.get(request.credential)
         if tenant_id is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")
-        return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id))
+        scopes = ("usage:read",) if request.credential in self.readers else ("usage:read", "usage:write")
+        return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id, scopes=scopes))
+
+    async def GetTenantPlan(self, request: plan_pb.GetTenantPlanRequest, context: Any) -> plan_pb.GetTenantPlanResponse:
+        tier = self.tiers.get(UUID(bytes=request.tenant_id))
+        if tier is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such tenant")
+        return plan_pb.GetTenantPlanResponse(plan=tier)
 
 
 class ScriptedConfigs(tenant_grpc.TenantServiceServicer):
@@ -119,6 +135,7 @@ class Peers:
         """Serves on a free port, or on the same one as before."""
         self._server = grpc.aio.server()
         auth_grpc.add_AuthenticationServiceServicer_to_server(self.tenants, self._server)
+        plan_grpc.add_PlanServiceServicer_to_server(self.tenants, self._server)
         limits_grpc.add_RateLimitServiceServicer_to_server(self.limits, self._server)
         tenant_grpc.add_TenantServiceServicer_to_server(self.configs, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")

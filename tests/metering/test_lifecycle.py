@@ -4,6 +4,8 @@ import orjson
 
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
+from tests.metering import events
+from tests.metering.billing import USD, close, ended, grant, recomputed, subscribe, use_units
 from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref, unknown
 from tests.metering.usage import ALL_NAMES, MODEL, asking, fold, query
 
@@ -61,8 +63,8 @@ async def test_erasure_forgets_people_and_keeps_amounts(mesh: Mesh) -> None:
     await mesh.open(*calls)
     untouched = await mesh.opened(other)
     await mesh.settle(bill(calls[0].ref))
-    assert await erase(mesh, tenant) == {"postgres:metering.calls": 600}
-    assert await erase(mesh, tenant) == {"postgres:metering.calls": 0}
+    assert await erase(mesh, tenant) == {"postgres:metering.calls": 600, "postgres:metering.events": 0}
+    assert await erase(mesh, tenant) == {"postgres:metering.calls": 0, "postgres:metering.events": 0}
     rows = await mesh.admin.fetch("SELECT DISTINCT user_name, feature, prompt_version FROM metering.calls WHERE tenant_id = $1", tenant.id)
     assert [tuple(row) for row in rows] == [("", "", "")]
     row = await mesh.row(untouched.ref)
@@ -100,7 +102,7 @@ async def test_uses_of_an_erased_tenant_are_kept_without_names(mesh: Mesh) -> No
     tenant = mesh.new_tenant()
     early, late = mesh.use(tenant), mesh.use(tenant)
     await mesh.record(early)
-    assert await erase(mesh, tenant) == {"postgres:metering.calls": 1}
+    assert await erase(mesh, tenant) == {"postgres:metering.calls": 1, "postgres:metering.events": 0}
     recorded, conflict = ledger_pb.RECORD_UNITS_OUTCOME_RECORDED, ledger_pb.RECORD_UNITS_OUTCOME_CONFLICT
     assert await mesh.record(late) == [recorded]
     early.quantity = 9
@@ -117,6 +119,73 @@ async def test_uses_of_an_erased_tenant_are_kept_without_names(mesh: Mesh) -> No
     assert found[("postgres:metering.unit_entries", "tenant")].found_count == 2
     assert all(store.kept for store in found.values())
     assert not any(store.canary_count for store in scan.stores if store.sight == "tenant")
+
+
+async def test_what_was_billed_is_exported_and_outlives_the_tenant(mesh: Mesh) -> None:
+    """Plans, credits and whole invoices are in the export; an erasure leaves them as they are, and they can still be made again."""
+    tenant = mesh.new_tenant()
+    await subscribe(mesh, tenant, "starter", ended(3).start_time)
+    await grant(mesh, tenant, 5 * USD)
+    await use_units(mesh, tenant, ended(2).start_time, quantity=30)
+    invoices = [await close(mesh, tenant, ended(ago)) for ago in (2, 1)]
+    exported = await export(mesh, tenant)
+    kinds = [kind.partition(".")[2] for kind, _ in exported]
+    assert [kinds.count(kind) for kind in ("subscriptions", "credits", "invoices")] == [1, 1, 2]
+    first, second = [record for kind, record in exported if kind.endswith(".invoices")]
+    assert [record["invoice_id"] for record in (first, second)] == [invoice.invoice_id for invoice in invoices]
+    assert [(line["name"], line["quantity"]) for line in first["lines"]] == [("base", 1), ("ai_interviews", 20), ("ai_interviews", 10)]
+    assert first["credit_uses"][0]["amount_nano_usd"] == 5 * USD
+    await erase(mesh, tenant)
+    assert await export(mesh, tenant) != []
+    assert await recomputed(mesh, tenant) == []
+    caller = mesh.tenant_service
+    scan = await caller.channel.unary(
+        caller.lifecycle.ScanTenant, pb.ScanTenantRequest(canaries=["user-1"]), timeout_seconds=20, tenant=tenant.context
+    )
+    found = {store.store.partition(".")[2] for store in scan.stores if store.found_count}
+    assert found >= {"subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses"}
+    assert all(store.kept for store in scan.stores if store.found_count)
+
+
+async def test_events_of_an_erased_tenant_are_kept_without_names(mesh: Mesh) -> None:
+    """Users, features and metadata are blanked, also of events that come late; quantities, times and ids stay, and repeats are repeats."""
+    await events.register(mesh)
+    tenant, other = mesh.new_tenant(), mesh.new_tenant()
+    early = [events.event(f"{index:03}", quantity=2, metadata={"who": "user-1"}) for index in range(600)]
+    late = events.event("late", quantity=2, metadata={"who": "user-1"})
+    await events.record(mesh, tenant, early)
+    await events.record(mesh, other, early)
+    await events.reverse(mesh, tenant, early[0])
+    assert await erase(mesh, tenant) == {"postgres:metering.calls": 0, "postgres:metering.events": 601}
+    assert await erase(mesh, tenant) == {"postgres:metering.calls": 0, "postgres:metering.events": 0}
+    assert await events.outcomes(mesh, tenant, late, early[1]) == [events.RECORDED, events.DUPLICATE]
+    assert await events.totals(mesh, tenant) == [(events.PRODUCT, events.TYPE, "", "", 602, 1_200)]
+    assert await events.totals(mesh, other) == [(events.PRODUCT, events.TYPE, "user-1", "hiring", 600, 1_200)]
+    caller, request = mesh.tenant_service, pb.ScanTenantRequest(canaries=["user-1"])
+    scan = await caller.channel.unary(caller.lifecycle.ScanTenant, request, timeout_seconds=20, tenant=tenant.context)
+    found = {store.store: store for store in scan.stores if store.sight == "tenant" and store.found_count}
+    assert {"postgres:metering.events", "postgres:metering.event_claims"} <= found.keys()
+    assert all(store.kept for store in found.values())
+    assert not any(store.canary_count for store in found.values())
+    assert await mesh.admin.fetchval("SELECT count(*) FROM metering.event_claims WHERE tenant_id = $1 AND digest <> ''", tenant.id) == 0
+
+
+async def test_export_streams_every_event(mesh: Mesh) -> None:
+    """All events and reversals of the tenant and of nobody else, across several chunks, each once."""
+    await events.register(mesh)
+    tenant, other = mesh.new_tenant(), mesh.new_tenant()
+    log = [events.event(f"{index:04}") for index in range(1_200)]
+    await events.record(mesh, tenant, log)
+    await events.reverse(mesh, tenant, log[0])
+    await events.record(mesh, other, log[:1])
+    records = [record for kind, record in await export(mesh, tenant) if kind == "postgres:metering.events"]
+    assert (len(records), len({record["event_id"] for record in records}), len({record["id"] for record in records})) == (
+        1_201,
+        1_201,
+        1_200,
+    )
+    assert {record["tenant_id"] for record in records} == {str(tenant.id)}
+    assert sum(int(str(record["quantity"])) for record in records) == 1_199
 
 
 async def test_sums_of_an_erased_tenant_have_no_names_and_every_amount(mesh: Mesh) -> None:

@@ -65,6 +65,16 @@ async def test_the_limits_know_an_end_when_its_caller_does(mesh: Mesh) -> None:
     assert len(mesh.limits.of(tenant.id)) == 2
 
 
+async def test_an_end_tells_how_much_was_output(mesh: Mesh) -> None:
+    """A provider's account has limits for input and output by themselves: a settlement tells both, any other end nothing."""
+    tenant = mesh.new_tenant()
+    await mesh.settle(bill((await mesh.opened(tenant)).ref, input_tokens=70, output_tokens=30, cache_read_tokens=9))
+    await mesh.void(not_billed((await mesh.opened(tenant)).ref))
+    settled, void = mesh.limits.of(tenant.id)
+    assert (settled.actual.tokens, settled.output_tokens) == (109, 30)
+    assert not void.HasField("output_tokens")
+
+
 async def test_ends_survive_absent_limits(lonely: Mesh) -> None:
     """Calls are settled while the limits are away, and told when they are back."""
     tenant = lonely.new_tenant()
@@ -100,7 +110,7 @@ async def test_ends_survive_the_death_of_their_process(own_dsn: str, peers: Peer
     second = await running_mesh(own_dsn, peers, own_admin)
     try:
         (commit, *_) = await second.limits.wait_for(tenant.id, 1)
-        assert commit.actual.tokens == 150
+        assert (commit.actual.tokens, commit.output_tokens) == (150, 50)
         await emptied(second, tenant)
     finally:
         await second.close()

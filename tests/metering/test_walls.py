@@ -5,29 +5,45 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from mesh.common.v1.money_pb2 import NanoUsd
+from mesh.metering.v1 import invoice_service_pb2 as invoice_pb
 from services.kernel.catalog import violations
 from services.kernel.ids import TenantId, new_uuid7
-from tests.metering.mesh import Mesh, bill, dsn_of
+from tests.metering import events
+from tests.metering.billing import USD, ask, close, ended, grant, subscribe
+from tests.metering.mesh import Mesh, Tenant, bill, dsn_of
+from tests.metering.usage import fold
 
-TENANT_TABLES = (
-    "calls",
-    "call_leases",
-    "entries",
-    "outbox",
-    "tenant_epochs",
-    "unit_entries",
-    "usage_latencies",
-    "usage_pending",
-    "usage_rollups",
-)
+BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
+USAGE = ("usage_latencies", "usage_pending", "usage_rollups")
+TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING, *USAGE)
 BOOKS = ("entries", "unit_entries")
+
+
+async def bill_whole(mesh: Mesh, tenant: Tenant) -> None:
+    """Leaves a row in every billing table: a plan, a credit, a closed invoice with lines that the credit pays in part, a note."""
+    await subscribe(mesh, tenant, "starter", ended(2).start_time)
+    await grant(mesh, tenant, USD)
+    invoice = await close(mesh, tenant, ended(2))
+    request = invoice_pb.IssueCreditNoteRequest(
+        credit_note_id=str(new_uuid7()), invoice_id=invoice.invoice_id, amount=NanoUsd(nano_usd=1), reason="wrong"
+    )
+    await ask(mesh, tenant, "IssueCreditNote", request, operator=True)
+
+
+async def billed(mesh: Mesh) -> Tenant:
+    """A tenant with a row in every billing table."""
+    tenant = mesh.new_tenant()
+    await bill_whole(mesh, tenant)
+    return tenant
 
 
 async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) -> None:
     """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
     connection = await asyncpg.connect(ledger_dsn)
     try:
-        assert await violations(connection, "metering", shared_tables=("price_versions", "prices")) == []
+        shared = ("price_versions", "prices", "event_types", "billing_plan_versions")
+        assert await violations(connection, "metering", shared_tables=shared) == []
     finally:
         await connection.close()
 
@@ -41,6 +57,35 @@ async def test_entries_cannot_be_changed_even_by_an_administrator(mesh: Mesh, ta
     await mesh.record(mesh.use(tenant))
     with pytest.raises(asyncpg.PostgresError, match="append-only"):
         await mesh.admin.execute(change.format(table))
+
+
+@pytest.mark.parametrize("table", [*BILLING, "billing_plan_versions"])
+@pytest.mark.parametrize("change", ["UPDATE metering.{0} SET {1} = {1}", "DELETE FROM metering.{0}", "TRUNCATE metering.{0} CASCADE"])
+async def test_what_was_billed_cannot_be_changed_by_anybody(mesh: Mesh, ledger_dsn: str, table: str, change: str) -> None:
+    """Neither role has the right; an administrator, who has it, is stopped by the trigger."""
+    column = "plan" if table == "billing_plan_versions" else "tenant_id"
+    statement = change.format(table, column)
+    with pytest.raises(asyncpg.PostgresError, match="append-only"):
+        await mesh.admin.execute(statement)
+    for role in ("metering_service", "metering_jobs"):
+        connection = await asyncpg.connect(dsn_of(ledger_dsn, role))
+        try:
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+@pytest.mark.parametrize("table", ["invoice_closings", "invoices", "invoice_lines", "credit_uses"])
+async def test_no_tenants_transaction_can_make_an_invoice(mesh: Mesh, table: str) -> None:
+    """The service's role reads invoices and writes none, not even for the tenant at hand; credits and plans the jobs role cannot write."""
+    tenant = await billed(mesh)
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        async with mesh.app.database.transaction(TenantId(tenant.id)) as connection:
+            await connection.execute(f"INSERT INTO metering.{table} SELECT * FROM metering.{table} WHERE tenant_id = $1", tenant.id)
+    for given in ("subscriptions", "credits", "credit_notes"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await mesh.app.jobs.call(f"INSERT INTO metering.{given} SELECT * FROM metering.{given} WHERE tenant_id = $1", tenant.id)
 
 
 @pytest.mark.parametrize("role", ["metering_service", "metering_jobs"])
@@ -70,6 +115,14 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await mesh.settle(bill((await mesh.opened(one, epoch=1)).ref))
     await mesh.opened(one, epoch=1)
     await mesh.record(mesh.use(one, epoch=1))
+    await bill_whole(mesh, one)
+    await events.register(mesh)
+    await events.record(mesh, one, [events.event()])
+    # Folded into sums, and one more not yet.
+    await fold(mesh)
+    await mesh.record(mesh.use(one, epoch=1))
+    # The relay may have emptied the outbox by now.
+    assert table == "outbox" or await mesh.admin.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", one.id) > 0
     async with mesh.app.database.transaction(TenantId(other.id)) as connection:
         assert await connection.fetchval(f"SELECT count(*) FROM metering.{table}") == 0
         assert await connection.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", one.id) == 0

@@ -12,7 +12,7 @@ from services.kernel.rpc.wire_status import decode_rpc_error
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.usage_folder import UsageFolder
 from tests.metering.mesh import Mesh, Tenant
-from tests.metering.peers import OPERATOR_KEY
+from tests.metering.peers import OPERATOR
 
 USER, FEATURE, MODEL = pb.USAGE_DIMENSION_USER, pb.USAGE_DIMENSION_FEATURE, pb.USAGE_DIMENSION_MODEL
 PROMPT, PROVIDER, TIER = pb.USAGE_DIMENSION_PROMPT_VERSION, pb.USAGE_DIMENSION_PROVIDER, pb.USAGE_DIMENSION_TIER
@@ -112,7 +112,7 @@ async def query_tenants(mesh: Mesh, asked: pb.UsageQuery, *tenants: Tenant, reas
     """Asks as an operator does."""
     request = pb.QueryUsageOfTenantsRequest(query=asked, tenant_ids=[str(tenant.id) for tenant in tenants])
     extra = ((keys.OPERATOR_REASON, reason),) if reason else ()
-    return await _answered(mesh.outside.usage.QueryUsageOfTenants, request, OPERATOR_KEY, *extra)
+    return await _answered(mesh.outside.usage.QueryUsageOfTenants, request, OPERATOR, *extra)
 
 
 async def every_row(mesh: Mesh, tenant: Tenant, asked: pb.UsageQuery) -> list[pb.UsageRow]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from functools import cache
+
 import pytest
 
 from tests.protocol.explore import as_it_is, explore, explore_large, first_run
@@ -11,6 +15,15 @@ from tests.protocol.world import Choices, Protocol, Rules, State, beginning
 
 # Data losses and extensions of one call.
 REDUCED = ((1, 0), (0, 2), pytest.param(1, 1, marks=pytest.mark.slow))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_collector() -> Iterator[None]:
+    """Millions of live tuples and no cycles: a collector pass only costs time."""
+    gc.disable()
+    yield
+    _reached.cache_clear()
+    gc.enable()
 
 
 @pytest.mark.parametrize(("calls", "flushes", "extensions"), [(1, 0, 0), (1, 1, 0), (1, 2, 0), (2, 0, 0), (1, 0, 2), (1, 1, 1)])
@@ -79,7 +92,8 @@ def test_free_choices_are_free_for_two_calls(choice: str) -> None:
     assert explore_large(Protocol(choices=Choices(**{choice: False}), calls=2, flushes=1)).broken is None
 
 
-def _reached(x: Protocol, *, reduced: bool) -> set[State]:
+@cache
+def _reached(x: Protocol, *, reduced: bool) -> frozenset[State]:
     alike = quiet if reduced else as_it_is
     seen = {alike(beginning(x))}
     waiting = list(seen)
@@ -88,7 +102,7 @@ def _reached(x: Protocol, *, reduced: bool) -> set[State]:
             if (nxt := alike(step)) not in seen:
                 seen.add(nxt)
                 waiting.append(nxt)
-    return seen
+    return frozenset(seen)
 
 
 def _must_go_on(s: State, x: Protocol) -> bool:

@@ -19,6 +19,17 @@ class BoundedCounter:
         self._late: deque[UUID] = deque()
         self._in_window = 0
         self._full_us = -1
+        self._least: dict[tuple[UUID, str], int] = {}
+
+    def watch(self, watcher: tuple[UUID, str], now_us: int) -> None:
+        """From now on remembers the least that `low` was."""
+        self.pass_to(now_us)
+        self._least[watcher] = self.low
+
+    def least(self, watcher: tuple[UUID, str], now_us: int) -> int:
+        """The least that `low` was since it is watched, until now; it is watched no more."""
+        self.pass_to(now_us)
+        return self._least.pop(watcher)
 
     def put(self, id: UUID, now_us: int, low: int, high: int) -> None:
         """Counts a new entry, or corrects one; what has left the window is not corrected."""
@@ -39,6 +50,7 @@ class BoundedCounter:
                 self.late_high += high - old_high
         if self._in_window >= MOST_ENTRIES:
             self._full_us = now_us
+        self._lowered()
 
     def correct(self, id: UUID, now_us: int, low: int | None, high: int | None) -> None:
         """Corrects one or both bounds of an entry, if it is there."""
@@ -54,6 +66,11 @@ class BoundedCounter:
             self.low, self.high, self._in_window = self.low - low, self.high - high, self._in_window - 1
         while self._late and self._is_out(self._entries[self._late[0]][0], now_us, self._quantum_us):
             self.late_high -= self._entries.pop(self._late.popleft())[2]
+        self._lowered()
+
+    def _lowered(self) -> None:
+        for watcher, least in self._least.items():
+            self._least[watcher] = min(least, self.low)
 
     def most(self, now_us: int) -> int:
         """The most that a compact log may tell: exact as long as it never was full since the oldest of its entries."""

@@ -34,8 +34,9 @@ from services.ratelimit.limit_rule import MINUTE_US, SECOND_US, Unit, Window, ru
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
 from services.ratelimit.packing import unpacked
 from services.ratelimit.rebuild import Begin, CountedCall, CountedSum, Snapshot
-from services.ratelimit.reservation import Ask, CommitKind, Settlement
+from services.ratelimit.reservation import Ask
 from services.ratelimit.settings import RatelimitSettings
+from services.ratelimit.settlement import CommitKind, Settlement
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Terms
 from tests.ratelimit.scripted_peer import Peer
@@ -66,10 +67,12 @@ def standard_terms(window_seconds: float = 60.0, **limits: int) -> Terms:
 
 
 class Stores:
-    """Everything that reads and writes a tenant's keys."""
+    """Everything that reads and writes a tenant's keys. `scripts`: others than the product's own, such as those of a set clock."""
 
-    def __init__(self, link: Link, *, lease_seconds: float = 5.0, forget_seconds: float = 120.0) -> None:
-        self.scripts = TenantScripts(link, link)
+    def __init__(
+        self, link: Link, *, lease_seconds: float = 5.0, forget_seconds: float = 120.0, scripts: TenantScripts | None = None
+    ) -> None:
+        self.scripts = scripts or TenantScripts(link, link)
         self.decisions = RedisStore(self.scripts, lease_seconds=lease_seconds, forget_seconds=forget_seconds)
         self.snapshots = RedisSnapshots(self.scripts, lease_seconds=lease_seconds)
         self.records = RedisRecords(self.scripts)

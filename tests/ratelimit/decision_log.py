@@ -6,6 +6,9 @@ from uuid import UUID
 from services.ratelimit.limit_rule import Unit
 from services.ratelimit.limits import Amounts, Demand, Subject
 
+# By how much the machine's clock may be set while it runs: far less than the clocks of a test are wrong.
+_STEP_US = 1_000_000
+
 
 @dataclass(slots=True)
 class Raise:
@@ -30,6 +33,8 @@ class Asked:
     renewals: list[tuple[int, int, bool]] = field(default_factory=list)
     # When a caller was first told of the hold.
     reserve_us: int = 0
+    # Its caller tried to let it go before anything was opened.
+    let_go: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,10 @@ class Kept:
 
 @dataclass
 class DecisionLog:
-    """Everything of one run. `unknown_count`: tries whose answer was lost."""
+    """Everything of one run. `unknown_count`: tries whose answer was lost.
+
+    `wrong_times`: answers dated when nobody was asking. `second_holds`: one id that was told of two holds.
+    """
 
     asked: dict[UUID, Asked] = field(default_factory=dict)
     held: list[Told] = field(default_factory=list)
@@ -66,11 +74,18 @@ class DecisionLog:
     kept: dict[UUID, Kept] = field(default_factory=dict)
     decision_count: int = 0
     unknown_count: int = 0
+    wrong_times: list[str] = field(default_factory=list)
+    second_holds: list[str] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
 
     def note(self, name: str) -> None:
         """Counts an answer that decides nothing."""
         self.others[name] = self.others.get(name, 0) + 1
+
+    def date(self, asked: Asked, time_us: int, since_us: int, until_us: int) -> None:
+        """Checks the time of an answer against when it was asked for, by the clock of the machine."""
+        if not since_us - _STEP_US <= time_us <= until_us + _STEP_US:
+            self.wrong_times.append(f"{asked.id}: asked in {since_us}..{until_us}, decided at {time_us}")
 
 
 def need(unit: Unit, asked: Asked, amounts: Amounts) -> int | None:

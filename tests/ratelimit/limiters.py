@@ -2,31 +2,54 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import random
+import signal
 import sys
+from asyncio.subprocess import PIPE, Process, create_subprocess_exec
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from devstack.managed_process import ManagedProcess
 from devstack.ports import LOOPBACK, answers, free_port
 from mesh.ratelimit.v1.rate_limit_service_pb2_grpc import RateLimitServiceStub
 from services.kernel.rpc.channel import MeshChannel
 from tests.ratelimit.callers import TOKENS, InferenceSettings, MeteringSettings
+from tests.ratelimit.nursery import Order
 from tests.ratelimit.scripted_peer import Peer
+from tests.support.waiting import eventually
 
 READY_SECONDS = 30.0
+_LOOK_AGAIN_SECONDS = 0.05
+
+
+class Nursery:
+    """Where replicas come from."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._one_at_a_time = asyncio.Lock()
+
+    async def start(self, order: Order) -> int:
+        """Starts a replica; returns its process id."""
+        orders, answers = self._process.stdin, self._process.stdout
+        assert orders is not None
+        assert answers is not None
+        async with self._one_at_a_time:
+            orders.write(json.dumps(order).encode() + b"\n")
+            return int(await answers.readline())
 
 
 @dataclass
 class Limiter:
     """One replica, as its callers have it: inference and metering."""
 
-    process: ManagedProcess
+    nursery: Nursery
+    order: Order
     port: int
     inference: MeshChannel = field(init=False)
     metering: MeshChannel = field(init=False)
@@ -34,21 +57,23 @@ class Limiter:
     as_metering: RateLimitServiceStub = field(init=False)
     # Set while it is being killed or started: callers then choose another, as a load balancer would soon.
     is_down: bool = True
+    _pid: int = 0
     # Channels are closed at the end only: closing one cancels the calls that still wait on it.
     _channels: list[MeshChannel] = field(default_factory=list)
 
     async def start(self) -> None:
         """Starts it and waits until it serves."""
-        await self.process.start()
-        await self.process.wait_ready(self._answers, timeout_seconds=READY_SECONDS)
+        self._pid = await self.nursery.start(self.order)
+        await eventually(self._answers, within_seconds=READY_SECONDS)
         self.inference, self.as_inference = self._channel(InferenceSettings(service_token=SecretStr(TOKENS["inference"])))
         self.metering, self.as_metering = self._channel(MeteringSettings(service_token=SecretStr(TOKENS["metering"])))
         self.is_down = False
 
     async def kill(self) -> None:
         """Ends it in the middle of whatever it does. Callers learn of it by their broken calls alone."""
-        self.process.kill()
-        await self.process.wait()
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        await eventually(self._is_gone, within_seconds=READY_SECONDS)
         self.is_down = True
 
     async def disconnect(self) -> None:
@@ -63,6 +88,13 @@ class Limiter:
 
     async def _answers(self) -> bool:
         return answers(self.port)
+
+    async def _is_gone(self) -> bool:
+        try:
+            os.kill(self._pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
 
 @dataclass
@@ -80,10 +112,13 @@ class Limiters:
 
     async def kill_one_each(self, seconds: float) -> None:
         """Kills one at random every so often and starts it again, until told to stop; one at least is always up."""
+        pause = seconds
         async with asyncio.TaskGroup() as restarts:
             while not self.spared:
-                await asyncio.sleep(seconds)
+                await asyncio.sleep(pause)
                 up = [limiter for limiter in self.every if not limiter.is_down]
+                # Where starts are slow there may be none to spare: then the next one that is up dies at once.
+                pause = seconds if len(up) > 1 else _LOOK_AGAIN_SECONDS
                 if len(up) > 1:
                     victim = self.random.choice(up)
                     await victim.kill()
@@ -96,24 +131,36 @@ async def running_limiters(
     peer: Peer, redis_url: str, log_dir: Path, skews: Sequence[float], *, rng: random.Random, **settings: object
 ) -> AsyncIterator[Limiters]:
     """One replica for each of these skews of its clock (seconds), on free ports, all on one store."""
-    every = []
-    for number, skew in enumerate(skews):
-        port = free_port()
-        module = "tests.ratelimit.skewed_limiter" if skew else "services.ratelimit"
-        environment = _environment(peer, redis_url, port, skew, settings)
-        argv = [sys.executable, "-m", module]
-        every.append(Limiter(ManagedProcess("ratelimit", argv, log_path=log_dir / f"ratelimit-{number}.log", env=environment), port))
-    try:
-        async with asyncio.TaskGroup() as starts:
+    async with _nursery() as nursery:
+        every = []
+        for number, skew in enumerate(skews):
+            port = free_port()
+            order = Order(
+                module="tests.ratelimit.skewed_limiter" if skew else "services.ratelimit",
+                log_path=str(log_dir / f"ratelimit-{number}.log"),
+                environment=_environment(peer, redis_url, port, skew, settings),
+            )
+            every.append(Limiter(nursery, order, port))
+        try:
+            async with asyncio.TaskGroup() as starts:
+                for limiter in every:
+                    starts.create_task(limiter.start())
+            yield Limiters(every, rng)
+        finally:
             for limiter in every:
-                starts.create_task(limiter.start())
-        yield Limiters(every, rng)
+                await limiter.disconnect()
+                if not limiter.is_down:
+                    await limiter.kill()
+
+
+@asynccontextmanager
+async def _nursery() -> AsyncIterator[Nursery]:
+    process = await create_subprocess_exec(sys.executable, "-m", "tests.ratelimit.nursery", stdin=PIPE, stdout=PIPE)
+    try:
+        yield Nursery(process)
     finally:
-        for limiter in every:
-            await limiter.disconnect()
-            limiter.process.kill()
-            if limiter.process.exit_code is None:
-                await limiter.process.wait()
+        process.kill()
+        await process.wait()
 
 
 def _environment(peer: Peer, redis_url: str, port: int, skew: float, settings: dict[str, object]) -> dict[str, str]:
@@ -128,5 +175,4 @@ def _environment(peer: Peer, redis_url: str, port: int, skew: float, settings: d
         "trace_sample_ratio": 0.0,
         **settings,
     }
-    own = {f"TENANTRY_{name.upper()}": str(value) for name, value in told.items()}
-    return {**os.environ, **own, "TEST_SKEW_SECONDS": str(skew)}
+    return {f"TENANTRY_{name.upper()}": str(value) for name, value in told.items()} | {"TEST_SKEW_SECONDS": str(skew)}

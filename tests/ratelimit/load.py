@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
-from services.kernel.ids import new_uuid7
+from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.wire_status import decode
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.calendar_periods import microseconds
@@ -22,10 +23,12 @@ from tests.ratelimit.callers import now_us
 from tests.ratelimit.decision_log import Asked, DecisionLog, Raise, Told
 from tests.ratelimit.limiters import Limiters
 from tests.ratelimit.outbox import Outbox
-from tests.ratelimit.scripted_peer import LedgerCall, Peer
+from tests.ratelimit.scripted_peer import LedgerCall, Peer, ScriptedTenants
 
 TRY_SECONDS = 5.0
 _MOST_TRIES = 8
+# Longer than all tries of one call.
+_LONGEST_USE = timedelta(seconds=90)
 _REFUSED = ("PLAN_LIMIT", "BURST_LIMIT", "BUDGET", "CONCURRENCY", "RETRY_BUDGET")
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
@@ -34,10 +37,29 @@ _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc
 class LoadedTenant:
     """One tenant, its rules, and whom of it calls serve."""
 
-    context: TenantContext
+    tenants: ScriptedTenants
+    tenant_id: TenantId
+    told: rules.LimitRules
     terms: Terms
     subjects: list[Subject]
     units: list[str]
+    _context: TenantContext | None = None
+
+    @property
+    def context(self) -> TenantContext:
+        """A context that is proven for some while yet: a long load outlives one."""
+        if self._context is None or self._context.expire_time < datetime.now(UTC) + _LONGEST_USE:
+            self._context = self.tenants.context(self.tenant_id, self.told)
+        return self._context
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What came of a call. `response`: None where it was refused or given up. `is_first`: the first try was answered."""
+
+    response: Any
+    is_first: bool
+    since_us: int
 
 
 @dataclass
@@ -77,8 +99,7 @@ class Load:
     def _asked(self, tenant: LoadedTenant, demand: Demand, product_unit: str = "") -> Asked:
         # The callers' clocks are wrong by up to 40 s either way.
         minted = datetime.now(UTC) + timedelta(seconds=self.random.uniform(-40, 40))
-        assert tenant.context.tenant_id is not None
-        asked = Asked(new_uuid7(minted), tenant.context.tenant_id, self.random.choice(tenant.subjects), demand, product_unit)
+        asked = Asked(new_uuid7(minted), tenant.tenant_id, self.random.choice(tenant.subjects), demand, product_unit)
         self.log.asked[asked.id] = asked
         return asked
 
@@ -94,30 +115,29 @@ class Load:
             # A caller that hedges sends the same id to two replicas at once: both answers must be the one hold.
             tries = [group.create_task(self._tried("Reserve", request, asked, tenant)) for _ in range(copies)]
         for tried in tries:
-            response, is_first = tried.result()
+            answer = tried.result()
             if copies > 1:
                 # The later of the two prolonged what the earlier one held.
                 asked.renewals.append((sent_us, now_us(), False))
-            if response is not None:
-                self._held(asked, response, has_figures=is_first and copies == 1)
-        if any(tried.result()[0] is not None for tried in tries):
+            if answer.response is not None:
+                self._held(asked, answer.response, sent_us, has_figures=answer.is_first and copies == 1)
+        if any(tried.result().response is not None for tried in tries):
             self._live(asked, tenant)
 
     async def _reserve_many(self, tenant: LoadedTenant) -> None:
         every = [self._call(tenant) for _ in range(self.random.randint(8, 40))]
         items = [messages.ReserveBatchItem(context_token=tenant.context.token, request=_request(asked)) for asked in every]
-        sent_us = now_us()
-        response, is_first = await self._tried("ReserveBatch", messages.ReserveBatchRequest(items=items), None, None)
-        for asked in () if is_first else every:
-            asked.renewals.append((sent_us, now_us(), False))
-        for asked, outcome in zip(every, response.outcomes if response is not None else (), strict=False):
+        tried = await self._tried("ReserveBatch", messages.ReserveBatchRequest(items=items), None, None)
+        for asked in () if tried.is_first else every:
+            asked.renewals.append((tried.since_us, now_us(), False))
+        for asked, outcome in zip(every, tried.response.outcomes if tried.response is not None else (), strict=False):
             match outcome.WhichOneof("outcome"):
                 case "held":
-                    self._held(asked, outcome.held, has_figures=is_first)
+                    self._held(asked, outcome.held, tried.since_us, has_figures=tried.is_first)
                     self._live(asked, tenant)
                 case "refused":
-                    refused = outcome.refused
-                    self._refused(asked, refused.status.rule, refused.status.used, refused.decide_time, refused.reason)
+                    refused, status = outcome.refused, outcome.refused.status
+                    self._refused(asked, status.rule, status.used, refused.decide_time, refused.reason, tried.since_us)
                 case _:
                     self.log.note(decode(outcome.error_status).reason_name)
 
@@ -131,29 +151,35 @@ class Load:
             user=asked.subject.user,
             feature=asked.subject.feature,
         )
-        sent_us = now_us()
-        response, is_first = await self._tried("Consume", request, asked, tenant)
-        asked.renewals.append((sent_us, now_us(), False))
-        if response is not None:
+        tried = await self._tried("Consume", request, asked, tenant)
+        asked.renewals.append((tried.since_us, now_us(), False))
+        if tried.response is not None:
             self.log.decision_count += 1
-            figures = {status.rule: status.used for status in response.limits} if is_first else {}
-            self.log.held.append(Told(asked, response.decide_time.ToMicroseconds(), figures=figures))
+            figures = {status.rule: status.used for status in tried.response.limits} if tried.is_first else {}
+            decide_us = tried.response.decide_time.ToMicroseconds()
+            self.log.date(asked, decide_us, tried.since_us, now_us())
+            self.log.held.append(Told(asked, decide_us, figures=figures))
         # Whatever the caller was told: what the ledger has, its outbox tells.
         self.outbox.look(asked)
 
-    def _held(self, asked: Asked, response: messages.ReserveResponse, *, has_figures: bool) -> None:
+    def _held(self, asked: Asked, response: messages.ReserveResponse, since_us: int, *, has_figures: bool) -> None:
         self.log.decision_count += 1
         reserve_us = response.reserve_time.ToMicroseconds()
-        assert asked.reserve_us in (0, reserve_us), "one id, one hold"
+        self.log.date(asked, reserve_us, since_us, now_us())
+        if asked.reserve_us not in (0, reserve_us):
+            self.log.second_holds.append(f"{asked.id}: held at {asked.reserve_us} and at {reserve_us}")
         asked.reserve_us = reserve_us
         figures = {status.rule: status.used for status in response.limits} if has_figures else {}
         self.log.held.append(Told(asked, reserve_us, figures=figures))
 
-    def _refused(self, asked: Asked, rule: str, used: int, time: Timestamp, reason: str, more: Amounts | None = None) -> None:
+    def _refused(
+        self, asked: Asked, rule: str, used: int, time: Timestamp, reason: str, since_us: int, more: Amounts | None = None
+    ) -> None:
         if reason not in _REFUSED:
             self.log.note(reason)
             return
         self.log.decision_count += 1
+        self.log.date(asked, time.ToMicroseconds(), since_us, now_us())
         self.log.refused.append(Told(asked, time.ToMicroseconds(), rule, used, more=more))
 
     def _live(self, asked: Asked, tenant: LoadedTenant) -> None:
@@ -163,6 +189,7 @@ class Load:
         """What a call does after it is held."""
         amounts, dice = asked.demand.amounts, self.random.random()
         if dice < 0.1:
+            asked.let_go = True
             request = messages.ReleaseRequest(reservation_id=str(asked.id), epoch=1)
             await self._tried("Release", request, None, tenant)
             return
@@ -186,21 +213,23 @@ class Load:
             reservation_id=str(asked.id), epoch=1, amounts=messages.Amounts(tokens=whole.tokens, cost_nano_usd=whole.cost_nano_usd)
         )
         more = Amounts(whole.tokens - held.tokens, whole.cost_nano_usd - held.cost_nano_usd)
-        raised = Raise(whole, now_us(), None)
-        response, is_first = await self._tried("Extend", request, asked, tenant, more)
-        if response is None and is_first:
+        tried = await self._tried("Extend", request, asked, tenant, more)
+        if tried.response is None and tried.is_first:
             return held
-        if response is not None:
+        raised = Raise(whole, tried.since_us, None)
+        if tried.response is not None:
             self.log.decision_count += 1
-            raised.to_us = response.decide_time.ToMicroseconds()
-            raised.from_us = raised.to_us if is_first else raised.from_us
+            raised.to_us = tried.response.decide_time.ToMicroseconds()
+            self.log.date(asked, raised.to_us, tried.since_us, now_us())
+            raised.from_us = raised.to_us if tried.is_first else raised.from_us
         asked.raises.append(raised)
-        return whole if response is not None else held
+        return whole if tried.response is not None else held
 
     async def _tried(
         self, method: str, request: Any, asked: Asked | None, tenant: LoadedTenant | None, more: Amounts | None = None
-    ) -> tuple[Any, bool]:
-        """Calls until it is answered. Returns the answer, None where it was refused or given up, and whether the first try was answered."""
+    ) -> Tried:
+        """Calls until it is answered."""
+        since_us = now_us()
         for number in range(_MOST_TRIES):
             limiter = self.limiters.any()
             sent_us = now_us()
@@ -217,15 +246,16 @@ class Load:
                     await asyncio.sleep(0.02)
                     continue
                 if asked is not None and error.reason_name in _REFUSED:
-                    self._refused(asked, error.metadata["rule"], int(error.metadata["used"]), _time(error), error.reason_name, more)
+                    used = int(error.metadata["used"])
+                    self._refused(asked, error.metadata["rule"], used, _time(error), error.reason_name, since_us, more)
                 else:
                     self.log.note(error.reason_name)
                 # A refused Extend was not made by an earlier try either: there would have been nothing to refuse.
-                return None, number == 0 or error.reason_name in _REFUSED
+                return Tried(None, number == 0 or error.reason_name in _REFUSED, since_us)
             if asked is not None and number:
                 asked.renewals.append((sent_us, now_us(), False))
-            return response, number == 0
-        return None, False
+            return Tried(response, number == 0, since_us)
+        return Tried(None, is_first=False, since_us=since_us)
 
 
 def _request(asked: Asked) -> messages.ReserveRequest:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from uuid import UUID
 
-from services.kernel.ids import ReservationId
 from services.ratelimit.calendar_periods import Calendar
 from services.ratelimit.limit_rule import CALENDAR, LimitRule, Unit, Window
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
@@ -17,7 +16,7 @@ from services.ratelimit.limits import NOBODY, Amounts, Demand, Subject
 class OracleCall:
     """A reservation or a use. `counted`: it is in the logs of windows. `shadow`: what rules in shadow mode were charged; None: nothing.
 
-    `asked`: the demand it was reserved with. `in_sums`: the ledger's sums have it, so that calendars count it there.
+    `demand`: what it was reserved with. `epoch`: in which it was decided here.
     """
 
     state: str
@@ -28,8 +27,8 @@ class OracleCall:
     shadow: Amounts | None = None
     product_unit: str = ""
     counted: bool = True
+    epoch: int = 0
     leased: bool = True
-    in_sums: bool = False
 
     @property
     def held(self) -> bool:
@@ -53,13 +52,13 @@ LONGEST_SLICE_US = 850_000
 
 @dataclass
 class Oracle:
-    """One tenant. `calls` is None while it has no counters. `sums`: use of before, by rule's unit and period."""
+    """One tenant. `calls` is None while it has no counters. `durable_units`: the units whose uses the ledger has."""
 
     rules: Sequence[LimitRule]
     calendar: Calendar = field(default_factory=Calendar)
     epoch: int = 0
     calls: dict[UUID, OracleCall] | None = None
-    sums: dict[tuple[Unit, Window], int] = field(default_factory=dict)
+    durable_units: frozenset[str] = frozenset()
     # Since when it knows of units that the ledger does not have; 0: always.
     knows_since_us: int = 0
 
@@ -67,11 +66,10 @@ class Oracle:
         """What a rule counts for a subject as of now."""
         if rule.window is Window.REQUEST:
             return 0
-        volatile = rule.unit is Unit.PRODUCT and rule.window is Window.SLIDING and not rule.fails_open
-        if volatile and self.knows_since_us + LONGEST_SLICE_US > now_us - rule.window_us:
-            return rule.limit
+        volatile = rule.unit is Unit.PRODUCT and rule.product_unit not in self.durable_units and not rule.fails_open
         used = sum(self._amount(rule, call) for call in self._of(rule, subject) if self._within(rule, call, now_us))
-        return used + (self.sums.get((rule.unit, rule.window), 0) if rule.scope.of(subject) == NOBODY else 0)
+        is_blind = volatile and self.knows_since_us + LONGEST_SLICE_US > now_us - rule.window_us
+        return max(used, rule.limit) if is_blind else used
 
     def reserve(self, reservation_id: UUID, demand: Demand, now_us: int, subject: Subject = NOBODY, product_unit: str = "") -> Granted:
         """Decides a Reserve of a fresh id, or a use of a product's units."""
@@ -89,16 +87,21 @@ class Oracle:
         if shadow is None:
             over = (rule for rule in rules if rule.shadow and self._excess(rule, demand, subject, now_us) > 0)
             refusals = frozenset(rule.name for rule in over)
-        state = "held" if demand.attempt else "settled"
+        state = "held" if demand.attempt or product_unit in self.durable_units else "settled"
         self.calls[reservation_id] = OracleCall(
-            state, now_us, granted[0], demand, subject, None if shadow is None else shadow[0], product_unit
+            state, now_us, granted[0], demand, subject, None if shadow is None else shadow[0], product_unit, epoch=self.epoch
         )
         return Granted("held", *granted, refusals)
+
+    def admits(self, demand: Demand, now_us: int, subject: Subject = NOBODY, product_unit: str = "") -> bool:
+        """Whether no rule that is enforced would refuse it."""
+        rules = [rule for rule in self._applicable(subject, product_unit) if not rule.shadow]
+        return self._fitted(rules, demand, subject, now_us) is not None
 
     def extend(self, reservation_id: UUID, amounts: Amounts, epoch: int, now_us: int) -> str:
         """Raises a living hold."""
         call = (self.calls or {}).get(reservation_id)
-        if call is None or epoch != self.epoch or call.state != "held" or not call.leased:
+        if call is None or call.product_unit or epoch != self.epoch or call.state != "held" or not call.leased:
             return "lost"
         whole = Amounts(max(amounts.tokens, call.amounts.tokens), max(amounts.cost_nano_usd, call.amounts.cost_nano_usd))
         more = Amounts(whole.tokens - call.amounts.tokens, whole.cost_nano_usd - call.amounts.cost_nano_usd)
@@ -141,14 +144,16 @@ class Oracle:
 
     def lose(self) -> None:
         """Loses all counters."""
-        self.calls, self.sums = None, {}
+        self.calls = None
 
-    def load(self, epoch: int, calls: Mapping[ReservationId, OracleCall], sums: Mapping[tuple[Unit, Window], int], now_us: int) -> None:
-        """Takes a snapshot of the ledger: what has ended comes in sums, and once more as recent calls for the windows only."""
-        self.epoch, self.calls, self.sums = epoch, dict(calls.items()), dict(sums)
-        self.knows_since_us = now_us if epoch > 1 else 0
+    def load(self, epoch: int, calls: Mapping[UUID, OracleCall], now_us: int, *, only_rules_changed: bool = False) -> None:
+        """Takes what the ledger has. Uses that no ledger has stay known where only the rules have changed; else nobody knows them."""
+        stay = {id: call for id, call in (self.calls or {}).items() if call.product_unit and call.product_unit not in self.durable_units}
         for call in calls.values():
-            call.in_sums, call.shadow = not call.held, call.amounts
+            call.shadow = call.amounts
+        self.epoch, self.calls = epoch, {**calls, **(stay if only_rules_changed else {})}
+        if epoch > 1 and not only_rules_changed:
+            self.knows_since_us = now_us
 
     def _again(self, known: OracleCall, demand: Demand) -> Granted:
         same = known.demand.amounts == demand.amounts
@@ -205,7 +210,7 @@ class Oracle:
             return call.state == "held" and call.leased
         if rule.window is Window.SLIDING:
             return call.reserve_us > now_us - rule.window_us
-        return not call.in_sums and self.calendar.period(rule.window, call.reserve_us) == self.calendar.period(rule.window, now_us)
+        return self.calendar.period(rule.window, call.reserve_us) == self.calendar.period(rule.window, now_us)
 
     def _amount(self, rule: LimitRule, call: OracleCall) -> int:
         amounts = call.shadow if rule.shadow and call.shadow is not None else call.amounts

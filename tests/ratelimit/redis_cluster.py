@@ -9,7 +9,7 @@ from typing import cast
 from redis.crc import key_slot
 
 from devstack.embedded_redis import binary
-from devstack.managed_process import ManagedProcess
+from devstack.managed_process import ManagedProcess, ProcessFailedError
 from devstack.ports import LOOPBACK, free_port
 from services.kernel.errors import Unavailable
 from services.ratelimit.adapters.redis_link import PipelinedLink
@@ -18,6 +18,7 @@ from tests.support.waiting import eventually
 NODE_TIMEOUT_MS = 1_000
 _SLOTS = 16_384
 _READY_SECONDS = 20
+_ATTEMPTS = 5
 
 
 @dataclass
@@ -72,22 +73,41 @@ class Cluster:
 @asynccontextmanager
 async def running_cluster(folder: Path) -> AsyncIterator[Cluster]:
     """Three masters and three replicas on free ports, gone at the end."""
-    nodes = [_node(folder / str(number)) for number in range(6)]
+    nodes: list[Node] = []
     try:
-        for node in nodes:
-            await node.process.start()
-        for node in nodes:
-            await node.process.wait_ready(node.answers, timeout_seconds=_READY_SECONDS)
-            node.id = cast("bytes", await node.link.send("CLUSTER", "MYID")).decode()
+        for number in range(6):
+            nodes.append(await _started(folder / str(number)))
         cluster = Cluster(nodes[:3], nodes[3:])
         await _join(cluster)
         yield cluster
     finally:
         for node in nodes:
-            await node.link.close()
-            node.process.kill()
-            if node.process.exit_code is None:
-                await node.process.wait()
+            await _end(node)
+
+
+async def _started(folder: Path) -> Node:
+    """A server that answers. A port, or that of its bus, may be taken by somebody else between the look and the bind: then another."""
+    folder.mkdir()
+    for attempt in range(_ATTEMPTS):
+        node = _node(folder / str(attempt))
+        try:
+            await node.process.start()
+            await node.process.wait_ready(node.answers, timeout_seconds=_READY_SECONDS)
+            node.id = cast("bytes", await node.link.send("CLUSTER", "MYID")).decode()
+        except ProcessFailedError:
+            await _end(node)
+            if attempt == _ATTEMPTS - 1:
+                raise
+        else:
+            return node
+    raise AssertionError("unreachable")
+
+
+async def _end(node: Node) -> None:
+    await node.link.close()
+    node.process.kill()
+    if node.process.exit_code is None:
+        await node.process.wait()
 
 
 def _node(folder: Path) -> Node:

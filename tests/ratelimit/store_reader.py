@@ -35,8 +35,10 @@ class StoreReader:
             ids = [id for id in ends if (known := self.kept.get(UUID(bytes=id))) is None or known.end_us is None]
             for start in range(0, len(ids), _CHUNK):
                 some = ids[start : start + _CHUNK]
-                for id, packed in zip(some, await self._send(tenant_id, "HMGET", "reservations", *some), strict=True):
-                    self._keep(id, packed, ends[id])
+                # What was used at once is kept apart from what was held.
+                records, uses = [await self._send(tenant_id, "HMGET", kind, *some) for kind in ("reservations", "uses")]
+                for id, packed, used in zip(some, records, uses, strict=True):
+                    self._keep(id, packed or used, ends[id])
             self._read_to[tenant_id] = max(ends.values(), default=read_to)
 
     async def read_held(self) -> list[UUID]:
@@ -50,11 +52,18 @@ class StoreReader:
                     held.append(UUID(bytes=flat[i]))
         return held
 
+    async def leased(self) -> list[UUID]:
+        """The ids that have a lease, ended or not."""
+        return [UUID(bytes=id) for tenant_id in self._read_to for id in await self._send(tenant_id, "ZRANGE", "leases", 0, -1)]
+
+    async def nothing_leased(self) -> bool:
+        """Whether there is no lease."""
+        return not await self.leased()
+
     async def outstanding(self) -> int:
         """How many leases and holds there are in all."""
-        count = 0
+        count = len(await self.leased())
         for tenant_id in self._read_to:
-            count += cast("int", await self._link.send("ZCARD", f"{{{tenant_id}}}:leases"))
             count += int(await self._link.send("HGET", f"{{{tenant_id}}}:meta", "outstanding") or 0)  # type: ignore[call-overload] # digits
         return count
 

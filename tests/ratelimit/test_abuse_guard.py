@@ -1,5 +1,6 @@
 """The guard against abuse: who goes on after refusals, or is tried with wrong credentials, is kept out for a while, at every replica."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -11,10 +12,14 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from mesh.ratelimit.v1.rate_limit_service_pb2_grpc import RateLimitServiceStub
 from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
+from services.ratelimit.adapters.tenant_scripts import KINDS
+from services.ratelimit.packing import unpacked
 from tests.ratelimit.callers import AtService, AtStore, Service, eventually, running_service
 from tests.ratelimit.rules import rule
 from tests.ratelimit.scripted_peer import OPERATOR_KEY, running_peer
 from tests.support.stores import RedisStore as RedisServer
+
+GUARD = KINDS.index("guard")
 
 
 def tenant_of(service: Service, *, refusals: int = 0, failures: int = 0, first: int = 60, most: int = 600, limit: int = 1) -> AtService:
@@ -91,6 +96,51 @@ async def test_refusals_beyond_the_rule_open_the_guard_at_every_replica(replicas
     assert "reset_time" in error.metadata
     # The first call there may be decided before it has looked; then it knows.
     await eventually(lambda: is_kept_out(at(tenant, other)))
+
+
+async def test_refusals_are_added_up_over_all_replicas(replicas: tuple[Service, Service]) -> None:
+    """A tenant refused in turns at two replicas is kept out after as many refusals as at one: none counts for itself alone."""
+    one, other = replicas
+    first = tenant_of(one, refusals=8)
+    places = [first, at(first, other)]
+    await first.reserve()
+    for turn in range(8):
+        assert await refuse(places[turn % 2], 1) == ["PLAN_LIMIT"]
+    # What a replica was refused is told within a moment, as each has fewer than would open it.
+    await eventually(lambda: counts(first, 8))
+    assert not await is_open(first)
+    assert await refuse(places[1], 1) == ["PLAN_LIMIT"]
+    await eventually(lambda: is_open(first))
+    for tenant in places:
+        await eventually(lambda tenant=tenant: is_kept_out(tenant))  # type: ignore[misc] # bound at once
+
+
+async def counts(tenant: AtService, refusals: int) -> bool:
+    """Whether the store has counted so many refusals."""
+    packed = (await guard_of(tenant)).get("refusals")
+    return packed is not None and sum(unpacked(packed)[1::2]) == refusals  # type: ignore[index,arg-type] # seconds and numbers by turns
+
+
+async def is_open(tenant: AtService) -> bool:
+    """Whether the store has it open."""
+    return "until_us" in await guard_of(tenant)
+
+
+async def test_refusals_change_the_guards_key_and_no_other(service: Service) -> None:
+    """However many: what is counted of them lies in the guard alone, in a field that does not grow with their number."""
+    tenant = tenant_of(service, refusals=1_000_000)
+    await tenant.reserve()
+    before = await tenant.store.dump()
+    assert before[GUARD] is None
+    async with asyncio.TaskGroup() as group:
+        for _ in range(20):
+            group.create_task(refuse(tenant, 20))
+    await eventually(lambda: counts(tenant, 400))
+    after = await tenant.store.dump()
+    assert after[GUARD] is not None
+    assert after[:GUARD] + after[GUARD + 1 :] == before[:GUARD] + before[GUARD + 1 :]
+    assert list(await guard_of(tenant)) == ["refusals"]
+    assert 0 < int(str(await tenant.store.link.send("PTTL", f"{{{tenant.tenant_id}}}:guard"))) <= 61_000
 
 
 async def test_what_runs_goes_on_while_the_guard_is_open(service: Service) -> None:

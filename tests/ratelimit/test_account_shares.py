@@ -1,9 +1,8 @@
 """Provider accounts' limits in the service: beside a tenant's own rules, given back, waited for, and forgotten with the tenant."""
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -11,21 +10,8 @@ from mesh.common.v1 import lifecycle_service_pb2 as lifecycle
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
-from services.kernel.ids import ReservationId, new_uuid7
-from services.kernel.tenant_context import TenantContext
-from services.ratelimit.adapters.redis_link import PipelinedLink
-from services.ratelimit.adapters.redis_shares import RedisShares
-from services.ratelimit.adapters.redis_tickets import RedisTickets
-from services.ratelimit.fencing import Fencing
-from services.ratelimit.limits import Amounts, Demand
-from services.ratelimit.open_allowance import OpenAllowance
-from services.ratelimit.provider_share import AccountUse, ProviderShares
-from services.ratelimit.ready_counters import ReadyCounters
-from services.ratelimit.rebuild import Rebuilder
-from services.ratelimit.reservation import Held, Request, Reservations
-from services.ratelimit.terms import Terms
-from services.ratelimit.waiting_room import WaitingRoom
-from tests.ratelimit.callers import AtService, AtStore, Service, Stores, running_service, standard_terms
+from services.kernel.ids import new_uuid7
+from tests.ratelimit.callers import AtService, Service, running_service
 from tests.ratelimit.rules import rule
 from tests.ratelimit.scripted_peer import Peer, running_peer
 from tests.support.stores import RedisStore as RedisServer
@@ -54,12 +40,12 @@ async def service(redis_server: RedisServer, peer: Peer, account: str) -> AsyncI
         yield running
 
 
-async def give_back(tenant: AtService, account: str, held: messages.ReserveResponse, **unused: int) -> None:
-    """Gives back what a call did not use."""
-    share = messages.ReturnedShare(
-        tenant_id=tenant.tenant_id.bytes, account=account, take_time=held.share_take_time, request_unsent=False, **unused
-    )
-    await tenant.inference.unary(tenant.stub.ReturnShares, messages.ReturnSharesRequest(shares=[share]), timeout_seconds=5)
+async def settle(tenant: AtService, reservation_id: UUID, tokens: int, output_tokens: int | None = None) -> None:
+    """Tells what a call used, as the ledger does."""
+    commit = tenant.commit_message(reservation_id, messages.COMMIT_KIND_SETTLED, tokens=tokens)
+    if output_tokens is not None:
+        commit.output_tokens = output_tokens
+    assert await tenant.commit(commit) == [messages.COMMIT_OUTCOME_DONE]
 
 
 async def refusal(tenant: AtService, tokens: int, **fields: Any) -> MeshError:
@@ -72,14 +58,14 @@ async def refusal(tenant: AtService, tokens: int, **fields: Any) -> MeshError:
 async def test_an_account_refuses_what_its_provider_would(service: Service, account: str) -> None:
     """The account's minute holds for all tenants together; a refusal says whose limit it is and holds nothing of the tenant's."""
     one, other = service.tenant_with(PLENTY), service.tenant_with(PLENTY)
-    held = await one.reserve(300, provider_account=account, input_tokens=100)
-    assert held.HasField("share_take_time")
+    await one.reserve(300, provider_account=account, input_tokens=100)
     await other.reserve(300, provider_account=account, input_tokens=100)
     error = await refusal(other, 300, provider_account=account, input_tokens=100)
     assert (error.reason_name, error.metadata["account"]) == ("PROVIDER_SHARE", account)
     assert error.retry_after_seconds is not None
     assert (await other.limits())["rate"].used == 300
-    assert not (await other.reserve(300, provider_account="unheard-of")).HasField("share_take_time")
+    for _ in range(4):
+        await other.reserve(300, provider_account="unheard-of", input_tokens=100)
 
 
 async def test_what_a_tenants_rule_refuses_takes_nothing_of_the_account(service: Service, account: str) -> None:
@@ -101,15 +87,56 @@ async def test_a_repeated_reserve_takes_its_share_once(service: Service, account
     assert (await refusal(tenant, 20, provider_account=account, input_tokens=10)).reason_name == "PROVIDER_SHARE"
 
 
-async def test_what_a_call_did_not_use_is_given_back(service: Service, account: str) -> None:
-    """Tokens given back are another call's within the same minute; no more is given back than was taken."""
-    tenant = service.tenant_with(PLENTY)
-    held = await tenant.reserve(500, provider_account=account, input_tokens=0)
+async def test_what_a_call_did_not_use_comes_back_when_it_is_settled(service: Service, account: str) -> None:
+    """Tokens that the ledger says were not used are another call's within the same minute; told again, they come back no second time."""
+    tenant, id = service.tenant_with(PLENTY), new_uuid7()
+    await tenant.reserve(500, id=id, provider_account=account, input_tokens=0)
     assert (await refusal(tenant, 400, provider_account=account)).reason_name == "PROVIDER_SHARE"
-    await give_back(tenant, account, held, output_tokens=450)
+    await settle(tenant, id, 50, 50)
     await tenant.reserve(400, provider_account=account)
-    await give_back(tenant, account, held, output_tokens=10_000)
-    assert (await refusal(tenant, 501, provider_account=account)).reason_name == "PROVIDER_SHARE"
+    await settle(tenant, id, 50, 50)
+    assert (await refusal(tenant, 60, provider_account=account)).reason_name == "PROVIDER_SHARE"
+    await tenant.reserve(50, provider_account=account)
+
+
+async def test_input_that_was_not_used_comes_back(service: Service, account: str) -> None:
+    """Input and output are limits of their own: each comes back by what was used of it."""
+    tenant, id = service.tenant_with(PLENTY), new_uuid7()
+    await tenant.reserve(1100, id=id, provider_account=account, input_tokens=900)
+    assert (await refusal(tenant, 300, provider_account=account, input_tokens=200)).reason_name == "PROVIDER_SHARE"
+    await settle(tenant, id, 350, 200)
+    await tenant.reserve(900, provider_account=account, input_tokens=850)
+    assert (await refusal(tenant, 10, provider_account=account, input_tokens=10)).metadata["limit"] == "1000"
+
+
+async def test_a_ledger_that_does_not_tell_leaves_the_worst_case(service: Service, account: str) -> None:
+    """Without the figure nothing comes back: too much is counted until the minute ends, never too little."""
+    tenant, id = service.tenant_with(PLENTY), new_uuid7()
+    await tenant.reserve(500, id=id, provider_account=account, input_tokens=0)
+    await settle(tenant, id, 50)
+    assert (await refusal(tenant, 400, provider_account=account)).reason_name == "PROVIDER_SHARE"
+
+
+async def test_tokens_of_a_call_that_was_not_billed_come_back(service: Service, account: str) -> None:
+    """Voided or let go, a call leaves its request counted, as the provider may have seen it; one that may have been billed leaves all."""
+    tenant, void, released, pinned = service.tenant_with(PLENTY), new_uuid7(), new_uuid7(), new_uuid7()
+    await tenant.reserve(500, id=void, provider_account=account)
+    await tenant.commit(tenant.commit_message(void, messages.COMMIT_KIND_VOID))
+    await tenant.reserve(500, id=released, provider_account=account)
+    release = messages.ReleaseRequest(reservation_id=str(released), epoch=1)
+    await tenant.inference.unary(tenant.stub.Release, release, timeout_seconds=5, tenant=tenant.context)
+    await tenant.reserve(500, id=pinned, provider_account=account)
+    await tenant.commit(tenant.commit_message(pinned, messages.COMMIT_KIND_PIN))
+    error = await refusal(tenant, 10, provider_account=account)
+    assert (error.metadata["limit"], error.metadata["used"]) == ("3", "3")
+
+
+async def test_no_other_tenant_gives_back_what_a_call_took(service: Service, account: str) -> None:
+    """A call is known by its tenant and its id: a stranger's settlement of the very same id changes nothing here."""
+    tenant, stranger, id = service.tenant_with(PLENTY), service.tenant_with(PLENTY), new_uuid7()
+    await tenant.reserve(500, id=id, provider_account=account)
+    await settle(stranger, id, 0, 0)
+    assert (await refusal(stranger, 10, provider_account=account)).reason_name == "PROVIDER_SHARE"
 
 
 async def test_an_erased_tenant_is_forgotten_in_every_account(service: Service, account: str) -> None:
@@ -126,34 +153,3 @@ async def test_an_erased_tenant_is_forgotten_in_every_account(service: Service, 
     erased = await service.tenant.unary(stub.EraseTenant, lifecycle.EraseTenantRequest(), timeout_seconds=10, tenant=tenant.context)
     assert {item.kind: item.count for item in erased.erased}["redis:accounts"] == 1
     assert await found() == 0
-
-
-async def test_a_share_is_waited_for(link: PipelinedLink, peer: Peer, account: str) -> None:
-    """A call that may wait waits until the account has room, and is admitted then. The minute is short here."""
-    window_us = 1_200_000
-    stores = Stores(link)
-    tenant = await AtStore(stores, link, standard_terms(tokens_per_minute=1000)).loaded()
-
-    async def terms_of(context: TenantContext, at_least: int = 0) -> Terms:
-        return tenant.terms
-
-    fencing = Fencing(stores.decisions, None)  # type: ignore[arg-type] # no lease ends here
-    rebuilder = Rebuilder(stores.snapshots, None)  # type: ignore[arg-type] # it is loaded already
-    counters = ReadyCounters(terms_of, rebuilder, fencing, OpenAllowance(stores.decisions))
-    shares = ProviderShares(RedisShares(link, window_us=window_us), {account: AccountUse(1, 0, 0)})
-    reservations = Reservations(stores.decisions, counters, fencing, shares=shares, room=WaitingRoom(RedisTickets(stores.scripts)))
-    context = peer.tenants.context(tenant.tenant_id)
-
-    def request(max_wait_seconds: float) -> Request:
-        return Request(ReservationId(new_uuid7()), Demand(Amounts(10, 0)), account=account, max_wait_seconds=max_wait_seconds)
-
-    first = await reservations.reserve(context, request(0))
-    with pytest.raises(MeshError):
-        await reservations.reserve(context, request(0.2))
-    began = time.monotonic()
-    held = await reservations.reserve(context, request(5))
-    assert isinstance(held, Held)
-    assert held.answer.reserve_us - first.answer.reserve_us >= window_us
-    assert held.waited_seconds > 0
-    assert time.monotonic() - began < 3
-    assert await tenant.link.send("EXISTS", f"{{{tenant.tenant_id}}}:waiters") == 0

@@ -12,7 +12,7 @@ from services.kernel.errors import Unavailable
 from services.kernel.ids import new_uuid7
 from services.ratelimit.adapters.redis_link import ClusterLink, PipelinedLink
 from services.ratelimit.fencing import FenceVerdict
-from services.ratelimit.reservation import CommitKind
+from services.ratelimit.settlement import CommitKind
 from services.ratelimit.standing import Verdict
 from tests.ratelimit.callers import AtStore, Stores, eventually, running_service, standard_terms
 from tests.ratelimit.rules import rule

@@ -9,7 +9,7 @@ from services.ratelimit.adapters.tenant_scripts import KINDS
 from services.ratelimit.fencing import FenceVerdict
 from services.ratelimit.limits import Amounts
 from services.ratelimit.rebuild import Begin, CountedCall, CountedState
-from services.ratelimit.reservation import CommitKind, Settlement
+from services.ratelimit.settlement import CommitKind, Settlement
 from services.ratelimit.standing import Verdict
 from tests.ratelimit.callers import AtStore
 

@@ -1,6 +1,7 @@
 """Units of a product: used once, under every rule of theirs, in the ledger where they must outlive the limits."""
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -8,9 +9,11 @@ import pytest
 from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
+from mesh.tenant.v1.tenant_service_pb2 import TenantConfig
 from services.kernel.errors import MeshError
 from services.kernel.ids import ReservationId, new_uuid7
-from tests.ratelimit.callers import AtService, Service, eventually
+from services.ratelimit.adapters.tenant_rules import terms_of
+from tests.ratelimit.callers import AtService, AtStore, Service, eventually
 from tests.ratelimit.oracle import LONGEST_SLICE_US
 from tests.ratelimit.rules import OPEN, rule
 from tests.support.stores import RedisStore as RedisServer
@@ -152,6 +155,29 @@ async def test_what_the_plan_does_not_have_cannot_be_used(service: Service) -> N
     assert (caught.value.code.name, caught.value.reason_name) == ("PERMISSION_DENIED", "FEATURE")
 
 
+async def test_a_rule_of_the_tenants_own_grants_no_unit(service: Service) -> None:
+    """Only a plan or an operator does: FEATURE for a use, a slice and a look; the rule is listed, and a gateway is held to it."""
+    own, theirs = (
+        rule("ours", unit, 60, 5, origin=origin)
+        for unit, origin in (("searches", rules.LIMIT_RULE_ORIGIN_TENANT), ("exports", rules.LIMIT_RULE_ORIGIN_OPERATOR))
+    )
+    tenant = service.tenant_with(rule("interviews", "ai_interviews", 60, 10), own, theirs)
+    assert (await refusal(tenant, "searches")).reason_name == "FEATURE"
+    slice_of = messages.TakeSliceRequest(slice_id=str(new_uuid7()), product_unit="searches", quantity=1)
+    look = messages.CheckRequest(product_unit="searches", quantity=1)
+    for method, request in ((tenant.stub.TakeSlice, slice_of), (tenant.stub.Check, look)):
+        with pytest.raises(MeshError) as caught:
+            await service.inference.unary(method, request, timeout_seconds=5, tenant=tenant.context)
+        assert (caught.value.code.name, caught.value.reason_name) == ("PERMISSION_DENIED", "FEATURE")
+    assert "ours" in await tenant.limits()
+    await tenant.consume("exports")
+    narrowed = service.tenant_with(
+        rule("interviews", "ai_interviews", 60, 10), rule("ours", "ai_interviews", 60, 1, origin=rules.LIMIT_RULE_ORIGIN_TENANT)
+    )
+    await narrowed.consume("ai_interviews")
+    assert (await refusal(narrowed, "ai_interviews")).metadata["rule"] == "ours"
+
+
 async def test_a_feature_that_is_switched_off_is_refused_as_one(service: Service) -> None:
     """A rule that allows nothing of a unit is no limit that is used up: FEATURE, with the plan that has it, and nothing to wait for."""
     tenant = service.tenant_with(rule("ai_interviews", "ai_interviews", "cycle", 0, lifting_plan="pro"))
@@ -215,6 +241,52 @@ async def test_a_change_of_other_rules_forgets_no_volatile_use_and_refuses_nobod
     assert (await refusal(tenant, "exports")).metadata["used"] == "3"
     limits = await tenant.limits()
     assert (limits["interviews"].used, limits["interviews_a_day"].used) == (1, 1)
+
+
+async def test_a_use_repeated_across_a_change_of_rules_is_used_once(service: Service) -> None:
+    """Its answer is remembered whatever rules come and go, also where the unit becomes durable; another's use of that id is a conflict."""
+    tenant = service.tenant_with(EXPORTS, INTERVIEWS)
+    first, durable = new_uuid7(), new_uuid7()
+    await tenant.consume("exports", 1, id=first, user="ada")
+    await tenant.consume("ai_interviews", 1, id=durable)
+    others = [
+        [EXPORTS, INTERVIEWS, rule("a_day", "exports", "day", 9)],
+        [EXPORTS, INTERVIEWS],
+        [EXPORTS, INTERVIEWS, rule("m", "tokens", 7, 9)],
+    ]
+    for version, told in enumerate(others, 2):
+        tenant.context = service.peer.tenants.context(tenant.tenant_id, rules.LimitRules(rules=told), version)
+        await tenant.consume("exports", 1, id=first, user="ada")
+        await tenant.consume("ai_interviews", 1, id=durable)
+        assert (await refusal(tenant, "exports", 1, id=first, user="bob")).reason_name == "CONTENT_CONFLICT"
+        limits = await tenant.limits()
+        assert (limits["exports"].used, limits["interviews"].used) == (1, 1)
+    assert service.peer.ledger.epoch_count == 4
+    exported = [
+        fields["reservation_id"] async for kind, fields in tenant.store.stores.records.export(tenant.tenant_id) if kind == "redis:uses"
+    ]
+    assert exported == [str(first)]
+    assert (await tenant.store.stores.records.erase(tenant.tenant_id))["uses"] == 1
+
+
+async def test_answers_that_outlived_a_change_of_rules_are_forgotten_in_time(at_store: Callable[..., AtStore]) -> None:
+    """Once nobody can repeat them any more, by the sweep: nothing is kept for good."""
+    tenant = await at_store(forget_seconds=0.3).loaded()
+    tenant.terms = terms_of(TenantConfig(version=2, limit_rules=rules.LimitRules(rules=[EXPORTS])))
+    await tenant.loaded()
+    used = new_uuid7()
+    await tenant.use("exports", id=used)
+    key = f"{{{tenant.tenant_id}}}:uses"
+    tenant.terms = terms_of(TenantConfig(version=3, limit_rules=rules.LimitRules(rules=[EXPORTS, rule("m", "tokens", 7, 9)])))
+    tenant.epoch = 2
+    await tenant.loaded()
+    assert await tenant.link.send("HKEYS", key) == [used.bytes]
+
+    async def is_forgotten() -> bool:
+        await tenant.store.expired([tenant.tenant_id], 10)
+        return await tenant.link.send("EXISTS", key) == 0
+
+    await eventually(is_forgotten)
 
 
 async def test_a_rule_that_makes_a_unit_durable_and_goes_again_gives_nothing_back(service: Service) -> None:

@@ -18,7 +18,7 @@ from services.kernel.ids import ReservationId, new_uuid7
 from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.fencing import FenceVerdict
 from services.ratelimit.rebuild import Begin, CountedCall, CountedState
-from services.ratelimit.reservation import CommitKind
+from services.ratelimit.settlement import CommitKind
 from services.ratelimit.standing import Verdict
 from tests.ratelimit.callers import AtService, AtStore, Service, Stores, eventually, now_us, running_service, standard_terms
 from tests.ratelimit.scripted_peer import LedgerCall, running_peer

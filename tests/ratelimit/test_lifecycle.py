@@ -35,6 +35,7 @@ async def test_erasing_a_tenant_leaves_none_of_its_keys_and_all_of_the_others(se
         "redis:ended": 0,
         "redis:waiters": 0,
         "redis:guard": 0,
+        "redis:uses": 0,
         "redis:left-behind": 1,
     }
     # The tombstone alone, for as long as a token of the tenant may still be shown.

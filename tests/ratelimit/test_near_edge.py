@@ -141,6 +141,21 @@ async def test_an_extension_is_bound_whatever_its_user_is_called(service: Servic
     assert (await tenant.limits(user=user))["each"].used == 40
 
 
+async def test_an_extended_call_is_told_of_rules_that_do_not_count_it(service: Service) -> None:
+    """A retry is no further request, yet it is told how many of them were made."""
+    tenant = service.tenant_with(
+        rule("requests", "requests", 60, 10),
+        rule("day", "requests", "day", 10),
+        rule("retries", "retries", 60, 10),
+        rule("all", "tokens", 60, 100),
+    )
+    await tenant.reserve(1)
+    retry = new_uuid7()
+    await tenant.reserve(1, id=retry, attempt=2)
+    extended = await tenant.extend(retry, 5)
+    assert {status.rule: status.used for status in extended.limits} == {"requests": 1, "day": 1, "retries": 1, "all": 6}
+
+
 async def test_only_a_living_hold_of_this_epoch_is_extended(service: Service) -> None:
     """An unknown, ended, lapsed or older hold is RESERVATION_LOST: its stream must not go past what it held."""
     tenant = service.tenant_with(rule("tokens", "tokens", "day", 1000))

@@ -1,6 +1,8 @@
 """Counters that are gone: refused until the ledger has been asked, then exactly what the ledger says."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -11,9 +13,11 @@ from services.kernel.ids import ReservationId, new_uuid7
 from services.ratelimit.adapters.redis_snapshots import record_of
 from services.ratelimit.adapters.scripts import load_script
 from services.ratelimit.adapters.tenant_scripts import KINDS
+from services.ratelimit.limit_rule import SECOND_US
 from services.ratelimit.rebuild import Begin, CountedCall, CountedState
 from services.ratelimit.standing import Verdict
-from tests.ratelimit.callers import AtService, Service, now_us
+from services.ratelimit.terms import Terms
+from tests.ratelimit.callers import AtService, AtStore, Service, now_us
 from tests.ratelimit.scripted_peer import LedgerCall
 from tests.support.stores import RedisStore as RedisServer
 
@@ -217,3 +221,23 @@ async def test_a_part_of_a_snapshot_counts_once_and_only_in_its_turn(service: Se
     assert await part(1, 1) == 1
     assert await tenant.used() == (2, 20, 0, 0, 0)
     assert await part(1, 1) == 0
+
+
+async def test_a_hold_that_a_snapshot_brings_back_is_not_forgotten(at_store: Callable[..., AtStore]) -> None:
+    """A change of rules finds a call open at the ledger that was let go here: it is held again, for as long as the ledger has it."""
+    tenant = await at_store(forget_seconds=0.2, tokens_per_day=100).loaded()
+    held = await tenant.held(10)
+    await tenant.store.release(tenant.tenant_id, held, 1)
+    tenant.terms, tenant.epoch = replaced_terms(tenant), 2
+    await tenant.loaded(CountedCall(held, CountedState.HELD, now_us(), 10, 0))
+    await asyncio.sleep(0.3)
+    await tenant.store.expired([tenant.tenant_id], 10)
+    assert await tenant.state(held) == "held"
+    assert await tenant.commit(held, tokens=5)
+    assert (await tenant.used())[2] == 5
+
+
+def replaced_terms(tenant: AtStore) -> Terms:
+    """The tenant's rules with one of another window: a newer configuration that needs other counters."""
+    further = replace(tenant.terms.rules[0], name="further", window_us=7 * SECOND_US)
+    return Terms((*tenant.terms.rules, further), version=tenant.terms.version + 1)

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from uuid import UUID
 
 import pytest
 from structlog.testing import capture_logs
@@ -13,18 +14,22 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
 from services.kernel.ids import ReservationId, new_uuid7
 from services.ratelimit.adapters.redis_link import PipelinedLink
+from services.ratelimit.calendar_periods import moment
 from services.ratelimit.limit_rule import MINUTE_US, SECOND_US, LimitRule, Scope, Unit, Window
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
-from services.ratelimit.reservation import Ask, CommitKind
+from services.ratelimit.reservation import Ask
+from services.ratelimit.settlement import CommitKind, Settlement
 from services.ratelimit.standing import Answer, Verdict, refusing
 from services.ratelimit.terms import Terms
 from tests.ratelimit.callers import AtService, AtStore, Service, Stores
 from tests.ratelimit.oracle import Oracle
 from tests.ratelimit.rules import rule
+from tests.ratelimit.set_clock import SetClockScripts
 from tests.support.stores import RedisStore as RedisServer
 
 MakeTenant = Callable[..., AtStore]
 USERS = ("", "ada", "bob", "eve")
+DAY_US = 86_400 * SECOND_US
 
 # Three scopes, every unit of a call, windows of each kind.
 NESTED = [
@@ -90,33 +95,41 @@ async def decided_at_once(replicas: Sequence[AtStore], draw: random.Random) -> l
     return sorted((task.result() for task in tasks), key=lambda batch: batch[1][0].now_us)
 
 
-async def test_shadow_and_enforcement_give_the_same_verdicts(at_store: MakeTenant) -> None:
-    """One trace on the same rules, refusing in one tenant and in shadow in another: refused here exactly where shadow says so there."""
-    draw = random.Random(11)
-    real, mirror = at_store(), at_store()
-    # Windows in which everything stays, however slow the machine: the two tenants are asked one after the other.
-    wide = [replace(each, window_us=600 * SECOND_US) if each.window is Window.SLIDING else each for each in NESTED]
-    real.terms, mirror.terms = Terms(wide), Terms([replace(each, shadow=True) for each in wide])
-    await real.loaded()
-    await mirror.loaded()
-    held: list[tuple[ReservationId, ReservationId]] = []
-    streams: tuple[list[bool], list[bool]] = ([], [])
-    for _ in range(400):
-        demand, subject = a_demand(draw)
-        pair = []
-        for tenant, stream in zip((real, mirror), streams, strict=True):
-            reservation_id = ReservationId(new_uuid7())
-            (answer,) = await tenant.store.reserve(tenant.tenant_id, tenant.terms, [tenant.ask(reservation_id, demand, subject)])
-            shadow = any(refusing(tenant.terms.plan(subject), answer, shadow=True))
-            stream.append(answer.verdict is Verdict.REFUSED or shadow)
-            pair.append(reservation_id)
-        held.append((pair[0], pair[1]))
-        if draw.random() < 0.5:
-            tokens, cost = draw.randint(0, 60), draw.randint(0, 900)
-            for tenant, reservation_id in zip((real, mirror), held.pop(draw.randrange(len(held))), strict=True):
-                await tenant.commit(reservation_id, tokens=tokens, cost=cost)
-    assert streams[0] == streams[1]
-    assert 40 < sum(streams[0]) < 360
+async def test_shadow_and_enforcement_give_the_same_verdicts(link: PipelinedLink) -> None:
+    """One trace on one clock, rules that refuse in one tenant and are in shadow in another: refused exactly where shadow says so."""
+    draw, scripts = random.Random(11), SetClockScripts(link)
+    stores = Stores(link, scripts=scripts)
+    sliding = [replace(each, window=Window.DAY) if each.window is Window.MONTH else each for each in NESTED]
+    tenants = [AtStore(stores, link, Terms([replace(each, shadow=shadow) for each in sliding])) for shadow in (False, True)]
+    await scripts.set_clock(scripts.now_us)
+    for tenant in tenants:
+        await tenant.loaded()
+    held: list[ReservationId] = []
+    refused, left = 0, 0
+    for _ in range(1000):
+        # Moments, parts of a lease and of a window, and now and then a day.
+        await scripts.set_clock(scripts.now_us + draw.choice((0, 1, 40_000, 900_000, 900_000, 4_000_000)) + (draw.random() < 0.02) * DAY_US)
+        demands = [a_demand(draw) for _ in range(draw.randint(1, 6))]
+        ids = [new_uuid7(moment(scripts.now_us)) for _ in demands]
+        verdicts = [await kept_out(tenant, ids, demands) for tenant in tenants]
+        assert verdicts[0] == verdicts[1]
+        refused, left = refused + sum(verdicts[0]), left + len(ids) - sum(verdicts[0])
+        held += map(ReservationId, ids)
+        ended = [held.pop(draw.randrange(len(held))) for _ in range(len(held) // 2)]
+        bills = [Amounts(draw.randint(0, 60), draw.randint(0, 900)) for _ in ended]
+        for tenant in tenants:
+            kind, own = CommitKind.SETTLED, tenant.tenant_id
+            await tenant.store.commit([Settlement(own, id, 1, kind, bill) for id, bill in zip(ended, bills, strict=True)])
+    assert min(refused, left) > 500
+
+
+async def kept_out(tenant: AtStore, ids: Sequence[UUID], demands: Sequence[tuple[Demand, Subject]]) -> list[bool]:
+    """Of each of these, decided at once: whether a rule refuses it, or would."""
+    asks = [tenant.ask(id, demand, subject) for id, (demand, subject) in zip(ids, demands, strict=True)]
+    answers = await tenant.store.reserve(tenant.tenant_id, tenant.terms, asks)
+    return [
+        answer.verdict is Verdict.REFUSED or any(refusing(ask.plan, answer, shadow=True)) for ask, answer in zip(asks, answers, strict=True)
+    ]
 
 
 async def test_ten_thousand_refusals_leave_every_key_as_it_was(at_store: MakeTenant) -> None:

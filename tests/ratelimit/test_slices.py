@@ -1,6 +1,8 @@
 """Slices at the service: charged ahead, used until their lease ends, given back where they are in a window still."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
@@ -11,13 +13,16 @@ from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
-from tests.ratelimit.callers import AtService, Service, now_us
+from services.ratelimit.adapters.tenant_scripts import KINDS
+from tests.ratelimit.callers import AtService, Service, eventually, now_us
 from tests.ratelimit.oracle import LONGEST_SLICE_US
 from tests.ratelimit.rules import OPEN, SHADOW, rule
 from tests.ratelimit.test_consuming import consumption_time
+from tests.ratelimit.test_waiting import tickets
 from tests.support.stores import RedisStore as RedisServer
 
 SEARCHES = rule("searches", "searches", 60, 100)
+WAITERS = KINDS.index("waiters")
 
 
 async def take(tenant: AtService, quantity: int, *, id: UUID | None = None, unit: str = "searches", **fields: Any) -> Any:
@@ -246,3 +251,61 @@ async def test_an_export_and_an_erasure_know_slices(service: Service) -> None:
     ]
     erased = await tenant.store.stores.records.erase(tenant.tenant_id)
     assert erased["reservations"] == 1
+
+
+@asynccontextmanager
+async def waiting_use(tenant: AtService, quantity: int, **whose: Any) -> AsyncIterator["asyncio.Task[Any]"]:
+    """A use that waits, given once its ticket stands in line."""
+    request = messages.ConsumeRequest(
+        consumption_id=str(new_uuid7()), product_unit="searches", quantity=quantity, max_wait=Duration(seconds=40), **whose
+    )
+    task = asyncio.create_task(
+        tenant.inference.unary(tenant.stub.Consume, request, timeout_seconds=50.0, tenant=tenant.context)  # type: ignore[arg-type] # a coroutine
+    )
+
+    async def stands() -> bool:
+        return task.done() or await tickets(tenant) > 0
+
+    try:
+        await eventually(stands)
+        assert not task.done(), task.result()
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_a_slice_passes_nobody_who_waits(service: Service) -> None:
+    """While a use waits for a rule no slice is charged to it, though it would fit; who the rule does not count gets one."""
+    tenant = service.tenant_with(rule("each", "searches", 20, 10, "user"))
+    await tenant.consume("searches", 5, user="ada")
+    async with waiting_use(tenant, 6, user="ada"):
+        before = await tenant.store.dump()
+        error = await refused(tenant, user="ada")
+        assert (error.code.name, error.reason_name) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+        assert error.retry_after_seconds == 0.5
+        # The line itself is prolonged by who waits.
+        assert [key for place, key in enumerate(await tenant.store.dump()) if place != WAITERS] == [
+            key for place, key in enumerate(before) if place != WAITERS
+        ]
+        assert (await take(tenant, 1, user="bob")).granted == 1
+    await eventually(lambda: nobody_waits(tenant))
+    assert (await take(tenant, 1, user="ada")).granted == 1
+
+
+async def nobody_waits(tenant: AtService) -> bool:
+    """Whether the line is empty."""
+    return await tickets(tenant) == 0
+
+
+async def test_what_is_given_back_wakes_who_waits(service: Service) -> None:
+    """A use that waits for the window is admitted as soon as a slice comes back, by the store's clock long before the window frees."""
+    tenant = service.tenant_with(rule("searches", "searches", 20, 1))
+    slice_id = new_uuid7()
+    await take(tenant, 1, id=slice_id)
+    frees_us = (await tenant.limits())["searches"].reset_time.ToMicroseconds()
+    async with waiting_use(tenant, 1) as task:
+        await give_back(tenant, (slice_id, 0))
+        used_us = (await task).decide_time.ToMicroseconds()
+    assert used_us < frees_us
+    assert await used(tenant) == 1

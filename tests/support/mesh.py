@@ -6,14 +6,18 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
+
+import redis.asyncio
 
 from devstack.addresses import Ports
-from devstack.environment import Wiring
+from devstack.environment import PROVIDER_ACCOUNT, Wiring
 from devstack.handbook import Company
 from devstack.mesh_client import MeshClient
 from devstack.provisioning import create_tenant, ingest
 from devstack.stack import Stack, certificates_in, running_stack
 from devstack.state import DemoTenant
+from services.ratelimit.packing import unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +68,13 @@ async def running_mesh(*, trace_sample_ratio: float = 1.0, tls: bool = False, pg
             MeshClient.connect(ports, stack.client_leaf) as client,
         ):
             yield Mesh(stack, client)
+
+
+async def account_use(mesh: Mesh, tenant: DemoTenant) -> tuple[int, int, int]:
+    """What the house's account at the provider counts of a tenant's calls: requests, input tokens and output tokens."""
+    client = redis.asyncio.from_url(mesh.stack.redis.url)
+    packed = await client.hget(f"{{acct:{PROVIDER_ACCOUNT}}}:members", str(tenant.tenant_id))
+    await client.aclose()
+    member = unpacked(packed) if isinstance(packed, bytes) else (0, ())
+    log = cast("tuple[int, ...]", cast("tuple[object, ...]", member)[1])
+    return sum(log[1::4]), sum(log[2::4]), sum(log[3::4])

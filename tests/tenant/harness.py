@@ -386,6 +386,7 @@ def settings_for(
         postgres_admin_dsn=SecretStr(admin_dsn),
         context_signing_key=SecretStr(base64.b64encode(secrets.token_bytes(32)).decode()),
         base_domains=BASE_DOMAIN,
+        jwks_private_addresses=True,
         front_key_sha256="" if front is None else front.text_sha256().hex(),
         operator_key_sha256=operator.text_sha256().hex(),
         key_store_admin_dsn=SecretStr(key_admin.geturl()),

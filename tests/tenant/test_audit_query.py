@@ -209,6 +209,17 @@ async def test_nothing_is_recorded_for_another_time(harness: Harness, away: time
     assert not (await query(harness, with_key(created.api_key), action="DOCUMENTS_READ")).records
 
 
+@pytest.mark.parametrize("text", ["[1]", "1", '"text"', "{", "{'a': 1}", '{"a": NaN}', '{"a": 1} {}', " "])
+async def test_a_detail_that_is_no_object_is_refused(harness: Harness, text: str) -> None:
+    """INVALID_ARGUMENT names the item, and nothing of the batch is recorded."""
+    created = await harness.create()
+    token, tenant_id = (await harness.authenticate(created.api_key)).context_token, created.tenant.tenant_id
+    refused = await refusal(record(harness, item(tenant_id, token), item(tenant_id, token, detail_json=text)))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, error_reason_pb2.ERROR_REASON_INVALID_REQUEST)
+    assert refused.metadata["field"] == "items[1].detail_json"
+    assert not (await query(harness, with_key(created.api_key), action="DOCUMENTS_READ")).records
+
+
 async def test_clocks_may_differ_a_little(harness: Harness) -> None:
     """A service whose clock is some seconds ahead records; the token must have been valid then all the same."""
     created = await harness.create()

@@ -188,14 +188,17 @@ async def test_an_operators_reason_at_the_door_has_at_most_500_characters(harnes
 
 
 async def test_an_operator_acts_for_a_named_tenant_without_spending_its_money(harness: Harness) -> None:
-    """Naming a tenant gives every tenant scope but inference:generate, and leaves a record with the reason."""
+    """Naming a tenant gives every tenant scope but those that cost it something, and leaves a record with the reason."""
     created = await harness.create()
     tenant_id = UUID(created.tenant.tenant_id)
     answer = await harness.authenticate(str(harness.operator), claimed=tenant_id.bytes, reason="ticket 12")
     context = await proven(harness, answer.context_token)
     assert context.operator
     assert context.tenant_id == tenant_id
-    assert context.scopes == (TENANT_SCOPES - {"inference:generate", "limits:consume"}) | {"operator:tenants", "operator:resolve"}
+    assert context.scopes == (TENANT_SCOPES - {"inference:generate", "limits:consume", "usage:write"}) | {
+        "operator:tenants",
+        "operator:resolve",
+    }
     [record] = await harness.audit(created.tenant.tenant_id, "OPERATOR_ACCESS")
     assert (record["subject"], record["reason"]) == (f"operator:{harness.operator.key_id}", "ticket 12")
 

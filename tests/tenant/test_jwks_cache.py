@@ -33,7 +33,7 @@ class Bench:
 @asynccontextmanager
 async def bench() -> AsyncIterator[Bench]:
     """A bench of its own."""
-    key, source = SigningKey(), HttpJwksSource()
+    key, source = SigningKey(), HttpJwksSource(private_addresses=True)
     async with running_jwks(key) as server:
         try:
             yield Bench(server, key, source)
@@ -120,7 +120,7 @@ async def test_an_address_that_never_answers_is_given_up_after_two_seconds() -> 
         await hang.wait()
         writer.close()
 
-    server, source = await asyncio.start_server(hold, "127.0.0.1", 0), HttpJwksSource()
+    server, source = await asyncio.start_server(hold, "127.0.0.1", 0), HttpJwksSource(private_addresses=True)
     try:
         port = server.sockets[0].getsockname()[1]
         async with asyncio.timeout(10):

@@ -5,14 +5,20 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh.common.v1 import error_reason_pb2, lifecycle_service_pb2
 from mesh.common.v1 import limit_rule_pb2 as rules_pb2
 from mesh.tenant.v1 import configuration_service_pb2 as pb
 from mesh.tenant.v1 import plan_service_pb2, tenant_service_pb2
+from services.kernel.errors import LimitExceeded
+from services.kernel.ids import TenantId
+from services.tenant.rule_pace import MOST_CHANGES, refuse_hurry
 from tests.tenant.harness import Harness, as_service, call, refusal, update, with_key
 from tests.tenant.test_configuration import change_plan, changes, configuration
 
@@ -71,6 +77,8 @@ async def test_an_operator_puts_a_rule_in_a_plans_place(harness: Harness) -> Non
     created = await harness.create(plan="free")
     operator = harness.as_operator(created.tenant.tenant_id)
     loose = requests_per_minute(5_000, mode=rules_pb2.LIMIT_MODE_SHADOW, on_store_failure=rules_pb2.LIMIT_STORE_FAILURE_OPEN)
+    # Not read, and said in the answer: who put it.
+    loose.origin = rules_pb2.LIMIT_RULE_ORIGIN_OPERATOR
     answer = await put(harness, operator, loose)
     assert in_force(answer.configuration)["requests_per_minute"] == loose
     assert answer.configuration.effective.limits.requests_per_minute == 5_000
@@ -119,6 +127,10 @@ async def test_a_tenants_admin_narrows_under_names_of_its_own(harness: Harness) 
     assert {name: found[name] for name in before} == before
     await put(harness, operator, rule("theirs", limit=7))
     answer = await put(harness, key, rule(limit=900))
+    origins = {name: item.origin for name, item in in_force(answer.configuration).items()}
+    assert (origins.pop("ours"), origins.pop("try_less")) == (rules_pb2.LIMIT_RULE_ORIGIN_TENANT,) * 2
+    assert origins.pop("theirs") == rules_pb2.LIMIT_RULE_ORIGIN_OPERATOR
+    assert set(origins.values()) == {rules_pb2.LIMIT_RULE_ORIGIN_PLAN}
     assert list(answer.changed_paths) == ["limit_rules.rules.ours"]
     kept = list(answer.configuration.overrides.limit_rules.rules)
     assert [(item.name, item.limit) for item in kept] == [("ours", 900), ("theirs", 7), ("try_less", 5)]
@@ -252,3 +264,52 @@ async def test_own_rules_stay_through_a_change_of_plan_and_go_with_the_tenant(ha
         assert await harness.value(f"SELECT count(*) FROM tenant.{table} WHERE tenant_id = $1", UUID(created.tenant.tenant_id)) == 0
     audited = "SELECT count(*) FROM tenant.audit a WHERE tenant_id = $1 AND to_jsonb(a)::text ~ 'ada@example.com|rules.ours'"
     assert await harness.value(audited, UUID(created.tenant.tenant_id)) == 0
+
+
+async def test_a_tenant_changes_its_rules_so_often_and_no_oftener(harness: Harness) -> None:
+    """The 31st change within a minute is refused with the rule, the number and the time to wait, and nothing is written."""
+    created = await harness.create()
+    key, operator = with_key(created.api_key), harness.as_operator(created.tenant.tenant_id)
+    for number in range(MOST_CHANGES):
+        await put(harness, key, rule(limit=number))
+        if number % 10 == 0:
+            await put(harness, operator, rule("theirs", limit=number))
+    before = await configuration(harness, key)
+    error = await refusal(put(harness, key, rule(limit=1_000)))
+    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, error_reason_pb2.ERROR_REASON_PLAN_LIMIT)
+    assert (error.metadata["rule"], error.metadata["limit"], error.metadata["used"]) == ("limit_rule_changes_per_minute", "30", "30")
+    assert error.retry_after_seconds is not None
+    assert 0 < error.retry_after_seconds <= 60
+    assert await configuration(harness, key) == before
+    # What is no rule, or changes nothing, and what an operator does goes on.
+    await update(harness, key, ["ai.assistant_name"], ai={"assistant_name": "Ada"})
+    await put(harness, key, rule(limit=MOST_CHANGES - 1))
+    await put(harness, operator, rule("theirs", limit=1_000))
+    await age_changes(harness, created.tenant.tenant_id)
+    await put(harness, key, rule(limit=1_000))
+
+
+async def age_changes(harness: Harness, tenant_id: str) -> None:
+    """Makes every change of the tenant a minute older, as time would."""
+    connection = await asyncpg.connect(harness.admin_dsn)
+    try:
+        statement = "UPDATE tenant.configuration_changes SET change_time = change_time - interval '61 seconds' WHERE tenant_id = $1"
+        await connection.execute(statement, UUID(tenant_id))
+    finally:
+        await connection.close()
+
+
+@given(st.lists(st.floats(0, 200), max_size=60))
+def test_after_the_time_a_refusal_names_a_change_is_accepted(ages: list[float]) -> None:
+    """And not before: the time is that at which fewer than the allowed changes are within the minute."""
+    tenant_id = TenantId(UUID(int=1))
+    try:
+        refuse_hurry(tenant_id, ages)
+    except LimitExceeded as error:
+        assert error.retry_after_seconds is not None
+        assert sum(age < 60 for age in ages) >= MOST_CHANGES
+        refuse_hurry(tenant_id, [age + error.retry_after_seconds + 1e-6 for age in ages])
+        with pytest.raises(LimitExceeded):
+            refuse_hurry(tenant_id, [age + error.retry_after_seconds - 1e-6 for age in ages])
+    else:
+        assert sum(age < 60 for age in ages) < MOST_CHANGES

@@ -21,6 +21,7 @@ from services.tenant.limit_rule import (
     STANDARD,
     Mode,
     NearEdge,
+    Origin,
     Rule,
     Scope,
     StoreFailure,
@@ -245,12 +246,14 @@ def test_whatever_is_kept_the_rules_in_force_make_sense(plan: Plan, own: tuple[O
 
 @given(plan=st.sampled_from(LADDER), own=own_rules())
 def test_what_a_tenant_made_takes_nothing_away(plan: Plan, own: tuple[OwnRule, ...]) -> None:
-    """Every rule that holds without the tenant's own holds with them, unchanged; each of its own holds too."""
+    """Every rule that holds without the tenant's own holds with them, unchanged; each of its own holds too, told as its own."""
     by_operator = tuple(kept for kept in own if kept.by_operator)
     with_all, without = (effective(stored(plan, OwnLimits(kept))).limit_rules.rules for kept in (own, by_operator))
     assert set(without) <= set(with_all)
     nameless = [replace(found, name="") for found in with_all if found not in without]
-    assert sorted(map(repr, nameless)) == sorted(repr(replace(kept.rule, name="")) for kept in own if not kept.by_operator)
+    assert sorted(map(repr, nameless)) == sorted(
+        repr(replace(kept.rule, name="", origin=Origin.TENANT)) for kept in own if not kept.by_operator
+    )
 
 
 @given(plan=st.sampled_from(LADDER), own=own_rules())
@@ -259,7 +262,9 @@ def test_what_an_operator_put_in_a_plans_place_is_in_force_alone(plan: Plan, own
     config = effective(stored(plan, OwnLimits(own)))
     for kept in own:
         if kept.by_operator:
-            assert [found for found in config.limit_rules.rules if found.name == kept.rule.name] == [kept.rule]
+            assert [found for found in config.limit_rules.rules if found.name == kept.rule.name] == [
+                replace(kept.rule, origin=Origin.OPERATOR)
+            ]
             if kept.rule.name in COUNTED_TERMS:
                 assert getattr(config.plan, kept.rule.name) == kept.rule.limit
 

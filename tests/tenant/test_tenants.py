@@ -1,13 +1,13 @@
 """Reading tenants, their configuration and the plans."""
 
 from dataclasses import replace
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import grpc
 import pytest
 
 from mesh.common.v1 import error_reason_pb2
-from mesh.tenant.v1 import plan_service_pb2, tenant_service_pb2
+from mesh.tenant.v1 import configuration_service_pb2, plan_service_pb2, tenant_service_pb2
 from services.kernel.paging import encode_page_token
 from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.app import PLAN_FILE, migrate_schema
@@ -40,6 +40,23 @@ async def test_an_operator_reads_the_tenant_it_names(harness: Harness) -> None:
     answer = await call(harness.tenants.GetTenant, GET, harness.as_operator(created.tenant.tenant_id))
     assert answer.tenant == created.tenant
     assert (await refusal(call(harness.tenants.GetTenant, GET, harness.as_operator()))).code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_who_bills_is_told_the_plan_a_tenant_is_on(harness: Harness) -> None:
+    """Metering asks by id and hears the plan of now; an id nobody has is not found; no other service and no operator may ask."""
+    created = await harness.create(plan="professional")
+    tenant_id = UUID(created.tenant.tenant_id)
+    request = plan_service_pb2.GetTenantPlanRequest(tenant_id=tenant_id.bytes)
+    assert (await call(harness.plans.GetTenantPlan, request, as_service("metering"))).plan == "professional"
+    change = configuration_service_pb2.ChangePlanRequest(plan="enterprise")
+    await call(harness.configuration.ChangePlan, change, harness.as_operator(created.tenant.tenant_id))
+    assert (await call(harness.plans.GetTenantPlan, request, as_service("metering"))).plan == "enterprise"
+    absent = plan_service_pb2.GetTenantPlanRequest(tenant_id=uuid4().bytes)
+    refused = await refusal(call(harness.plans.GetTenantPlan, absent, as_service("metering")))
+    assert (refused.code, refused.metadata) == (grpc.StatusCode.NOT_FOUND, {"resource": "tenant"})
+    for metadata in (as_service("inference"), harness.as_operator(), with_key(created.api_key)):
+        refused = await refusal(call(harness.plans.GetTenantPlan, request, metadata))
+        assert refused.reason == error_reason_pb2.ERROR_REASON_CALLER_NOT_ALLOWED
 
 
 async def test_the_list_shows_every_tenant_once_by_slug(harness: Harness) -> None:

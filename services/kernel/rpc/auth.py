@@ -34,7 +34,7 @@ class AuthInterceptor(MeshInterceptor):
 
         async def authenticated(request: Any, context: Any) -> Any:
             call = required_scope()
-            keys.refuse_malformed(context.invocation_metadata())
+            keys.refuse_malformed(call.raw_metadata)
             request_id = call.metadata.get(keys.REQUEST_ID)
             if request_id is not None:
                 call.client_call_id = keys.parse_uuid_key(request_id, keys.REQUEST_ID)

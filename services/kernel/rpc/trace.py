@@ -49,9 +49,10 @@ class TraceInterceptor(MeshInterceptor):
         """Returns the behaviour inside a scope and a span."""
 
         async def traced(request: Any, context: Any) -> Any:
-            pairs = dict(context.invocation_metadata())
+            raw = context.invocation_metadata()
+            pairs = dict(raw)
             parent = parse_trace_parent(value) if (value := pairs.get(TRACEPARENT)) else None
-            call = RequestScope(method.path, pairs, trace=parent)
+            call = RequestScope(method.path, pairs, raw, trace=parent)
             enter_scope(call)
             # The caller's decision holds for the whole trace: unsampled, there is no span to make.
             if is_recording() and (parent is None or parent.sampled):

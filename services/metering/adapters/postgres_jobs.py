@@ -16,9 +16,11 @@ DELETE FROM metering.outbox o USING unnest($1::uuid[], $2::uuid[], $3::smallint[
 WHERE o.tenant_id = d.tenant_id AND o.reservation_id = d.reservation_id AND o.kind = d.kind
 """
 SELECT_DUE = """
-SELECT tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd FROM metering.outbox
-WHERE tenant_id IS NOT NULL AND due_time <= clock_timestamp()
-ORDER BY due_time LIMIT $1::integer FOR UPDATE SKIP LOCKED
+SELECT o.tenant_id, o.reservation_id, o.kind, o.epoch, o.tokens, o.cost_nano_usd, coalesce(c.output_tokens, 0) AS output_tokens
+FROM metering.outbox o
+LEFT JOIN metering.calls c ON c.tenant_id = o.tenant_id AND c.reservation_id = o.reservation_id
+WHERE o.tenant_id IS NOT NULL AND o.due_time <= clock_timestamp()
+ORDER BY o.due_time LIMIT $1::integer FOR UPDATE OF o SKIP LOCKED
 """
 # A quarter of a second, doubled each time, at most 5 s: an end that waits for a rebuild must not hide the others behind it.
 PUT_OFF = """
@@ -67,9 +69,8 @@ class PostgresJobs:
 
 
 def _end(row: asyncpg.Record) -> CallEnd:
-    return CallEnd(
-        row["tenant_id"].bytes, row["reservation_id"].bytes, EndKind(row["kind"]), row["epoch"], row["tokens"], row["cost_nano_usd"]
-    )
+    tenant_id, reservation_id = row["tenant_id"].bytes, row["reservation_id"].bytes
+    return CallEnd(tenant_id, reservation_id, EndKind(row["kind"]), row["epoch"], row["tokens"], row["cost_nano_usd"], row["output_tokens"])
 
 
 def _keys(ends: Sequence[CallEnd]) -> tuple[list[object], list[object], list[int]]:

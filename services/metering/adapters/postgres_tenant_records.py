@@ -1,17 +1,18 @@
 """Provisions, pseudonymises and exports a tenant in Postgres, many rows at a time, never all at once."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.tenant_scan import ScannedStore, scan_schema
-from services.metering.tenant_records import CALLS, ENTRIES, UNITS, USAGE
+from services.metering.tenant_records import BILLING_TABLES, CALLS, CREDITS, ENTRIES, EVENTS, INVOICES, SUBSCRIPTIONS, UNITS, USAGE
 
 CHUNK = 500
 _BEFORE_ALL = UUID(int=0)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_BEFORE_ALL_TIMES = datetime(1970, 1, 1, tzinfo=UTC)
+_BEFORE_ALL_EVENTS = (_BEFORE_ALL_TIMES, _BEFORE_ALL)
 
 INSERT_EPOCH = "INSERT INTO metering.tenant_epochs (tenant_id, epoch) VALUES ($1, 0) ON CONFLICT DO NOTHING"
 # States, leases and outbox stay as they are: a call under way when its tenant is erased is still settled and told to the limits.
@@ -30,6 +31,32 @@ SELECT reservation_id FROM blanked ORDER BY reservation_id
 # What is blanked changes no amount: see metering.count_calls.
 FORGET_UNCOUNTED = "SELECT set_config('metering.forgets_names', 'on', true)"
 # Exclusive against batches that open calls: what was opened before is blanked below, what is opened later is blanked by its trigger.
+BLANK_EVENTS = """
+WITH chosen AS MATERIALIZED (
+    SELECT record_time, event_id FROM metering.events
+    WHERE tenant_id = $1 AND (record_time, event_id) > ($2, $3)
+      AND (user_name <> '' OR feature <> '' OR (metadata IS NOT NULL AND reverses IS NULL))
+    ORDER BY record_time, event_id LIMIT $4 FOR UPDATE
+), blanked AS (
+    UPDATE metering.events e SET user_name = '', feature = '', metadata = CASE WHEN e.reverses IS NOT NULL THEN e.metadata END
+    FROM chosen c WHERE e.tenant_id = $1 AND e.record_time = c.record_time AND e.event_id = c.event_id
+    RETURNING e.record_time, e.event_id
+)
+SELECT record_time, event_id FROM blanked ORDER BY record_time, event_id
+"""
+# A name could be guessed and tried against the digest of an event that held it.
+BLANK_DIGESTS = """
+WITH chosen AS MATERIALIZED (
+    SELECT source, id FROM metering.event_claims
+    WHERE tenant_id = $1 AND (source, id) > ($2, $3) AND digest <> ''
+    ORDER BY source, id LIMIT $4 FOR UPDATE
+), blanked AS (
+    UPDATE metering.event_claims k SET digest = ''
+    FROM chosen c WHERE k.tenant_id = $1 AND k.source = c.source AND k.id = c.id
+    RETURNING k.source, k.id
+)
+SELECT source, id FROM blanked ORDER BY source, id
+"""
 LOCK_TENANT = "SELECT pg_advisory_xact_lock(metering.tenant_lock($1))"
 INSERT_TOMBSTONE = "INSERT INTO metering.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
 # Nobody folds meanwhile: what is in the log is blanked there, what is in the sums below.
@@ -55,7 +82,21 @@ WITH chosen AS MATERIALIZED (
 SELECT grain, start_time, series FROM chosen ORDER BY grain, start_time, series
 """
 # The books stay, with the id and without names; what is still under way ends in them.
-KEPT = frozenset({"calls", "entries", "unit_entries", "tenant_epochs", "call_leases", "outbox", "erased_tenants", *USAGE})
+KEPT = frozenset(
+    (
+        "calls",
+        "entries",
+        "unit_entries",
+        "tenant_epochs",
+        "call_leases",
+        "outbox",
+        "erased_tenants",
+        "events",
+        "event_claims",
+        *BILLING_TABLES,
+        *USAGE,
+    ),
+)
 EXPORT_CALLS = """
 SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
     SELECT tenant_id, reservation_id, state, call_id, attempt, open_epoch, reserve_time, open_time, dispatch_deadline, bound_tokens,
@@ -78,6 +119,50 @@ SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record F
     FROM metering.unit_entries WHERE tenant_id = $1 AND (reservation_id, 1::smallint) > ($2, $3::smallint) ORDER BY reservation_id LIMIT $4
 ) r ORDER BY r.reservation_id
 """
+# Whole invoices: each with its closing, its lines, what credits paid and what was taken back.
+EXPORT_INVOICES = """
+SELECT '00000000-0000-0000-0000-000000000000'::uuid AS reservation_id, r.number, row_to_json(r)::text AS record FROM (
+    SELECT i.tenant_id, i.number, c.invoice_id, c.period_start, c.period_end, c.close_time, c.tier_plan, i.charges_nano_usd,
+           i.carried_in_nano_usd, i.credits_nano_usd, i.due_nano_usd, i.carried_out_nano_usd, encode(i.digest, 'hex') AS digest,
+           (SELECT json_agg(row_to_json(l) ORDER BY l.line_number) FROM metering.invoice_lines l
+            WHERE l.tenant_id = i.tenant_id AND l.number = i.number) AS lines,
+           (SELECT json_agg(row_to_json(u) ORDER BY u.position) FROM metering.credit_uses u
+            WHERE u.tenant_id = i.tenant_id AND u.number = i.number) AS credit_uses,
+           (SELECT json_agg(row_to_json(n) ORDER BY n.issue_time) FROM metering.credit_notes n
+            WHERE n.tenant_id = i.tenant_id AND n.number = i.number) AS credit_notes
+    FROM metering.invoices i JOIN metering.invoice_closings c ON c.tenant_id = i.tenant_id AND c.number = i.number
+    WHERE i.tenant_id = $1 AND $2::uuid IS NOT NULL AND i.number > $3::integer ORDER BY i.number LIMIT $4
+) r ORDER BY r.number
+"""
+EXPORT_CREDITS = """
+SELECT r.credit_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, credit_id, amount_nano_usd, priority, effective_time, expire_time, reason, record_time
+    FROM metering.credits WHERE tenant_id = $1 AND (credit_id, 1::smallint) > ($2, $3::smallint) ORDER BY credit_id LIMIT $4
+) r ORDER BY r.credit_id
+"""
+EXPORT_SUBSCRIPTIONS = """
+SELECT r.subscription_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, subscription_id, number, plan, effective_time, anchor_day, record_time
+    FROM metering.subscriptions WHERE tenant_id = $1 AND (subscription_id, 1::smallint) > ($2, $3::smallint)
+    ORDER BY subscription_id LIMIT $4
+) r ORDER BY r.subscription_id
+"""
+EXPORT_EVENTS = """
+SELECT r.record_time, r.event_id, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, event_id, product, source, id, event_type, quantity, occurred_at, record_time, user_name, feature, reverses, metadata
+    FROM metering.events WHERE tenant_id = $1 AND (record_time, event_id) > ($2, $3) ORDER BY record_time, event_id LIMIT $4
+) r ORDER BY r.record_time, r.event_id
+"""
+# Each kind with what finds it from a position on, which is the first columns of a row, and the position before all rows.
+_EXPORTS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    (CALLS, EXPORT_CALLS, (_BEFORE_ALL, 0)),
+    (ENTRIES, EXPORT_ENTRIES, (_BEFORE_ALL, 0)),
+    (UNITS, EXPORT_UNITS, (_BEFORE_ALL, 0)),
+    (EVENTS, EXPORT_EVENTS, _BEFORE_ALL_EVENTS),
+    (SUBSCRIPTIONS, EXPORT_SUBSCRIPTIONS, (_BEFORE_ALL, 0)),
+    (CREDITS, EXPORT_CREDITS, (_BEFORE_ALL, 0)),
+    (INVOICES, EXPORT_INVOICES, (_BEFORE_ALL, 0)),
+)
 
 
 class PostgresTenantRecords:
@@ -92,25 +177,19 @@ class PostgresTenantRecords:
         async with self._database.transaction(tenant_id) as connection:
             await connection.execute(INSERT_EPOCH, tenant_id)
 
-    async def pseudonymise(self, tenant_id: TenantId) -> int:
-        """Blanks users, features and prompt names of all its calls, and of those to come; returns how many calls had any."""
+    async def pseudonymise(self, tenant_id: TenantId) -> Mapping[str, int]:
+        """Blanks users, features, prompt names and metadata of its calls and events, and of those to come; returns how many had any."""
         async with self._database.transaction(tenant_id) as connection:
             await connection.execute(LOCK_TENANT, tenant_id)
             await connection.execute(INSERT_TOMBSTONE, tenant_id)
-        blanked, after = 0, _BEFORE_ALL
-        while True:
-            async with self._database.transaction(tenant_id) as connection:
-                await connection.execute(FORGET_UNCOUNTED)
-                rows = await connection.fetch(PSEUDONYMISE, tenant_id, after, CHUNK)
-            blanked += len(rows)
-            if len(rows) < CHUNK:
-                break
-            after = rows[-1]["reservation_id"]
+        counts = {CALLS: await self._blank_all(PSEUDONYMISE, tenant_id, _BEFORE_ALL)}
+        counts[EVENTS] = await self._blank_all(BLANK_EVENTS, tenant_id, *_BEFORE_ALL_EVENTS)
+        await self._blank_all(BLANK_DIGESTS, tenant_id, "", "")
         await self._pseudonymise_sums(tenant_id)
-        return blanked
+        return counts
 
     async def _pseudonymise_sums(self, tenant_id: TenantId) -> None:
-        position: tuple[int, datetime, UUID] = (0, _EPOCH, _BEFORE_ALL)
+        position: tuple[int, datetime, UUID] = (0, _BEFORE_ALL_TIMES, _BEFORE_ALL)
         while True:
             async with self._database.transaction(tenant_id) as connection:
                 await connection.execute(LOCK_SUMS)
@@ -127,13 +206,25 @@ class PostgresTenantRecords:
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
         """Yields each record's kind and its JSON object."""
-        for kind, sql in ((CALLS, EXPORT_CALLS), (ENTRIES, EXPORT_ENTRIES), (UNITS, EXPORT_UNITS)):
-            after, number = _BEFORE_ALL, 0
+        for kind, sql, start in _EXPORTS:
+            position = start
             while True:
                 async with self._database.transaction(tenant_id) as connection:
-                    rows = await connection.fetch(sql, tenant_id, after, number, CHUNK)
+                    rows = await connection.fetch(sql, tenant_id, *position, CHUNK)
                 for row in rows:
                     yield kind, row["record"]
                 if len(rows) < CHUNK:
                     break
-                after, number = rows[-1]["reservation_id"], rows[-1]["number"]
+                position = tuple(rows[-1])[:-1]
+
+    async def _blank_all(self, sql: str, tenant_id: TenantId, *position: object) -> int:
+        """Blanks a chunk at a time, from position to position, until there is less than one; returns how many rows there were in all."""
+        blanked = 0
+        while True:
+            async with self._database.transaction(tenant_id) as connection:
+                await connection.execute(FORGET_UNCOUNTED)
+                rows = await connection.fetch(sql, tenant_id, *position, CHUNK)
+            blanked += len(rows)
+            if len(rows) < CHUNK:
+                return blanked
+            position = tuple(rows[-1])

@@ -7,7 +7,7 @@ import structlog
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as pb
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
 from services.kernel.rpc.channel import MeshChannel
-from services.metering.outbox import CallEnd
+from services.metering.outbox import CallEnd, EndKind
 
 log = structlog.get_logger(__name__)
 
@@ -39,4 +39,5 @@ def _commit(end: CallEnd) -> pb.Commit:
         epoch=end.epoch,
         kind=pb.CommitKind.ValueType(end.kind),
         actual=pb.Amounts(tokens=min(end.tokens, MAX_TOKENS), cost_nano_usd=min(end.cost_nano_usd, MAX_NANO_USD)),
+        output_tokens=min(end.output_tokens, MAX_TOKENS) if end.kind is EndKind.SETTLED else None,
     )

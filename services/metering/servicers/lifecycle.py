@@ -6,7 +6,7 @@ from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from services.kernel.request_context import current_tenant_id
 from services.kernel.tenant_scan import scan_response
-from services.metering.tenant_records import CALLS, EPOCHS, TenantRecords
+from services.metering.tenant_records import EPOCHS, TenantRecords
 
 
 class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceServicer):
@@ -22,12 +22,12 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         return pb.ProvisionTenantResponse(resources=[f"{EPOCHS} {tenant_id}"])
 
     async def EraseTenant(self, request: pb.EraseTenantRequest, context: object) -> pb.EraseTenantResponse:
-        """Pseudonymises the tenant's calls; amounts stay."""
-        count = await self._records.pseudonymise(current_tenant_id())
-        return pb.EraseTenantResponse(erased=[pb.ErasedRecords(kind=CALLS, count=count)])
+        """Pseudonymises the tenant's calls and events; amounts stay."""
+        counts = await self._records.pseudonymise(current_tenant_id())
+        return pb.EraseTenantResponse(erased=[pb.ErasedRecords(kind=kind, count=count) for kind, count in counts.items()])
 
     async def ExportTenant(self, request: pb.ExportTenantRequest, context: object) -> AsyncIterator[pb.ExportTenantResponse]:
-        """Streams the tenant's calls, entries and entries of units."""
+        """Streams the tenant's calls, entries, entries of units, events, subscriptions, credits and invoices."""
         async for kind, record in self._records.export(current_tenant_id()):
             yield pb.ExportTenantResponse(kind=kind, record_json=record.encode())
 

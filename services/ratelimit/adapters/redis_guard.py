@@ -18,18 +18,19 @@ class RedisGuards:
     def __init__(self, scripts: TenantScripts) -> None:
         self._scripts = scripts
 
-    async def look(self, tenant_id: TenantId, terms: GuardTerms, *, refused: bool) -> GuardState:
-        """Returns how the guard stands, after opening it where that is due. Raises: Unavailable."""
+    async def look(self, tenant_id: TenantId, terms: GuardTerms, refusals: int = 0) -> GuardState:
+        """Counts refusals, opens the guard where that is due, and returns how it stands. Raises: Unavailable."""
         lengths = (terms.first_seconds * SECOND_US, max(terms.first_seconds, terms.most_seconds) * SECOND_US)
-        reply = await self._scripts.run("guard", tenant_id, 0, int(refused), terms.auth_failures_per_minute, *lengths)
-        now_us, until_us, cause = cast("tuple[int, int, int]", reply)
-        return GuardState(now_us, until_us, _CAUSES[cause])
+        most = (terms.auth_failures_per_minute, terms.refusals_per_minute)
+        reply = await self._scripts.run("guard", tenant_id, 0, refusals, *most, *lengths)
+        now_us, until_us, cause, counted = cast("tuple[int, int, int, int]", reply)
+        return GuardState(now_us, until_us, _CAUSES[cause], counted)
 
     async def add_failures(self, failures: Mapping[TenantId, int]) -> None:
         """Counts failed authentications. Raises: Unavailable."""
 
         async def add(tenant_id: TenantId, _: Sequence[int]) -> None:
-            await self._scripts.run("guard", tenant_id, failures[tenant_id], 0, 0, 0, 0, bulk=True)
+            await self._scripts.run("guard", tenant_id, failures[tenant_id], 0, 0, 0, 0, 0, bulk=True)
 
         await each_tenant(list(failures), 1, add)
 

@@ -79,16 +79,21 @@ class RedisRecords:
 
     async def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, dict[str, str]]]:
         """Yields every record: its kind, and its fields in words. Reads only."""
+        for kind in ("reservations", "uses"):
+            async for found in self._exported(tenant_id, kind):
+                yield found
+
+    async def _exported(self, tenant_id: TenantId, kind: str) -> AsyncIterator[tuple[str, dict[str, str]]]:
         cursor = b"0"
         while True:
-            reply = await self._scripts.run("export", tenant_id, cursor, bulk=True)
+            reply = await self._scripts.run("export", tenant_id, cursor, kind, bulk=True)
             cursor, meta, found, counters = cast("tuple[bytes, list[bytes], list[bytes], list[bytes]]", reply)
             if meta:
                 yield "redis:meta", {name: value.decode() for name, value in _pairs(meta)}
             if counters:
                 yield "redis:counters", {name: _counter(value) for name, value in _pairs(counters)}
             for i in range(0, len(found), 2):
-                yield "redis:reservations", record_in_words(found[i], found[i + 1])
+                yield f"redis:{kind}", record_in_words(found[i], found[i + 1])
             if cursor == b"0":
                 return
 

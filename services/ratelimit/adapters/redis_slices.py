@@ -6,6 +6,7 @@ from typing import cast
 from services.kernel.ids import TenantId
 from services.ratelimit.adapters.tenant_scripts import Argument, TenantScripts
 from services.ratelimit.limit_rule import SECOND_US
+from services.ratelimit.packing import packed
 from services.ratelimit.reservation import LARGEST_ID_AGE_SECONDS, minted_us
 from services.ratelimit.slice import SliceAnswer, SliceRequest, SliceReturn
 from services.ratelimit.standing import Verdict
@@ -26,7 +27,7 @@ class RedisSlices:
     async def take(self, tenant_id: TenantId, terms: Terms, plan: Plan, request: SliceRequest) -> SliceAnswer:
         """Charges as many as are wanted, or as the rules let one holder have; or says why none."""
         head = (_FORGET_US, LARGEST_ID_AGE_SECONDS * SECOND_US, terms.version, terms.families_digest, plan.packed)
-        own = (request.slice_id.bytes, minted_us(request.slice_id), request.quantity, request.lease_us, _PART)
+        own = (request.slice_id.bytes, minted_us(request.slice_id), request.quantity, request.lease_us, _PART, packed(plan.lanes))
         word, *rest = cast("list[object]", await self._scripts.run("take_slice", tenant_id, *head, *own))
         if word == b"rebuild":
             return SliceAnswer(Verdict.REBUILD)

@@ -17,7 +17,8 @@ from services.ratelimit.fencing import ExpiredHolds, FenceVerdict
 from services.ratelimit.limit_rule import SECOND_US
 from services.ratelimit.limits import NOTHING, Amounts, Demand, Subject
 from services.ratelimit.packing import packed
-from services.ratelimit.reservation import LARGEST_ID_AGE_SECONDS, Ask, Settlement
+from services.ratelimit.reservation import LARGEST_ID_AGE_SECONDS, Ask
+from services.ratelimit.settlement import Settlement
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Plan, Terms
 from services.ratelimit.turn import Place
@@ -165,14 +166,22 @@ class RedisStore:
 
 
 def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
+    forms: dict[int, int] = {}
     plans: dict[int, int] = {}
+    form_texts: list[Argument] = []
     plan_texts: list[Argument] = []
     items: list[Argument] = []
     for ask in asks:
-        place = plans.get(id(ask.plan))
+        plan = ask.plan
+        place = plans.get(id(plan))
         if place is None:
-            place = plans[id(ask.plan)] = len(plans) + 1
-            plan_texts.append(ask.plan.packed)
+            form = plan.form
+            form_place = forms.get(id(form))
+            if form_place is None:
+                form_place = forms[id(form)] = len(forms) + 1
+                form_texts.append(form.packed)
+            place = plans[id(plan)] = len(plans) + 1
+            plan_texts += (form_place, plan.own)
         demand, amounts, short = ask.demand, ask.demand.amounts, ask.demand.shortening
         items += (ask.reservation_id.bytes, ask.minted_us, demand.attempt, amounts.tokens, amounts.cost_nano_usd, demand.quantity, place)
         if short is None:
@@ -180,7 +189,7 @@ def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
         else:
             items += (short.max_output_tokens, short.min_output_tokens, short.output_nano_usd_per_million)
         items += (int(ask.at_once) + 2 * int(ask.together), _standing(ask))
-    return [len(plan_texts), *plan_texts, *items]
+    return [len(forms), *form_texts, len(plans), *plan_texts, *items]
 
 
 def _standing(ask: Ask) -> bytes:

@@ -13,6 +13,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import PubSub
 
 from services.kernel.ids import ReservationId, TenantId
+from services.ratelimit.adapters.redis_shares import RedisShares
 from services.ratelimit.adapters.tenant_scripts import TenantScripts
 from services.ratelimit.waiting_room import WaitingRoom
 
@@ -28,21 +29,27 @@ _FIRST_BACKOFF_SECONDS, _MOST_BACKOFF_SECONDS = 0.1, 2.0
 
 
 class RedisTickets:
-    """Implements TicketStore."""
+    """Implements TicketStore: a tenant's own line lies with its counters, a provider account's with the account."""
 
-    def __init__(self, scripts: TenantScripts) -> None:
+    def __init__(self, scripts: TenantScripts, shares: RedisShares) -> None:
         self._scripts = scripts
+        self._shares = shares
 
-    async def keep_places(self, tenant_id: TenantId, ids: Sequence[ReservationId]) -> list[bool]:
+    async def keep_places(self, tenant_id: TenantId, ids: Sequence[ReservationId], line: str = "") -> list[bool]:
         """Prolongs tickets; tells of each whether it still has its place. Raises: Unavailable."""
+        if line:
+            return await self._shares.keep_places(line, tenant_id, ids)
         kept: list[bool] = []
         for start in range(0, len(ids), _TICKETS_A_SCRIPT):
             some = [item.bytes for item in ids[start : start + _TICKETS_A_SCRIPT]]
             kept += [answer == 1 for answer in cast("list[int]", await self._scripts.run("keep_places", tenant_id, *some, bulk=True))]
         return kept
 
-    async def leave(self, tenant_id: TenantId, ids: Sequence[ReservationId]) -> None:
+    async def leave(self, tenant_id: TenantId, ids: Sequence[ReservationId], line: str = "") -> None:
         """Takes tickets out of the line. Raises: Unavailable."""
+        if line:
+            await self._shares.leave(line, tenant_id, ids)
+            return
         await self._scripts.run("leave", tenant_id, *(item.bytes for item in ids))
 
 

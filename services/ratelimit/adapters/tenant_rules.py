@@ -103,4 +103,5 @@ def _rule(rule: messages.LimitRule) -> LimitRule:
         waits=rule.near_edge.wait,
         burst=rule.burst,
         lifting_plan=rule.lifting_plan,
+        grants=rule.origin != messages.LIMIT_RULE_ORIGIN_TENANT,
     )

@@ -14,7 +14,7 @@ from services.ratelimit.adapters.scripts import NAMES, load_script
 
 Argument = str | bytes | int
 
-KINDS = ("meta", "reservations", "leases", "counters", "ended", "waiters", "guard")
+KINDS = ("meta", "reservations", "leases", "counters", "ended", "waiters", "guard", "uses")
 
 
 class TenantScripts:

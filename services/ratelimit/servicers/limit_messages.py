@@ -1,6 +1,7 @@
 """Limits and refusals as messages, and demands out of them."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -9,10 +10,10 @@ from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.ids import ReservationId, TenantId, parse_uuid, uuid_from_bytes
 from services.ratelimit.decision import Refusal
-from services.ratelimit.limit_rule import Unit
+from services.ratelimit.limit_rule import CALENDAR, Unit, Window
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
 from services.ratelimit.reservation import Held, Request
-from services.ratelimit.standing import Answer, LimitStatus, remaining_of, reset_us
+from services.ratelimit.standing import Answer, LimitStatus, current_day, period_end_us
 from services.ratelimit.terms import Plan
 
 _UNITS = {unit: rules.LimitUnit.ValueType(unit) for unit in Unit}
@@ -67,8 +68,9 @@ def write_held(message: messages.ReserveResponse, held: Held, lease: Duration) -
     if held.degraded:
         message.degraded = True
     else:
-        message.MergeFrom(_limits_of(held.plan))
-        _fill(message.limits, held.plan, answer)
+        prepared = _prepared(held.plan, answer)
+        message.MergeFrom(prepared.limits)
+        _fill(message.limits, prepared, answer)
     granted = message.granted
     granted.tokens, granted.cost_nano_usd = answer.granted.tokens, answer.granted.cost_nano_usd
     if held.demand.shortening is not None:
@@ -76,30 +78,44 @@ def write_held(message: messages.ReserveResponse, held: Held, lease: Duration) -
     if held.plan.has_shadow:
         message.shadow_refusals.extend(refusal_message(item) for item in held.shadow_refusals)
     set_timestamp(message.reserve_time, answer.reserve_us)
-    if held.share is not None:
-        set_timestamp(message.share_take_time, held.share.taken_us)
     if held.waited_seconds:
         message.waited.CopyFrom(duration(held.waited_seconds))
 
 
-def _limits_of(plan: Plan) -> messages.ReserveResponse:
-    """The limits of an answer to the plan, without figures. Copied whole for each answer: building them anew took most of its time."""
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The limits of a plan as a message without figures, with the ends of the periods of one day. `rules`: limit, and whether it slides."""
+
+    from_us: int
+    until_us: int
+    limits: messages.ReserveResponse
+    rules: tuple[tuple[int, bool], ...]
+
+
+def _prepared(plan: Plan, answer: Answer) -> _Prepared:
+    """What answers to the plan have in common. Copied whole for each answer: building it anew took most of an answer's time."""
     made = plan.made.get(_MADE)
-    if not isinstance(made, messages.ReserveResponse):
-        limits = (limit_message(LimitStatus(rule, 0, None, part)) for rule, part in zip(plan.rules, plan.parts, strict=True))
-        made = plan.made[_MADE] = messages.ReserveResponse(limits=limits)
-    return made
+    if isinstance(made, _Prepared) and made.from_us <= answer.now_us < made.until_us:
+        return made
+    statuses = (
+        LimitStatus(rule, 0, period_end_us(rule, answer) if rule.window in CALENDAR else None, part)
+        for rule, part in zip(plan.rules, plan.parts, strict=True)
+    )
+    day = current_day(answer)
+    limits = messages.ReserveResponse(limits=limit_messages(statuses))
+    prepared = plan.made[_MADE] = _Prepared(*day, limits, tuple((rule.limit, rule.window is Window.SLIDING) for rule in plan.rules))
+    return prepared
 
 
-def _fill(limits: Iterable[messages.LimitStatus], plan: Plan, answer: Answer) -> None:
+def _fill(limits: Iterable[messages.LimitStatus], prepared: _Prepared, answer: Answer) -> None:
     """Writes what one answer says into the plan's limits."""
     figures, place = answer.figures, 0
-    for rule, message in zip(plan.rules, limits, strict=True):
-        used, of_log = figures[place], figures[place + 1]
-        message.used, message.remaining = used, remaining_of(rule, used)
-        reset = reset_us(rule, answer, of_log)
-        if reset is not None:
-            set_timestamp(message.reset_time, reset)
+    for (limit, slides), message in zip(prepared.rules, limits, strict=True):
+        used = figures[place]
+        message.used, message.remaining = used, limit - used if used < limit else 0
+        if slides:
+            # As `standing.reset_us` has it.
+            set_timestamp(message.reset_time, figures[place + 1] or answer.now_us)
         place += 3
 
 

@@ -7,10 +7,9 @@ from services.kernel.ids import ReservationId, parse_uuid
 from services.kernel.request_context import current_tenant
 from services.ratelimit.consumption import Consumptions, Use
 from services.ratelimit.extension import Extensions
-from services.ratelimit.hooks import AccountShares
 from services.ratelimit.limits import Amounts, Demand, Subject
 from services.ratelimit.look import Looks
-from services.ratelimit.reservation import CommitKind, Reservations, Settlement
+from services.ratelimit.reservation import Reservations
 from services.ratelimit.servicers.guarding import Guarding
 from services.ratelimit.servicers.limit_messages import (
     amounts_message,
@@ -25,8 +24,8 @@ from services.ratelimit.servicers.limit_messages import (
     set_timestamp,
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
-from services.ratelimit.servicers.returned_shares import returned
 from services.ratelimit.servicers.slice_messages import slice_message, slice_request_of, slice_return_of
+from services.ratelimit.settlement import CommitKind, Settlement
 from services.ratelimit.slice import Slices
 
 _KINDS = {
@@ -47,7 +46,6 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         looks: Looks,
         batches: ReserveBatches,
         guarding: Guarding,
-        shares: AccountShares,
         slices: Slices,
         *,
         lease_seconds: float,
@@ -58,7 +56,6 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         self._looks = looks
         self._batches = batches
         self._guarding = guarding
-        self._shares = shares
         self._slices = slices
         self._lease = duration(lease_seconds)
 
@@ -157,15 +154,11 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         """Ends a tenant's guard."""
         return await self._guarding.lift()
 
-    async def ReturnShares(self, request: messages.ReturnSharesRequest, context: object) -> messages.ReturnSharesResponse:
-        """Gives back what calls took of provider accounts and did not use."""
-        await self._shares.give_back([returned(share) for share in request.shares])
-        return messages.ReturnSharesResponse()
-
 
 def _settlement(commit: messages.Commit) -> Settlement:
     tenant_id, reservation_id = ids_of(commit.reservation)
     kind = _KINDS[commit.kind]
     # Only SETTLED carries amounts; whatever comes with another kind is not counted.
     actual = amounts_of(commit.actual) if kind is CommitKind.SETTLED else Amounts(0, 0)
-    return Settlement(tenant_id, reservation_id, commit.epoch, kind, actual)
+    output_tokens = commit.output_tokens if commit.HasField("output_tokens") else None
+    return Settlement(tenant_id, reservation_id, commit.epoch, kind, actual, output_tokens)

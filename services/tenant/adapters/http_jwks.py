@@ -1,12 +1,16 @@
-"""Fetches key sets over HTTP. Refuses redirects, more than 64 KB, compressed answers and to wait over 2 s.
+"""Fetches key sets over HTTP. Refuses redirects, private networks, more than 64 KB, compressed answers and to wait over 2 s.
 
 An address is an operator's word; what answers there is nobody's.
 """
 
+import socket
+
 import aiohttp
+from aiohttp.abc import AbstractResolver
 
 from services.tenant.json_web_key import JwksMalformed
-from services.tenant.jwks_cache import JwksDown
+from services.tenant.jwks_cache import JwksDown, JwksPrivate
+from services.tenant.public_address import is_public
 
 MAX_BYTES = 64 * 1024
 TIMEOUT_SECONDS = 2.0
@@ -15,10 +19,24 @@ _MAX_CONNECTIONS = 16
 _HEADERS = {"accept": "application/jwk-set+json, application/json", "accept-encoding": "identity"}
 
 
-class HttpJwksSource:
-    """One client session, opened at the first fetch."""
+# As aiohttp tells it: family, type, protocol, canonical name, socket address.
+_AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
+
+
+class _PrivateAddress(OSError):
+    """Nothing may be sent to the address."""
 
     def __init__(self) -> None:
+        # The same words for each: of several addresses of a name, equal failures are told as one of them.
+        super().__init__("a private address")
+
+
+class HttpJwksSource:
+    """One client session, opened at the first fetch. `private_addresses`: addresses of private networks are called too."""
+
+    def __init__(self, *, private_addresses: bool = False, resolver: AbstractResolver | None = None) -> None:
+        self._private_addresses = private_addresses
+        self._resolver = resolver
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -27,7 +45,10 @@ class HttpJwksSource:
             await self._session.close()
 
     async def fetch(self, uri: str) -> bytes:
-        """Returns what stands at the address. Raises: JwksDown; JwksMalformed for a redirect, another refusal and what is too large."""
+        """Returns what stands at the address.
+
+        Raises: JwksDown; JwksPrivate; JwksMalformed for a redirect, another refusal and what is too large.
+        """
         try:
             async with self._open().get(uri, allow_redirects=False, headers=_HEADERS) as response:
                 if response.status >= 500:
@@ -35,6 +56,8 @@ class HttpJwksSource:
                 if response.status != 200 or response.headers.get("content-encoding", "identity") != "identity":
                     raise JwksMalformed
                 return await _read(response)
+        except aiohttp.ClientConnectorError as error:
+            raise (JwksPrivate if isinstance(error.os_error, _PrivateAddress) else JwksDown) from None
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise JwksDown from None
         except ValueError:
@@ -44,11 +67,18 @@ class HttpJwksSource:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=TIMEOUT_SECONDS),
-                connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS),
+                connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, resolver=self._resolver, socket_factory=self._socket),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )
         return self._session
+
+    def _socket(self, info: _AddressInfo) -> socket.socket:
+        # Here and not where the name is read: what is looked at is what is connected to, whatever the name leads to the next time.
+        family, kind, protocol, _, address = info
+        if not self._private_addresses and not is_public(str(address[0])):
+            raise _PrivateAddress
+        return socket.socket(family, kind, protocol)
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -11,8 +11,18 @@ from services.tenant.actor import Actor
 from services.tenant.adapters.configuration_rows import configuration_of, own_rules_form, plan_of
 from services.tenant.adapters.postgres_audit import append_audit
 from services.tenant.adapters.postgres_tenants import GET_CONFIG, LIST_PLANS
-from services.tenant.configuration import PLAN_PATH, ConfigurationChange, Decide, Outcome, audited_paths, changed_paths, values_at
+from services.tenant.configuration import (
+    PLAN_PATH,
+    ConfigurationChange,
+    Decide,
+    Outcome,
+    Pace,
+    audited_paths,
+    changed_paths,
+    values_at,
+)
 from services.tenant.effective_config import OVERRIDE_NAMES, StoredConfiguration
+from services.tenant.limit_changes import is_limit_path
 from services.tenant.plan_rules import guard_form
 
 # The tenant's row makes changes take turns, so that each is judged by what the one before it left.
@@ -29,6 +39,14 @@ UPDATE_PLAN = "UPDATE tenant.tenants SET plan = $2 WHERE tenant_id = $1"
 INSERT_CHANGE = """
 INSERT INTO tenant.configuration_changes (tenant_id, version, subject, reason, changed_fields, before, after)
 VALUES ($1, $2, $3, $4, $5, $6::jsonb, $7::jsonb)
+"""
+# Versions rise with time, as the tenant's row is locked: the newest are at the end of the key, and of a long history few are read.
+OWN_LIMIT_CHANGES = """
+SELECT extract(epoch FROM clock_timestamp() - change_time)::float8 FROM (
+    SELECT change_time, subject, changed_fields FROM tenant.configuration_changes WHERE tenant_id = $1 ORDER BY version DESC LIMIT 500
+) AS newest
+WHERE subject NOT LIKE 'operator:%' AND EXISTS (SELECT FROM unnest(changed_fields) AS path WHERE path LIKE 'limit_rules.%')
+ORDER BY change_time DESC
 """
 ANNOUNCE = "SELECT tenant.announce($1, 'CONFIG')"
 LIST_CHANGES = """
@@ -48,8 +66,10 @@ class PostgresConfiguration:
         row = await self._database.fetch_row(tenant_id, GET_CONFIG, tenant_id)
         return None if row is None else configuration_of(row)
 
-    async def change(self, tenant_id: TenantId, decide: Decide, actor: Actor, *, validate_only: bool) -> Outcome | None:
-        """Writes what is decided; None for no such tenant. Raises: what `decide` raises, and then nothing is written."""
+    async def change(
+        self, tenant_id: TenantId, decide: Decide, actor: Actor, *, validate_only: bool, pace: Pace | None = None
+    ) -> Outcome | None:
+        """Writes what is decided; None for no such tenant. Raises: what `decide` and `pace` raise, and then nothing is written."""
         async with self._database.transaction(tenant_id) as connection:
             await connection.execute(LOCK_TENANT, tenant_id)
             row = await connection.fetchrow(GET_CONFIG, tenant_id)
@@ -62,6 +82,8 @@ class PostgresConfiguration:
             if not paths:
                 return Outcome(before, ())
             after = replace(wanted, version=before.version + 1)
+            if pace is not None and any(map(is_limit_path, paths)):
+                pace(tenant_id, [row[0] for row in await connection.fetch(OWN_LIMIT_CHANGES, tenant_id)])
             if not validate_only:
                 await _write(connection, before, after, paths, actor)
             return Outcome(after, paths)

@@ -55,7 +55,7 @@ async def build_trust(parts: Parts) -> tuple[Authenticator, ChangeHub, list[Regi
     """Builds what answers who is calling."""
     settings, database = parts.settings, parts.database
     changes = await _changes(parts)
-    jwks = HttpJwksSource()
+    jwks = HttpJwksSource(private_addresses=settings.jwks_private_addresses)
     parts.stack.push_async_callback(jwks.close)
     names = NameResolution(PostgresDomains(database), parts.tenants, settings.base_domain_names())
     authenticator = _authenticator(parts, jwks, names)

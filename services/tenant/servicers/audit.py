@@ -1,6 +1,7 @@
 """AuditService on the wire."""
 
 import hashlib
+import json
 from datetime import datetime
 from uuid import UUID
 
@@ -107,9 +108,25 @@ def _witnessed(item: messages.AuditItem, index: int) -> Witnessed:
         user=item.user,
         call_id=UUID(bytes=item.call_id) if item.call_id else None,
         document_ids=tuple([UUID(bytes=document_id) for document_id in item.document_ids]),
-        detail=item.detail_json,
+        detail=_object(item.detail_json, f"items[{index}].detail_json"),
         peer_address=item.peer_address,
     )
+
+
+def _object(text: str, field: str) -> str:
+    # As written: the chain's hash is over the text.
+    try:
+        fits = not text or isinstance(json.loads(text, parse_constant=_refuse_constant), dict)
+    except (ValueError, RecursionError):
+        fits = False
+    if not fits:
+        raise InvalidRequest(field, "must be a JSON object, or empty")
+    return text
+
+
+def _refuse_constant(name: str) -> None:
+    # Python reads NaN and Infinity, JSON has none.
+    raise ValueError(name)
 
 
 def _record(record: AuditRecord) -> messages.AuditRecord:

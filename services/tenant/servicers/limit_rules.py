@@ -6,7 +6,7 @@ from mesh.common.v1 import limit_rule_pb2 as rules_pb2
 from mesh.tenant.v1 import configuration_service_pb2 as messages
 from services.kernel.timestamps import parse_timestamp, to_timestamp
 from services.tenant.limit_changes import GROUP, RULES_PATH, LimitWish, Setting, is_limit_path, limit_wish
-from services.tenant.limit_rule import NOTHING_AT_THE_EDGE, Mode, NearEdge, Rule, Scope, StoreFailure, Unit, Window
+from services.tenant.limit_rule import NOTHING_AT_THE_EDGE, Mode, NearEdge, Origin, Rule, Scope, StoreFailure, Unit, Window
 from services.tenant.limit_rules import LimitRules, OwnLimits
 from services.tenant.plan_rules import AbuseGuard
 from services.tenant.text import printable
@@ -35,6 +35,11 @@ _SCOPE_NUMBERS = {
 }
 _MODE_NUMBERS = {Mode.ENFORCE: rules_pb2.LIMIT_MODE_ENFORCE, Mode.SHADOW: rules_pb2.LIMIT_MODE_SHADOW}
 _FAILURE_NUMBERS = {StoreFailure.CLOSED: rules_pb2.LIMIT_STORE_FAILURE_CLOSED, StoreFailure.OPEN: rules_pb2.LIMIT_STORE_FAILURE_OPEN}
+_ORIGIN_NUMBERS = {
+    Origin.PLAN: rules_pb2.LIMIT_RULE_ORIGIN_PLAN,
+    Origin.OPERATOR: rules_pb2.LIMIT_RULE_ORIGIN_OPERATOR,
+    Origin.TENANT: rules_pb2.LIMIT_RULE_ORIGIN_TENANT,
+}
 # What the contract does not demand has a usual value.
 _UNITS = {number: unit for unit, number in _UNIT_NUMBERS.items()}
 _WINDOWS = {number: window for window, number in _WINDOW_NUMBERS.items()}
@@ -61,7 +66,7 @@ def own_limits_message(own: OwnLimits) -> messages.LimitRuleOverrides | None:
     if own == OwnLimits():
         return None
     return messages.LimitRuleOverrides(
-        rules=[rule_message(item.rule) for item in own.rules],
+        rules=[rule_message(item.told) for item in own.rules],
         time_zone=own.time_zone or "",
         cycle_anchor_time=to_timestamp(own.cycle_anchor_time),
         abuse_guard=_guard_message(own.abuse_guard),
@@ -105,6 +110,7 @@ def rule_message(rule: Rule) -> rules_pb2.LimitRule:
         else rules_pb2.NearEdge(shorten=edge.shorten, min_output_tokens=edge.min_output_tokens, wait=edge.wait),
         burst=rule.burst,
         lifting_plan=rule.lifting_plan,
+        origin=_ORIGIN_NUMBERS[rule.origin],
     )
 
 

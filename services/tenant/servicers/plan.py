@@ -2,26 +2,44 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from mesh.tenant.v1 import plan_service_pb2 as messages
 from mesh.tenant.v1 import plan_service_pb2_grpc
 from mesh.tenant.v1.tenant_service_pb2 import AiSettings, FeatureTerms, PlanLimits
+from services.kernel.errors import NotFound
+from services.kernel.ids import TenantId, uuid_from_bytes
 from services.tenant.limit_rules import LimitRules, larger_plans, lifting_plan
 from services.tenant.plan import Plan, PlanDirectory
 from services.tenant.servicers.limit_rules import limit_rules_message
-from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME
+from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, TenantFacts
+
+
+class TenantPlans(PlanDirectory, Protocol):
+    """The plans in force, and who is on which."""
+
+    async def get_facts(self, tenant_id: TenantId) -> TenantFacts | None:
+        """Returns what is known of a tenant; None when it is absent."""
+        ...
 
 
 class PlanServicer(plan_service_pb2_grpc.PlanServiceServicer):
     """Reads plans."""
 
-    def __init__(self, directory: PlanDirectory) -> None:
+    def __init__(self, directory: TenantPlans) -> None:
         self._directory = directory
 
     async def ListPlans(self, request: messages.ListPlansRequest, context: object) -> messages.ListPlansResponse:
         """Lists every plan in force."""
         plans = await self._directory.list_plans()
         return messages.ListPlansResponse(plans=[_plan(plan, plans) for plan in plans])
+
+    async def GetTenantPlan(self, request: messages.GetTenantPlanRequest, context: object) -> messages.GetTenantPlanResponse:
+        """Tells which plan a tenant is on."""
+        facts = await self._directory.get_facts(TenantId(uuid_from_bytes(request.tenant_id, "tenant_id")))
+        if facts is None:
+            raise NotFound("tenant")
+        return messages.GetTenantPlanResponse(plan=facts.tier)
 
 
 def plan_limits(plan: Plan) -> PlanLimits:

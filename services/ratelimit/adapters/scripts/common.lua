@@ -8,7 +8,8 @@
 -- ended         zset  ids that have ended, by when; kept until their Reserve is too old to be repeated
 -- waiters       hash  ids that wait for their turn -> ticket, packed: see waiting.lua; it goes by itself when nobody renews it
 -- guard         hash  of a tenant that is or was kept out: see guard.lua; no rebuild lifts it, and it goes by itself
-local meta, reservations, leases, counters, ended, waiters, guard = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+-- uses          hash  id -> record of units that were used at once, which no ledger may have: a change of rules leaves them, unlike `reservations`
+local meta, reservations, leases, counters, ended, waiters, guard, uses = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local call = redis.call
 local CHUNK = 500 -- bounded arguments a command: unpack() has a stack limit
 
@@ -41,7 +42,7 @@ local function current_epoch()
 end
 
 local function forget_all()
-  call('DEL', meta, reservations, leases, counters, ended, waiters)
+  call('DEL', meta, reservations, leases, counters, ended, waiters, uses)
 end
 
 local function store_time()
@@ -116,12 +117,27 @@ local function record(id)
   return packed and cmsgpack.unpack(packed)
 end
 
+-- Of these ids those that have a record, of either kind.
+local function records_of(ids)
+  local found, others = {}, {}
+  for i, packed in ipairs(fetch(reservations, ids)) do
+    found[ids[i]] = packed and cmsgpack.unpack(packed) or nil
+    others[#others + 1] = not packed and ids[i] or nil
+  end
+  for i, packed in ipairs(fetch(uses, others)) do
+    found[others[i]] = packed and cmsgpack.unpack(packed) or nil
+  end
+  return found
+end
+
 -- An idle tenant's data may go: that is a loss of data, which the ledger makes good. meta goes first, as its epoch is what the rest hangs on.
 local IDLE_META_SECONDS, IDLE_REST_SECONDS = 40 * 86400, 41 * 86400
 
+local RESTING = { reservations, leases, counters, ended, uses }
+
 local function idle_rest()
-  for i = 2, 5 do
-    call('EXPIRE', KEYS[i], IDLE_REST_SECONDS)
+  for _, key in ipairs(RESTING) do
+    call('EXPIRE', key, IDLE_REST_SECONDS)
   end
 end
 
@@ -131,8 +147,9 @@ local function idle()
 end
 
 local function busy()
-  for i = 1, 5 do
-    call('PERSIST', KEYS[i])
+  call('PERSIST', meta)
+  for _, key in ipairs(RESTING) do
+    call('PERSIST', key)
   end
 end
 
@@ -153,6 +170,7 @@ local function tidy(now, forget_us)
   local gone = call('ZRANGEBYSCORE', ended, '-inf', integer(now - forget_us), 'LIMIT', 0, CHUNK)
   if #gone > 0 then
     call('HDEL', reservations, unpack(gone))
+    call('HDEL', uses, unpack(gone))
     call('ZREM', ended, unpack(gone))
   end
 end

@@ -25,7 +25,7 @@ local function suffixes_of(packed)
   for place, bounds in ipairs(cmsgpack.unpack(packed)) do
     for i = 1, 3 do
       if bounds[i] <= now and now < bounds[i + 1] then
-        suffixes[place] = '@' .. integer(math.floor(bounds[i] / 1000000))
+        suffixes[place] = bounds[i + 4]
       end
     end
     if not suffixes[place] then
@@ -35,20 +35,35 @@ local function suffixes_of(packed)
   return suffixes
 end
 
-local function plan_of(packed, suffixes, wanted)
-  local p = cmsgpack.unpack(packed)
-  local names, units, stems = {}, {}, {}
-  for i = 1, #p[2], 5 do
-    local place = #names + 1
-    stems[place] = p[2][i]
-    names[place] = p[2][i] .. (suffixes[p[2][i + 2]] or '')
-    units[place] = p[2][i + 1] + (p[2][i + 4] == 1 and SHADED or 0)
-    wanted[#wanted + 1], wanted[#wanted + 2] = names[place], p[2][i + 3]
+-- What plans share: {by fours a counter: unit, calendar, window, 1 in shadow; rules; 1 if any is in shadow}.
+local function form_of(form)
+  local counters, count = form[1], 0
+  local units, calendars, windows = {}, {}, {}
+  for i = 1, #counters, 4 do
+    count = count + 1
+    units[count] = counters[i] + (counters[i + 3] == 1 and SHADED or 0)
+    calendars[count], windows[count] = counters[i + 1], counters[i + 2]
+  end
+  return { units = units, calendars = calendars, windows = windows, rules = form[2], has_shadow = form[3] == 1 }
+end
+
+-- What is a subject's own of it: {user, feature, unit of the product, stems of the counters' names}.
+local function own_plan(form, own, suffixes, wanted)
+  local names, stems, size = {}, own[4], #wanted
+  for place, stem in ipairs(stems) do
+    local name = stem .. (suffixes[form.calendars[place]] or '')
+    names[place], wanted[size + 1], wanted[size + 2] = name, name, form.windows[place]
+    size = size + 2
   end
   return {
-    user = p[1][1], feature = p[1][2], product_unit = p[1][3],
-    names = names, units = units, stems = stems, rules = p[3], has_shadow = p[4] == 1,
+    user = own[1], feature = own[2], product_unit = own[3],
+    names = names, stems = stems, units = form.units, rules = form.rules, has_shadow = form.has_shadow,
   }
+end
+
+local function plan_of(packed, suffixes, wanted)
+  local form, own = cmsgpack.unpack(packed)
+  return own_plan(form_of(form), own, suffixes, wanted)
 end
 
 -- What runs: the number of living leases, and where a rule needs it the records they stand for.

@@ -26,8 +26,7 @@ if plan.user ~= r[USER] or plan.feature ~= r[FEATURE] then
 end
 
 -- It counts where it was reserved, also when that day or month has ended meanwhile. A counter it was not charged to does not bind it, nor does a
--- window that it has left.
-wanted = {}
+-- window that it has left: of those only the figures are told.
 counters_of(r, wanted)
 read(wanted, now)
 local own, binds = {}, {}
@@ -39,8 +38,7 @@ end
 for place, stem in ipairs(plan.stems) do
   local name = own[stem]
   binds[place] = name and (book[name].window == 0 or r[RESERVED] > now - book[name].window)
-  plan.names[place] = name or stem
-  book[plan.names[place]] = book[plan.names[place]] or { window = 0, used = 0 }
+  plan.names[place] = name or plan.names[place]
 end
 
 local tokens, cost = math.max(tonumber(ARGV[7]), r[R_TOKENS]), math.max(tonumber(ARGV[8]), r[R_COST])

@@ -29,9 +29,10 @@ local function stays(name)
   return own[string.match(name, '^[^:]*:[^:]*:%a~?')]
 end
 
--- Everything else goes: the snapshot brings it anew.
+-- Everything else goes: the snapshot brings it anew. Where only the rules are others, uses stay that were answered, and `ended`, which says when they
+-- may be forgotten: one of them that is repeated must use nothing more.
 local function clear()
-  call('DEL', reservations, leases, ended)
+  call('DEL', reservations, leases)
   local gone = {}
   for _, name in ipairs(known and call('HKEYS', counters) or {}) do
     if not stays(name) then
@@ -41,7 +42,7 @@ local function clear()
   if known then
     in_chunks('HDEL', counters, gone)
   else
-    call('DEL', counters)
+    call('DEL', counters, ended, uses)
   end
 end
 
@@ -60,7 +61,7 @@ for i = last_sum + 1, #ARGV, 2 do
   counters_of(r, wanted)
 end
 read(wanted, now)
-local kept, leased, over_by, owed = {}, {}, {}, 0
+local kept, leased, over_by, held_again, owed = {}, {}, {}, {}, 0
 for place, r in ipairs(records) do
   local id, holds = ARGV[last_sum + 2 * place - 1], r[STATE] <= PINNED
   -- A clock that is behind the one that stamped it: it counts from here on, and leaves its windows in time.
@@ -75,7 +76,7 @@ for place, r in ipairs(records) do
     end
   end
   if holds then
-    owed = owed + 1
+    owed, held_again[#held_again + 1] = owed + 1, id
   else
     r[CHARGES] = nil
     over_by[#over_by + 1], over_by[#over_by + 2] = integer(now), id
@@ -89,6 +90,8 @@ write()
 in_chunks('HSET', reservations, kept)
 in_chunks('ZADD', leases, leased)
 in_chunks('ZADD', ended, over_by)
+-- Its end of before the ledger did not have: nothing of it may be forgotten while it is held.
+in_chunks('ZREM', ended, held_again)
 owed = call('HINCRBY', meta, 'outstanding', owed)
 if ARGV[5] ~= '1' then
   idle_rest()

@@ -1,5 +1,6 @@
 -- Decides demands in their order, each against every rule at once, and takes their holds. What is refused writes nothing.
--- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of plans, plans, then by twelves:
+-- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of forms, forms, number of plans, by twos
+-- a plan's form and what is its own, then by twelves:
 -- id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, how: a sum of 1 to be used at once
 -- (no hold) and 2 to be taken only if all the others are, how it stands in line: see turns.lua.
 -- Answers {"rebuild"} | {"behind", version} | {"periods", now} | {"ok", now, epoch, items…};
@@ -21,9 +22,14 @@ if not suffixes then
   return { 'periods', now }
 end
 local lease_us, forget_us, age_us = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local plans, wanted, last_plan = {}, {}, 7 + tonumber(ARGV[7])
-for i = 8, last_plan do
-  plans[i - 7] = plan_of(ARGV[i], suffixes, wanted)
+local forms, plans, wanted = {}, {}, {}
+local last_form = 7 + tonumber(ARGV[7])
+for i = 8, last_form do
+  forms[i - 7] = form_of(cmsgpack.unpack(ARGV[i]))
+end
+local last_plan = last_form + 1 + 2 * tonumber(ARGV[last_form + 1])
+for i = last_form + 2, last_plan, 2 do
+  plans[#plans + 1] = own_plan(forms[tonumber(ARGV[i])], cmsgpack.unpack(ARGV[i + 1]), suffixes, wanted)
 end
 read(wanted, now)
 
@@ -37,11 +43,8 @@ for i = last_plan + 1, #ARGV, 12 do
     standing = standing_of(ARGV[i + 11]),
   }
 end
-local records = {}
-for i, packed in ipairs(fetch(reservations, ids)) do
-  records[ids[i]] = packed and cmsgpack.unpack(packed) or nil
-end
-local kept, leased, over_by, holds = {}, {}, {}, 0
+local records = records_of(ids)
+local kept, used_up, leased, over_by, holds = {}, {}, {}, {}, 0
 
 -- A lease that ended may be under a fence already: the caller must not count on the hold.
 local function leased_still(id)
@@ -99,9 +102,11 @@ local function hold(item, tokens, cost, output)
     item.tokens, item.cost, output, shaded and shaded_tokens or -1, shaded and shaded_cost or -1,
   }
   r[CHARGES] = charge(item, r, shaded)
+  records[item.id] = r
   if item.at_once then
     r[STATE], r[CHARGES] = SETTLED, nil
     over_by[#over_by + 1], over_by[#over_by + 2] = integer(now), item.id
+    used_up[#used_up + 1], used_up[#used_up + 2] = item.id, cmsgpack.pack(r)
   else
     leased[item.id], holds = lease_score(now + lease_us, item.attempt), holds + 1
     if running and item.attempt > 0 then
@@ -110,9 +115,8 @@ local function hold(item, tokens, cost, output)
     if living and item.attempt > 0 then
       living[#living + 1] = r
     end
+    kept[#kept + 1], kept[#kept + 2] = item.id, cmsgpack.pack(r)
   end
-  records[item.id] = r
-  kept[#kept + 1], kept[#kept + 2] = item.id, cmsgpack.pack(r)
   return held(item, r)
 end
 
@@ -159,10 +163,11 @@ for id, time in pairs(leased) do
   until_us[#until_us + 1], until_us[#until_us + 2] = integer(time), id
 end
 in_chunks('ZADD', leases, until_us)
-if #kept > 0 then
+if #kept > 0 or #used_up > 0 then
   tidy(now, forget_us)
   write()
   in_chunks('HSET', reservations, kept)
+  in_chunks('HSET', uses, used_up)
   in_chunks('ZADD', ended, over_by)
   outstanding(holds)
   if holds == 0 and tonumber(m[4] or 0) == 0 then

@@ -1,4 +1,5 @@
 -- Takes back what was not used of slices, and dates what was: it was used before this was sent, so until now at the latest.
+-- Who is first in line is woken: what came back may be enough.
 -- ARGV: by threes id, epoch, used. Answers how many slices ended by it.
 local epoch = tonumber(current_epoch())
 if not epoch then
@@ -33,4 +34,7 @@ for i, id in ipairs(ids) do
 end
 write()
 in_chunks('HSET', reservations, kept)
+if #kept > 0 then
+  wake_first()
+end
 return #kept / 2

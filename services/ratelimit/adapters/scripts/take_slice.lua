@@ -1,7 +1,8 @@
 -- Charges units of a product ahead of their use: as many as are wanted, or a part of what the rules have left. What is refused writes nothing.
 -- They may be used until the slice's lease ends, so they are dated then: a window that any of the uses can be in counts all of them from now on.
+-- Where somebody waits for one of the rules nothing is charged: many units at once would pass who came before.
 -- ARGV: forget, largest age of an id, version and families of the configuration, plan, id, its own time, wanted, how long at most, by which number
--- what is left is divided. No calendars: a unit with one is never sliced.
+-- what is left is divided, the rules' lanes. No calendars: a unit with one is never sliced.
 -- Answers {"rebuild"} | {"behind", version} | {"ok", now, epoch, {verdict, granted, how long from now, largest use (0: any), figures…}}
 local MARGIN_US = 50000 -- the holder's clock may run so much slower than the store's
 
@@ -59,11 +60,13 @@ if minted_us < now - age_us then
 elseif minted_us > now + age_us then
   return answer(V_AHEAD, 0, 0, 0)
 end
-local known = record(id)
+local known = records_of({ id })[id]
 if known then
   return again(known)
 elseif not fitted(plan, one, false) then
   return answer(V_REFUSED, 0, 0, 0, frees(plan, one, false))
+elseif is_occupied(cmsgpack.unpack(ARGV[11])) then
+  return answer(V_QUEUED, 0, 0, 0)
 end
 
 local over_us = now + lease_us + MARGIN_US

@@ -35,6 +35,22 @@ local function ticket_of(id)
   end
 end
 
+-- Whether anybody waits in one of these lanes.
+local function is_occupied(lanes)
+  local own = {}
+  for _, lane in ipairs(lanes) do
+    own[lane] = true
+  end
+  for _, t in ipairs(line()) do
+    for _, lane in ipairs(t.lanes) do
+      if own[lane] then
+        return true
+      end
+    end
+  end
+  return false
+end
+
 -- Tells the processes that hold them the tickets that are first in one of their lanes: one of the others cannot be admitted before these.
 local function wake_first()
   local taken, ids = {}, {}

@@ -1,14 +1,21 @@
 -- Shared head of the scripts of provider accounts. All keys of an account lie in one slot; time is the store's own, in microseconds.
 --
--- members  hash  tenant -> packed {weight, log}; a log is {bucket, requests, input, output, …}, oldest first
+-- members  hash  tenant -> packed {weight, log, claims}: see `reclaim` for claims; a log is {bucket, requests, input, output, …}, oldest first
 -- active   zset  tenants by when they last asked; who has not asked for a window is no member any more
--- lacking  zset  tenants within their share that were refused, by when
--- totals   hash  log -> the packed log of all tenants together; weights -> the sum of the members' weights
+-- claims   zset  tenants that were refused, by the bucket for which their part of the sums was made
+-- totals   hash  log -> the packed log of all tenants together; weights -> the sum of the members' weights; claimed -> packed sums of all claims
+-- calls    hash  call, named by a digest of its tenant and its id -> packed {bucket, requests, input, output} that it is counted with
+-- recent   zset  calls by their bucket
+-- turns    zset  a dimension: tenants that were refused a call larger than their share, by when their share would have added up to it
 --
 -- A bucket is a sixtieth of the window and counts until all of it has left: what is taken is never let go early.
-local members, active, lacking, totals = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local members, active, claims, totals, calls, recent = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local turns = { KEYS[7], KEYS[8], KEYS[9] }
 local call = redis.call
 local BUCKETS = 60
+-- Longer than a window: by then everything that was borrowed before the refusal has come back.
+local CLAIM_BUCKETS = BUCKETS + 2
+local REFUSED, WANT, WEIGHT, USE, KEPT, CLAIM_FIELDS = 1, 2, 3, 4, 5, 5
 
 local function integer(n)
   return string.format('%.0f', n)
@@ -19,8 +26,29 @@ local function store_time()
   return tonumber(t[1]) * 1000000 + tonumber(t[2])
 end
 
-local function unpacked_log(packed)
+-- No tenant counts another's call, and nothing of a tenant is left to read here when it is erased.
+local function name_of_call(tenant, id)
+  return redis.sha1hex(tenant .. id)
+end
+
+local function unpacked(packed)
   return packed and cmsgpack.unpack(packed) or {}
+end
+
+local function zeros(count)
+  local list = {}
+  for i = 1, count do
+    list[i] = 0
+  end
+  return list
+end
+
+local function member_of(packed)
+  return packed and cmsgpack.unpack(packed) or { 0, {}, zeros(3 * CLAIM_FIELDS) }
+end
+
+local function claimed_of(packed)
+  return packed and cmsgpack.unpack(packed) or zeros(3 * CLAIM_FIELDS)
 end
 
 -- The part of a log that counts from bucket `first` on, and the sums of its three dimensions.
@@ -38,32 +66,28 @@ local function counted(log, first)
   return kept, sums
 end
 
--- Adds to the bucket; a clock that stepped back adds to the newest one.
-local function added(log, bucket, amounts)
+-- Adds to the log's newest bucket, or begins it.
+local function add(log, bucket, amounts)
   local n = #log
-  if n > 0 and log[n - 3] >= bucket then
+  if n > 0 and log[n - 3] == bucket then
     for d = 1, 3 do
       log[n - 3 + d] = log[n - 3 + d] + amounts[d]
     end
   else
     log[n + 1], log[n + 2], log[n + 3], log[n + 4] = bucket, amounts[1], amounts[2], amounts[3]
   end
-  return log
 end
 
--- Takes off what was taken in `bucket`, if that still counts; never below nothing. Answers what was taken off.
-local function taken_off(log, bucket, amounts)
-  local off = { 0, 0, 0 }
+-- Corrects what was added in `bucket`.
+local function correct(log, bucket, differences)
   for i = 1, #log, 4 do
     if log[i] == bucket then
       for d = 1, 3 do
-        off[d] = math.min(log[i + d], amounts[d])
-        log[i + d] = log[i + d] - off[d]
+        log[i + d] = math.max(0, log[i + d] + differences[d])
       end
-      break
+      return
     end
   end
-  return off
 end
 
 -- When `excess` of dimension d will have left the log.
@@ -75,4 +99,28 @@ local function frees_us(log, d, excess, quantum)
     end
   end
   return 0
+end
+
+-- Takes a member's part out of the sums of claims.
+local function unclaim(own, claimed)
+  for d = 0, 2 do
+    for field = WEIGHT, KEPT do
+      local at = d * CLAIM_FIELDS + field
+      claimed[at] = claimed[at] - own[at]
+      own[at] = 0
+    end
+  end
+end
+
+-- Removes a tenant; what it took stays in the sum of all until it leaves the window. Answers its weight.
+local function forget(tenant, packed, claimed)
+  local member = member_of(packed)
+  unclaim(member[3], claimed)
+  call('HDEL', members, tenant)
+  call('ZREM', active, tenant)
+  call('ZREM', claims, tenant)
+  for d = 1, 3 do
+    call('ZREM', turns[d], tenant)
+  end
+  return member[1]
 end

@@ -82,7 +82,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 35
     """INVALID_ARGUMENT. The request alone exceeds a cap of the plan. {"rule": "max_context_tokens", "limit": "8000", "requested": "90000"}"""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 36
-    """RESOURCE_EXHAUSTED, with RetryInfo. The call could not start in time behind others; nothing was held. {"expected_wait_ms": "1200"}"""
+    """RESOURCE_EXHAUSTED, with RetryInfo. The call could not start in time behind others, or a slice was asked for while others wait in line; nothing was
+    held. {"expected_wait_ms": "1200"}
+    """
     ERROR_REASON_BURST_LIMIT: _ErrorReason.ValueType  # 37
     """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. Too much at once, though the plan's longer windows have room. Metadata as PLAN_LIMIT."""
     ERROR_REASON_ABUSE_GUARD: _ErrorReason.ValueType  # 38
@@ -181,7 +183,9 @@ ERROR_REASON_UNKNOWN_MODEL: ErrorReason.ValueType  # 34
 ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 35
 """INVALID_ARGUMENT. The request alone exceeds a cap of the plan. {"rule": "max_context_tokens", "limit": "8000", "requested": "90000"}"""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 36
-"""RESOURCE_EXHAUSTED, with RetryInfo. The call could not start in time behind others; nothing was held. {"expected_wait_ms": "1200"}"""
+"""RESOURCE_EXHAUSTED, with RetryInfo. The call could not start in time behind others, or a slice was asked for while others wait in line; nothing was
+held. {"expected_wait_ms": "1200"}
+"""
 ERROR_REASON_BURST_LIMIT: ErrorReason.ValueType  # 37
 """RESOURCE_EXHAUSTED, with QuotaFailure and RetryInfo. Too much at once, though the plan's longer windows have room. Metadata as PLAN_LIMIT."""
 ERROR_REASON_ABUSE_GUARD: ErrorReason.ValueType  # 38

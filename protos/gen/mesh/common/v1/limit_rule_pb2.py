@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmesh/common/v1/limit_rule.proto\x12\x0emesh.common.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"Q\n\x08NearEdge\x12\x0f\n\x07shorten\x18\x01 \x01(\x08\x12&\n\x11min_output_tokens\x18\x02 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12\x0c\n\x04wait\x18\x03 \x01(\x08\"\xe1\x04\n\tLimitRule\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,62}$\x12\x33\n\x04unit\x18\x02 \x01(\x0e\x32\x19.mesh.common.v1.LimitUnitB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x36\n\x0cproduct_unit\x18\x03 \x01(\tB \xbaH\x1dr\x1b\x32\x19^([a-z][a-z0-9_]{0,62})?$\x12\x37\n\x06window\x18\x04 \x01(\x0e\x32\x1b.mesh.common.v1.LimitWindowB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\"\n\x0ewindow_seconds\x18\x05 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xd8\x04(\x00\x12\x35\n\x05scope\x18\x06 \x01(\x0e\x32\x1a.mesh.common.v1.LimitScopeB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x16\n\x04user\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x18\n\x07\x66\x65\x61ture\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18\x64\x12\x1f\n\x05limit\x18\t \x01(\x03\x42\x10\xbaH\r\"\x0b\x18\x80\x80\xea\xd7\xbc\xae\xfe\x0f(\x00\x12\x31\n\x04mode\x18\n \x01(\x0e\x32\x19.mesh.common.v1.LimitModeB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x45\n\x10on_store_failure\x18\x0b \x01(\x0e\x32!.mesh.common.v1.LimitStoreFailureB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12+\n\tnear_edge\x18\x0c \x01(\x0b\x32\x18.mesh.common.v1.NearEdge\x12\r\n\x05\x62urst\x18\r \x01(\x08\x12\x1d\n\x0clifting_plan\x18\x0e \x01(\tB\x07\xbaH\x04r\x02\x18?\"\xab\x01\n\nAbuseGuard\x12(\n\x13refusals_per_minute\x18\x01 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12-\n\x18\x61uth_failures_per_minute\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12!\n\rfirst_seconds\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90\x1c(\x01\x12!\n\x0cmost_seconds\x18\x04 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\x80\xa3\x05(\x01\"\xe1\x01\n\nLimitRules\x12\x33\n\x05rules\x18\x01 \x03(\x0b\x32\x19.mesh.common.v1.LimitRuleB\t\xbaH\x06\x92\x01\x03\x10\xc8\x01\x12\x1a\n\ttime_zone\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x35\n\x11\x63ycle_anchor_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61\x62use_guard\x18\x04 \x01(\x0b\x32\x1a.mesh.common.v1.AbuseGuard\x12\x1a\n\x06weight\x18\x05 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00*\xc6\x01\n\tLimitUnit\x12\x1a\n\x16LIMIT_UNIT_UNSPECIFIED\x10\x00\x12\x17\n\x13LIMIT_UNIT_REQUESTS\x10\x01\x12\x15\n\x11LIMIT_UNIT_TOKENS\x10\x02\x12\x1c\n\x18LIMIT_UNIT_COST_NANO_USD\x10\x03\x12\x1f\n\x1bLIMIT_UNIT_CONCURRENT_CALLS\x10\x04\x12\x16\n\x12LIMIT_UNIT_RETRIES\x10\x05\x12\x16\n\x12LIMIT_UNIT_PRODUCT\x10\x06*\xc7\x01\n\x0bLimitWindow\x12\x1c\n\x18LIMIT_WINDOW_UNSPECIFIED\x10\x00\x12\x18\n\x14LIMIT_WINDOW_SLIDING\x10\x01\x12\x14\n\x10LIMIT_WINDOW_DAY\x10\x02\x12\x16\n\x12LIMIT_WINDOW_MONTH\x10\x03\x12\x1e\n\x1aLIMIT_WINDOW_BILLING_CYCLE\x10\x04\x12\x18\n\x14LIMIT_WINDOW_REQUEST\x10\x05\x12\x18\n\x14LIMIT_WINDOW_RUNNING\x10\x06*\x8e\x01\n\nLimitScope\x12\x1b\n\x17LIMIT_SCOPE_UNSPECIFIED\x10\x00\x12\x16\n\x12LIMIT_SCOPE_TENANT\x10\x01\x12\x14\n\x10LIMIT_SCOPE_USER\x10\x02\x12\x17\n\x13LIMIT_SCOPE_FEATURE\x10\x03\x12\x1c\n\x18LIMIT_SCOPE_USER_FEATURE\x10\x04*V\n\tLimitMode\x12\x1a\n\x16LIMIT_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12LIMIT_MODE_ENFORCE\x10\x01\x12\x15\n\x11LIMIT_MODE_SHADOW\x10\x02*v\n\x11LimitStoreFailure\x12#\n\x1fLIMIT_STORE_FAILURE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aLIMIT_STORE_FAILURE_CLOSED\x10\x01\x12\x1c\n\x18LIMIT_STORE_FAILURE_OPEN\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmesh/common/v1/limit_rule.proto\x12\x0emesh.common.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"Q\n\x08NearEdge\x12\x0f\n\x07shorten\x18\x01 \x01(\x08\x12&\n\x11min_output_tokens\x18\x02 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12\x0c\n\x04wait\x18\x03 \x01(\x08\"\x9c\x05\n\tLimitRule\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,62}$\x12\x33\n\x04unit\x18\x02 \x01(\x0e\x32\x19.mesh.common.v1.LimitUnitB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x36\n\x0cproduct_unit\x18\x03 \x01(\tB \xbaH\x1dr\x1b\x32\x19^([a-z][a-z0-9_]{0,62})?$\x12\x37\n\x06window\x18\x04 \x01(\x0e\x32\x1b.mesh.common.v1.LimitWindowB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\"\n\x0ewindow_seconds\x18\x05 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xd8\x04(\x00\x12\x35\n\x05scope\x18\x06 \x01(\x0e\x32\x1a.mesh.common.v1.LimitScopeB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x16\n\x04user\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x18\n\x07\x66\x65\x61ture\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18\x64\x12\x1f\n\x05limit\x18\t \x01(\x03\x42\x10\xbaH\r\"\x0b\x18\x80\x80\xea\xd7\xbc\xae\xfe\x0f(\x00\x12\x31\n\x04mode\x18\n \x01(\x0e\x32\x19.mesh.common.v1.LimitModeB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x45\n\x10on_store_failure\x18\x0b \x01(\x0e\x32!.mesh.common.v1.LimitStoreFailureB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12+\n\tnear_edge\x18\x0c \x01(\x0b\x32\x18.mesh.common.v1.NearEdge\x12\r\n\x05\x62urst\x18\r \x01(\x08\x12\x1d\n\x0clifting_plan\x18\x0e \x01(\tB\x07\xbaH\x04r\x02\x18?\x12\x39\n\x06origin\x18\x0f \x01(\x0e\x32\x1f.mesh.common.v1.LimitRuleOriginB\x08\xbaH\x05\x82\x01\x02\x10\x01\"\xab\x01\n\nAbuseGuard\x12(\n\x13refusals_per_minute\x18\x01 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12-\n\x18\x61uth_failures_per_minute\x18\x02 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12!\n\rfirst_seconds\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90\x1c(\x01\x12!\n\x0cmost_seconds\x18\x04 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\x80\xa3\x05(\x01\"\xe1\x01\n\nLimitRules\x12\x33\n\x05rules\x18\x01 \x03(\x0b\x32\x19.mesh.common.v1.LimitRuleB\t\xbaH\x06\x92\x01\x03\x10\xc8\x01\x12\x1a\n\ttime_zone\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x35\n\x11\x63ycle_anchor_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61\x62use_guard\x18\x04 \x01(\x0b\x32\x1a.mesh.common.v1.AbuseGuard\x12\x1a\n\x06weight\x18\x05 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00*\xc6\x01\n\tLimitUnit\x12\x1a\n\x16LIMIT_UNIT_UNSPECIFIED\x10\x00\x12\x17\n\x13LIMIT_UNIT_REQUESTS\x10\x01\x12\x15\n\x11LIMIT_UNIT_TOKENS\x10\x02\x12\x1c\n\x18LIMIT_UNIT_COST_NANO_USD\x10\x03\x12\x1f\n\x1bLIMIT_UNIT_CONCURRENT_CALLS\x10\x04\x12\x16\n\x12LIMIT_UNIT_RETRIES\x10\x05\x12\x16\n\x12LIMIT_UNIT_PRODUCT\x10\x06*\xc7\x01\n\x0bLimitWindow\x12\x1c\n\x18LIMIT_WINDOW_UNSPECIFIED\x10\x00\x12\x18\n\x14LIMIT_WINDOW_SLIDING\x10\x01\x12\x14\n\x10LIMIT_WINDOW_DAY\x10\x02\x12\x16\n\x12LIMIT_WINDOW_MONTH\x10\x03\x12\x1e\n\x1aLIMIT_WINDOW_BILLING_CYCLE\x10\x04\x12\x18\n\x14LIMIT_WINDOW_REQUEST\x10\x05\x12\x18\n\x14LIMIT_WINDOW_RUNNING\x10\x06*\x8e\x01\n\nLimitScope\x12\x1b\n\x17LIMIT_SCOPE_UNSPECIFIED\x10\x00\x12\x16\n\x12LIMIT_SCOPE_TENANT\x10\x01\x12\x14\n\x10LIMIT_SCOPE_USER\x10\x02\x12\x17\n\x13LIMIT_SCOPE_FEATURE\x10\x03\x12\x1c\n\x18LIMIT_SCOPE_USER_FEATURE\x10\x04*V\n\tLimitMode\x12\x1a\n\x16LIMIT_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12LIMIT_MODE_ENFORCE\x10\x01\x12\x15\n\x11LIMIT_MODE_SHADOW\x10\x02*v\n\x11LimitStoreFailure\x12#\n\x1fLIMIT_STORE_FAILURE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aLIMIT_STORE_FAILURE_CLOSED\x10\x01\x12\x1c\n\x18LIMIT_STORE_FAILURE_OPEN\x10\x02*\x8e\x01\n\x0fLimitRuleOrigin\x12!\n\x1dLIMIT_RULE_ORIGIN_UNSPECIFIED\x10\x00\x12\x1a\n\x16LIMIT_RULE_ORIGIN_PLAN\x10\x01\x12\x1e\n\x1aLIMIT_RULE_ORIGIN_OPERATOR\x10\x02\x12\x1c\n\x18LIMIT_RULE_ORIGIN_TENANT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,6 +59,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LIMITRULE'].fields_by_name['on_store_failure']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_LIMITRULE'].fields_by_name['lifting_plan']._loaded_options = None
   _globals['_LIMITRULE'].fields_by_name['lifting_plan']._serialized_options = b'\272H\004r\002\030?'
+  _globals['_LIMITRULE'].fields_by_name['origin']._loaded_options = None
+  _globals['_LIMITRULE'].fields_by_name['origin']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_ABUSEGUARD'].fields_by_name['refusals_per_minute']._loaded_options = None
   _globals['_ABUSEGUARD'].fields_by_name['refusals_per_minute']._serialized_options = b'\272H\010\032\006\030\300\204=(\000'
   _globals['_ABUSEGUARD'].fields_by_name['auth_failures_per_minute']._loaded_options = None
@@ -73,22 +75,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LIMITRULES'].fields_by_name['time_zone']._serialized_options = b'\272H\004r\002\030@'
   _globals['_LIMITRULES'].fields_by_name['weight']._loaded_options = None
   _globals['_LIMITRULES'].fields_by_name['weight']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
-  _globals['_LIMITUNIT']._serialized_start=1211
-  _globals['_LIMITUNIT']._serialized_end=1409
-  _globals['_LIMITWINDOW']._serialized_start=1412
-  _globals['_LIMITWINDOW']._serialized_end=1611
-  _globals['_LIMITSCOPE']._serialized_start=1614
-  _globals['_LIMITSCOPE']._serialized_end=1756
-  _globals['_LIMITMODE']._serialized_start=1758
-  _globals['_LIMITMODE']._serialized_end=1844
-  _globals['_LIMITSTOREFAILURE']._serialized_start=1846
-  _globals['_LIMITSTOREFAILURE']._serialized_end=1964
+  _globals['_LIMITUNIT']._serialized_start=1270
+  _globals['_LIMITUNIT']._serialized_end=1468
+  _globals['_LIMITWINDOW']._serialized_start=1471
+  _globals['_LIMITWINDOW']._serialized_end=1670
+  _globals['_LIMITSCOPE']._serialized_start=1673
+  _globals['_LIMITSCOPE']._serialized_end=1815
+  _globals['_LIMITMODE']._serialized_start=1817
+  _globals['_LIMITMODE']._serialized_end=1903
+  _globals['_LIMITSTOREFAILURE']._serialized_start=1905
+  _globals['_LIMITSTOREFAILURE']._serialized_end=2023
+  _globals['_LIMITRULEORIGIN']._serialized_start=2026
+  _globals['_LIMITRULEORIGIN']._serialized_end=2168
   _globals['_NEAREDGE']._serialized_start=113
   _globals['_NEAREDGE']._serialized_end=194
   _globals['_LIMITRULE']._serialized_start=197
-  _globals['_LIMITRULE']._serialized_end=806
-  _globals['_ABUSEGUARD']._serialized_start=809
-  _globals['_ABUSEGUARD']._serialized_end=980
-  _globals['_LIMITRULES']._serialized_start=983
-  _globals['_LIMITRULES']._serialized_end=1208
+  _globals['_LIMITRULE']._serialized_end=865
+  _globals['_ABUSEGUARD']._serialized_start=868
+  _globals['_ABUSEGUARD']._serialized_end=1039
+  _globals['_LIMITRULES']._serialized_start=1042
+  _globals['_LIMITRULES']._serialized_end=1267
 # @@protoc_insertion_point(module_scope)

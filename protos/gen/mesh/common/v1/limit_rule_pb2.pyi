@@ -182,6 +182,34 @@ LIMIT_STORE_FAILURE_OPEN: LimitStoreFailure.ValueType  # 2
 """It admits from a bounded local allowance. Rules of money, days, months and cycles are always closed."""
 Global___LimitStoreFailure: _TypeAlias = LimitStoreFailure  # noqa: Y015
 
+class _LimitRuleOrigin:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LimitRuleOriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LimitRuleOrigin.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LIMIT_RULE_ORIGIN_UNSPECIFIED: _LimitRuleOrigin.ValueType  # 0
+    """PLAN."""
+    LIMIT_RULE_ORIGIN_PLAN: _LimitRuleOrigin.ValueType  # 1
+    """The plan's."""
+    LIMIT_RULE_ORIGIN_OPERATOR: _LimitRuleOrigin.ValueType  # 2
+    """An operator's, for this tenant: in place of the plan's or beside it. It may grant a unit that the plan does not mention."""
+    LIMIT_RULE_ORIGIN_TENANT: _LimitRuleOrigin.ValueType  # 3
+    """The tenant's own. It narrows and grants nothing: a unit that has no other rule, and is no feature of the plan, stays refused with FEATURE."""
+
+class LimitRuleOrigin(_LimitRuleOrigin, metaclass=_LimitRuleOriginEnumTypeWrapper):
+    """Whose word a rule is."""
+
+LIMIT_RULE_ORIGIN_UNSPECIFIED: LimitRuleOrigin.ValueType  # 0
+"""PLAN."""
+LIMIT_RULE_ORIGIN_PLAN: LimitRuleOrigin.ValueType  # 1
+"""The plan's."""
+LIMIT_RULE_ORIGIN_OPERATOR: LimitRuleOrigin.ValueType  # 2
+"""An operator's, for this tenant: in place of the plan's or beside it. It may grant a unit that the plan does not mention."""
+LIMIT_RULE_ORIGIN_TENANT: LimitRuleOrigin.ValueType  # 3
+"""The tenant's own. It narrows and grants nothing: a unit that has no other rule, and is no feature of the plan, stays refused with FEATURE."""
+Global___LimitRuleOrigin: _TypeAlias = LimitRuleOrigin  # noqa: Y015
+
 @_typing.final
 class NearEdge(_message.Message):
     """What may be done for a call that does not fit any more, before it is refused. Both: it is shortened if that helps, and waits otherwise."""
@@ -232,6 +260,7 @@ class LimitRule(_message.Message):
     NEAR_EDGE_FIELD_NUMBER: _builtins.int
     BURST_FIELD_NUMBER: _builtins.int
     LIFTING_PLAN_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Names the rule to people and programs, and is unique among the tenant's: "requests_per_minute", "ai_interviews"."""
     unit: Global___LimitUnit.ValueType
@@ -258,6 +287,8 @@ class LimitRule(_message.Message):
     """True for a rule against bursts: its refusals say BURST_LIMIT."""
     lifting_plan: _builtins.str
     """The smallest plan above the tenant's that allows more; empty where none does. Said in refusals."""
+    origin: Global___LimitRuleOrigin.ValueType
+    """Whose word it is. Said in answers; not read where rules are given, as who gives them decides it."""
     @_builtins.property
     def near_edge(self) -> Global___NearEdge:
         """What may be done before it refuses; absent: nothing."""
@@ -279,10 +310,11 @@ class LimitRule(_message.Message):
         near_edge: Global___NearEdge | None = ...,
         burst: _builtins.bool = ...,
         lifting_plan: _builtins.str = ...,
+        origin: Global___LimitRuleOrigin.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["near_edge", b"near_edge"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "feature", b"feature", "lifting_plan", b"lifting_plan", "limit", b"limit", "mode", b"mode", "name", b"name", "near_edge", b"near_edge", "on_store_failure", b"on_store_failure", "product_unit", b"product_unit", "scope", b"scope", "unit", b"unit", "user", b"user", "window", b"window", "window_seconds", b"window_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "feature", b"feature", "lifting_plan", b"lifting_plan", "limit", b"limit", "mode", b"mode", "name", b"name", "near_edge", b"near_edge", "on_store_failure", b"on_store_failure", "origin", b"origin", "product_unit", b"product_unit", "scope", b"scope", "unit", b"unit", "user", b"user", "window", b"window", "window_seconds", b"window_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

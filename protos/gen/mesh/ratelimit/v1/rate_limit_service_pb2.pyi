@@ -316,7 +316,6 @@ class ReserveResponse(_message.Message):
     SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
     WAITED_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
-    SHARE_TAKE_TIME_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The tenant's epoch at the limits; the ledger refuses to open a call under an older one."""
     granted_output_tokens: _builtins.int
@@ -349,10 +348,6 @@ class ReserveResponse(_message.Message):
     def waited(self) -> _duration_pb2.Duration:
         """How long it waited; absent when it did not."""
 
-    @_builtins.property
-    def share_take_time(self) -> _timestamp_pb2.Timestamp:
-        """When a part of the provider's account was taken, for ReturnShares; absent when none was."""
-
     def __init__(
         self,
         *,
@@ -366,11 +361,10 @@ class ReserveResponse(_message.Message):
         shadow_refusals: _abc.Iterable[Global___Refusal] | None = ...,
         waited: _duration_pb2.Duration | None = ...,
         degraded: _builtins.bool = ...,
-        share_take_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "lease", b"lease", "reserve_time", b"reserve_time", "share_take_time", b"share_take_time", "waited", b"waited"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "lease", b"lease", "reserve_time", b"reserve_time", "waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "epoch", b"epoch", "granted", b"granted", "granted_output_tokens", b"granted_output_tokens", "lease", b"lease", "limits", b"limits", "reserve_time", b"reserve_time", "shadow_refusals", b"shadow_refusals", "share_take_time", b"share_take_time", "shortened", b"shortened", "waited", b"waited"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "epoch", b"epoch", "granted", b"granted", "granted_output_tokens", b"granted_output_tokens", "lease", b"lease", "limits", b"limits", "reserve_time", b"reserve_time", "shadow_refusals", b"shadow_refusals", "shortened", b"shortened", "waited", b"waited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -956,10 +950,13 @@ class Commit(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     ACTUAL_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The tenant's epoch when the ledger decided. Older than the limits' own: counted there already, ignored. Newer: the limits rebuild first."""
     kind: Global___CommitKind.ValueType
     """What the ledger decided."""
+    output_tokens: _builtins.int
+    """The output tokens within `actual`, for the limits of the provider's account: 0–10,000,000. Absent: the account counts the worst case."""
     @_builtins.property
     def reservation(self) -> Global___ReservationRef:
         """Whose call, and which reservation."""
@@ -975,12 +972,15 @@ class Commit(_message.Message):
         epoch: _builtins.int = ...,
         kind: Global___CommitKind.ValueType = ...,
         actual: Global___Amounts | None = ...,
+        output_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "reservation", b"reservation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_output_tokens", b"_output_tokens", "actual", b"actual", "output_tokens", b"output_tokens", "reservation", b"reservation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "epoch", b"epoch", "kind", b"kind", "reservation", b"reservation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_tokens", b"_output_tokens", "actual", b"actual", "epoch", b"epoch", "kind", b"kind", "output_tokens", b"output_tokens", "reservation", b"reservation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__output_tokens: _TypeAlias = _typing.Literal["output_tokens"]  # noqa: Y015
+    _WhichOneofArgType__output_tokens: _TypeAlias = _typing.Literal["_output_tokens", b"_output_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_tokens) -> _WhichOneofReturnType__output_tokens | None: ...
 
 Global___Commit: _TypeAlias = Commit  # noqa: Y015
 
@@ -1259,88 +1259,3 @@ class LiftGuardResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LiftGuardResponse: _TypeAlias = LiftGuardResponse  # noqa: Y015
-
-@_typing.final
-class ReturnSharesRequest(_message.Message):
-    """What to give back."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SHARES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReturnedShare]:
-        """1–1,000."""
-
-    def __init__(
-        self,
-        *,
-        shares: _abc.Iterable[Global___ReturnedShare] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["shares", b"shares"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReturnSharesRequest: _TypeAlias = ReturnSharesRequest  # noqa: Y015
-
-@_typing.final
-class ReturnedShare(_message.Message):
-    """What one call took of an account and did not use."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TENANT_ID_FIELD_NUMBER: _builtins.int
-    ACCOUNT_FIELD_NUMBER: _builtins.int
-    TAKE_TIME_FIELD_NUMBER: _builtins.int
-    REQUEST_UNSENT_FIELD_NUMBER: _builtins.int
-    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
-    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
-    tenant_id: _builtins.bytes
-    """The tenant, 16 bytes of its UUID."""
-    account: _builtins.str
-    """The provider's account. Of one that is not known here nothing is given back."""
-    request_unsent: _builtins.bool
-    """Whether its request was never sent."""
-    input_tokens: _builtins.int
-    """Input tokens that were not used: 0–10,000,000."""
-    output_tokens: _builtins.int
-    """Output tokens that were not used: 0–10,000,000."""
-    @_builtins.property
-    def take_time(self) -> _timestamp_pb2.Timestamp:
-        """`share_take_time` of the reservation."""
-
-    def __init__(
-        self,
-        *,
-        tenant_id: _builtins.bytes = ...,
-        account: _builtins.str = ...,
-        take_time: _timestamp_pb2.Timestamp | None = ...,
-        request_unsent: _builtins.bool = ...,
-        input_tokens: _builtins.int = ...,
-        output_tokens: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["take_time", b"take_time"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens", "request_unsent", b"request_unsent", "take_time", b"take_time", "tenant_id", b"tenant_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReturnedShare: _TypeAlias = ReturnedShare  # noqa: Y015
-
-@_typing.final
-class ReturnSharesResponse(_message.Message):
-    """It is given back."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReturnSharesResponse: _TypeAlias = ReturnSharesResponse  # noqa: Y015

@@ -95,11 +95,6 @@ class RateLimitServiceStub:
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.SerializeToString,
                 response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.FromString,
                 _registered_method=True)
-        self.ReturnShares = channel.unary_unary(
-                '/mesh.ratelimit.v1.RateLimitService/ReturnShares',
-                request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.SerializeToString,
-                response_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.FromString,
-                _registered_method=True)
         self.ListLimits = channel.unary_unary(
                 '/mesh.ratelimit.v1.RateLimitService/ListLimits',
                 request_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ListLimitsRequest.SerializeToString,
@@ -157,7 +152,8 @@ class RateLimitServiceServicer:
         was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
         `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
         answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
-        Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+        Errors: as Consume; RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while somebody waits in line (`max_wait`) for one of the unit's rules that count
+        this user and feature, as a slice would pass them; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
         its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -166,7 +162,7 @@ class RateLimitServiceServicer:
 
     def ReturnSlices(self, request, context):
         """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
-        epoch are ignored. What has left its window meanwhile is not counted any more either way.
+        epoch are ignored. What has left its window meanwhile is not counted any more either way. Who waits in line for the unit is woken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -213,15 +209,6 @@ class RateLimitServiceServicer:
     def LiftGuard(self, request, context):
         """Ends the guard of the tenant that `x-tenant-id` names, and forgets how often it was open. For operators; audited. Idempotent.
         Errors: INVALID_ARGUMENT when no tenant is named; UNAVAILABLE DEPENDENCY_UNAVAILABLE.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def ReturnShares(self, request, context):
-        """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
-        leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
-        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -296,11 +283,6 @@ def add_RateLimitServiceServicer_to_server(servicer, server):
                     servicer.LiftGuard,
                     request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.FromString,
                     response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.SerializeToString,
-            ),
-            'ReturnShares': grpc.unary_unary_rpc_method_handler(
-                    servicer.ReturnShares,
-                    request_deserializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.FromString,
-                    response_serializer=mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.SerializeToString,
             ),
             'ListLimits': grpc.unary_unary_rpc_method_handler(
                     servicer.ListLimits,
@@ -633,33 +615,6 @@ class RateLimitService:
             '/mesh.ratelimit.v1.RateLimitService/LiftGuard',
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardRequest.SerializeToString,
             mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.LiftGuardResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ReturnShares(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mesh.ratelimit.v1.RateLimitService/ReturnShares',
-            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesRequest.SerializeToString,
-            mesh_dot_ratelimit_dot_v1_dot_rate__limit__service__pb2.ReturnSharesResponse.FromString,
             options,
             channel_credentials,
             insecure,

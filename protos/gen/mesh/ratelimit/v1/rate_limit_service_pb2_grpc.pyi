@@ -46,12 +46,13 @@ class RateLimitServiceStub:
     was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
     `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
     answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
-    Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+    Errors: as Consume; RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while somebody waits in line (`max_wait`) for one of the unit's rules that count
+    this user and feature, as a slice would pass them; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
     its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
     """
     ReturnSlices: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReturnSlicesRequest, _rate_limit_service_pb2.ReturnSlicesResponse]
     """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
-    epoch are ignored. What has left its window meanwhile is not counted any more either way.
+    epoch are ignored. What has left its window meanwhile is not counted any more either way. Who waits in line for the unit is woken.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.RenewRequest, _rate_limit_service_pb2.RenewResponse]
     """Prolongs the leases of reservations by 5 s. A batch over tenants; idempotent.
@@ -72,11 +73,6 @@ class RateLimitServiceStub:
     LiftGuard: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.LiftGuardRequest, _rate_limit_service_pb2.LiftGuardResponse]
     """Ends the guard of the tenant that `x-tenant-id` names, and forgets how often it was open. For operators; audited. Idempotent.
     Errors: INVALID_ARGUMENT when no tenant is named; UNAVAILABLE DEPENDENCY_UNAVAILABLE.
-    """
-    ReturnShares: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ReturnSharesRequest, _rate_limit_service_pb2.ReturnSharesResponse]
-    """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
-    leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
-    Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
     """
     ListLimits: _aio.UnaryUnaryMultiCallable[_rate_limit_service_pb2.ListLimitsRequest, _rate_limit_service_pb2.ListLimitsResponse]
     """Lists every limit of the tenant with what is used of it now. Reads only. Errors: UNAVAILABLE LIMITS_REBUILDING | DEPENDENCY_UNAVAILABLE."""
@@ -143,7 +139,8 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
         was wanted or less, but at least 1, or a refusal as `Consume`'s. What was charged stays in its windows as if used when the lease ends, unless
         `ReturnSlices` says otherwise, so that slices and uses together never pass a limit. Idempotent by `slice_id`: repeated while the lease lives, it
         answers the same slice with what is left of the lease. Only of units whose rules all slide, are closed and are enforced.
-        Errors: as Consume; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
+        Errors: as Consume; RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while somebody waits in line (`max_wait`) for one of the unit's rules that count
+        this user and feature, as a slice would pass them; FAILED_PRECONDITION NOT_SLICEABLE where the unit must be used by `Consume`; ABORTED RESERVATION_LOST when the slice is over or
         its id is older than 60 s; ALREADY_EXISTS CONTENT_CONFLICT when the id was used for something else.
         """
 
@@ -154,7 +151,7 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_rate_limit_service_pb2.ReturnSlicesRequest, _abc.Awaitable[_rate_limit_service_pb2.ReturnSlicesResponse]],
     ) -> _abc.Awaitable[_rate_limit_service_pb2.ReturnSlicesResponse]:
         """Gives back what was not used of slices that their holder uses no more. Idempotent; slices that are unknown, were given back or are of another
-        epoch are ignored. What has left its window meanwhile is not counted any more either way.
+        epoch are ignored. What has left its window meanwhile is not counted any more either way. Who waits in line for the unit is woken.
         """
 
     @_abc_1.abstractmethod
@@ -211,17 +208,6 @@ class RateLimitServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_rate_limit_service_pb2.LiftGuardResponse]:
         """Ends the guard of the tenant that `x-tenant-id` names, and forgets how often it was open. For operators; audited. Idempotent.
         Errors: INVALID_ARGUMENT when no tenant is named; UNAVAILABLE DEPENDENCY_UNAVAILABLE.
-        """
-
-    @_abc_1.abstractmethod
-    def ReturnShares(
-        self,
-        request: _rate_limit_service_pb2.ReturnSharesRequest,
-        context: _aio.ServicerContext[_rate_limit_service_pb2.ReturnSharesRequest, _abc.Awaitable[_rate_limit_service_pb2.ReturnSharesResponse]],
-    ) -> _abc.Awaitable[_rate_limit_service_pb2.ReturnSharesResponse]:
-        """Gives back what calls took of a provider's account and did not use. A batch over tenants. Only an optimisation: what is never given back
-        leaves with its minute. Not idempotent, and never gives back more than the tenant took in that second.
-        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod

@@ -457,7 +457,7 @@ class AuditItem(_message.Message):
     call_id: _builtins.bytes
     """The call, 16 bytes of its UUID; empty: none."""
     detail_json: _builtins.str
-    """More of it, as a JSON object; empty: none."""
+    """More of it, as a JSON object; empty: none. Anything else is INVALID_ARGUMENT, which names the item."""
     peer_address: _builtins.str
     """Where the caller was; may be empty."""
     @_builtins.property

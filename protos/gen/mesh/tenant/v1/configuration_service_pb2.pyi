@@ -175,7 +175,8 @@ class LimitRuleOverrides(_message.Message):
     @_builtins.property
     def rules(self) -> _containers.RepeatedCompositeFieldContainer[_limit_rule_pb2.LimitRule]:
         """At most 100, each under a name of its own. One that an operator gave the name of a plan's rule holds in its place; every other holds beside
-        the plan's. `lifting_plan` is not read: no plan lifts them.
+        the plan's. `lifting_plan` and `origin` are not read: no plan lifts
+        them, and who gives a rule is its origin.
         """
 
     @_builtins.property

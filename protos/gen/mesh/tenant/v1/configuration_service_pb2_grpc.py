@@ -76,7 +76,8 @@ class ConfigurationServiceServicer:
         put a rule in a plan's place, and alone sets time zone, billing anchor and guard.
         Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a name given twice, more than 100 rules, or terms that make no sense
         together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION
-        WRONG_STATE for another version.
+        WRONG_STATE for another version; RESOURCE_EXHAUSTED PLAN_LIMIT with RetryInfo and the rule "limit_rule_changes_per_minute" when a tenant changes its
+        own limits more than 30 times in 60 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,8 @@ class ConfigurationServiceStub:
     put a rule in a plan's place, and alone sets time zone, billing anchor and guard.
     Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a name given twice, more than 100 rules, or terms that make no sense
     together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION
-    WRONG_STATE for another version.
+    WRONG_STATE for another version; RESOURCE_EXHAUSTED PLAN_LIMIT with RetryInfo and the rule "limit_rule_changes_per_minute" when a tenant changes its
+    own limits more than 30 times in 60 s.
     """
     ChangePlan: _aio.UnaryUnaryMultiCallable[_configuration_service_pb2.ChangePlanRequest, _configuration_service_pb2.ChangePlanResponse]
     """Puts the tenant, named by `x-tenant-id`, on another plan; its overrides stay, held to the new plan where no operator set them.
@@ -60,7 +61,8 @@ class ConfigurationServiceServicer(metaclass=_abc_1.ABCMeta):
         put a rule in a plan's place, and alone sets time zone, billing anchor and guard.
         Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a name given twice, more than 100 rules, or terms that make no sense
         together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION
-        WRONG_STATE for another version.
+        WRONG_STATE for another version; RESOURCE_EXHAUSTED PLAN_LIMIT with RetryInfo and the rule "limit_rule_changes_per_minute" when a tenant changes its
+        own limits more than 30 times in 60 s.
         """
 
     @_abc_1.abstractmethod

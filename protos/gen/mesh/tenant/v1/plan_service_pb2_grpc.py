@@ -40,6 +40,11 @@ class PlanServiceStub:
                 request_serializer=mesh_dot_tenant_dot_v1_dot_plan__service__pb2.ListPlansRequest.SerializeToString,
                 response_deserializer=mesh_dot_tenant_dot_v1_dot_plan__service__pb2.ListPlansResponse.FromString,
                 _registered_method=True)
+        self.GetTenantPlan = channel.unary_unary(
+                '/mesh.tenant.v1.PlanService/GetTenantPlan',
+                request_serializer=mesh_dot_tenant_dot_v1_dot_plan__service__pb2.GetTenantPlanRequest.SerializeToString,
+                response_deserializer=mesh_dot_tenant_dot_v1_dot_plan__service__pb2.GetTenantPlanResponse.FromString,
+                _registered_method=True)
 
 
 class PlanServiceServicer:
@@ -53,6 +58,13 @@ class PlanServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTenantPlan(self, request, context):
+        """Tells which plan a tenant is on now, for who bills it. Reads only. Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PlanServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_PlanServiceServicer_to_server(servicer, server):
                     servicer.ListPlans,
                     request_deserializer=mesh_dot_tenant_dot_v1_dot_plan__service__pb2.ListPlansRequest.FromString,
                     response_serializer=mesh_dot_tenant_dot_v1_dot_plan__service__pb2.ListPlansResponse.SerializeToString,
+            ),
+            'GetTenantPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTenantPlan,
+                    request_deserializer=mesh_dot_tenant_dot_v1_dot_plan__service__pb2.GetTenantPlanRequest.FromString,
+                    response_serializer=mesh_dot_tenant_dot_v1_dot_plan__service__pb2.GetTenantPlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class PlanService:
             '/mesh.tenant.v1.PlanService/ListPlans',
             mesh_dot_tenant_dot_v1_dot_plan__service__pb2.ListPlansRequest.SerializeToString,
             mesh_dot_tenant_dot_v1_dot_plan__service__pb2.ListPlansResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTenantPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.tenant.v1.PlanService/GetTenantPlan',
+            mesh_dot_tenant_dot_v1_dot_plan__service__pb2.GetTenantPlanRequest.SerializeToString,
+            mesh_dot_tenant_dot_v1_dot_plan__service__pb2.GetTenantPlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

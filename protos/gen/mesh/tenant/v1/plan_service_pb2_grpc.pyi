@@ -18,6 +18,8 @@ class PlanServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListPlans: _aio.UnaryUnaryMultiCallable[_plan_service_pb2.ListPlansRequest, _plan_service_pb2.ListPlansResponse]
     """Lists every plan with its limits and models. Reads only."""
+    GetTenantPlan: _aio.UnaryUnaryMultiCallable[_plan_service_pb2.GetTenantPlanRequest, _plan_service_pb2.GetTenantPlanResponse]
+    """Tells which plan a tenant is on now, for who bills it. Reads only. Errors: NOT_FOUND."""
 
 class PlanServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads plans."""
@@ -29,5 +31,13 @@ class PlanServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_plan_service_pb2.ListPlansRequest, _abc.Awaitable[_plan_service_pb2.ListPlansResponse]],
     ) -> _abc.Awaitable[_plan_service_pb2.ListPlansResponse]:
         """Lists every plan with its limits and models. Reads only."""
+
+    @_abc_1.abstractmethod
+    def GetTenantPlan(
+        self,
+        request: _plan_service_pb2.GetTenantPlanRequest,
+        context: _aio.ServicerContext[_plan_service_pb2.GetTenantPlanRequest, _abc.Awaitable[_plan_service_pb2.GetTenantPlanResponse]],
+    ) -> _abc.Awaitable[_plan_service_pb2.GetTenantPlanResponse]:
+        """Tells which plan a tenant is on now, for who bills it. Reads only. Errors: NOT_FOUND."""
 
 def add_PlanServiceServicer_to_server(servicer: PlanServiceServicer, server: _aio.Server) -> None: ...

@@ -1,0 +1,1 @@
+"""How fast the ledger takes what is used: events and calls, beside bare Postgres."""

@@ -1,0 +1,99 @@
+"""Events in Postgres: each method is one SQL function, one round trip and one transaction for a whole batch over tenants."""
+
+from collections.abc import Sequence
+
+import asyncpg
+
+from services.kernel.errors import Unavailable
+from services.kernel.ids import TenantId
+from services.kernel.tenant_database import TenantDatabase
+from services.metering.adapters.postgres_ledger import run_again
+from services.metering.adapters.sorted_batch import type_uuid
+from services.metering.event import Event, LedgerEvent, Recorded, RecordOutcome, Reversal, Reversed, ReverseOutcome
+from services.metering.event_log import EventPosition
+
+RECORD_EVENTS = """
+SELECT item, outcome, event_id, digest FROM metering.record_events($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::text[],
+    $6::uuid[], $7::bytea[], $8::text[], $9::text[], $10::bigint[], $11::bigint[], $12::text[], $13::text[], $14::jsonb[])
+"""
+REVERSE_EVENTS = """
+SELECT item, outcome, event_id FROM metering.reverse_events($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::text[], $6::uuid[],
+    $7::text[])
+"""
+_EVENT = """
+SELECT event_id, record_time, product, source, id, event_type, quantity, occurred_at, user_name, feature, reverses, metadata::text
+FROM metering.events
+"""
+SELECT_FIRST_EVENTS = _EVENT + "WHERE tenant_id = $1 ORDER BY record_time DESC, event_id DESC LIMIT $2"
+SELECT_NEXT_EVENTS = (
+    _EVENT + "WHERE tenant_id = $1 AND (record_time, event_id) < ($3, $4) ORDER BY record_time DESC, event_id DESC LIMIT $2"
+)
+
+
+class PostgresEvents:
+    """The service role's view of events and their claims."""
+
+    def __init__(self, database: TenantDatabase) -> None:
+        self._database = database
+
+    async def record(self, events: Sequence[Event]) -> Sequence[Recorded]:
+        """Records events of any tenants, each name once for ever."""
+        batch = sorted(events)
+        tenants, sources, ids, event_ids, digests, products, types, quantities, times, users, features, metadata = zip(*batch, strict=True)
+        rows = await self._run(
+            RECORD_EVENTS,
+            *_slices(tenants),
+            sources,
+            ids,
+            [type_uuid(event_id) for event_id in event_ids],
+            digests,
+            products,
+            types,
+            quantities,
+            times,
+            users,
+            features,
+            metadata,
+        )
+        if not rows:
+            return [Recorded(RecordOutcome.RECORDED, event.event_id) for event in events]
+        stood = {event_ids[row["item"] - 1]: Recorded(RecordOutcome(row["outcome"]), row["event_id"].bytes, row["digest"]) for row in rows}
+        return [stood.get(event.event_id) or Recorded(RecordOutcome.RECORDED, event.event_id) for event in events]
+
+    async def reverse(self, reversals: Sequence[Reversal]) -> Sequence[Reversed]:
+        """Takes events back, each once for ever."""
+        batch = sorted(reversals)
+        tenants, sources, ids, event_ids, reasons = zip(*batch, strict=True)
+        rows = await self._run(REVERSE_EVENTS, *_slices(tenants), sources, ids, [type_uuid(event_id) for event_id in event_ids], reasons)
+        answers = {event_ids[row["item"] - 1]: _reversed(row) for row in rows}
+        return [answers[reversal.event_id] for reversal in reversals]
+
+    async def page(self, tenant_id: TenantId, after: EventPosition | None, size: int) -> Sequence[LedgerEvent]:
+        """Returns up to `size` events of a tenant, last recorded first."""
+        async with self._database.transaction(tenant_id) as connection:
+            if after is None:
+                rows = await connection.fetch(SELECT_FIRST_EVENTS, tenant_id, size)
+            else:
+                rows = await connection.fetch(SELECT_NEXT_EVENTS, tenant_id, size, after.record_time, after.event_id)
+        return [LedgerEvent(*row) for row in rows]
+
+    async def _run(self, sql: str, *args: object) -> Sequence[asyncpg.Record]:
+        try:
+            return await run_again(lambda: self._database.call(None, sql, *args))
+        except asyncpg.CheckViolationError as error:
+            if error.constraint_name is not None:
+                raise
+            # No partition takes the row: the month was not made ahead.
+            raise Unavailable("postgres", "this month of events is not made yet: run `python -m services.metering migrate`") from None
+
+
+def _slices(tenants: Sequence[bytes]) -> tuple[list[object], list[int], list[int]]:
+    """Returns the distinct tenants of a sorted batch and the first and last position of each, from 1."""
+    distinct, first = list(dict.fromkeys(tenants)), [1]
+    for tenant_id in distinct[:-1]:
+        first.append(first[-1] + tenants.count(tenant_id))
+    return [type_uuid(tenant_id) for tenant_id in distinct], first, [*(position - 1 for position in first[1:]), len(tenants)]
+
+
+def _reversed(row: asyncpg.Record) -> Reversed:
+    return Reversed(ReverseOutcome(row["outcome"]), b"" if row["event_id"] is None else row["event_id"].bytes)
