@@ -1,11 +1,36 @@
-"""One theatre for all runs that are played: a run has a tenant of its own."""
+"""One theatre for all runs that are played: a run has a tenant of its own. Large worlds are explored beside the other tests."""
 
 from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.protocol.ahead import Ahead
 from tests.protocol.stage.provider_gate import ProviderGate
 from tests.protocol.stage.theatre import Theatre, running_theatre
+from tests.protocol.world import Protocol
+
+_AHEAD = pytest.StashKey[Ahead]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins to explore what the tests that were chosen will ask for."""
+    params = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    worlds = [each["world"] for each in params if isinstance(each.get("world"), Protocol)]
+    if worlds and not session.config.option.collectonly:
+        session.config.stash[_AHEAD] = ahead = Ahead()
+        ahead.begin(worlds)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends what is explored for nobody."""
+    if _AHEAD in config.stash:
+        config.stash[_AHEAD].close()
+
+
+@pytest.fixture
+def ahead(request: pytest.FixtureRequest) -> Ahead:
+    """What explores beside the tests."""
+    return request.config.stash[_AHEAD]
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,17 @@ from functools import cache
 
 import pytest
 
-from tests.protocol.explore import as_it_is, explore, explore_large, first_run
+from tests.protocol.ahead import Ahead
+from tests.protocol.explore import as_it_is, explore, first_run
 from tests.protocol.model import successors
 from tests.protocol.reduce import quiet
 from tests.protocol.world import Choices, Protocol, Rules, State, beginning
 
 # Data losses and extensions of one call.
 REDUCED = ((1, 0), (0, 2), pytest.param(1, 1, marks=pytest.mark.slow))
+BUDGETS = tuple(Protocol(calls=2, flushes=0, limit=limit) for limit in (1, 2, 4))
+TWO_CALLS = (Protocol(calls=2, flushes=1), Protocol(calls=2, flushes=0, extensions=1))
+OTHERWISE = tuple(Protocol(choices=Choices(**{choice: False}), calls=2, flushes=1) for choice in Choices._fields)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,10 +55,10 @@ def test_free_choices_are_free(choice: str) -> None:
     assert explore(Protocol(choices=Choices(**{choice: False}), flushes=2)).broken is None
 
 
-@pytest.mark.parametrize("limit", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_budget_of_any_size_holds(limit: int) -> None:
+@pytest.mark.parametrize("world", [*BUDGETS[:2], pytest.param(BUDGETS[2], marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_budget_of_any_size_holds(ahead: Ahead, world: Protocol) -> None:
     """A budget too small for a call, for just one, and for two at once is kept like the one for a call and a half."""
-    assert explore_large(Protocol(calls=2, flushes=0, limit=limit)).broken is None
+    assert ahead.explored(world).broken is None
 
 
 @pytest.mark.parametrize(("flushes", "extensions"), REDUCED)
@@ -73,10 +77,11 @@ def test_a_state_and_its_reduction_rest_together(flushes: int, extensions: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flushes", "extensions"), [(1, 0), (0, 1)])
-def test_protocol_holds_for_two_calls(flushes: int, extensions: int) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", TWO_CALLS, ids=("a loss of data", "an extension"))
+def test_protocol_holds_for_two_calls(ahead: Ahead, world: Protocol) -> None:
     """Two calls of one tenant, with one loss of the reservations or one extension at any moment."""
-    assert explore_large(Protocol(calls=2, flushes=flushes, extensions=extensions)).broken is None
+    assert ahead.explored(world).broken is None
 
 
 @pytest.mark.parametrize("limit", [2, 4])
@@ -86,10 +91,11 @@ def test_extension_without_room_is_refused_and_with_it_is_kept_to(limit: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", Choices._fields)
-def test_free_choices_are_free_for_two_calls(choice: str) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", OTHERWISE, ids=Choices._fields)
+def test_free_choices_are_free_for_two_calls(ahead: Ahead, world: Protocol) -> None:
     """The free choices stay free with two calls and a data loss."""
-    assert explore_large(Protocol(choices=Choices(**{choice: False}), calls=2, flushes=1)).broken is None
+    assert ahead.explored(world).broken is None
 
 
 @cache
