@@ -66,7 +66,7 @@ _POLICIES = (
     ),
     one(
         "policy of metering.events lets everybody through",
-        "services/metering/migrations/0009_events.sql",
+        "services/metering/migrations/0010_events.sql",
         f"CREATE POLICY own_tenant ON events TO :service\n    USING {_OWN} WITH CHECK {_OWN}",
         f"CREATE POLICY own_tenant ON events TO :service{_EVERYBODYS}",
         REACHES,

@@ -32,7 +32,7 @@ _WRITING = (
     _open_for_writing("inference.prompts", _INFERENCE, "prompts_of_tenant ON inference.prompts TO :service"),
     _open_for_writing("metering.calls", _METERING, "own_tenant ON calls TO :service", " "),
     _open_for_writing(
-        "metering.event_claims", "services/metering/migrations/0009_events.sql", "own_tenant ON event_claims TO :service", " "
+        "metering.event_claims", "services/metering/migrations/0010_events.sql", "own_tenant ON event_claims TO :service", " "
     ),
     _open_for_writing("retrieval.documents", _RETRIEVAL, "tenant_only ON documents TO :service"),
     _open_for_writing("tenant.provider_keys", "services/tenant/migrations/0008_keys.sql", "tenant_isolation ON tenant.provider_keys"),
