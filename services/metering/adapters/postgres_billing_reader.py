@@ -47,6 +47,7 @@ SELECT_LATE_DAYS = "SELECT day FROM metering.late_days($1, $2, $3, coalesce($4::
 SELECT_EARLIER_DAYS = """
 SELECT DISTINCT date_trunc('day', use_time, 'UTC') AS day FROM metering.billable_usage
 WHERE tenant_id = $1 AND use_time < $2 AND record_time < coalesce($3::timestamptz, 'infinity')
+  AND (NOT is_near OR record_time < $2::timestamptz + interval '1 day')
 """
 SELECT_SUMS = """
 SELECT span_start, meter, quantity::text AS quantity FROM metering.usage_sums($1, $2, $3, coalesce($4::timestamptz, 'infinity'), $5)
