@@ -13,7 +13,7 @@ KUSTOMIZE_VERSION := v5.7.1
 export PATH := $(CURDIR)/$(BIN):$(TOOLS):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run demo certs test test-all lint format types imports proto proto-check proto-breaking mutation bench k8s-check tools lock ci clean
+.PHONY: help install run demo certs test test-all lint format types imports proto proto-check proto-breaking mutation chaos bench k8s-check tools lock ci clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -81,6 +81,9 @@ proto-check: proto ## fail when the checked-in stubs differ from their contracts
 
 mutation: $(INSTALLED) ## take one wall down at a time and see that the isolation suite notices (about 20 s each)
 	@$(BIN)/python -m tests.isolation.mutation $(if $(ONLY),--only '$(ONLY)' --skip-unchanged)
+
+chaos: $(INSTALLED) ## kill a part of a loaded mesh every other second for DURATION (60) s, then compare all ledgers (SEED=…)
+	@exec $(BIN)/python -m tests.chaos --duration $(or $(DURATION),60) $(if $(SEED),--seed $(SEED))
 
 bench: $(INSTALLED) ## measure a call's overhead over the bare provider (one JSON object last)
 	@$(BIN)/python -m bench call_overhead

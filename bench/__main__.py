@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from bench import call_overhead, kernel_overhead, revocation, sealing, slices, tenants
+from bench import call_overhead, kernel_overhead, revocation, sealing, slices, tenants, usage_query, usage_writes
 from bench.ingest import run as ingest
 from bench.limits import run as limits
 
@@ -16,6 +16,8 @@ BENCHES: dict[str, Callable[[list[str]], None]] = {
     "tenants": tenants.main,
     "sealing": sealing.main,
     "slices": slices.main,
+    "usage_query": usage_query.main,
+    "usage_writes": usage_writes.main,
 }
 
 

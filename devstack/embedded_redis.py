@@ -45,6 +45,10 @@ class EmbeddedRedis:
         """Stops the server."""
         await self.process.stop()
 
+    def forget(self) -> None:
+        """Removes what a server that has ended left on disk: the next one begins empty."""
+        (self._data_dir / "appendonly.aof").unlink(missing_ok=True)
+
     def _write_config(self) -> None:
         # The password goes in by file: a command line can be read by every user of the machine.
         self._config.touch(mode=0o600)

@@ -131,6 +131,23 @@ class Stack:
         await process.start()
         await process.wait_ready(lambda: self._is_serving(name), timeout_seconds=SERVICE_READY_SECONDS)
 
+    async def start_again(self, name: str) -> None:
+        """Starts a part again after its death, with what it left on disk, and waits until it is ready.
+
+        Raises: ProcessFailedError when it dies first or does not become ready.
+        """
+        match name:
+            case "postgres":
+                await self.postgres.start()
+            case "redis":
+                await self.redis.start()
+            case "qdrant":
+                await self._start_listening("qdrant", self.ports.qdrant)
+            case "provider":
+                await self.start_provider()
+            case _:
+                await self.start_service(name)
+
     @property
     def client_leaf(self) -> LeafFiles | None:
         """What a product's back end shows to get a connection; None where there is no TLS."""

@@ -19,8 +19,9 @@ PREFIX = "TENANTRY_"
 # Bearers of services are for loopback; with TLS they would only be secrets to lose.
 LOOPBACK_ONLY = frozenset({"service_token", "peer_token_hashes"})
 MIGRATIONS_ONLY = frozenset({"postgres_admin_dsn", "key_store_admin_dsn", "silo_migration_dsn"})
-# A mesh is whole without sinks of events, and without front ends that ask for tenants.
-OPTIONAL = frozenset({"event_webhook_url", "event_webhook_secret", "smtp_url", "front_key_sha256"})
+# A mesh is whole without sinks of events, without front ends that ask for tenants, and without read replicas.
+READ_REPLICAS = frozenset({"postgres_read_dsn", "postgres_jobs_read_dsn"})
+OPTIONAL = READ_REPLICAS | {"event_webhook_url", "event_webhook_secret", "smtp_url", "front_key_sha256"}
 _REGISTERED = re.compile(r"mesh\.\w+\.v\d+\.\w+Service")
 _ALWAYS_REQUIRED = frozenset({"listen_address", "health_address", "tls_cert_file", "tls_key_file", "tls_ca_file"})
 _STREAM_LIMIT = re.compile(r"\w*call_deadline_seconds")
@@ -58,8 +59,8 @@ class Service:
 
     @property
     def dsn_fields(self) -> frozenset[str]:
-        """Its connection strings of Postgres, those of migrations included."""
-        return frozenset(field for field in self.fields if field.endswith("_dsn"))
+        """Its connection strings of Postgres, those of migrations included and those of read replicas not."""
+        return frozenset(field for field in self.fields if field.endswith("_dsn")) - READ_REPLICAS
 
     def required_fields(self) -> frozenset[str]:
         """Returns the settings a Deployment must give: every default of theirs is for one machine, or empty."""

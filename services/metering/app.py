@@ -21,6 +21,7 @@ from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import MigrationRefused, migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.metering.adapters.postgres_billing import PostgresBilling
 from services.metering.adapters.postgres_billing_plans import billing_plan_changes, load_billing_plans
@@ -34,7 +35,9 @@ from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPrices, load_price_book
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
+from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
 from services.metering.adapters.ratelimit_client import RemoteLimits
+from services.metering.adapters.tenant_calendars import TenantCalendars
 from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
 from services.metering.billing.desk import InvoiceDesk
 from services.metering.billing.monthly_job import MonthlyJob
@@ -56,6 +59,7 @@ from services.metering.servicers.prices import PriceServicer
 from services.metering.servicers.usage import UsageServicer
 from services.metering.settings import MeteringSettings
 from services.metering.tenant_proof import TenantProof
+from services.metering.usage_folder import UsageFolder
 
 log = structlog.get_logger(__name__)
 
@@ -90,20 +94,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
     async with AsyncExitStack() as stack:
         to_limits = _channel(stack, settings, settings.ratelimit_address, "ratelimit")
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
-        database = await TenantDatabase.open(
-            settings.postgres_dsn.get_secret_value(),
-            max_size=12,
-            application_name="metering",
-            transaction_pooling=settings.postgres_transaction_pooling,
-        )
-        stack.push_async_callback(database.close)
-        jobs = await JobsDatabase.open(
-            settings.postgres_jobs_dsn.get_secret_value(),
-            max_size=5,
-            application_name="metering-jobs",
-            transaction_pooling=settings.postgres_transaction_pooling,
-        )
-        stack.push_async_callback(jobs.close)
+        database, jobs = await _databases(stack, settings)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         feed = ChangeFeed(to_tenant)
@@ -113,7 +104,9 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         jobs_store = PostgresJobs(jobs)
         relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)
         sweeper = LeaseSweeper(jobs_store, relay, lease_seconds=settings.lease_seconds, sweep_seconds=settings.sweep_seconds)
-        ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, proves=TenantProof(verifier).proves)
+        ledger = Ledger(
+            PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, tier_of=TenantProof(verifier).tier_of
+        )
         # Closed before the loops: what its last batches end is still told.
         stack.push_async_callback(ledger.close)
         types = EventTypeCatalog(PostgresEventTypes(database, jobs))
@@ -124,7 +117,12 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         grace = timedelta(hours=settings.invoice_grace_hours)
         monthly = MonthlyJob(closings, desk, RemoteTenantPlans(to_tenant), grace=grace, poll_seconds=settings.invoice_poll_seconds)
         invoices: Registration = (add_InvoiceServiceServicer_to_server, InvoiceServicer(billing, desk), "mesh.metering.v1.InvoiceService")
-        servicers = [*_of_calls(ledger, catalog, database, jobs), _of_events(events, types), invoices]
+        usage = UsageServicer(
+            PostgresUsage(database),
+            await _usage_queries(stack, settings, database, jobs),
+            TenantCalendars(TenantConfigCache(to_tenant, feed=feed)),
+        )
+        servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
         background.start("outbox_deleter", relay.run_deleter)
@@ -132,15 +130,41 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         background.start("outbox_poller", relay.run_poller)
         background.start("lease_sweeper", sweeper.run)
         background.start("monthly_invoices", monthly.run)
+        background.start("usage_folder", UsageFolder(jobs_store, fold_seconds=settings.usage_fold_seconds).run)
         return MeteringApp(server, background, ledger, database, jobs, stack.pop_all())
 
 
-def _of_calls(ledger: Ledger, catalog: PriceCatalog, database: TenantDatabase, jobs: JobsDatabase) -> list[Registration]:
+async def _databases(stack: AsyncExitStack, settings: MeteringSettings) -> tuple[TenantDatabase, JobsDatabase]:
+    dsn, jobs_dsn = settings.postgres_dsn.get_secret_value(), settings.postgres_jobs_dsn.get_secret_value()
+    pooling = settings.postgres_transaction_pooling
+    database = await TenantDatabase.open(dsn, max_size=12, application_name="metering", transaction_pooling=pooling)
+    stack.push_async_callback(database.close)
+    jobs = await JobsDatabase.open(jobs_dsn, max_size=5, application_name="metering-jobs", transaction_pooling=pooling)
+    stack.push_async_callback(jobs.close)
+    return database, jobs
+
+
+async def _usage_queries(
+    stack: AsyncExitStack, settings: MeteringSettings, database: TenantDatabase, jobs: JobsDatabase
+) -> PostgresUsageQueries:
+    reading, reading_all, pooling = database, jobs, settings.postgres_transaction_pooling
+    if dsn := settings.postgres_read_dsn.get_secret_value():
+        reading = await TenantDatabase.open(dsn, max_size=6, application_name="metering-read", transaction_pooling=pooling)
+        stack.push_async_callback(reading.close)
+    if dsn := settings.postgres_jobs_read_dsn.get_secret_value():
+        reading_all = await JobsDatabase.open(dsn, max_size=2, application_name="metering-jobs-read", transaction_pooling=pooling)
+        stack.push_async_callback(reading_all.close)
+    return PostgresUsageQueries(database, reading, reading_all)
+
+
+def _of_calls(
+    ledger: Ledger, catalog: PriceCatalog, usage: UsageServicer, database: TenantDatabase, jobs: JobsDatabase
+) -> list[Registration]:
     records = PostgresTenantRecords(database, jobs)
     return [
         (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
         (add_PriceServiceServicer_to_server, PriceServicer(catalog), "mesh.metering.v1.PriceService"),
-        (add_UsageServiceServicer_to_server, UsageServicer(PostgresUsage(database)), "mesh.metering.v1.UsageService"),
+        (add_UsageServiceServicer_to_server, usage, "mesh.metering.v1.UsageService"),
         (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(records), "mesh.common.v1.TenantLifecycleService"),
     ]
 

@@ -3,9 +3,9 @@
 The numbers of the enumerations are those of the contract and of the database; a test holds them together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, Self
 
 
 class CallState(IntEnum):
@@ -102,7 +102,7 @@ class CallKey:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """An attempt to record before anything is sent. Times are microseconds since 1970, UTC."""
+    """An attempt to record before anything is sent. Times are microseconds since 1970, UTC; the tier is known once the tenant is proven."""
 
     tenant_id: bytes
     reservation_id: bytes
@@ -120,6 +120,11 @@ class Opening:
     feature: str
     user: str
     prompt_version: str
+    tier: str = ""
+
+    def in_tier(self, tier: str) -> Self:
+        """Returns the same attempt of a tenant in that tier."""
+        return replace(self, tier=tier)
 
 
 @dataclass(frozen=True, slots=True)

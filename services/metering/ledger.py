@@ -4,7 +4,7 @@ Refuses nothing by itself but unproven tenants: what may follow what is decided 
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 from uuid import UUID
 
 import structlog
@@ -57,6 +57,10 @@ class Proving(Protocol):
     @property
     def context_token(self) -> str:
         """What proves it."""
+        ...
+
+    def in_tier(self, tier: str) -> Self:
+        """Returns the same item of a tenant in that tier."""
         ...
 
 
@@ -121,12 +125,12 @@ class Ledger:
         prices: PriceCatalog,
         ends: EndSink,
         *,
-        proves: Callable[[str, bytes], Awaitable[bool]],
+        tier_of: Callable[[str, bytes], Awaitable[str | None]],
     ) -> None:
         self._store = store
         self._prices = prices
         self._ends = ends
-        self._proves = proves
+        self._tier_of = tier_of
         # What calls opened here are rated by, to settle them without asking first. Never stale: an opened call keeps its price.
         self._price_keys: dict[bytes, PriceKey] = {}
         self._opens = GroupCommit(store.open)
@@ -189,10 +193,14 @@ class Ledger:
             await commits.close()
 
     async def _of_the_proven(self, items: Sequence[I], commits: GroupCommit[I, O], otherwise: O) -> list[O]:
-        proven = [item for item in items if await self._proves(item.context_token, item.tenant_id)]
-        committed = await commits.submit(proven) if proven else []
-        answers = {id(item): result for item, result in zip(proven, committed, strict=True)}
-        return [answers.get(id(item), otherwise) for item in items]
+        proven: dict[int, I] = {}
+        for index, item in enumerate(items):
+            tier = await self._tier_of(item.context_token, item.tenant_id)
+            if tier is not None:
+                proven[index] = item.in_tier(tier)
+        committed = await commits.submit(list(proven.values())) if proven else []
+        answers = dict(zip(proven, committed, strict=True))
+        return [answers.get(index, otherwise) for index in range(len(items))]
 
     # The ends are handed on inside the group commits: a caller that went away meanwhile must not delay them.
 

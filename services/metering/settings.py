@@ -39,6 +39,13 @@ class MeteringSettings(ServiceSettings):
         description="Postgres, logging in as metering_partitions, for making and dropping months of events; empty: `migrate` makes them, "
         "two ahead, and none is dropped",
     )
+    postgres_read_dsn: SecretStr = Field(
+        default=SecretStr(""),
+        description="a read replica of the same database, logging in as metering_service, for `QueryUsage`; empty: the primary",
+    )
+    postgres_jobs_read_dsn: SecretStr = Field(
+        default=SecretStr(""), description="the same replica, logging in as metering_jobs, for `QueryUsageOfTenants`; empty: the primary"
+    )
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
     price_book_path: Path = Field(default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`")
     billing_plans_path: Path = Field(
@@ -50,5 +57,8 @@ class MeteringSettings(ServiceSettings):
     sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
     event_retention_days: int = Field(
         default=400, ge=62, description="how long a month is kept that has no events; one that has is kept for ever"
+    )
+    usage_fold_seconds: float = Field(
+        default=1.0, gt=0.0, description="pause between folds of changes into sums of use; answers have them all, folded or not"
     )
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")

@@ -10,10 +10,13 @@ class TenantProof:
     def __init__(self, verifier: ContextTokenVerifier) -> None:
         self._verifier = verifier
 
-    async def proves(self, context_token: str, tenant_id: bytes) -> bool:
-        """Tells whether the token is valid and of that tenant. Raises: Unavailable when the signing keys cannot be fetched."""
+    async def tier_of(self, context_token: str, tenant_id: bytes) -> str | None:
+        """Returns the plan tier of a valid token of that tenant, None for any other.
+
+        Raises: Unavailable when the signing keys cannot be fetched.
+        """
         try:
             context = await self._verifier.verify(context_token)
         except Unauthenticated:
-            return False
-        return context.tenant_id is not None and context.tenant_id.bytes == tenant_id
+            return None
+        return context.tier if context.tenant_id is not None and context.tenant_id.bytes == tenant_id else None

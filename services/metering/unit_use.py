@@ -1,7 +1,8 @@
 """Uses of the product's own units, as values. A use is settled from its beginning; its id stands where a call has its reservation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Self
 
 
 class RecordUnitsOutcome(IntEnum):
@@ -28,6 +29,11 @@ class UnitUse:
     quantity: int
     user: str
     feature: str
+    tier: str = ""
+
+    def in_tier(self, tier: str) -> Self:
+        """Returns the same use by a tenant in that tier."""
+        return replace(self, tier=tier)
 
 
 @dataclass(frozen=True, slots=True)

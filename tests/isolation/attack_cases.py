@@ -298,6 +298,13 @@ CASES: Mapping[str, Case] = {
     "/mesh.metering.v1.UsageService/GetUsageReport": _nothing,
     "/mesh.metering.v1.UsageService/ListCalls": lambda ids: {"page_size": 1000},
     "/mesh.metering.v1.UsageService/GetCall": lambda ids: {"call_id": ids.call_id},
+    # By every name there is: whose are told?
+    "/mesh.metering.v1.UsageService/QueryUsage": lambda ids: {"query": {"group_by": [2, 3, 4, 5, 6, 7, 8], "page_size": 1000}},
+    "/mesh.metering.v1.UsageService/QueryUsageOfTenants": lambda ids: {
+        "query": {"group_by": [1, 3, 4, 5, 6, 7, 8], "page_size": 1000},
+        "tenant_ids": [str(ids.tenant_id)],
+    },
+    "/mesh.metering.v1.UsageService/GetBalance": _nothing,
 }
 
 # Erasing is aimed at tenants made for it: every other attack must leave its tenants standing.

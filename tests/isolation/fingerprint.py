@@ -29,6 +29,7 @@ FROM (SELECT (to_jsonb(t) - 'last_use_time')::text AS r FROM {table} t WHERE ten
 AUDIT = frozenset({"tenant.audit", "tenant.audit_documents", "tenant.audit_chains"})
 UNSENT = """
 SELECT (SELECT count(*) FROM metering.outbox WHERE tenant_id = $1) + (SELECT count(*) FROM inference.audit_outbox WHERE tenant_id = $1)
+       + (SELECT count(*) FROM metering.usage_pending WHERE tenant_id = $1)
 """
 REST_SECONDS = 30.0
 COUNTERS = ("epoch", "outstanding")

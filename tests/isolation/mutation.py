@@ -26,6 +26,7 @@ from tests.isolation.mutations import MUTATIONS, Mutation
 from tests.isolation.placement_mutations import PLACEMENT_MUTATIONS
 from tests.isolation.store_mutations import STORE_MUTATIONS
 from tests.isolation.verdicts import REPORT_PATH, killer, read
+from tests.protocol.mutations import PROTOCOL_MUTATIONS
 
 ROOT = Path(__file__).parents[2]
 RUN_SECONDS = 600.0
@@ -201,7 +202,7 @@ def main() -> int:
     chosen = parser.parse_args()
     mutations = [
         mutation
-        for mutation in (*MUTATIONS, *STORE_MUTATIONS, *IDENTITY_MUTATIONS, *PLACEMENT_MUTATIONS)
+        for mutation in (*MUTATIONS, *STORE_MUTATIONS, *IDENTITY_MUTATIONS, *PLACEMENT_MUTATIONS, *PROTOCOL_MUTATIONS)
         if re.search(chosen.only, mutation.name)
     ]
     try:

@@ -322,8 +322,8 @@ _RIGHTS = (
     one(
         "calls are opened without proof of their tenant",
         "services/metering/tenant_proof.py",
-        "return context.tenant_id is not None and context.tenant_id.bytes == tenant_id",
-        "return context.tenant_id is not None",
+        "return context.tier if context.tenant_id is not None and context.tenant_id.bytes == tenant_id else None",
+        "return context.tier if context.tenant_id is not None else None",
         "tests/isolation/test_batches.py::test_a_batch_opens_only_what_its_own_token_proves",
     ),
     one(

@@ -28,6 +28,11 @@ TRANSIENT = {
         "INSERT INTO metering.outbox (tenant_id, reservation_id, kind, epoch, tokens, cost_nano_usd, due_time) "
         "VALUES ($1, uuidv7(), 2, 0, 0, 0, now() + interval '1 day')"
     ),
+    "metering.usage_pending": (
+        "INSERT INTO metering.usage_pending (tenant_id, sign, use_time, provider, model, feature, user_name, prompt_version, tier, "
+        "product_unit, state, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd, "
+        "quantity, first_token_ms, total_ms) VALUES ($1, 1, now(), '', '', '', '', '', '', 'planted', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)"
+    ),
     "inference.audit_outbox": (
         "INSERT INTO inference.audit_outbox (tenant_id, audit_id, action, call_id, occur_time, user_name, document_ids, detail, "
         "peer_address, context_token, due_time) "
@@ -55,6 +60,8 @@ TRANSIENT = {
     "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
     "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
 }
+# The lock that whoever folds takes: see metering.fold_usage.
+HOLD_FOLDS, LET_FOLDS_GO = "SELECT pg_advisory_lock(7405, 0)", "SELECT pg_advisory_unlock(7405, 0)"
 
 
 class Everywhere:
@@ -70,7 +77,8 @@ class Everywhere:
 
 @asynccontextmanager
 async def transient_rows(admin: asyncpg.Connection, planting: Mapping[str, str], tenant_ids: Sequence[UUID]) -> AsyncIterator[None]:
-    """Plants a row of each tenant in each of these tables and takes them away again."""
+    """Plants a row of each tenant in each of these tables and takes them away again; nobody folds the ledger's log of use meanwhile."""
+    await admin.execute(HOLD_FOLDS)
     try:
         for sql in planting.values():
             for tenant_id in tenant_ids:
@@ -81,6 +89,7 @@ async def transient_rows(admin: asyncpg.Connection, planting: Mapping[str, str],
         # The last first: tombstones keep nothing else from going.
         for table in reversed(list(planting)):
             await admin.execute(f"DELETE FROM {table} WHERE tenant_id = ANY($1)", list(tenant_ids))
+        await admin.execute(LET_FOLDS_GO)
 
 
 @asynccontextmanager

@@ -31,7 +31,8 @@ pytestmark = over(PLAIN)
 
 KEY = re.compile(rb"^\{([0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12})\}:[a-z_]+$")
 # What tenants took of a provider's account, in its slot: the one kind of key that names several.
-ACCOUNT_KEY = re.compile(rb"^\{acct:[a-z0-9][a-z0-9_.-]{0,99}\}:(members|active|lacking|totals)$")
+_ACCOUNT_KINDS = rb"members|active|claims|totals|calls|recent|request_turns|input_turns|output_turns|lines|fronts"
+ACCOUNT_KEY = re.compile(rb"^\{acct:[a-z0-9][a-z0-9_.-]{0,99}\}:(" + _ACCOUNT_KINDS + rb")$")
 ANY_TENANT = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 COLLECTION = re.compile(r"^t_([0-9a-f]{32})_v\d+$")
 # What a server does not implement it does for nobody.

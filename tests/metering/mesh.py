@@ -82,7 +82,8 @@ class Caller:
     def __init__(self, name: str, port: int) -> None:
         attributes = {"service_name": name, "__annotations__": {"service_name": ClassVar[str]}}
         settings = type(f"{name.title()}Settings", (ServiceSettings,), attributes)(service_token=TOKENS[name])
-        self.channel = MeshChannel(f"127.0.0.1:{port}", settings=settings, target_service="metering")
+        self.address = f"127.0.0.1:{port}"
+        self.channel = MeshChannel(self.address, settings=settings, target_service="metering")
         self.ledger = ledger_service_pb2_grpc.LedgerServiceStub(self.channel.channel)
         self.prices = price_service_pb2_grpc.PriceServiceStub(self.channel.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel.channel)

@@ -9,6 +9,7 @@ from uuid import UUID
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mesh.common.v1 import limit_rule_pb2 as rules_pb
 from mesh.common.v1.tenant_claims_pb2 import TenantClaims
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as limits_pb
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc as limits_grpc
@@ -16,6 +17,8 @@ from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
 from mesh.tenant.v1 import authentication_service_pb2_grpc as auth_grpc
 from mesh.tenant.v1 import plan_service_pb2 as plan_pb
 from mesh.tenant.v1 import plan_service_pb2_grpc as plan_grpc
+from mesh.tenant.v1 import tenant_service_pb2 as tenant_pb
+from mesh.tenant.v1 import tenant_service_pb2_grpc as tenant_grpc
 from services.kernel.context_token import SigningKey, mint
 
 DONE = limits_pb.COMMIT_OUTCOME_DONE
@@ -40,13 +43,14 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
         key: SigningKey | None = None,
         operator: bool = False,
         scopes: Sequence[str] = ("usage:read", "usage:write"),
+        tier: str = "",
     ) -> str:
         """A context token of the tenant or for it, signed by the published key unless told otherwise."""
         now = datetime.now(UTC)
         claims = TenantClaims(region="local", subject="key:test", scopes=scopes)
         if tenant_id is not None:
             claims.tenant_id = tenant_id.bytes
-            claims.tier = self.tiers.get(tenant_id, "free")
+            claims.tier = tier or self.tiers.get(tenant_id, "free")
         if operator:
             claims.operator = True
             claims.scopes[:] = ["usage:read", "operator:tenants"]
@@ -73,6 +77,18 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
         if tier is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such tenant")
         return plan_pb.GetTenantPlanResponse(plan=tier)
+
+
+class ScriptedConfigs(tenant_grpc.TenantServiceServicer):
+    """Answers every tenant's configuration: of no rule, in the time zone and with the anchor the test put."""
+
+    def __init__(self) -> None:
+        self.rules: dict[str, rules_pb.LimitRules] = {}
+
+    async def GetTenantConfig(self, request: tenant_pb.GetTenantConfigRequest, context: Any) -> tenant_pb.GetTenantConfigResponse:
+        tenant_id = dict(context.invocation_metadata())["x-tenant-id"]
+        rules = self.rules.get(tenant_id, rules_pb.LimitRules())
+        return tenant_pb.GetTenantConfigResponse(config=tenant_pb.TenantConfig(tenant_id=tenant_id, version=1, limit_rules=rules))
 
 
 class ScriptedLimits(limits_grpc.RateLimitServiceServicer):
@@ -112,6 +128,7 @@ class Peers:
     def __init__(self) -> None:
         self.tenants = ScriptedTenantService()
         self.limits = ScriptedLimits()
+        self.configs = ScriptedConfigs()
         self.port = 0
 
     async def start(self) -> None:
@@ -120,6 +137,7 @@ class Peers:
         auth_grpc.add_AuthenticationServiceServicer_to_server(self.tenants, self._server)
         plan_grpc.add_PlanServiceServicer_to_server(self.tenants, self._server)
         limits_grpc.add_RateLimitServiceServicer_to_server(self.limits, self._server)
+        tenant_grpc.add_TenantServiceServicer_to_server(self.configs, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
 

@@ -128,7 +128,8 @@ async def months(postgres: PostgresStore, peers: Peers) -> AsyncIterator[Months]
     await migrated(dsn, peers)
     owners = await JobsDatabase.open(dsn_of(dsn, "metering_partitions"), max_size=1)
     async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as admin:
-        mesh = await running_mesh(dsn, peers, admin)
+        # The service's own loop lets the old month be: it would drop it while it is empty.
+        mesh = await running_mesh(dsn, peers, admin, event_retention_days=10_000)
         store = PostgresEventMonths(owners, mesh.app.jobs)
         await store.make(OLD)
         yield Months(mesh, store)

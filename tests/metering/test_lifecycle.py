@@ -6,7 +6,8 @@ from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from tests.metering import events
 from tests.metering.billing import USD, close, ended, grant, recomputed, subscribe, use_units
-from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref
+from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref, unknown
+from tests.metering.usage import ALL_NAMES, MODEL, asking, fold, query
 
 
 async def export(mesh: Mesh, tenant: Tenant) -> list[tuple[str, dict[str, object]]]:
@@ -185,3 +186,50 @@ async def test_export_streams_every_event(mesh: Mesh) -> None:
     )
     assert {record["tenant_id"] for record in records} == {str(tenant.id)}
     assert sum(int(str(record["quantity"])) for record in records) == 1_199
+
+
+async def test_sums_of_an_erased_tenant_have_no_names_and_every_amount(mesh: Mesh) -> None:
+    """Whether folded or still in the log, users, features and prompts are gone from the sums; amounts and latencies are what they were."""
+    tenant, other = mesh.new_tenant(), mesh.new_tenant()
+    await mesh.settle(bill((await mesh.opened(other)).ref))
+    interrupted = [await mesh.opened(tenant, user=f"user-{number}") for number in range(4)]
+    await mesh.void(*[unknown(call.ref) for call in interrupted])
+    await mesh.record(mesh.use(tenant, quantity=5))
+    await mesh.settle(bill(interrupted[0].ref))
+    await fold(mesh)
+    await mesh.settle(bill(interrupted[1].ref))
+    asked = asking(MODEL, with_latencies=True)
+    before = list((await query(mesh, tenant, asked)).rows)
+    # Not folded yet when the names go.
+    await mesh.record(mesh.use(tenant, quantity=2))
+    await erase(mesh, tenant)
+    await mesh.settle(bill((await mesh.opened(tenant)).ref))
+    assert {(row.user, row.feature, row.prompt_version) for row in (await query(mesh, tenant, asking(*ALL_NAMES))).rows} == {("", "", "")}
+    after = list((await query(mesh, tenant, asked)).rows)
+    assert [(row.model, row.quantity, row.unresolved_count) for row in after] == [("", 7, 0), (before[1].model, 0, 2)]
+    assert (after[1].settled_count, after[1].total.count, after[1].cost.nano_usd) == (3, 3, 3 * 350_000)
+    await mesh.settle(bill(interrupted[2].ref), bill(interrupted[3].ref))
+    (_, calls) = (await query(mesh, tenant, asked)).rows
+    assert (calls.settled_count, calls.unresolved_count, calls.total.count) == (5, 0, 5)
+    for table in ("usage_pending", "usage_rollups", "usage_latencies"):
+        rows = await mesh.admin.fetch(f"SELECT to_jsonb(t) - 'pending_id' AS row FROM metering.{table} t WHERE tenant_id = $1", tenant.id)
+        assert not any(word in row["row"] for row in rows for word in ("user-", "chat", "hiring", "default@1"))
+    series = await mesh.admin.fetchval(
+        "SELECT count(*) FROM metering.usage_rollups WHERE tenant_id = $1 AND series IN "
+        "(SELECT series FROM metering.usage_rollups WHERE tenant_id = $2 AND user_name || feature <> '')",
+        tenant.id,
+        other.id,
+    )
+    assert series == 0, "a series that can be made of names again would tell them"
+
+
+async def test_an_erasure_moves_no_amount(mesh: Mesh) -> None:
+    """Blanking a million calls writes no change of use: rows of sums lose their names where they are, and none is added."""
+    tenant = mesh.new_tenant()
+    await mesh.settle(*[bill((await mesh.opened(tenant, user=f"user-{number}")).ref) for number in range(3)])
+    await fold(mesh)
+    counted = "SELECT count(*) FROM (SELECT tenant_id FROM metering.{} WHERE tenant_id = $1) t"
+    before = await mesh.admin.fetchval(counted.format("usage_rollups"), tenant.id)
+    await erase(mesh, tenant)
+    await fold(mesh)
+    assert await mesh.admin.fetchval(counted.format("usage_rollups"), tenant.id) == before

@@ -1,4 +1,4 @@
-"""The outbox and the leases of all tenants, as the jobs role."""
+"""The outbox, the leases and the sums of use of all tenants, as the jobs role."""
 
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -10,6 +10,7 @@ from services.metering.adapters.sorted_batch import type_uuid
 from services.metering.outbox import CallEnd, EndKind
 
 SWEEP = "SELECT tenant_id, reservation_id, epoch FROM metering.sweep_leases($1::integer)"
+FOLD_USAGE = "SELECT metering.fold_usage($1::integer)"
 DELETE_DONE = """
 DELETE FROM metering.outbox o USING unnest($1::uuid[], $2::uuid[], $3::smallint[]) AS d (tenant_id, reservation_id, kind)
 WHERE o.tenant_id = d.tenant_id AND o.reservation_id = d.reservation_id AND o.kind = d.kind
@@ -32,7 +33,7 @@ WHERE o.tenant_id = d.tenant_id AND o.reservation_id = d.reservation_id AND o.ki
 
 
 class PostgresJobs:
-    """What runs over all tenants: the lease sweep and the relay's table."""
+    """What runs over all tenants: the lease sweep, the relay's table and the sums of use."""
 
     def __init__(self, database: JobsDatabase) -> None:
         self._database = database
@@ -41,6 +42,11 @@ class PostgresJobs:
         """Leaves lapsed calls unresolved and returns their pins."""
         rows = await run_again(lambda: self._database.call(SWEEP, most))
         return [CallEnd(row["tenant_id"].bytes, row["reservation_id"].bytes, EndKind.PIN, row["epoch"]) for row in rows]
+
+    async def fold_usage(self, most: int) -> int:
+        """Folds changes of use into the sums and returns how many; 0 while another replica folds."""
+        folded: int = await run_again(lambda: self._database.fetch_value(FOLD_USAGE, most))
+        return folded
 
     async def delete(self, ends: Sequence[CallEnd]) -> None:
         """Removes ends that are done."""

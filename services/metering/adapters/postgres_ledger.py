@@ -36,14 +36,14 @@ log = structlog.get_logger(__name__)
 OPEN_CALLS = """
 SELECT item, outcome, state FROM metering.open_calls($1::uuid[], $2::integer[], $3::integer[], $4::uuid[], $5::uuid[], $6::smallint[],
     $7::bigint[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::text[], $13::text[], $14::text[], $15::text[], $16::text[],
-    $17::text[], $18::interval)
+    $17::text[], $18::text[], $19::interval)
 """
 EXTEND_CALLS = """
 SELECT item FROM metering.extend_calls($1::uuid[], $2::integer[], $3::integer[], $4::uuid[], $5::bigint[], $6::bigint[])
 """
 RECORD_UNITS = """
 SELECT item, outcome, told_epoch FROM metering.record_units($1::uuid[], $2::integer[], $3::integer[], $4::uuid[], $5::uuid[], $6::bigint[],
-    $7::bigint[], $8::text[], $9::bigint[], $10::text[], $11::text[])
+    $7::bigint[], $8::text[], $9::bigint[], $10::text[], $11::text[], $12::text[])
 """
 CALL_PRICES = "SELECT item, price_version, provider, model FROM metering.call_prices($1::uuid[], $2::integer[], $3::integer[], $4::uuid[])"
 SETTLE_CALLS = """
@@ -94,6 +94,7 @@ class PostgresLedger:
             column(lambda item: item.feature),
             column(lambda item: item.user),
             column(lambda item: item.prompt_version),
+            column(lambda item: item.tier),
             self._lease,
         )
         return _in_order(batch, rows, lambda row: Opened(OpenOutcome(row["outcome"]), CallState(row["state"])))
@@ -128,6 +129,7 @@ class PostgresLedger:
             column(lambda item: item.quantity),
             column(lambda item: item.user),
             column(lambda item: item.feature),
+            column(lambda item: item.tier),
         )
         return _in_order(batch, rows, lambda row: Recorded(RecordUnitsOutcome(row["outcome"]), row["told_epoch"]))
 

@@ -7,11 +7,12 @@ from uuid import UUID
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.tenant_scan import ScannedStore, scan_schema
-from services.metering.tenant_records import BILLING_TABLES, CALLS, CREDITS, ENTRIES, EVENTS, INVOICES, SUBSCRIPTIONS, UNITS
+from services.metering.tenant_records import BILLING_TABLES, CALLS, CREDITS, ENTRIES, EVENTS, INVOICES, SUBSCRIPTIONS, UNITS, USAGE
 
 CHUNK = 500
 _BEFORE_ALL = UUID(int=0)
-_BEFORE_ALL_EVENTS = (datetime(1970, 1, 1, tzinfo=UTC), _BEFORE_ALL)
+_BEFORE_ALL_TIMES = datetime(1970, 1, 1, tzinfo=UTC)
+_BEFORE_ALL_EVENTS = (_BEFORE_ALL_TIMES, _BEFORE_ALL)
 
 INSERT_EPOCH = "INSERT INTO metering.tenant_epochs (tenant_id, epoch) VALUES ($1, 0) ON CONFLICT DO NOTHING"
 # States, leases and outbox stay as they are: a call under way when its tenant is erased is still settled and told to the limits.
@@ -27,6 +28,8 @@ WITH chosen AS MATERIALIZED (
 )
 SELECT reservation_id FROM blanked ORDER BY reservation_id
 """
+# What is blanked changes no amount: see metering.count_calls.
+FORGET_UNCOUNTED = "SELECT set_config('metering.forgets_names', 'on', true)"
 # Exclusive against batches that open calls: what was opened before is blanked below, what is opened later is blanked by its trigger.
 BLANK_EVENTS = """
 WITH chosen AS MATERIALIZED (
@@ -56,6 +59,28 @@ SELECT source, id FROM blanked ORDER BY source, id
 """
 LOCK_TENANT = "SELECT pg_advisory_xact_lock(metering.tenant_lock($1))"
 INSERT_TOMBSTONE = "INSERT INTO metering.erased_tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+# Nobody folds meanwhile: what is in the log is blanked there, what is in the sums below.
+LOCK_SUMS = "SELECT pg_advisory_xact_lock(7405, 0)"
+PSEUDONYMISE_PENDING = """
+UPDATE metering.usage_pending SET user_name = '', feature = '', prompt_version = ''
+WHERE tenant_id = $1 AND (user_name <> '' OR feature <> '' OR prompt_version <> '')
+"""
+# A series is made of names and could be guessed: a blanked row, and the latencies that go with it, get one that is nobody's.
+PSEUDONYMISE_SUMS = """
+WITH chosen AS MATERIALIZED (
+    SELECT grain, start_time, series, gen_random_uuid() AS nobodys FROM metering.usage_rollups
+    WHERE tenant_id = $1 AND (grain, start_time, series) > ($2::smallint, $3::timestamptz, $4::uuid)
+      AND (user_name <> '' OR feature <> '' OR prompt_version <> '')
+    ORDER BY grain, start_time, series LIMIT $5
+), timed AS (
+    UPDATE metering.usage_latencies l SET series = c.nobodys
+    FROM chosen c WHERE c.grain = 2 AND l.tenant_id = $1 AND l.start_time = c.start_time AND l.series = c.series
+), blanked AS (
+    UPDATE metering.usage_rollups u SET user_name = '', feature = '', prompt_version = '', series = c.nobodys
+    FROM chosen c WHERE u.tenant_id = $1 AND u.grain = c.grain AND u.start_time = c.start_time AND u.series = c.series
+)
+SELECT grain, start_time, series FROM chosen ORDER BY grain, start_time, series
+"""
 # The books stay, with the id and without names; what is still under way ends in them.
 KEPT = frozenset(
     (
@@ -69,6 +94,7 @@ KEPT = frozenset(
         "events",
         "event_claims",
         *BILLING_TABLES,
+        *USAGE,
     ),
 )
 EXPORT_CALLS = """
@@ -159,7 +185,20 @@ class PostgresTenantRecords:
         counts = {CALLS: await self._blank_all(PSEUDONYMISE, tenant_id, _BEFORE_ALL)}
         counts[EVENTS] = await self._blank_all(BLANK_EVENTS, tenant_id, *_BEFORE_ALL_EVENTS)
         await self._blank_all(BLANK_DIGESTS, tenant_id, "", "")
+        await self._pseudonymise_sums(tenant_id)
         return counts
+
+    async def _pseudonymise_sums(self, tenant_id: TenantId) -> None:
+        position: tuple[int, datetime, UUID] = (0, _BEFORE_ALL_TIMES, _BEFORE_ALL)
+        while True:
+            async with self._database.transaction(tenant_id) as connection:
+                await connection.execute(LOCK_SUMS)
+                # In each step: what was under way when the calls were blanked may have written names behind it.
+                await connection.execute(PSEUDONYMISE_PENDING, tenant_id)
+                rows = await connection.fetch(PSEUDONYMISE_SUMS, tenant_id, *position, CHUNK)
+            if len(rows) < CHUNK:
+                return
+            position = (rows[-1]["grain"], rows[-1]["start_time"], rows[-1]["series"])
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
         """Counts what holds the tenant's id or one of the strings; the jobs role sees the books of every tenant."""
@@ -183,6 +222,7 @@ class PostgresTenantRecords:
         blanked = 0
         while True:
             async with self._database.transaction(tenant_id) as connection:
+                await connection.execute(FORGET_UNCOUNTED)
                 rows = await connection.fetch(sql, tenant_id, *position, CHUNK)
             blanked += len(rows)
             if len(rows) < CHUNK:

@@ -1,6 +1,12 @@
-"""mesh.metering.v1.UsageService: what the call's own tenant used."""
+"""mesh.metering.v1.UsageService: what the call's own tenant used; for operators, what tenants did."""
 
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from uuid import UUID
+
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import usage_service_pb2 as pb
@@ -8,19 +14,24 @@ from mesh.metering.v1 import usage_service_pb2_grpc
 from services.kernel.errors import InvalidRequest, NotFound
 from services.kernel.ids import parse_uuid
 from services.kernel.paging import cut_page, page_size
-from services.kernel.request_context import current_tenant_id
+from services.kernel.request_context import current_tenant, current_tenant_id
 from services.kernel.timestamps import parse_timestamp, to_timestamp
 from services.metering.call import CallState
 from services.metering.call_record import CallRecord, UsageStore, page_position, page_token
+from services.metering.servicers import usage_query_messages as messages
 from services.metering.servicers.ledger_messages import state, usage_message
+from services.metering.usage_calendar import Calendars, TenantCalendar, cycle, zone_of
+from services.metering.usage_query import GroupUse, RowPosition, UsageQueries, UsageQuery
 from services.metering.usage_report import UsageLine, build_report
 
 
 class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
-    """Reads the ledger for one tenant."""
+    """Reads the ledger for one tenant, and sums of use for operators."""
 
-    def __init__(self, store: UsageStore) -> None:
+    def __init__(self, store: UsageStore, queries: UsageQueries, calendars: Calendars) -> None:
         self._store = store
+        self._queries = queries
+        self._calendars = calendars
 
     async def GetUsageReport(self, request: pb.GetUsageReportRequest, context: object) -> pb.GetUsageReportResponse:
         """Sums a period."""
@@ -56,6 +67,70 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         if not attempts:
             raise NotFound("call")
         return pb.GetCallResponse(attempts=[_record(call) for call in attempts])
+
+    async def QueryUsage(self, request: pb.QueryUsageRequest, context: object) -> pb.QueryUsageResponse:
+        """Adds up the tenant's use."""
+        asked, tenant_id = request.query, current_tenant_id()
+        if pb.USAGE_DIMENSION_TENANT in asked.group_by:
+            raise InvalidRequest("query.group_by", "a tenant's use has no TENANT dimension: it is all of one tenant")
+        calendar = _calendar(asked.time_zone) if asked.time_zone else await self._calendars.of(current_tenant())
+        found = await _answered(asked, str(tenant_id), calendar, partial(self._queries.of_tenant, tenant_id))
+        return pb.QueryUsageResponse(
+            start_time=found.start_time,
+            end_time=found.end_time,
+            time_zone=calendar.zone_name or "UTC",
+            rows=found.rows,
+            next_page_token=found.next_page_token,
+        )
+
+    async def QueryUsageOfTenants(self, request: pb.QueryUsageOfTenantsRequest, context: object) -> pb.QueryUsageOfTenantsResponse:
+        """Adds up tenants' use, for operators."""
+        asked, named = request.query, current_tenant().tenant_id
+        if pb.USAGE_DIMENSION_USER in asked.group_by or asked.filter.users:
+            raise InvalidRequest("query.group_by", "users are told to whom acts for their tenant: ask QueryUsage, naming the tenant")
+        tenant_ids = {parse_uuid(text, f"tenant_ids[{index}]") for index, text in enumerate(request.tenant_ids)}
+        wanted = sorted(tenant_ids) if named is None else [named]
+        calendar = _calendar(asked.time_zone)
+        found = await _answered(asked, ",".join(map(str, wanted)), calendar, partial(self._queries.of_tenants, wanted))
+        return pb.QueryUsageOfTenantsResponse(
+            start_time=found.start_time,
+            end_time=found.end_time,
+            time_zone=calendar.zone_name or "UTC",
+            rows=found.rows,
+            next_page_token=found.next_page_token,
+        )
+
+    async def GetBalance(self, request: pb.GetBalanceRequest, context: object) -> pb.GetBalanceResponse:
+        """Returns what was used of the current cycle."""
+        calendar = await self._calendars.of(current_tenant())
+        start, end = cycle(datetime.now(UTC), calendar.zone, calendar.anchor_day)
+        return messages.balance_response(start, end, await self._queries.balance(current_tenant_id(), start, end))
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    start_time: Timestamp
+    end_time: Timestamp
+    rows: Sequence[pb.UsageRow]
+    next_page_token: str
+
+
+async def _answered(
+    asked: pb.UsageQuery,
+    whose: str,
+    calendar: TenantCalendar,
+    find: Callable[[UsageQuery, RowPosition | None, int], Awaitable[Sequence[GroupUse]]],
+) -> _Answered:
+    listing = messages.listing_of(whose, asked)
+    page = messages.page_of(asked, listing, calendar, datetime.now(UTC))
+    query, size = messages.usage_query(asked, page, calendar), page_size(asked.page_size)
+    found = await find(query, page.after, size + 1)
+    groups, following = cut_page(found, size, lambda last: messages.page_token(listing, page, last))
+    return _Answered(to_timestamp(page.start), to_timestamp(page.end), messages.usage_rows(query, groups), following)
+
+
+def _calendar(zone_name: str) -> TenantCalendar:
+    return TenantCalendar(zone_name, zone_of(zone_name, "query.time_zone"), 1)
 
 
 def _states(request: pb.ListCallsRequest) -> list[CallState]:

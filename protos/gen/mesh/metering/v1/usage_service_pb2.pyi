@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mesh.common.v1 import money_pb2 as _money_pb2
 from mesh.metering.v1 import ledger_service_pb2 as _ledger_service_pb2
 import builtins as _builtins
@@ -20,6 +21,759 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _UsageDimension:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UsageDimensionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageDimension.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USAGE_DIMENSION_UNSPECIFIED: _UsageDimension.ValueType  # 0
+    """None; refused."""
+    USAGE_DIMENSION_TENANT: _UsageDimension.ValueType  # 1
+    """The tenant; in QueryUsageOfTenants alone."""
+    USAGE_DIMENSION_USER: _UsageDimension.ValueType  # 2
+    """The tenant's user; empty when not told. In QueryUsage alone."""
+    USAGE_DIMENSION_FEATURE: _UsageDimension.ValueType  # 3
+    """The product feature; empty when not told."""
+    USAGE_DIMENSION_MODEL: _UsageDimension.ValueType  # 4
+    """The model; empty of product units."""
+    USAGE_DIMENSION_PROMPT_VERSION: _UsageDimension.ValueType  # 5
+    """The prompt version, such as "default@3"."""
+    USAGE_DIMENSION_PROVIDER: _UsageDimension.ValueType  # 6
+    """The provider; empty of product units."""
+    USAGE_DIMENSION_TIER: _UsageDimension.ValueType  # 7
+    """The plan tier at the time of the call; empty where it was not recorded."""
+    USAGE_DIMENSION_PRODUCT_UNIT: _UsageDimension.ValueType  # 8
+    """The product's unit; empty of calls."""
+
+class UsageDimension(_UsageDimension, metaclass=_UsageDimensionEnumTypeWrapper):
+    """What use is told apart by."""
+
+USAGE_DIMENSION_UNSPECIFIED: UsageDimension.ValueType  # 0
+"""None; refused."""
+USAGE_DIMENSION_TENANT: UsageDimension.ValueType  # 1
+"""The tenant; in QueryUsageOfTenants alone."""
+USAGE_DIMENSION_USER: UsageDimension.ValueType  # 2
+"""The tenant's user; empty when not told. In QueryUsage alone."""
+USAGE_DIMENSION_FEATURE: UsageDimension.ValueType  # 3
+"""The product feature; empty when not told."""
+USAGE_DIMENSION_MODEL: UsageDimension.ValueType  # 4
+"""The model; empty of product units."""
+USAGE_DIMENSION_PROMPT_VERSION: UsageDimension.ValueType  # 5
+"""The prompt version, such as "default@3"."""
+USAGE_DIMENSION_PROVIDER: UsageDimension.ValueType  # 6
+"""The provider; empty of product units."""
+USAGE_DIMENSION_TIER: UsageDimension.ValueType  # 7
+"""The plan tier at the time of the call; empty where it was not recorded."""
+USAGE_DIMENSION_PRODUCT_UNIT: UsageDimension.ValueType  # 8
+"""The product's unit; empty of calls."""
+Global___UsageDimension: _TypeAlias = UsageDimension  # noqa: Y015
+
+class _UsageBucket:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UsageBucketEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageBucket.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USAGE_BUCKET_UNSPECIFIED: _UsageBucket.ValueType  # 0
+    """Not at all: the whole period is one."""
+    USAGE_BUCKET_HOUR: _UsageBucket.ValueType  # 1
+    """Hours of the clock in the time zone. A period of at most 32 days."""
+    USAGE_BUCKET_DAY: _UsageBucket.ValueType  # 2
+    """Days in the time zone."""
+    USAGE_BUCKET_MONTH: _UsageBucket.ValueType  # 3
+    """Calendar months in the time zone."""
+
+class UsageBucket(_UsageBucket, metaclass=_UsageBucketEnumTypeWrapper):
+    """How time is cut."""
+
+USAGE_BUCKET_UNSPECIFIED: UsageBucket.ValueType  # 0
+"""Not at all: the whole period is one."""
+USAGE_BUCKET_HOUR: UsageBucket.ValueType  # 1
+"""Hours of the clock in the time zone. A period of at most 32 days."""
+USAGE_BUCKET_DAY: UsageBucket.ValueType  # 2
+"""Days in the time zone."""
+USAGE_BUCKET_MONTH: UsageBucket.ValueType  # 3
+"""Calendar months in the time zone."""
+Global___UsageBucket: _TypeAlias = UsageBucket  # noqa: Y015
+
+class _UsageMeasure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UsageMeasureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageMeasure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USAGE_MEASURE_UNSPECIFIED: _UsageMeasure.ValueType  # 0
+    """By bucket, and within one by the names."""
+    USAGE_MEASURE_COST: _UsageMeasure.ValueType  # 1
+    """By cost."""
+    USAGE_MEASURE_SETTLED: _UsageMeasure.ValueType  # 2
+    """By settled attempts."""
+    USAGE_MEASURE_FAILED: _UsageMeasure.ValueType  # 3
+    """By attempts that ended without an answer that was settled: void, unresolved and reconciled ones."""
+    USAGE_MEASURE_FAILED_SHARE: _UsageMeasure.ValueType  # 4
+    """By the share of these among all attempts that ended."""
+    USAGE_MEASURE_RETRIES: _UsageMeasure.ValueType  # 5
+    """By further attempts."""
+    USAGE_MEASURE_RETRY_SHARE: _UsageMeasure.ValueType  # 6
+    """By the share of further attempts among all that ended."""
+    USAGE_MEASURE_TOKENS: _UsageMeasure.ValueType  # 7
+    """By tokens of all classes."""
+    USAGE_MEASURE_CACHE_HIT_SHARE: _UsageMeasure.ValueType  # 8
+    """By the share of input that was read from the provider's cache."""
+    USAGE_MEASURE_QUANTITY: _UsageMeasure.ValueType  # 9
+    """By product units."""
+    USAGE_MEASURE_FIRST_TOKEN_P95: _UsageMeasure.ValueType  # 10
+    """By the 95th percentile of the time to the first token."""
+    USAGE_MEASURE_TOTAL_P95: _UsageMeasure.ValueType  # 11
+    """By the 95th percentile of the time to the end."""
+
+class UsageMeasure(_UsageMeasure, metaclass=_UsageMeasureEnumTypeWrapper):
+    """What rows are ordered by."""
+
+USAGE_MEASURE_UNSPECIFIED: UsageMeasure.ValueType  # 0
+"""By bucket, and within one by the names."""
+USAGE_MEASURE_COST: UsageMeasure.ValueType  # 1
+"""By cost."""
+USAGE_MEASURE_SETTLED: UsageMeasure.ValueType  # 2
+"""By settled attempts."""
+USAGE_MEASURE_FAILED: UsageMeasure.ValueType  # 3
+"""By attempts that ended without an answer that was settled: void, unresolved and reconciled ones."""
+USAGE_MEASURE_FAILED_SHARE: UsageMeasure.ValueType  # 4
+"""By the share of these among all attempts that ended."""
+USAGE_MEASURE_RETRIES: UsageMeasure.ValueType  # 5
+"""By further attempts."""
+USAGE_MEASURE_RETRY_SHARE: UsageMeasure.ValueType  # 6
+"""By the share of further attempts among all that ended."""
+USAGE_MEASURE_TOKENS: UsageMeasure.ValueType  # 7
+"""By tokens of all classes."""
+USAGE_MEASURE_CACHE_HIT_SHARE: UsageMeasure.ValueType  # 8
+"""By the share of input that was read from the provider's cache."""
+USAGE_MEASURE_QUANTITY: UsageMeasure.ValueType  # 9
+"""By product units."""
+USAGE_MEASURE_FIRST_TOKEN_P95: UsageMeasure.ValueType  # 10
+"""By the 95th percentile of the time to the first token."""
+USAGE_MEASURE_TOTAL_P95: UsageMeasure.ValueType  # 11
+"""By the 95th percentile of the time to the end."""
+Global___UsageMeasure: _TypeAlias = UsageMeasure  # noqa: Y015
+
+@_typing.final
+class UsageFilter(_message.Message):
+    """What is counted at all. Within a list any of the names will do; every list that is not empty must hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USERS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    PROMPT_VERSIONS_FIELD_NUMBER: _builtins.int
+    PROVIDERS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    PRODUCT_UNITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Users; in QueryUsage alone."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Features."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models."""
+
+    @_builtins.property
+    def prompt_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Prompt versions."""
+
+    @_builtins.property
+    def providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Providers."""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tiers."""
+
+    @_builtins.property
+    def product_units(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Product units; an empty one stands for calls."""
+
+    def __init__(
+        self,
+        *,
+        users: _abc.Iterable[_builtins.str] | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+        prompt_versions: _abc.Iterable[_builtins.str] | None = ...,
+        providers: _abc.Iterable[_builtins.str] | None = ...,
+        tiers: _abc.Iterable[_builtins.str] | None = ...,
+        product_units: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "models", b"models", "product_units", b"product_units", "prompt_versions", b"prompt_versions", "providers", b"providers", "tiers", b"tiers", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageFilter: _TypeAlias = UsageFilter  # noqa: Y015
+
+@_typing.final
+class UsageQuery(_message.Message):
+    """What is asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    GROUP_BY_FIELD_NUMBER: _builtins.int
+    BUCKET_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    ASCENDING_FIELD_NUMBER: _builtins.int
+    WITH_LATENCIES_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    bucket: Global___UsageBucket.ValueType
+    """How time is cut; the first and last bucket may be cut short by the period."""
+    time_zone: _builtins.str
+    """An IANA name such as "Europe/Berlin". Default: the tenant's own; for operators UTC."""
+    order_by: Global___UsageMeasure.ValueType
+    """What rows are ordered by, highest first unless `ascending`; rows alike in it by bucket and names."""
+    ascending: _builtins.bool
+    """Lowest first. Without `order_by` the order is by time, oldest first, whatever this says."""
+    with_latencies: _builtins.bool
+    """Whether latencies are told: they are read apart. Ordering by one tells them too."""
+    page_size: _builtins.int
+    """At most this many rows: 1–1000, default 100."""
+    page_token: _builtins.str
+    """Where to go on: `next_page_token` of the answer before, to the same query; empty for the first page. The period stays that of the first
+    page; what is used meanwhile may move rows from one page to another.
+    """
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """From this moment, inclusive; default: the start of the current month in the time zone."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """To this moment, exclusive; default: the end of the current day, UTC. At most 400 days after `start_time`."""
+
+    @_builtins.property
+    def group_by(self) -> _containers.RepeatedScalarFieldContainer[Global___UsageDimension.ValueType]:
+        """What rows are told apart by; empty: one row a bucket."""
+
+    @_builtins.property
+    def filter(self) -> Global___UsageFilter:
+        """What is counted; absent: everything."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        group_by: _abc.Iterable[Global___UsageDimension.ValueType] | None = ...,
+        bucket: Global___UsageBucket.ValueType = ...,
+        time_zone: _builtins.str = ...,
+        filter: Global___UsageFilter | None = ...,
+        order_by: Global___UsageMeasure.ValueType = ...,
+        ascending: _builtins.bool = ...,
+        with_latencies: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "filter", b"filter", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ascending", b"ascending", "bucket", b"bucket", "end_time", b"end_time", "filter", b"filter", "group_by", b"group_by", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "start_time", b"start_time", "time_zone", b"time_zone", "with_latencies", b"with_latencies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageQuery: _TypeAlias = UsageQuery  # noqa: Y015
+
+@_typing.final
+class QueryUsageRequest(_message.Message):
+    """Asks about the call's tenant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def query(self) -> Global___UsageQuery:
+        """What."""
+
+    def __init__(
+        self,
+        *,
+        query: Global___UsageQuery | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryUsageRequest: _TypeAlias = QueryUsageRequest  # noqa: Y015
+
+@_typing.final
+class QueryUsageResponse(_message.Message):
+    """What the tenant used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    time_zone: _builtins.str
+    """The time zone that buckets are cut in."""
+    next_page_token: _builtins.str
+    """For the next page; empty at the end."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """The period's start, inclusive."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """The period's end, exclusive."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRow]:
+        """In the order asked for. Groups that used nothing have no row."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        time_zone: _builtins.str = ...,
+        rows: _abc.Iterable[Global___UsageRow] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "next_page_token", b"next_page_token", "rows", b"rows", "start_time", b"start_time", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryUsageResponse: _TypeAlias = QueryUsageResponse  # noqa: Y015
+
+@_typing.final
+class QueryUsageOfTenantsRequest(_message.Message):
+    """Asks about tenants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    TENANT_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def query(self) -> Global___UsageQuery:
+        """What."""
+
+    @_builtins.property
+    def tenant_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these tenants, 36 characters each; empty: all. Where `x-tenant-id` names one, it is the only one."""
+
+    def __init__(
+        self,
+        *,
+        query: Global___UsageQuery | None = ...,
+        tenant_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "tenant_ids", b"tenant_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryUsageOfTenantsRequest: _TypeAlias = QueryUsageOfTenantsRequest  # noqa: Y015
+
+@_typing.final
+class QueryUsageOfTenantsResponse(_message.Message):
+    """What tenants used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    time_zone: _builtins.str
+    """The time zone that buckets are cut in."""
+    next_page_token: _builtins.str
+    """For the next page; empty at the end."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """The period's start, inclusive."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """The period's end, exclusive."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRow]:
+        """In the order asked for."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        time_zone: _builtins.str = ...,
+        rows: _abc.Iterable[Global___UsageRow] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "next_page_token", b"next_page_token", "rows", b"rows", "start_time", b"start_time", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryUsageOfTenantsResponse: _TypeAlias = QueryUsageOfTenantsResponse  # noqa: Y015
+
+@_typing.final
+class UsageRow(_message.Message):
+    """One group in one bucket. Names of dimensions that were not asked for are empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUCKET_START_TIME_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROMPT_VERSION_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    PRODUCT_UNIT_FIELD_NUMBER: _builtins.int
+    SETTLED_COUNT_FIELD_NUMBER: _builtins.int
+    VOID_COUNT_FIELD_NUMBER: _builtins.int
+    UNRESOLVED_COUNT_FIELD_NUMBER: _builtins.int
+    RECONCILED_COUNT_FIELD_NUMBER: _builtins.int
+    RETRY_COUNT_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    CACHE_HIT_SHARE_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """The tenant, 36 characters."""
+    user: _builtins.str
+    """The user."""
+    feature: _builtins.str
+    """The feature."""
+    model: _builtins.str
+    """The model."""
+    prompt_version: _builtins.str
+    """The prompt version."""
+    provider: _builtins.str
+    """The provider."""
+    tier: _builtins.str
+    """The tier."""
+    product_unit: _builtins.str
+    """The product's unit."""
+    settled_count: _builtins.int
+    """How many attempts were settled."""
+    void_count: _builtins.int
+    """How many ended unbilled."""
+    unresolved_count: _builtins.int
+    """How many are unresolved now."""
+    reconciled_count: _builtins.int
+    """How many were reconciled."""
+    retry_count: _builtins.int
+    """How many of all these were further attempts at the provider."""
+    quantity: _builtins.int
+    """Product units; added up over different ones where rows do not tell them apart."""
+    cache_hit_share: _builtins.float
+    """The share of input that was read from the provider's cache: 0–1; 0 without input."""
+    @_builtins.property
+    def bucket_start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the bucket begins; the period's start for the first one."""
+
+    @_builtins.property
+    def failures(self) -> Global___UsageFailures:
+        """Why void and unresolved attempts ended as they did."""
+
+    @_builtins.property
+    def tokens(self) -> Global___UsageTokens:
+        """Tokens by class, of settled and reconciled attempts."""
+
+    @_builtins.property
+    def cost(self) -> _money_pb2.NanoUsd:
+        """Their exact cost."""
+
+    @_builtins.property
+    def first_token(self) -> Global___UsageLatency:
+        """From dispatch to the first token, of settled attempts; absent when not asked for or not known."""
+
+    @_builtins.property
+    def total(self) -> Global___UsageLatency:
+        """From dispatch to the end, of settled attempts; absent when not asked for or not known."""
+
+    def __init__(
+        self,
+        *,
+        bucket_start_time: _timestamp_pb2.Timestamp | None = ...,
+        tenant_id: _builtins.str = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        model: _builtins.str = ...,
+        prompt_version: _builtins.str = ...,
+        provider: _builtins.str = ...,
+        tier: _builtins.str = ...,
+        product_unit: _builtins.str = ...,
+        settled_count: _builtins.int = ...,
+        void_count: _builtins.int = ...,
+        unresolved_count: _builtins.int = ...,
+        reconciled_count: _builtins.int = ...,
+        retry_count: _builtins.int = ...,
+        failures: Global___UsageFailures | None = ...,
+        tokens: Global___UsageTokens | None = ...,
+        cost: _money_pb2.NanoUsd | None = ...,
+        quantity: _builtins.int = ...,
+        cache_hit_share: _builtins.float = ...,
+        first_token: Global___UsageLatency | None = ...,
+        total: Global___UsageLatency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bucket_start_time", b"bucket_start_time", "cost", b"cost", "failures", b"failures", "first_token", b"first_token", "tokens", b"tokens", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_start_time", b"bucket_start_time", "cache_hit_share", b"cache_hit_share", "cost", b"cost", "failures", b"failures", "feature", b"feature", "first_token", b"first_token", "model", b"model", "product_unit", b"product_unit", "prompt_version", b"prompt_version", "provider", b"provider", "quantity", b"quantity", "reconciled_count", b"reconciled_count", "retry_count", b"retry_count", "settled_count", b"settled_count", "tenant_id", b"tenant_id", "tier", b"tier", "tokens", b"tokens", "total", b"total", "unresolved_count", b"unresolved_count", "user", b"user", "void_count", b"void_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageRow: _TypeAlias = UsageRow  # noqa: Y015
+
+@_typing.final
+class UsageFailures(_message.Message):
+    """Attempts by why they ended without a bill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUSED_COUNT_FIELD_NUMBER: _builtins.int
+    OVERLOADED_COUNT_FIELD_NUMBER: _builtins.int
+    PROVIDER_FAILED_COUNT_FIELD_NUMBER: _builtins.int
+    CANCELLED_COUNT_FIELD_NUMBER: _builtins.int
+    DEADLINE_COUNT_FIELD_NUMBER: _builtins.int
+    LOST_COUNT_FIELD_NUMBER: _builtins.int
+    OTHER_COUNT_FIELD_NUMBER: _builtins.int
+    refused_count: _builtins.int
+    """The provider refused the request, or its key."""
+    overloaded_count: _builtins.int
+    """The provider was overloaded or limits."""
+    provider_failed_count: _builtins.int
+    """The provider failed, broke off or was not reached."""
+    cancelled_count: _builtins.int
+    """The caller cancelled."""
+    deadline_count: _builtins.int
+    """The deadline passed."""
+    lost_count: _builtins.int
+    """Whoever made the call was lost."""
+    other_count: _builtins.int
+    """Anything else, such as a refusal of the mesh itself."""
+    def __init__(
+        self,
+        *,
+        refused_count: _builtins.int = ...,
+        overloaded_count: _builtins.int = ...,
+        provider_failed_count: _builtins.int = ...,
+        cancelled_count: _builtins.int = ...,
+        deadline_count: _builtins.int = ...,
+        lost_count: _builtins.int = ...,
+        other_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled_count", b"cancelled_count", "deadline_count", b"deadline_count", "lost_count", b"lost_count", "other_count", b"other_count", "overloaded_count", b"overloaded_count", "provider_failed_count", b"provider_failed_count", "refused_count", b"refused_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageFailures: _TypeAlias = UsageFailures  # noqa: Y015
+
+@_typing.final
+class UsageTokens(_message.Message):
+    """Sums of tokens by class."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_READ_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_WRITE_5M_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_WRITE_1H_TOKENS_FIELD_NUMBER: _builtins.int
+    input_tokens: _builtins.int
+    """Input that was neither read from nor written to the provider's cache."""
+    output_tokens: _builtins.int
+    """Output."""
+    cache_read_tokens: _builtins.int
+    """Input read from the provider's cache."""
+    cache_write_5m_tokens: _builtins.int
+    """Input written to it for 5 minutes."""
+    cache_write_1h_tokens: _builtins.int
+    """Input written to it for 1 hour."""
+    def __init__(
+        self,
+        *,
+        input_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        cache_read_tokens: _builtins.int = ...,
+        cache_write_5m_tokens: _builtins.int = ...,
+        cache_write_1h_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_read_tokens", b"cache_read_tokens", "cache_write_1h_tokens", b"cache_write_1h_tokens", "cache_write_5m_tokens", b"cache_write_5m_tokens", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageTokens: _TypeAlias = UsageTokens  # noqa: Y015
+
+@_typing.final
+class UsageLatency(_message.Message):
+    """Percentiles in milliseconds, each within 5 % of the true one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    P50_MS_FIELD_NUMBER: _builtins.int
+    P95_MS_FIELD_NUMBER: _builtins.int
+    P99_MS_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Of how many attempts."""
+    p50_ms: _builtins.float
+    """Half of them took at most this."""
+    p95_ms: _builtins.float
+    """95 % did."""
+    p99_ms: _builtins.float
+    """99 % did."""
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        p50_ms: _builtins.float = ...,
+        p95_ms: _builtins.float = ...,
+        p99_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "p50_ms", b"p50_ms", "p95_ms", b"p95_ms", "p99_ms", b"p99_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageLatency: _TypeAlias = UsageLatency  # noqa: Y015
+
+@_typing.final
+class GetBalanceRequest(_message.Message):
+    """Asks for the call's tenant's current cycle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBalanceRequest: _TypeAlias = GetBalanceRequest  # noqa: Y015
+
+@_typing.final
+class GetBalanceResponse(_message.Message):
+    """What was used of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    READ_TIME_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    SETTLED_COUNT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    OUTSTANDING_COUNT_FIELD_NUMBER: _builtins.int
+    OUTSTANDING_BOUND_FIELD_NUMBER: _builtins.int
+    settled_count: _builtins.int
+    """How many they are."""
+    outstanding_count: _builtins.int
+    """How many attempts are open or unresolved, of whatever cycle."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the billing cycle began, inclusive: a calendar month in the tenant's time zone, unless it has an anchor of its own."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends, exclusive."""
+
+    @_builtins.property
+    def read_time(self) -> _timestamp_pb2.Timestamp:
+        """The moment this is of."""
+
+    @_builtins.property
+    def cost(self) -> _money_pb2.NanoUsd:
+        """What settled and reconciled attempts cost."""
+
+    @_builtins.property
+    def tokens(self) -> Global___UsageTokens:
+        """Their tokens by class."""
+
+    @_builtins.property
+    def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitBalance]:
+        """Product units used, by unit, by name."""
+
+    @_builtins.property
+    def outstanding_bound(self) -> _money_pb2.NanoUsd:
+        """The most they may still cost."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        read_time: _timestamp_pb2.Timestamp | None = ...,
+        cost: _money_pb2.NanoUsd | None = ...,
+        settled_count: _builtins.int = ...,
+        tokens: Global___UsageTokens | None = ...,
+        units: _abc.Iterable[Global___UnitBalance] | None = ...,
+        outstanding_count: _builtins.int = ...,
+        outstanding_bound: _money_pb2.NanoUsd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "end_time", b"end_time", "outstanding_bound", b"outstanding_bound", "read_time", b"read_time", "start_time", b"start_time", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "end_time", b"end_time", "outstanding_bound", b"outstanding_bound", "outstanding_count", b"outstanding_count", "read_time", b"read_time", "settled_count", b"settled_count", "start_time", b"start_time", "tokens", b"tokens", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBalanceResponse: _TypeAlias = GetBalanceResponse  # noqa: Y015
+
+@_typing.final
+class UnitBalance(_message.Message):
+    """What was used of one unit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRODUCT_UNIT_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    product_unit: _builtins.str
+    """The product's unit."""
+    quantity: _builtins.int
+    """How many."""
+    def __init__(
+        self,
+        *,
+        product_unit: _builtins.str = ...,
+        quantity: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["product_unit", b"product_unit", "quantity", b"quantity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnitBalance: _TypeAlias = UnitBalance  # noqa: Y015
 
 @_typing.final
 class CallRecord(_message.Message):

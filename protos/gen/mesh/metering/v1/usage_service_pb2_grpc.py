@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class UsageServiceStub:
-    """Reads the ledger for the call's tenant.
+    """Reads the ledger for the call's tenant; for operators, over tenants.
     """
 
     def __init__(self, channel):
@@ -50,10 +50,25 @@ class UsageServiceStub:
                 request_serializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetCallRequest.SerializeToString,
                 response_deserializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetCallResponse.FromString,
                 _registered_method=True)
+        self.QueryUsage = channel.unary_unary(
+                '/mesh.metering.v1.UsageService/QueryUsage',
+                request_serializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageResponse.FromString,
+                _registered_method=True)
+        self.QueryUsageOfTenants = channel.unary_unary(
+                '/mesh.metering.v1.UsageService/QueryUsageOfTenants',
+                request_serializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageOfTenantsRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageOfTenantsResponse.FromString,
+                _registered_method=True)
+        self.GetBalance = channel.unary_unary(
+                '/mesh.metering.v1.UsageService/GetBalance',
+                request_serializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetBalanceRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetBalanceResponse.FromString,
+                _registered_method=True)
 
 
 class UsageServiceServicer:
-    """Reads the ledger for the call's tenant.
+    """Reads the ledger for the call's tenant; for operators, over tenants.
     """
 
     def GetUsageReport(self, request, context):
@@ -78,6 +93,33 @@ class UsageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QueryUsage(self, request, context):
+        """Adds up what the tenant used, by any of its dimensions and by time. Reads only. Use is counted by its time: a call's is that of its
+        reservation. A call is in it as soon as its end was answered; where a read replica answers, as soon as that has it.
+        Errors: INVALID_ARGUMENT for a period or bucket out of bounds, an unknown time zone, a TENANT dimension, a page token of another query;
+        UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QueryUsageOfTenants(self, request, context):
+        """As QueryUsage, over all tenants, or over those that are named: which tenant drives cost, which tier is slow. For operators; audited. Reads only.
+        Users are not told: to see a tenant's users, act for it with QueryUsage.
+        Errors: INVALID_ARGUMENT as QueryUsage, and for a USER dimension or a filter of users.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetBalance(self, request, context):
+        """Returns what the tenant used in its current billing cycle and what may still come. Reads only; what was answered before it was asked is in it.
+        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_UsageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +138,21 @@ def add_UsageServiceServicer_to_server(servicer, server):
                     request_deserializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetCallRequest.FromString,
                     response_serializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetCallResponse.SerializeToString,
             ),
+            'QueryUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryUsage,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageResponse.SerializeToString,
+            ),
+            'QueryUsageOfTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryUsageOfTenants,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageOfTenantsRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageOfTenantsResponse.SerializeToString,
+            ),
+            'GetBalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBalance,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetBalanceRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetBalanceResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mesh.metering.v1.UsageService', rpc_method_handlers)
@@ -105,7 +162,7 @@ def add_UsageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class UsageService:
-    """Reads the ledger for the call's tenant.
+    """Reads the ledger for the call's tenant; for operators, over tenants.
     """
 
     @staticmethod
@@ -179,6 +236,87 @@ class UsageService:
             '/mesh.metering.v1.UsageService/GetCall',
             mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetCallRequest.SerializeToString,
             mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.UsageService/QueryUsage',
+            mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryUsageOfTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.UsageService/QueryUsageOfTenants',
+            mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageOfTenantsRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_usage__service__pb2.QueryUsageOfTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.UsageService/GetBalance',
+            mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetBalanceRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_usage__service__pb2.GetBalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

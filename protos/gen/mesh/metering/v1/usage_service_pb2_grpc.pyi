@@ -13,7 +13,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class UsageServiceStub:
-    """Reads the ledger for the call's tenant."""
+    """Reads the ledger for the call's tenant; for operators, over tenants."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetUsageReport: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.GetUsageReportRequest, _usage_service_pb2.GetUsageReportResponse]
@@ -24,9 +24,24 @@ class UsageServiceStub:
     """Lists the tenant's calls, newest first. Reads only."""
     GetCall: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.GetCallRequest, _usage_service_pb2.GetCallResponse]
     """Returns one call with its attempts. Reads only. Errors: NOT_FOUND."""
+    QueryUsage: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.QueryUsageRequest, _usage_service_pb2.QueryUsageResponse]
+    """Adds up what the tenant used, by any of its dimensions and by time. Reads only. Use is counted by its time: a call's is that of its
+    reservation. A call is in it as soon as its end was answered; where a read replica answers, as soon as that has it.
+    Errors: INVALID_ARGUMENT for a period or bucket out of bounds, an unknown time zone, a TENANT dimension, a page token of another query;
+    UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer.
+    """
+    QueryUsageOfTenants: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.QueryUsageOfTenantsRequest, _usage_service_pb2.QueryUsageOfTenantsResponse]
+    """As QueryUsage, over all tenants, or over those that are named: which tenant drives cost, which tier is slow. For operators; audited. Reads only.
+    Users are not told: to see a tenant's users, act for it with QueryUsage.
+    Errors: INVALID_ARGUMENT as QueryUsage, and for a USER dimension or a filter of users.
+    """
+    GetBalance: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.GetBalanceRequest, _usage_service_pb2.GetBalanceResponse]
+    """Returns what the tenant used in its current billing cycle and what may still come. Reads only; what was answered before it was asked is in it.
+    Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer.
+    """
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Reads the ledger for the call's tenant."""
+    """Reads the ledger for the call's tenant; for operators, over tenants."""
 
     @_abc_1.abstractmethod
     def GetUsageReport(
@@ -53,5 +68,38 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_usage_service_pb2.GetCallRequest, _abc.Awaitable[_usage_service_pb2.GetCallResponse]],
     ) -> _abc.Awaitable[_usage_service_pb2.GetCallResponse]:
         """Returns one call with its attempts. Reads only. Errors: NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def QueryUsage(
+        self,
+        request: _usage_service_pb2.QueryUsageRequest,
+        context: _aio.ServicerContext[_usage_service_pb2.QueryUsageRequest, _abc.Awaitable[_usage_service_pb2.QueryUsageResponse]],
+    ) -> _abc.Awaitable[_usage_service_pb2.QueryUsageResponse]:
+        """Adds up what the tenant used, by any of its dimensions and by time. Reads only. Use is counted by its time: a call's is that of its
+        reservation. A call is in it as soon as its end was answered; where a read replica answers, as soon as that has it.
+        Errors: INVALID_ARGUMENT for a period or bucket out of bounds, an unknown time zone, a TENANT dimension, a page token of another query;
+        UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer.
+        """
+
+    @_abc_1.abstractmethod
+    def QueryUsageOfTenants(
+        self,
+        request: _usage_service_pb2.QueryUsageOfTenantsRequest,
+        context: _aio.ServicerContext[_usage_service_pb2.QueryUsageOfTenantsRequest, _abc.Awaitable[_usage_service_pb2.QueryUsageOfTenantsResponse]],
+    ) -> _abc.Awaitable[_usage_service_pb2.QueryUsageOfTenantsResponse]:
+        """As QueryUsage, over all tenants, or over those that are named: which tenant drives cost, which tier is slow. For operators; audited. Reads only.
+        Users are not told: to see a tenant's users, act for it with QueryUsage.
+        Errors: INVALID_ARGUMENT as QueryUsage, and for a USER dimension or a filter of users.
+        """
+
+    @_abc_1.abstractmethod
+    def GetBalance(
+        self,
+        request: _usage_service_pb2.GetBalanceRequest,
+        context: _aio.ServicerContext[_usage_service_pb2.GetBalanceRequest, _abc.Awaitable[_usage_service_pb2.GetBalanceResponse]],
+    ) -> _abc.Awaitable[_usage_service_pb2.GetBalanceResponse]:
+        """Returns what the tenant used in its current billing cycle and what may still come. Reads only; what was answered before it was asked is in it.
+        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer.
+        """
 
 def add_UsageServiceServicer_to_server(servicer: UsageServiceServicer, server: _aio.Server) -> None: ...
