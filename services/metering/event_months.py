@@ -1,4 +1,4 @@
-"""The months of events: made ahead, and dropped once they are past their retention and on closed invoices."""
+"""The months of events: made ahead, and dropped once they are past their retention and no invoice needs them."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class MonthStore(Protocol):
         ...
 
     async def droppable(self, before: datetime) -> Sequence[date]:
-        """Returns the months that ended by then and that every tenant with events in them has closed, first first."""
+        """Returns the months that ended by then and whose events no invoice needs, first first."""
         ...
 
     async def drop(self, month: date) -> None:

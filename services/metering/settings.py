@@ -56,7 +56,7 @@ class MeteringSettings(ServiceSettings):
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
     event_retention_days: int = Field(
-        default=400, ge=62, description="how long events are kept at least; longer while a month is not on closed invoices"
+        default=400, ge=62, description="how long a month is kept that has no events; one that has is kept for ever"
     )
     usage_fold_seconds: float = Field(
         default=1.0, gt=0.0, description="pause between folds of changes into sums of use; answers have them all, folded or not"

@@ -47,6 +47,7 @@ SELECT_LATE_DAYS = "SELECT day FROM metering.late_days($1, $2, $3, coalesce($4::
 SELECT_EARLIER_DAYS = """
 SELECT DISTINCT date_trunc('day', use_time, 'UTC') AS day FROM metering.billable_usage
 WHERE tenant_id = $1 AND use_time < $2 AND record_time < coalesce($3::timestamptz, 'infinity')
+  AND (NOT is_near OR record_time < $2::timestamptz + interval '1 day')
 """
 SELECT_SUMS = """
 SELECT span_start, meter, quantity::text AS quantity FROM metering.usage_sums($1, $2, $3, coalesce($4::timestamptz, 'infinity'), $5)
@@ -76,6 +77,7 @@ _ENTRY = """
 SELECT source, usage_id, use_time, record_time, quantity FROM metering.billable_usage
 WHERE tenant_id = $1 AND meter = $2 AND use_time >= $3 AND use_time < $4
   AND record_time >= coalesce($5::timestamptz, '-infinity') AND record_time < $6 AND quantity <> 0
+  AND (NOT is_near OR record_time >= $3::timestamptz - interval '1 day' AND record_time < $4::timestamptz + interval '1 day')
 """
 SELECT_FIRST_ENTRIES = _ENTRY + "ORDER BY use_time, source, usage_id LIMIT $7"
 SELECT_NEXT_ENTRIES = _ENTRY + "AND (use_time, source, usage_id) > ($8, $9::smallint, $10) ORDER BY use_time, source, usage_id LIMIT $7"

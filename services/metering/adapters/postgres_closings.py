@@ -35,7 +35,8 @@ SELECT t.tenant_id, c.period_end, s.anchor_day, e.erase_time,
        CASE WHEN c.period_end IS NULL THEN least(
            (SELECT min(f.effective_time) FROM metering.subscriptions f WHERE f.tenant_id = t.tenant_id),
            (SELECT min(n.reserve_time) FROM metering.entries n WHERE n.tenant_id = t.tenant_id),
-           (SELECT min(u.reserve_time) FROM metering.unit_entries u WHERE u.tenant_id = t.tenant_id)) END AS first_time
+           (SELECT min(u.reserve_time) FROM metering.unit_entries u WHERE u.tenant_id = t.tenant_id),
+           metering.first_event_time(t.tenant_id)) END AS first_time
 FROM metering.tenant_epochs t
 LEFT JOIN LATERAL (SELECT period_end FROM metering.invoice_closings WHERE tenant_id = t.tenant_id ORDER BY number DESC LIMIT 1) c ON true
 LEFT JOIN LATERAL (SELECT anchor_day FROM metering.subscriptions WHERE tenant_id = t.tenant_id ORDER BY number DESC LIMIT 1) s ON true

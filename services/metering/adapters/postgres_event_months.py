@@ -26,7 +26,7 @@ class PostgresEventMonths:
         return bool(await self._as_owner(MAKE_MONTH, month))
 
     async def droppable(self, before: datetime) -> Sequence[date]:
-        """Returns the months that ended by then and that every tenant with events in them has closed, first first."""
+        """Returns the months that ended by then and whose events no invoice needs, first first."""
         return [row["month"] for row in await self._jobs.call(SELECT_DROPPABLE, before)]
 
     async def drop(self, month: date) -> None:

@@ -127,7 +127,7 @@ class EventType(_message.Message):
     type: _builtins.str
     """Its name within the product, such as "interview.completed"."""
     unit: _builtins.str
-    """The unit it counts, such as "ai_interviews"."""
+    """The unit it counts, such as "ai_interviews": the meter that billing plans charge."""
     aggregation: Global___Aggregation.ValueType
     """How its events make up a quantity of the unit."""
     def __init__(

@@ -65,6 +65,8 @@ class _UsageSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageSour
     """An entry of a call: its settlement, reconciliation or adjustment."""
     USAGE_SOURCE_UNIT: _UsageSource.ValueType  # 2
     """A use of units that the limits recorded."""
+    USAGE_SOURCE_EVENT: _UsageSource.ValueType  # 3
+    """An event of the product, or its reversal."""
 
 class UsageSource(_UsageSource, metaclass=_UsageSourceEnumTypeWrapper):
     """What a record of usage is."""
@@ -75,6 +77,8 @@ USAGE_SOURCE_CALL: UsageSource.ValueType  # 1
 """An entry of a call: its settlement, reconciliation or adjustment."""
 USAGE_SOURCE_UNIT: UsageSource.ValueType  # 2
 """A use of units that the limits recorded."""
+USAGE_SOURCE_EVENT: UsageSource.ValueType  # 3
+"""An event of the product, or its reversal."""
 Global___UsageSource: _TypeAlias = UsageSource  # noqa: Y015
 
 class _InvoiceFormat:
@@ -679,9 +683,11 @@ class InvoiceLineEntry(_message.Message):
     source: Global___UsageSource.ValueType
     """What it is."""
     usage_id: _builtins.str
-    """Its id in the ledger, 36 characters: a call's `entry_id`."""
+    """Its id in the ledger, 36 characters: a call's `entry_id`, an event's `event_id`."""
     quantity: _builtins.int
-    """What it adds to the line's meter; negative for a correction."""
+    """What it adds to the line's meter; negative for a correction. An event of a type that is counted adds 1, its reversal -1. Of a type whose
+    highest is taken: the event's quantity, negative for its reversal; these do not add up.
+    """
     @_builtins.property
     def use_time(self) -> _timestamp_pb2.Timestamp:
         """When it was used."""
