@@ -99,5 +99,5 @@ def test_every_guarantee_names_a_test_file_that_is_there() -> None:
 
 @pytest.mark.parametrize("page", list(pages()), ids=name_of)
 def test_a_mask_is_written_as_grpcurl_reads_it(page: Path) -> None:
-    """grpcurl takes a field mask as the message it is, with `paths`, and refuses the text that JSON has for it elsewhere."""
+    """A field mask is for grpcurl the message it is, with `paths`: it refuses the text that JSON has for it elsewhere."""
     assert MASK_AS_TEXT.findall(page.read_text(encoding="utf-8")) == []

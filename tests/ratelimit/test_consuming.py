@@ -181,7 +181,7 @@ async def test_a_rule_of_the_tenants_own_grants_no_unit(service: Service) -> Non
 
 
 async def test_a_tenants_own_rule_is_named_as_its_own(service: Service) -> None:
-    """No plan lifts what a tenant put on itself, and one of 0 leaves the unit a part of the plan: the sentence says whose rule to change."""
+    """No plan lifts what a tenant put on itself, and one of 0 takes no unit out of the plan: the sentence says what to change."""
     day = rule("interviews", "ai_interviews", "day", 10, lifting_plan="pro")
     for limit, quantity in ((0, 1), (1, 1), (1, 2)):
         own = rule("ours", "ai_interviews", 60, limit, origin=rules.LIMIT_RULE_ORIGIN_TENANT)
