@@ -209,6 +209,17 @@ async def test_what_is_wrong_is_named_by_the_requests_own_fields(service: Servic
     assert (old.reason_name, old.message.split(":")[0]) == ("RESERVATION_LOST", "the consumption id is older than 60 s")
 
 
+@pytest.mark.parametrize("field", ["user", "feature"])
+async def test_a_name_that_the_ledger_cannot_keep_holds_nothing(service: Service, field: str) -> None:
+    """It is refused by its field before anything is counted: a hold for it would keep good uses out until its lease ends."""
+    tenant = service.tenant_with(INTERVIEWS)
+    await tenant.consume("ai_interviews")
+    before = await tenant.store.dump()
+    error = await refusal(tenant, "ai_interviews", **{field: "a\x00b"})
+    assert (error.reason_name, error.metadata["field"]) == ("INVALID_REQUEST", field)
+    assert await tenant.store.dump() == before
+
+
 def uuid7_at(seconds: float) -> UUID:
     """An id that was made then."""
     return UUID(int=int(seconds * 1000) << 80 | new_uuid7().int & (1 << 80) - 1)
