@@ -133,6 +133,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
             response.refusing_rule = look.refusal.status.rule.name
             if look.refusal.retry_after_seconds is not None:
                 response.retry_after.CopyFrom(response.refusal.retry_after)
+        await self._guarding.keep_out(response)
         return response
 
     async def ListLimits(
