@@ -71,8 +71,8 @@ class ConsumptionStore(Protocol):
         """Says what is used. Writes nothing."""
         ...
 
-    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> None:
-        """Lets a hold of this epoch go; ignores any other."""
+    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> bool:
+        """Lets a hold of this epoch go; ignores any other. Tells whether it went."""
         ...
 
 

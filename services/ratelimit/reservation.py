@@ -112,8 +112,8 @@ class ReservationStore(Protocol):
         """Takes holds in their order, each by itself: what is refused changes nothing."""
         ...
 
-    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> None:
-        """Lets a hold of this epoch go; ignores any other."""
+    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> bool:
+        """Lets a hold of this epoch go; ignores any other. Tells whether it went."""
         ...
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
@@ -176,8 +176,9 @@ class Reservations:
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
         tenant_id = tenant_of(context)
-        await self._store.release(tenant_id, reservation_id, epoch)
-        await self._shares.count([CountedCall(tenant_id, reservation_id, ONE_REQUEST)])
+        # What has ended otherwise was counted then, by what it used.
+        if await self._store.release(tenant_id, reservation_id, epoch):
+            await self._shares.count([CountedCall(tenant_id, reservation_id, ONE_REQUEST)])
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
         """Prolongs leases; tells of each whether it lives."""
