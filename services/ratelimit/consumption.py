@@ -71,8 +71,8 @@ class ConsumptionStore(Protocol):
         """Says what is used. Writes nothing."""
         ...
 
-    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> None:
-        """Lets a hold of this epoch go; ignores any other."""
+    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> bool:
+        """Lets a hold of this epoch go; ignores any other. Tells whether it went."""
         ...
 
 
@@ -122,6 +122,8 @@ class Consumptions:
 
     def _allowed(self, context: TenantContext, terms: Terms, use: Use, error: Unavailable) -> Held:
         # A durable use must be in the ledger: nothing of it is admitted here.
+        if use.product_unit not in terms.included_units:
+            raise not_included(use.product_unit)
         plan, demand = terms.plan(use.subject, use.product_unit), _demand(use)
         may = error.metadata.get("dependency") == STORE and not terms.is_durable(use.product_unit)
         epoch = self._counters.allowance.admit(tenant_of(context), plan, demand) if may else None
@@ -204,12 +206,12 @@ class Consumptions:
             case Verdict.DONE:
                 pass
             case _:
-                raise lost_or_invalid(answer.verdict, use.consumption_id)
+                raise lost_or_invalid(answer.verdict, use.consumption_id, "consumption_id")
         return Held(plan, answer, demand)
 
     async def _asked(self, context: TenantContext, use: Use, stand: Stand | None) -> tuple[Terms, Answer]:
         tenant_id = tenant_of(context)
-        minted_us(use.consumption_id)
+        minted_us(use.consumption_id, "consumption_id")
 
         async def question(terms: Terms) -> list[Answer]:
             if use.product_unit not in terms.included_units:
@@ -235,7 +237,7 @@ class Consumptions:
         if recorded is Recorded.CONFLICT:
             raise _unrecorded(recorded, use)
         if recorded is not Recorded.RECORDED:
-            raise lost_or_invalid(answer.verdict, use.consumption_id)
+            raise lost_or_invalid(answer.verdict, use.consumption_id, "consumption_id")
 
 
 def _ask(terms: Terms, use: Use, *, together: bool = False, stand: Stand | None = None) -> Ask:
@@ -257,7 +259,7 @@ def _sorted_out(terms: Terms, uses: Sequence[Use], answers: Sequence[Answer]) ->
         elif answer.verdict in (Verdict.HELD, Verdict.DONE):
             held[use.consumption_id] = Held(plan, answer, _demand(use))
         else:
-            raise lost_or_invalid(answer.verdict, use.consumption_id)
+            raise lost_or_invalid(answer.verdict, use.consumption_id, "consumption_id")
     return held, refusals
 
 

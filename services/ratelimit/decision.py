@@ -66,6 +66,9 @@ class Refusal:
         name = named(rule) + _WHOSE[rule.scope]
         thing = "use" if rule.unit is Unit.PRODUCT else "call"
         plan = f'move to the plan "{rule.lifting_plan}"' if rule.lifting_plan else "move to a larger plan"
+        if not rule.grants:
+            # No plan lifts what the tenant put on itself.
+            plan = f"change the tenant's own rule {rule.name}"
         wait = self.retry_after_seconds
         if self.reason == error_reason_pb2.ERROR_REASON_FEATURE:
             return f"The plan does not include {name}: {plan}."
@@ -97,7 +100,8 @@ class Refusal:
         if self.reason == error_reason_pb2.ERROR_REASON_FEATURE:
             return not_included(status.rule.product_unit, self.message, status.rule.lifting_plan)
         if status.rule.window is Window.REQUEST:
-            return InvalidRequest("amounts", self.message, reason=self.reason, metadata=self.metadata)
+            field = "quantity" if status.rule.unit is Unit.PRODUCT else "amounts"
+            return InvalidRequest(field, self.message, reason=self.reason, metadata=self.metadata)
         violation = f"{status.rule.name}: {status.used} of {status.limit} in use, {self.needed} needed"
         return LimitExceeded(
             self.reason, self.message, self.retry_after_seconds, [QuotaViolation(f"tenant:{tenant_id}", violation)], **self.metadata
@@ -194,7 +198,7 @@ def _frees_us(rule: LimitRule, answer: Answer, demand: Demand, of_log: int) -> i
 
 
 def _reason(rule: LimitRule) -> error_reason_pb2.ErrorReason.ValueType:
-    if rule.unit is Unit.PRODUCT and rule.scope is Scope.TENANT and not rule.limit:
+    if rule.unit is Unit.PRODUCT and rule.scope is Scope.TENANT and rule.grants and not rule.limit:
         return error_reason_pb2.ERROR_REASON_FEATURE
     if rule.window is Window.REQUEST:
         return error_reason_pb2.ERROR_REASON_REQUEST_TOO_LARGE

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.kernel.errors import InvalidRequest
-from services.ratelimit.limits import Subject
+from services.ratelimit.limits import Subject, subject_of
 
 DOMAIN = "tenantry"
 DEFAULT_UNIT = "gateway_requests"
@@ -48,7 +48,7 @@ def read_descriptor(place: int, entries: Iterable[tuple[str, str]], hits: int) -
     if not 0 <= hits <= _MOST_HITS:
         raise InvalidRequest(f"{field}.hits_addend", f"must be from 0 to {_MOST_HITS}")
     proof = Proof(_without_scheme(values.get("credential", "")), values.get("tenant_context", ""), values.get("remote_address", ""))
-    subject = Subject(values.get("user", ""), values.get("feature", ""))
+    subject = subject_of(values.get("user", ""), values.get("feature", ""))
     return proof, GatewayUse(values.get("unit") or DEFAULT_UNIT, hits, subject)
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from services.kernel.errors import InvalidRequest
+
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
@@ -23,6 +25,14 @@ class Subject:
 
 
 NOBODY = Subject()
+
+
+def subject_of(user: str, feature: str) -> Subject:
+    """Whom a request serves. Raises: InvalidRequest for a name that the ledger could not keep, before anything is held for it."""
+    for field, name in (("user", user), ("feature", feature)):
+        if "\x00" in name:
+            raise InvalidRequest(field, "must not contain NUL characters")
+    return Subject(user, feature)
 
 
 @dataclass(frozen=True, slots=True)

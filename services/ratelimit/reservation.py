@@ -112,8 +112,8 @@ class ReservationStore(Protocol):
         """Takes holds in their order, each by itself: what is refused changes nothing."""
         ...
 
-    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> None:
-        """Lets a hold of this epoch go; ignores any other."""
+    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> bool:
+        """Lets a hold of this epoch go; ignores any other. Tells whether it went."""
         ...
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
@@ -176,8 +176,9 @@ class Reservations:
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
         tenant_id = tenant_of(context)
-        await self._store.release(tenant_id, reservation_id, epoch)
-        await self._shares.count([CountedCall(tenant_id, reservation_id, ONE_REQUEST)])
+        # What has ended otherwise was counted then, by what it used.
+        if await self._store.release(tenant_id, reservation_id, epoch):
+            await self._shares.count([CountedCall(tenant_id, reservation_id, ONE_REQUEST)])
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
         """Prolongs leases; tells of each whether it lives."""
@@ -312,12 +313,12 @@ class Reservations:
         return await self._counters.ask(context, question)
 
 
-def minted_us(reservation_id: UUID) -> int:
-    """When the id was made. Raises: InvalidRequest for one that does not tell."""
+def minted_us(reservation_id: UUID, field: str = "reservation_id") -> int:
+    """When the id was made. `field`: what its caller calls it. Raises: InvalidRequest for one that does not tell."""
     number = reservation_id.int
     # Version 7 of the variant of RFC 9562: UUID's own properties, which ask for the one and the other, cost a decision more than its plan.
     if number >> 76 & 0xF != 7 or number >> 62 & 0b11 != 0b10:
-        raise InvalidRequest("reservation_id", "must be a UUID of version 7, made for this attempt")
+        raise InvalidRequest(field, "must be a UUID of version 7, made for this attempt")
     # Its first 48 bits are milliseconds.
     return (number >> 80) * 1000
 
@@ -335,21 +336,22 @@ def check_shortening(demand: Demand) -> None:
         raise InvalidRequest("shorten.output_nano_usd_per_million", "amounts.cost_nano_usd must hold the output at this price")
 
 
-def lost_or_invalid(verdict: Verdict, reservation_id: UUID) -> MeshError:
-    """What a verdict that is neither a hold nor a refusal is to the caller."""
+def lost_or_invalid(verdict: Verdict, reservation_id: UUID, field: str = "reservation_id") -> MeshError:
+    """What a verdict that is neither a hold nor a refusal is to the caller. `field`: what that one calls the id."""
+    noun = field.removesuffix("_id")
     match verdict:
         case Verdict.AHEAD:
             return InvalidRequest(
-                "reservation_id",
+                field,
                 f"carries a time more than {LARGEST_ID_AGE_SECONDS} s ahead of the store's clock; correct the clock that made it",
             )
         case Verdict.CONFLICT:
-            return ContentConflict("reservation", "this reservation id holds other amounts: make a new id for each attempt")
+            return ContentConflict(noun, f"this {noun} id holds other amounts: make a new id for each attempt")
         case Verdict.OLD:
-            why = f"the reservation id is older than {LARGEST_ID_AGE_SECONDS} s"
+            why = f"the {noun} id is older than {LARGEST_ID_AGE_SECONDS} s"
         case _:
-            why = "the reservation has ended"
-    return ReservationLost(reservation_id, f"{why}: start the call again with a new one")
+            why = f"the {noun} has ended"
+    return ReservationLost(reservation_id, f"{why}: start the {'call' if noun == 'reservation' else noun} again with a new one")
 
 
 def _outcome(terms: Terms, request: Request, answer: Answer) -> Attempted:

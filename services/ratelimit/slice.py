@@ -110,7 +110,7 @@ class Slices:
         Raises: LimitExceeded, Forbidden FEATURE, NotSliceable, ReservationLost, ContentConflict, InvalidRequest, Unavailable.
         """
         tenant_id = tenant_of(context)
-        minted_us(request.slice_id)
+        minted_us(request.slice_id, "slice_id")
         await self._guard.admit(context, await self._counters.terms_of(context))
 
         async def question(terms: Terms) -> list[SliceAnswer]:
@@ -124,7 +124,7 @@ class Slices:
         if answer.verdict is Verdict.QUEUED:
             raise _behind_others(request.product_unit)
         if answer.verdict is not Verdict.REFUSED:
-            raise lost_or_invalid(answer.verdict, request.slice_id)
+            raise lost_or_invalid(answer.verdict, request.slice_id, "slice_id")
         why = refusal(plan, answer, _LEAST)
         if why is None:
             msg = f"the store refused what its own figures admit: {answer}"

@@ -14,6 +14,7 @@ CODE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 ELSEWHERE = re.compile(r"^[a-z][a-z0-9+.-]*:|^//")
+MASK_AS_TEXT = re.compile(r'"update_?[mM]ask": *"')
 UNFILLED = re.compile(r"<!-- *(?:transcript|contact|guarantees)")
 DEPENDENCY_ROW = re.compile(r"^\| ([A-Za-z0-9._-]+)(?: \(extra `[^`]+`\))? \| ([^ |]+) \|", re.MULTILINE)
 REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]+\])?==([^ ;]+)$")
@@ -94,3 +95,9 @@ def test_every_guarantee_names_a_test_file_that_is_there() -> None:
         for shown, path in cited:
             assert path == f"tests/{shown}", row
             assert (ROOT / path).is_file(), row
+
+
+@pytest.mark.parametrize("page", list(pages()), ids=name_of)
+def test_a_mask_is_written_as_grpcurl_reads_it(page: Path) -> None:
+    """A field mask is for grpcurl the message it is, with `paths`: it refuses the text that JSON has for it elsewhere."""
+    assert MASK_AS_TEXT.findall(page.read_text(encoding="utf-8")) == []

@@ -143,6 +143,26 @@ async def test_refusals_change_the_guards_key_and_no_other(service: Service) -> 
     assert 0 < int(str(await tenant.store.link.send("PTTL", f"{{{tenant.tenant_id}}}:guard"))) <= 61_000
 
 
+async def test_a_look_says_that_the_guard_keeps_a_call_out(service: Service) -> None:
+    """Check answers what a call would be told, though every rule has room: not admitted, why, and when to come again."""
+    tenant = tenant_of(service, refusals=1, limit=2)
+    await tenant.reserve()
+
+    async def look() -> messages.CheckResponse:
+        request = messages.CheckRequest(amounts=messages.Amounts(tokens=1))
+        return await service.inference.unary(tenant.stub.Check, request, timeout_seconds=5, tenant=tenant.context)
+
+    assert (await look()).admitted
+    await tenant.reserve()
+    await refuse(tenant, 2)
+    assert await is_kept_out(tenant)
+    answer = await look()
+    assert (answer.admitted, answer.refusing_rule, answer.refusal.reason) == (False, "", "ABUSE_GUARD")
+    assert "is kept out for" in answer.refusal.message
+    assert not answer.refusal.HasField("status")
+    assert 0 < answer.retry_after.ToMicroseconds() / 1e6 <= 60
+
+
 async def test_what_runs_goes_on_while_the_guard_is_open(service: Service) -> None:
     """Renewing, extending, settling and letting go are never guarded, and ListLimits shows until when the rest is."""
     tenant = tenant_of(service, refusals=1, limit=2)

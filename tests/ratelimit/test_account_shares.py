@@ -117,6 +117,18 @@ async def test_a_ledger_that_does_not_tell_leaves_the_worst_case(service: Servic
     assert (await refusal(tenant, 400, provider_account=account)).reason_name == "PROVIDER_SHARE"
 
 
+async def test_a_release_gives_back_nothing_of_a_call_that_was_settled(service: Service, account: str) -> None:
+    """A late Release, of whatever epoch, or one of another epoch while the call runs, is ignored: the account counts what it was."""
+    tenant, settled, running = service.tenant_with(PLENTY), new_uuid7(), new_uuid7()
+    await tenant.reserve(300, id=settled, provider_account=account)
+    await settle(tenant, settled, 300, 300)
+    await tenant.reserve(200, id=running, provider_account=account)
+    for id, epoch in ((settled, 1), (settled, 0), (running, 0), (running, 99)):
+        release = messages.ReleaseRequest(reservation_id=str(id), epoch=epoch)
+        await tenant.inference.unary(tenant.stub.Release, release, timeout_seconds=5, tenant=tenant.context)
+    assert (await refusal(tenant, 1, provider_account=account)).metadata["used"] == "500"
+
+
 async def test_tokens_of_a_call_that_was_not_billed_come_back(service: Service, account: str) -> None:
     """Voided or let go, a call leaves its request counted, as the provider may have seen it; one that may have been billed leaves all."""
     tenant, void, released, pinned = service.tenant_with(PLENTY), new_uuid7(), new_uuid7(), new_uuid7()

@@ -1,8 +1,10 @@
 """Units of a product: used once, under every rule of theirs, in the ledger where they must outlive the limits."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -176,6 +178,51 @@ async def test_a_rule_of_the_tenants_own_grants_no_unit(service: Service) -> Non
     )
     await narrowed.consume("ai_interviews")
     assert (await refusal(narrowed, "ai_interviews")).metadata["rule"] == "ours"
+
+
+async def test_a_tenants_own_rule_is_named_as_its_own(service: Service) -> None:
+    """No plan lifts what a tenant put on itself, and one of 0 takes no unit out of the plan: the sentence says what to change."""
+    day = rule("interviews", "ai_interviews", "day", 10, lifting_plan="pro")
+    for limit, quantity in ((0, 1), (1, 1), (1, 2)):
+        own = rule("ours", "ai_interviews", 60, limit, origin=rules.LIMIT_RULE_ORIGIN_TENANT)
+        tenant = service.tenant_with(day, own)
+        if quantity <= limit:
+            await tenant.consume("ai_interviews")
+        error = await refusal(tenant, "ai_interviews", quantity)
+        assert (error.reason_name, error.metadata["rule"]) == ("PLAN_LIMIT", "ours")
+        assert error.message.endswith("or change the tenant's own rule ours.")
+
+
+async def test_what_is_wrong_is_named_by_the_requests_own_fields(service: Service) -> None:
+    """A use has a consumption_id and a quantity, a slice a slice_id: neither has a reservation or amounts."""
+    tenant = service.tenant_with(EXPORTS, rule("at_once", "exports", "request", 2))
+    too_much = await refusal(tenant, "exports", 3)
+    assert (too_much.reason_name, too_much.metadata["field"]) == ("REQUEST_TOO_LARGE", "quantity")
+    ahead = uuid7_at(time.time() + 600)
+    for unusable in (uuid4(), ahead):
+        assert (await refusal(tenant, "exports", id=unusable)).metadata["field"] == "consumption_id"
+        with pytest.raises(MeshError) as caught:
+            request = messages.TakeSliceRequest(slice_id=str(unusable), product_unit="exports", quantity=1)
+            await service.inference.unary(tenant.stub.TakeSlice, request, timeout_seconds=5, tenant=tenant.context)
+        assert caught.value.metadata["field"] == "slice_id"
+    old = await refusal(tenant, "exports", id=uuid7_at(time.time() - 600))
+    assert (old.reason_name, old.message.split(":")[0]) == ("RESERVATION_LOST", "the consumption id is older than 60 s")
+
+
+@pytest.mark.parametrize("field", ["user", "feature"])
+async def test_a_name_that_the_ledger_cannot_keep_holds_nothing(service: Service, field: str) -> None:
+    """It is refused by its field before anything is counted: a hold for it would keep good uses out until its lease ends."""
+    tenant = service.tenant_with(INTERVIEWS)
+    await tenant.consume("ai_interviews")
+    before = await tenant.store.dump()
+    error = await refusal(tenant, "ai_interviews", **{field: "a\x00b"})
+    assert (error.reason_name, error.metadata["field"]) == ("INVALID_REQUEST", field)
+    assert await tenant.store.dump() == before
+
+
+def uuid7_at(seconds: float) -> UUID:
+    """An id that was made then."""
+    return UUID(int=int(seconds * 1000) << 80 | new_uuid7().int & (1 << 80) - 1)
 
 
 async def test_a_feature_that_is_switched_off_is_refused_as_one(service: Service) -> None:

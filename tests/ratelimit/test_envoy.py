@@ -7,8 +7,10 @@ from google.protobuf.wrappers_pb2 import UInt64Value
 from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from envoy.service.ratelimit.v3 import rls_pb2 as messages
 from envoy.service.ratelimit.v3 import rls_pb2_grpc
+from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as limits_messages
 from services.kernel.errors import MeshError
+from services.kernel.ids import new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from tests.ratelimit.callers import AtService, Service
 from tests.ratelimit.rules import SHADOW, rule
@@ -128,6 +130,20 @@ async def test_a_shadow_rule_refuses_no_gateway(service: Service) -> None:
     """A rule in shadow mode is counted and admits."""
     tenant = service.tenant_with(rule("tried_out", "gateway_requests", 60, 1, mode=SHADOW))
     assert [(await ask(service, of(tenant))).overall_code for _ in range(3)] == [OK] * 3
+
+
+async def test_a_tenant_that_the_guard_keeps_out_is_over_its_limit_and_no_error(service: Service) -> None:
+    """A gateway lets a request pass when its question ends in an error: an open guard is an answer, for units without a rule too."""
+    guard = rules.AbuseGuard(refusals_per_minute=1, first_seconds=60, most_seconds=60)
+    told = rules.LimitRules(rules=[PER_MINUTE], abuse_guard=guard)
+    proof = {"tenant_context": service.peer.tenants.context(new_uuid7(), told).token}
+    for _ in range(3):
+        response = await ask(service, proof, proof, hits=2)
+    assert (response.overall_code, [status.code for status in response.statuses]) == (OVER, [OVER, OVER])
+    assert headers(response).keys() == {"retry-after"}
+    assert 0 < int(headers(response)["retry-after"]) <= 60
+    assert b"is kept out for" in response.raw_body
+    assert (await ask(service, proof | {"unit": "unheard_of"})).overall_code == OVER
 
 
 async def test_a_credential_proves_the_tenant_from_where_its_caller_was_seen(service: Service) -> None:

@@ -128,6 +128,16 @@ async def test_a_stream_is_extended_under_every_rule_or_not_at_all(service: Serv
     assert {name: status.used for name, status in (await tenant.limits()).items()} == {"tokens": 70, "money": 600}
 
 
+async def test_an_extension_beyond_a_rule_of_each_call_is_told_the_whole_call(service: Service) -> None:
+    """Such a rule looks at all that the call would hold, and not at what is added: the sentence says so much."""
+    tenant, reservation_id = service.tenant_with(rule("tokens_per_call", "tokens", "request", 600)), new_uuid7()
+    await tenant.reserve(500, id=reservation_id)
+    with pytest.raises(MeshError) as caught:
+        await tenant.extend(reservation_id, 700)
+    assert caught.value.reason_name == "REQUEST_TOO_LARGE"
+    assert caught.value.message.startswith("amounts: This call needs 700 of 600 tokens per call")
+
+
 @pytest.mark.parametrize("user", ["ada", "ada@1", "a:b@1790000000", "@0"])
 @pytest.mark.parametrize("window", [60, "day"])
 async def test_an_extension_is_bound_whatever_its_user_is_called(service: Service, user: str, window: int | str) -> None:

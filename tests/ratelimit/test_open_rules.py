@@ -79,6 +79,18 @@ async def test_no_number_of_users_renews_the_allowance(link: PipelinedLink) -> N
     assert admitted_users == [0, 1]
 
 
+async def test_an_open_rule_of_the_tenants_own_grants_no_unit(own_redis: RedisServer, service: Service) -> None:
+    """What the plan does not include is refused while the store is away as ever: nothing of it is admitted from an allowance."""
+    own = rule("ours", "searches", 60, 100, on_store_failure=OPEN, origin=rules.LIMIT_RULE_ORIGIN_TENANT)
+    tenant = service.tenant_with(REQUESTS, own)
+    await tenant.reserve()
+    await own_redis.server.stop()
+    assert (await tenant.reserve()).degraded
+    with pytest.raises(MeshError) as caught:
+        await tenant.consume("searches")
+    assert caught.value.reason_name == "FEATURE"
+
+
 async def test_a_tenant_never_seen_is_not_admitted(own_redis: RedisServer, service: Service) -> None:
     """Without a known epoch the ledger would not open its calls."""
     tenant = service.tenant_with(REQUESTS)

@@ -188,6 +188,15 @@ async def test_a_batch_decides_each_item_by_itself_and_in_order(service: Service
     assert (await first.limits())["two"].used == 2
 
 
+async def test_an_item_that_makes_no_sense_fails_alone_in_a_batch(service: Service) -> None:
+    """Also where it is its tenant's only one: another tenant's item is decided."""
+    first, other = service.tenant_with(rule("rate", "tokens", 60, 10)), service.tenant_with(rule("rate", "tokens", 60, 10))
+    items = [batch_item(first, 1), batch_item(other, 1)]
+    items[0].request.user = "a\x00b"
+    answer = await service.inference.unary(first.stub.ReserveBatch, messages.ReserveBatchRequest(items=items), timeout_seconds=5)
+    assert [outcome.WhichOneof("outcome") for outcome in answer.outcomes] == ["error_status", "held"]
+
+
 def batch_item(tenant: AtService, tokens: int, id: str = "") -> messages.ReserveBatchItem:
     """One reservation of a batch."""
     request = messages.ReserveRequest(reservation_id=id or str(new_uuid7()), amounts=messages.Amounts(tokens=tokens))

@@ -323,3 +323,17 @@ async def test_a_key_that_is_revoked_twice_is_announced_once(harness: Harness) -
     for _ in range(2):
         await call(harness.keys.RevokeApiKey, revoke, metadata)
     assert await harness.value("SELECT count(*) FROM tenant.changes WHERE tenant_id = $1 AND kind = 'KEY'", tenant_id) == 1
+
+
+async def test_old_changes_are_removed_and_the_newest_stays(harness: Harness) -> None:
+    """What is older than an hour is nobody's any more, except the newest: without it nobody could tell how far the feed has come."""
+    database = await TenantDatabase.open(harness.settings.postgres_dsn.get_secret_value(), max_size=1)
+    try:
+        async with harness.service_role() as connection, harness.superuser() as superuser:
+            old = [await announced(connection) for _ in range(2)]
+            await superuser.execute("UPDATE tenant.changes SET change_time = now() - interval '2 hours'")
+            await PostgresChanges(database).trim()
+            left = [row[0] for row in await superuser.fetch("SELECT change_id FROM tenant.changes WHERE change_id = ANY($1)", old)]
+            assert left == old[-1:]
+    finally:
+        await database.close()

@@ -66,9 +66,9 @@ class RedisStore:
         after = (plan.packed, reservation_id.bytes, epoch, amounts.tokens, amounts.cost_nano_usd)
         return (await self._decided("extend", tenant_id, terms, (), after, 1))[0]
 
-    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> None:
-        """Lets a hold of this epoch go; ignores any other."""
-        await self._scripts.run("release", tenant_id, reservation_id.bytes, epoch)
+    async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> bool:
+        """Lets a hold of this epoch go; ignores any other. Tells whether it went."""
+        return bool(await self._scripts.run("release", tenant_id, reservation_id.bytes, epoch))
 
     async def renew(self, reservations: Sequence[tuple[TenantId, ReservationId]]) -> list[bool]:
         """Prolongs leases; tells of each whether it lives. Raises: Unavailable when it cannot be told of one."""

@@ -11,7 +11,7 @@ from envoy.service.ratelimit.v3 import rls_pb2 as messages
 from envoy.service.ratelimit.v3 import rls_pb2_grpc
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import CredentialResolver
-from services.kernel.errors import InvalidRequest
+from services.kernel.errors import InvalidRequest, LimitExceeded
 from services.kernel.ids import ReservationId, new_uuid7
 from services.kernel.request_context import required_scope
 from services.kernel.tenant_context import TenantContext
@@ -75,7 +75,11 @@ class EnvoyServicer(rls_pb2_grpc.RateLimitServiceServicer):
 
     async def _decided(self, tenant: TenantContext, asked: Sequence[GatewayUse]) -> messages.RateLimitResponse:
         uses = [Use(ReservationId(new_uuid7()), item.product_unit, item.hits, item.subject) for item in asked]
-        outcome = await self._consumptions.decide_together(tenant, uses)
+        try:
+            outcome = await self._consumptions.decide_together(tenant, uses)
+        except LimitExceeded as guarded:
+            # An error is no refusal to a gateway: most let the request pass then, and the guard would lift every limit.
+            return _kept_out(asked, guarded)
         if isinstance(outcome, Refusal):
             return _over(asked, outcome)
         limits = [_tightest(held) for held in outcome]
@@ -110,10 +114,17 @@ def _over(asked: Sequence[GatewayUse], refusal: Refusal) -> messages.RateLimitRe
         _status(_OVER, limit) if use.product_unit == rule.product_unit and rule.applies_to(use.subject) else _status(_OK, None)
         for use in asked
     ]
-    headers = _headers(limit)
-    if refusal.retry_after_seconds is not None:
-        headers.append(HeaderValue(key="retry-after", value=str(ceil(refusal.retry_after_seconds))))
+    headers = _headers(limit) + _retry_after(refusal.retry_after_seconds)
     return Answer(overall_code=_OVER, statuses=statuses, response_headers_to_add=headers, raw_body=refusal.message.encode())
+
+
+def _kept_out(asked: Sequence[GatewayUse], guarded: LimitExceeded) -> messages.RateLimitResponse:
+    return Answer(
+        overall_code=_OVER,
+        statuses=[_status(_OVER, None) for _ in asked],
+        response_headers_to_add=_retry_after(guarded.retry_after_seconds),
+        raw_body=guarded.message.encode(),
+    )
 
 
 def _status(code: "Answer.Code.ValueType", limit: _Limit | None) -> "Answer.DescriptorStatus":
@@ -143,3 +154,7 @@ def _headers(limit: _Limit) -> list[HeaderValue]:
     if limit.until_reset_us is not None:
         headers.append(HeaderValue(key="x-ratelimit-reset", value=str(-(-limit.until_reset_us // SECOND_US))))
     return headers
+
+
+def _retry_after(seconds: float | None) -> list[HeaderValue]:
+    return [] if seconds is None else [HeaderValue(key="retry-after", value=str(ceil(seconds)))]

@@ -7,12 +7,12 @@ import structlog
 
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.audit_client import AuditEntry
-from services.kernel.errors import InvalidRequest
+from services.kernel.errors import InvalidRequest, LimitExceeded
 from services.kernel.ids import TenantId, new_uuid7, uuid_from_bytes
 from services.kernel.request_context import current_peer_address, current_tenant, operator_reason
 from services.ratelimit.abuse_guard import AbuseGuard
 from services.ratelimit.ready_counters import ReadyCounters
-from services.ratelimit.servicers.limit_messages import set_timestamp
+from services.ratelimit.servicers.limit_messages import duration, set_timestamp
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +41,18 @@ class Guarding:
         until_us = await self._guard.guarded_until_us(context, await self._counters.terms_of(context))
         if until_us is not None:
             set_timestamp(response.guarded_until_time, until_us)
+
+    async def keep_out(self, response: messages.CheckResponse) -> None:
+        """Writes that the tenant in hand is kept out, where it is: nothing would be admitted then, whatever its rules say."""
+        context = current_tenant()
+        try:
+            await self._guard.admit(context, await self._counters.terms_of(context))
+        except LimitExceeded as guarded:
+            response.admitted, response.refusing_rule = False, ""
+            response.refusal.CopyFrom(messages.Refusal(reason=guarded.reason_name, message=guarded.message))
+            if guarded.retry_after_seconds is not None:
+                response.refusal.retry_after.CopyFrom(duration(guarded.retry_after_seconds))
+                response.retry_after.CopyFrom(response.refusal.retry_after)
 
     async def report(self, request: messages.ReportAbuseRequest) -> messages.ReportAbuseResponse:
         """Counts failed authentications."""

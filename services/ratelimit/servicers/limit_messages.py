@@ -11,7 +11,7 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.ids import ReservationId, TenantId, parse_uuid, uuid_from_bytes
 from services.ratelimit.decision import Refusal
 from services.ratelimit.limit_rule import CALENDAR, Unit, Window
-from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
+from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, subject_of
 from services.ratelimit.reservation import Held, Request
 from services.ratelimit.standing import Answer, LimitStatus, current_day, period_end_us
 from services.ratelimit.terms import Plan
@@ -128,7 +128,7 @@ def request_of(message: messages.ReserveRequest) -> Request:
         shortening=shorten and Shortening(shorten.max_output_tokens, shorten.min_output_tokens, shorten.output_nano_usd_per_million),
     )
     reservation_id = ReservationId(parse_uuid(message.reservation_id, "reservation_id"))
-    subject = Subject(message.user, message.feature)
+    subject = subject_of(message.user, message.feature)
     return Request(reservation_id, demand, subject, message.provider_account, message.input_tokens, seconds_of(message.max_wait))
 
 

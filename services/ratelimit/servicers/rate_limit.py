@@ -7,7 +7,7 @@ from services.kernel.ids import ReservationId, parse_uuid
 from services.kernel.request_context import current_tenant
 from services.ratelimit.consumption import Consumptions, Use
 from services.ratelimit.extension import Extensions
-from services.ratelimit.limits import Amounts, Demand, Subject
+from services.ratelimit.limits import Amounts, Demand, subject_of
 from services.ratelimit.look import Looks
 from services.ratelimit.reservation import Reservations
 from services.ratelimit.servicers.guarding import Guarding
@@ -79,7 +79,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         """Uses units of the product."""
         consumption_id = ReservationId(parse_uuid(request.consumption_id, "consumption_id"))
         use = Use(
-            consumption_id, request.product_unit, request.quantity, Subject(request.user, request.feature), seconds_of(request.max_wait)
+            consumption_id, request.product_unit, request.quantity, subject_of(request.user, request.feature), seconds_of(request.max_wait)
         )
         used = await self._consumptions.consume(current_tenant(), use)
         response = messages.ConsumeResponse(
@@ -120,7 +120,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         """Tells whether a call of this size, or a use of so many units, would be admitted now."""
         if not request.product_unit and not request.HasField("amounts"):
             raise InvalidRequest("amounts", "must be there unless product_unit is")
-        subject = Subject(request.user, request.feature)
+        subject = subject_of(request.user, request.feature)
         demand = Demand(attempt=0, quantity=request.quantity) if request.product_unit else Demand(amounts_of(request.amounts))
         look = await self._looks.check(current_tenant(), subject, demand, request.product_unit)
         response = messages.CheckResponse(
@@ -133,6 +133,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
             response.refusing_rule = look.refusal.status.rule.name
             if look.refusal.retry_after_seconds is not None:
                 response.retry_after.CopyFrom(response.refusal.retry_after)
+        await self._guarding.keep_out(response)
         return response
 
     async def ListLimits(
@@ -141,7 +142,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         context: object,
     ) -> messages.ListLimitsResponse:
         """Lists every rule as it stands."""
-        limits = await self._looks.every(current_tenant(), Subject(request.user, request.feature))
+        limits = await self._looks.every(current_tenant(), subject_of(request.user, request.feature))
         response = messages.ListLimitsResponse(limits=limit_messages(limits))
         await self._guarding.show(response)
         return response

@@ -39,7 +39,8 @@ class ReserveBatches:
         for place, item in enumerate(items):
             try:
                 context = await self._verifier.verify(item.context_token)
-                by_tenant.setdefault(tenant_of(context), []).append((place, context, request_of(item.request)))
+                request = request_of(item.request)
+                by_tenant.setdefault(tenant_of(context), []).append((place, context, request))
             except MeshError as error:
                 outcomes[place] = error
         tenants = list(by_tenant.values())

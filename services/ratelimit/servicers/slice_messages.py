@@ -3,7 +3,7 @@
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.ids import ReservationId, parse_uuid
 from services.ratelimit.limit_rule import SECOND_US
-from services.ratelimit.limits import Subject
+from services.ratelimit.limits import subject_of
 from services.ratelimit.servicers.limit_messages import duration, limit_messages
 from services.ratelimit.slice import Slice, SliceRequest, SliceReturn
 
@@ -18,7 +18,7 @@ def slice_request_of(message: messages.TakeSliceRequest) -> SliceRequest:
         message.product_unit,
         message.quantity,
         message.lease.ToMicroseconds() if message.HasField("lease") else _LONGEST_LEASE_US,
-        Subject(message.user, message.feature),
+        subject_of(message.user, message.feature),
     )
 
 

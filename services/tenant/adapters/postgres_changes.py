@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import asyncpg
 import structlog
@@ -18,9 +19,9 @@ log = structlog.get_logger(__name__)
 ANNOUNCE = "SELECT tenant.announce($1, $2)"
 READ_NEWEST = "SELECT change_id, tenant_id, kind FROM tenant.changes ORDER BY change_id DESC LIMIT $1"
 READ_AFTER = "SELECT change_id, tenant_id, kind FROM tenant.changes WHERE change_id > $1 ORDER BY change_id LIMIT $2"
-TRIM = "SELECT tenant.trim_changes($1::interval)"
+TRIM = "SELECT tenant.trim_changes($1)"
 CHANNEL = "tenant_changes"
-KEPT = "1 hour"
+KEPT = timedelta(hours=1)
 _LISTEN_AGAIN_SECONDS = 2.0
 
 

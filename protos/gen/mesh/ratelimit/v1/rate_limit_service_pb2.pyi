@@ -1063,7 +1063,7 @@ class CheckResponse(_message.Message):
     admitted: _builtins.bool
     """True when every rule admits it now."""
     refusing_rule: _builtins.str
-    """The rule that refuses; empty when admitted."""
+    """The rule that refuses; empty when admitted, and while no rule but the guard against abuse keeps the tenant out."""
     @_builtins.property
     def retry_after(self) -> _duration_pb2.Duration:
         """When to try again; absent when admitted or when waiting does not help."""
