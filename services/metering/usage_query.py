@@ -15,6 +15,8 @@ from services.metering.usage_plan import LATENCIES, TENANTS_ALONE, USERS_ALONE, 
 
 MAX_PERIOD = timedelta(days=400)
 MAX_PERIOD_OF_HOURS = timedelta(days=32)
+# Whatever the zone, the calendar holds the buckets before and after.
+_EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 
 
 class Dimension(IntEnum):
@@ -112,6 +114,9 @@ def period(start: datetime | None, end: datetime | None, bucket: Bucket, zone: t
         raise InvalidRequest(
             "query.end_time", f"the period ends before it starts ({first.isoformat()}); give an end_time after the start_time"
         )
+    if first < _EARLIEST or last > _LATEST:
+        field_name = "query.start_time" if first < _EARLIEST else "query.end_time"
+        raise InvalidRequest(field_name, "must be a moment from 1970 to 9998")
     longest = MAX_PERIOD_OF_HOURS if bucket is Bucket.HOUR else MAX_PERIOD
     if last - first > longest:
         raise InvalidRequest("query.start_time", f"the period is longer than {longest.days} days; ask for a shorter one")

@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.metering.v1 import invoice_service_pb2 as pb
 from services.kernel.errors import MeshError
@@ -72,3 +73,15 @@ async def test_credit_notes_stand_beside_an_invoice_and_never_pass_it(mesh: Mesh
     found = await noted(mesh, tenant, invoice.invoice_id, 9 * USD)
     assert sum(note.amount.nano_usd for note in found.credit_notes) == 29 * USD
     assert await recomputed(mesh, tenant) == []
+
+
+@pytest.mark.parametrize("field", ["effective_time", "expire_time"])
+async def test_a_credit_at_the_ends_of_the_calendar_is_refused(mesh: Mesh, field: str) -> None:
+    """The database keeps them as infinities, which no period compares with: the tenant's periods could never be closed again."""
+    tenant = mesh.new_tenant()
+    await subscribe(mesh, tenant, "starter", ended(1).start_time)
+    moment = Timestamp(seconds=-62_135_596_800) if field == "effective_time" else Timestamp(seconds=253_402_300_799, nanos=999_999_000)
+    with pytest.raises(MeshError) as refused:
+        await grant(mesh, tenant, USD, **{field: moment})
+    assert (refused.value.reason_name, refused.value.metadata["field"]) == ("INVALID_REQUEST", field)
+    assert (await close(mesh, tenant, ended(1))).content.due.nano_usd == 29 * USD

@@ -290,6 +290,21 @@ async def test_what_cannot_be_closed_is_refused_and_nothing_is_written(mesh: Mes
     assert (await rows_of(mesh, tenant), await rows_of(mesh, planless)) == (before, [0] * 7)
 
 
+async def test_no_period_before_the_first_use_and_the_first_plan_is_closed(mesh: Mesh) -> None:
+    """A mistyped year would be years of fees that nobody can take back; the period of the first use or of the first plan is the first."""
+    new, old = mesh.new_tenant(), mesh.new_tenant()
+    for tenant in (new, old):
+        await subscribe(mesh, tenant, "starter", ended(1).start_time)
+    await use_units(mesh, old, ended(2).start_time)
+    for tenant, first in ((new, 1), (old, 2)):
+        before = await rows_of(mesh, tenant)
+        with pytest.raises(MeshError) as refused:
+            await close(mesh, tenant, ended(first + 1))
+        assert (refused.value.reason_name, refused.value.metadata["state"]) == ("WRONG_STATE", "NOT_NEXT")
+        assert await rows_of(mesh, tenant) == before
+        assert (await close(mesh, tenant, ended(first))).number == 1
+
+
 @pytest.mark.parametrize(
     ("method", "change", "reason", "value"),
     [

@@ -10,6 +10,8 @@ from mesh.common.v1 import limit_rule_pb2 as rules_pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from mesh.metering.v1 import usage_service_pb2 as pb
 from services.kernel.errors import MeshError
+from services.kernel.paging import encode_page_token
+from services.metering.servicers.usage_query_messages import listing_of
 from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref, running_mesh, unknown
 from tests.metering.usage import (
     ALL_NAMES,
@@ -33,6 +35,7 @@ from tests.metering.usage import (
 )
 
 HAIKU, OPUS = "claude-haiku-4-5", "claude-opus-4-6"
+FIRST_MOMENT, LAST_MOMENT = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, tzinfo=UTC)
 NOON = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(days=3)
 
 
@@ -259,6 +262,26 @@ async def test_a_page_token_belongs_to_its_query(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize(
+    ("start", "end", "rank", "bucket"),
+    [
+        ("1980-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00", "0", "0"),
+        ("0001-01-01T00:00:00+00:00", "0001-01-02T00:00:00+00:00", "0", "0"),
+        ("2026-01-02T00:00:00+00:00", "2026-01-01T00:00:00+00:00", "0", "0"),
+        ("2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00", "9" * 30, "0"),
+        ("2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00", "0", "9" * 12),
+    ],
+)
+async def test_a_computed_page_token_asks_for_no_more_than_a_query_may(mesh: Mesh, start: str, end: str, rank: str, bucket: str) -> None:
+    """A token is no signature: its period has the bounds of a query's, and its numbers those of the database."""
+    tenant, asked = mesh.new_tenant(), asking(USER, bucket=HOUR)
+    position = [start, end, rank, bucket, str(tenant.id), *[""] * len(ALL_NAMES)]
+    asked.page_token = encode_page_token(listing_of(str(tenant.id), asked), position)
+    with pytest.raises(MeshError) as refused:
+        await query(mesh, tenant, asked)
+    assert (refused.value.code, refused.value.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "page_token")
+
+
+@pytest.mark.parametrize(
     ("changes", "field"),
     [
         ({"end": NOON - timedelta(days=1)}, "query.end_time"),
@@ -270,13 +293,18 @@ async def test_a_page_token_belongs_to_its_query(mesh: Mesh) -> None:
         ({"group_by": [99]}, "query.group_by[0]"),
         ({"page_size": 1_001}, "query.page_size"),
         ({"filter": pb.UsageFilter(users=["a\x00b"])}, "query.filter"),
+        (
+            {"start": FIRST_MOMENT, "end": FIRST_MOMENT + timedelta(days=1), "bucket": DAY, "time_zone": "America/New_York"},
+            "query.start_time",
+        ),
+        ({"start": LAST_MOMENT - timedelta(days=1), "end": LAST_MOMENT, "bucket": HOUR}, "query.end_time"),
     ],
 )
 async def test_impossible_questions_are_refused(mesh: Mesh, changes: dict[str, object], field: str) -> None:
     """INVALID_ARGUMENT, naming the field."""
     group_by = changes.pop("group_by", ())
     with pytest.raises(MeshError) as refused:
-        await query(mesh, mesh.new_tenant(), asking(*group_by, start=NOON, **changes))  # type: ignore[misc] # lists of the cases above
+        await query(mesh, mesh.new_tenant(), asking(*group_by, **{"start": NOON} | changes))  # type: ignore[misc] # lists of the cases above
     assert (refused.value.code, refused.value.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 

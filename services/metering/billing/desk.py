@@ -1,5 +1,6 @@
 """Drafts and closes invoices, and tells what is behind them. Refuses periods that have not ended or are not the next one."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import structlog
@@ -11,7 +12,7 @@ from services.metering.billing.exact import AmountTooLarge
 from services.metering.billing.invoice import Closing, InvoiceContent
 from services.metering.billing.making import Target, anchor_day, make_content, make_invoice
 from services.metering.billing.periods import BillingPeriod, period_of
-from services.metering.billing.proration import UnknownBillingPlan
+from services.metering.billing.proration import Subscription, UnknownBillingPlan
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +85,8 @@ class InvoiceDesk:
             tier_plan = "" if subscriptions else tier
             # Whether it can be billed at all, before anything is written.
             await _content(reader, Target(period, None, tier_plan, closings, takes_late=True))
+            if subscriptions and not closings:
+                await _refuse_before_all(reader, period, subscriptions)
         number = subscriptions[-1].number if subscriptions else 0
         answer = await self._closing.close(tenant_id, new_uuid7(), period, tier_plan, number)
         match answer.outcome:
@@ -96,6 +99,15 @@ class InvoiceDesk:
                 )
             case CloseOutcome.CLOSED | CloseOutcome.SUBSCRIPTION_CHANGED:
                 return answer.closing
+
+
+async def _refuse_before_all(reader: BillingReader, period: BillingPeriod, subscriptions: Sequence[Subscription]) -> None:
+    # The first closing cannot be taken back, and every period after it is closed: a mistyped year would be years of fees.
+    end = period.end_time
+    if any(item.effective_time < end for item in subscriptions) or await reader.late_days(end, None, None):
+        return
+    why = f"the tenant neither used anything nor was on a plan before {end.isoformat()}: begin with the period of its first use or plan"
+    raise WrongState("billing_period", "NOT_NEXT", why)
 
 
 async def _content(reader: BillingReader, target: Target) -> InvoiceContent:

@@ -105,8 +105,8 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
         """Grants a credit."""
         tenant_id = _named_tenant()
         refuse_other_currency(request.currency)
-        effective = parse_timestamp(request.effective_time, "effective_time") if request.HasField("effective_time") else _SINCE_EVER
-        expiry = parse_timestamp(request.expire_time, "expire_time") if request.HasField("expire_time") else None
+        effective = _billable(request.effective_time, "effective_time") if request.HasField("effective_time") else _SINCE_EVER
+        expiry = _billable(request.expire_time, "expire_time") if request.HasField("expire_time") else None
         if expiry is not None and expiry <= effective:
             raise InvalidRequest("expire_time", "must be after effective_time")
         grant = CreditGrant(
@@ -168,7 +168,7 @@ def _named_tenant() -> TenantId:
 
 def _billable(stamp: Timestamp, field: str) -> datetime:
     moment = parse_timestamp(stamp, field)
-    # The calendar needs a month on either side.
+    # The calendar needs a month on either side, and the database keeps its first and last moment as infinities.
     if not _SINCE_EVER <= moment < _FOR_EVER:
         raise InvalidRequest(field, "must be a moment from 1970 to 9998")
     return moment

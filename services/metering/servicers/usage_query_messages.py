@@ -28,6 +28,8 @@ from services.metering.usage_query import (
 )
 
 _NAME_COUNT = len(Dimension) - 1
+# What the database keeps them in.
+_MOST_BUCKETS, _MOST_RANK = 2**31 - 1, 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,20 @@ def page_of(message: pb.UsageQuery, listing: str, calendar: TenantCalendar, now:
         return Page(*period(start, end, Bucket(message.bucket), calendar.zone, now), after=None)
     start_text, end_text, rank, bucket, tenant, *names = position
     try:
-        key = GroupKey(int(bucket), UUID(tenant), tuple(names))
-        after = RowPosition(int(rank), key)
-    except ValueError:
+        key = GroupKey(_bounded(bucket, _MOST_BUCKETS), UUID(tenant), tuple(names))
+        after = RowPosition(_bounded(rank, _MOST_RANK), key)
+        # A token is no signature: whoever computes one gets no longer period by it.
+        start, end = period(position_time(start_text), position_time(end_text), Bucket(message.bucket), calendar.zone, now)
+    except (ValueError, InvalidRequest):
         raise refused_page_token() from None
-    return Page(position_time(start_text), position_time(end_text), after)
+    return Page(start, end, after)
+
+
+def _bounded(text: str, most: int) -> int:
+    number = int(text)
+    if abs(number) > most:
+        raise refused_page_token()
+    return number
 
 
 def page_token(listing: str, page: Page, last: GroupUse) -> str:

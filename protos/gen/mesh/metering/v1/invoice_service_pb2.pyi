@@ -884,11 +884,11 @@ class GrantCreditRequest(_message.Message):
 
     @_builtins.property
     def effective_time(self) -> _timestamp_pb2.Timestamp:
-        """It pays for periods that end after this; default: for every period that is not closed yet."""
+        """It pays for periods that end after this, from 1970 on; default: for every period that is not closed yet."""
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """It pays for periods that begin before this, after `effective_time`; absent: for ever."""
+        """It pays for periods that begin before this, after `effective_time` and at most in the year 9998; absent: for ever."""
 
     def __init__(
         self,

@@ -106,7 +106,8 @@ class InvoiceServiceServicer:
         """Closes a period of the tenant that `x-tenant-id` names and answers its invoice. What is recorded afterwards is on the next one. For
         operators; audited. Idempotent: a closed period answers the same invoice, equal in every bit.
         Errors: INVALID_ARGUMENT for a time at which no period begins; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"}: "OPEN" has not
-        ended, "NOT_NEXT" is not the one after the last closed; NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
+        ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one;
+        NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

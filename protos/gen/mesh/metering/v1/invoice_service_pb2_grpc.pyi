@@ -27,7 +27,8 @@ class InvoiceServiceStub:
     """Closes a period of the tenant that `x-tenant-id` names and answers its invoice. What is recorded afterwards is on the next one. For
     operators; audited. Idempotent: a closed period answers the same invoice, equal in every bit.
     Errors: INVALID_ARGUMENT for a time at which no period begins; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"}: "OPEN" has not
-    ended, "NOT_NEXT" is not the one after the last closed; NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
+    ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one;
+    NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
     """
     ListInvoices: _aio.UnaryUnaryMultiCallable[_invoice_service_pb2.ListInvoicesRequest, _invoice_service_pb2.ListInvoicesResponse]
     """Lists the tenant's closed invoices, first first. Reads only."""
@@ -81,7 +82,8 @@ class InvoiceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Closes a period of the tenant that `x-tenant-id` names and answers its invoice. What is recorded afterwards is on the next one. For
         operators; audited. Idempotent: a closed period answers the same invoice, equal in every bit.
         Errors: INVALID_ARGUMENT for a time at which no period begins; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"}: "OPEN" has not
-        ended, "NOT_NEXT" is not the one after the last closed; NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
+        ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one;
+        NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
         """
 
     @_abc_1.abstractmethod
