@@ -130,3 +130,18 @@ async def test_a_tenant_service_that_is_away_stops_no_billing_by_subscriptions(m
     now = ended(1).end_time + GRACE
     await MonthlyJob(books, desk, Away(), grace=GRACE, poll_seconds=1.0, clock=lambda: now).round()
     assert [len(await closed_starts(mesh, found)) for found in (tenant, by_tier)] == [1, 0]
+
+
+async def test_books_that_nobody_can_read_stop_no_other_tenant(mesh: Mesh) -> None:
+    """A row that the code does not expect keeps its own tenant's period open; the tenants after it are closed in the same round."""
+    broken, sound = await provisioned(mesh), await provisioned(mesh)
+    for tenant in (broken, sound):
+        await subscribe(mesh, tenant, "starter", ended(1).start_time)
+    await mesh.admin.execute(
+        "INSERT INTO metering.credits (tenant_id, credit_id, amount_nano_usd, priority, effective_time, reason, digest, record_time) "
+        "VALUES ($1, $2, 1, 0, '-infinity', '', sha256(''), clock_timestamp())",
+        broken.id,
+        new_uuid7(),
+    )
+    await job(mesh).round()
+    assert (await closed_starts(mesh, broken), await closed_starts(mesh, sound)) == ([], [ended(1).start_time])

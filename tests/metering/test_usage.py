@@ -88,6 +88,18 @@ async def test_impossible_period_is_refused(mesh: Mesh, days: int, field: str) -
     assert (refused.value.code, refused.value.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
+@pytest.mark.parametrize(("field", "year"), [("start_time", 1), ("end_time", 9999)])
+async def test_a_report_of_the_ends_of_the_calendar_is_refused(mesh: Mesh, field: str, year: int) -> None:
+    """Its first and last moment are infinities to the database: INVALID_ARGUMENT, naming the field."""
+    request = pb.GetUsageReportRequest()
+    edge = datetime(1, 1, 1, tzinfo=UTC) if year == 1 else datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    request.start_time.FromDatetime(edge if year == 1 else datetime(2026, 1, 1, tzinfo=UTC))
+    request.end_time.FromDatetime(datetime(2026, 1, 1, tzinfo=UTC) if year == 1 else edge)
+    with pytest.raises(MeshError) as refused:
+        await ask(mesh, mesh.new_tenant(), "GetUsageReport", request)
+    assert (refused.value.code, refused.value.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
 async def test_default_period_is_the_current_month(mesh: Mesh) -> None:
     """Without a period the report starts with the UTC month and ends now."""
     report = await ask(mesh, mesh.new_tenant(), "GetUsageReport", pb.GetUsageReportRequest())

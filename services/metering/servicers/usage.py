@@ -35,8 +35,8 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
 
     async def GetUsageReport(self, request: pb.GetUsageReportRequest, context: object) -> pb.GetUsageReportResponse:
         """Sums a period."""
-        start = parse_timestamp(request.start_time, "start_time") if request.HasField("start_time") else None
-        end = parse_timestamp(request.end_time, "end_time") if request.HasField("end_time") else None
+        start = _bound(request.start_time, "start_time") if request.HasField("start_time") else None
+        end = _bound(request.end_time, "end_time") if request.HasField("end_time") else None
         sums = await self._store.period(current_tenant_id(), start, end)
         report = build_report(sums.start_time, sums.end_time, sums.groups)
         return pb.GetUsageReportResponse(
@@ -127,6 +127,14 @@ async def _answered(
     found = await find(query, page.after, size + 1)
     groups, following = cut_page(found, size, lambda last: messages.page_token(listing, page, last))
     return _Answered(to_timestamp(page.start), to_timestamp(page.end), messages.usage_rows(query, groups), following)
+
+
+def _bound(stamp: Timestamp, field: str) -> datetime:
+    moment = parse_timestamp(stamp, field)
+    # The database keeps the calendar's first and last moment as infinities.
+    if not 1970 <= moment.year <= 9998:
+        raise InvalidRequest(field, "must be a moment from 1970 to 9998")
+    return moment
 
 
 def _calendar(zone_name: str) -> TenantCalendar:

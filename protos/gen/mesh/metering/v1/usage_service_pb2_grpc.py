@@ -73,7 +73,7 @@ class UsageServiceServicer:
 
     def GetUsageReport(self, request, context):
         """Sums the tenant's calls of a period. Reads only; a call is in the report as soon as its settlement was answered.
-        Errors: INVALID_ARGUMENT for a period that ends before it starts or is longer than 400 days.
+        Errors: INVALID_ARGUMENT for a period that ends before it starts, is longer than 400 days or is not within 1970 to 9998.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

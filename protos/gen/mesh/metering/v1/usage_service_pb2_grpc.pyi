@@ -18,7 +18,7 @@ class UsageServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetUsageReport: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.GetUsageReportRequest, _usage_service_pb2.GetUsageReportResponse]
     """Sums the tenant's calls of a period. Reads only; a call is in the report as soon as its settlement was answered.
-    Errors: INVALID_ARGUMENT for a period that ends before it starts or is longer than 400 days.
+    Errors: INVALID_ARGUMENT for a period that ends before it starts, is longer than 400 days or is not within 1970 to 9998.
     """
     ListCalls: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.ListCallsRequest, _usage_service_pb2.ListCallsResponse]
     """Lists the tenant's calls, newest first. Reads only."""
@@ -50,7 +50,7 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_usage_service_pb2.GetUsageReportRequest, _abc.Awaitable[_usage_service_pb2.GetUsageReportResponse]],
     ) -> _abc.Awaitable[_usage_service_pb2.GetUsageReportResponse]:
         """Sums the tenant's calls of a period. Reads only; a call is in the report as soon as its settlement was answered.
-        Errors: INVALID_ARGUMENT for a period that ends before it starts or is longer than 400 days.
+        Errors: INVALID_ARGUMENT for a period that ends before it starts, is longer than 400 days or is not within 1970 to 9998.
         """
 
     @_abc_1.abstractmethod
