@@ -1,5 +1,6 @@
 """Raising what a running call holds, under every rule: all or nothing. Refused, the hold stays, and the call must not go past it."""
 
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -7,8 +8,9 @@ import structlog
 from services.kernel.errors import ReservationLost
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.decision import refusal
+from services.ratelimit.decision import needed, refusal
 from services.ratelimit.fencing import Fencing
+from services.ratelimit.limit_rule import Window
 from services.ratelimit.limits import Amounts, Demand, Subject
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
 from services.ratelimit.reservation import Held
@@ -54,6 +56,9 @@ class Extensions:
             held = answer.granted
             more = Amounts(max(0, amounts.tokens - held.tokens), max(0, amounts.cost_nano_usd - held.cost_nano_usd))
             why = refusal(plan, answer, Demand(more))
+            if why is not None and why.status.rule.window is Window.REQUEST:
+                # It looks at the whole call, and not at what is added.
+                why = replace(why, needed=needed(why.status.rule.unit, Demand(amounts)))
         if why is None:
             raise ReservationLost(reservation_id, "the reservation does not live: its call must not go past what it held")
         log.info("extension_refused", rule=why.status.rule.name, limit=why.status.limit, used=why.status.used, needed=why.needed)
