@@ -79,6 +79,10 @@ class MonthlyJob:
         except MeshError as error:
             log.warning("invoice_not_closed", tenant_id=str(tenant_id), reason=error.reason_name, why=error.message)
             return None
+        except Exception:
+            # Whatever is wrong with one tenant's books is none of the others' business.
+            log.exception("invoice_not_closed_unexpectedly", tenant_id=str(tenant_id))
+            return None
 
 
 def next_period(tenant: DueTenant) -> BillingPeriod | None:
