@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from datetime import timedelta
+from datetime import UTC, timedelta
 
 import orjson
 import pytest
@@ -86,9 +86,12 @@ async def test_invoice_is_rendered_as_json_csv_and_a_page_that_escapes_everythin
     read = orjson.loads(documents[pb.INVOICE_FORMAT_JSON].document)
     assert [line["amount_nano_usd"] for line in read["lines"]] == [line.amount.nano_usd for line in invoice.content.lines]
     assert (read["due_nano_usd"], read["digest"]) == (invoice.content.due.nano_usd, invoice.digest)
+    assert read["payable_nano_usd"] == read["due_nano_usd"] - USD
     rows = list(csv.DictReader(io.StringIO(documents[pb.INVOICE_FORMAT_CSV].document.decode())))
     assert sum(int(row["amount_nano_usd"]) for row in rows if row["line_number"]) == invoice.content.charges.nano_usd
     assert (rows[-1]["description"], rows[-1]["amount_usd"]) == ("Due", "34.03")
+    told = [(row["name"], row["is_late"], row["period_start"]) for row in rows if row["line_number"]]
+    assert told == [(line.name, "false", line.period_start.ToDatetime(UTC).isoformat()) for line in invoice.content.lines]
     page = documents[pb.INVOICE_FORMAT_HTML].document.decode()
     assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; more" in page
     assert not re.search(r"<script|https?:|src=|@import|url\(|<link", page, re.IGNORECASE)

@@ -33,8 +33,8 @@ footer { color: #555; font-size: .85em; overflow-wrap: anywhere; }
 }
 """
 _CSV_NAMES = (
-    "line_number", "kind", "description", "plan", "plan_version", "span_start", "span_end", "tier", "quantity", "nano_usd_per_million",
-    "amount_nano_usd", "amount_usd",
+    "line_number", "kind", "description", "name", "is_late", "period_start", "plan", "plan_version", "span_start", "span_end", "tier",
+    "quantity", "nano_usd_per_million", "amount_nano_usd", "amount_usd",
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def description(line: InvoiceLine) -> str:
 
 
 def render_json(stored: StoredInvoice) -> bytes:
-    """Returns one JSON object; amounts are integers of nano-USD, times are ISO 8601."""
+    """Returns one JSON object; amounts are integers of nano-USD, times are ISO 8601. Payable is what is due less the credit notes."""
     closing, content = stored.invoice.closing, stored.invoice.content
     document = {
         "invoice_id": str(closing.invoice_id),
@@ -78,6 +78,7 @@ def render_json(stored: StoredInvoice) -> bytes:
         "due_nano_usd": content.due_nano_usd,
         "carried_out_nano_usd": content.carried_out_nano_usd,
         "credit_notes": [_note(note) for note in stored.notes],
+        "payable_nano_usd": content.due_nano_usd - _noted(stored),
         "digest": stored.digest.hex(),
     }
     return json.dumps(document, ensure_ascii=False, indent=1).encode()
@@ -91,7 +92,7 @@ def render_csv(stored: StoredInvoice) -> bytes:
     for number, line in enumerate(stored.invoice.content.lines, start=1):
         writer.writerow(_line_values(number, line))
     for name, amount in _totals(stored):
-        writer.writerow(["", "total", name, *[""] * 7, amount, usd(amount)])
+        writer.writerow(["", "total", name, *[""] * (len(_CSV_NAMES) - 5), amount, usd(amount)])
     return text.getvalue().encode()
 
 
@@ -141,7 +142,7 @@ def _html_notes(notes: Sequence[CreditNote]) -> str:
 
 def _totals(stored: StoredInvoice) -> list[tuple[str, int]]:
     content = stored.invoice.content
-    noted = sum(note.amount_nano_usd for note in stored.notes)
+    noted = _noted(stored)
     totals = [("Charges", content.charges_nano_usd)]
     totals += [("Carried from the invoice before", content.carried_in_nano_usd)] if content.carried_in_nano_usd else []
     totals += [("Prepaid credits", -content.credits_nano_usd)] if content.credits_nano_usd else []
@@ -150,12 +151,19 @@ def _totals(stored: StoredInvoice) -> list[tuple[str, int]]:
     return [*totals, ("Due", content.due_nano_usd - noted)]
 
 
+def _noted(stored: StoredInvoice) -> int:
+    return sum(note.amount_nano_usd for note in stored.notes)
+
+
 def _line_values(number: int, line: InvoiceLine) -> tuple[object, ...]:
     rated, key = line.line, line.line.key
     return (
         number,
         key.kind.name.lower(),
         description(line),
+        key.name,
+        "true" if line.is_late else "false",
+        line.period.start_time.isoformat(),
         rated.plan,
         rated.plan_version,
         key.start_time.isoformat(),
