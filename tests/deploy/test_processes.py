@@ -29,6 +29,7 @@ AWAY = "127.0.0.1:1"
 SECRETS = {
     "TENANTRY_POSTGRES_DSN": f"postgresql://someone:word@{AWAY}/tenantry",
     "TENANTRY_POSTGRES_JOBS_DSN": f"postgresql://someone:word@{AWAY}/tenantry",
+    "TENANTRY_POSTGRES_PARTITIONS_DSN": f"postgresql://someone:word@{AWAY}/tenantry",
     "TENANTRY_POSTGRES_PLACEMENT_DSN": f"postgresql://someone:word@{AWAY}/tenantry",
     "TENANTRY_SILO_ADMIN_DSN": f"postgresql://someone:word@{AWAY}/postgres",
     "TENANTRY_KEY_STORE_DSN": f"postgresql://someone:word@{AWAY}/keys",
@@ -38,6 +39,7 @@ SECRETS = {
     "TENANTRY_QDRANT_URL": f"http://{AWAY}",
     "TENANTRY_QDRANT_API_KEY": "word",
     "TENANTRY_ANTHROPIC_API_KEY": "word",
+    "TENANTRY_PROVIDER_ACCOUNTS": '{"house": {"requests_per_minute": 1000}}',
     "TENANTRY_CONTEXT_SIGNING_KEY": base64.b64encode(bytes(range(32))).decode(),
     "TENANTRY_OPERATOR_KEY_SHA256": "0" * 64,
 }

@@ -34,7 +34,13 @@ SERVICES_LISTED = {
         "mesh.inference.v1.PromptService",
     },
     "retrieval": {"mesh.retrieval.v1.DocumentService", "mesh.retrieval.v1.SearchService"},
-    "metering": {"mesh.metering.v1.LedgerService", "mesh.metering.v1.PriceService", "mesh.metering.v1.UsageService"},
+    "metering": {
+        "mesh.metering.v1.EventService",
+        "mesh.metering.v1.InvoiceService",
+        "mesh.metering.v1.LedgerService",
+        "mesh.metering.v1.PriceService",
+        "mesh.metering.v1.UsageService",
+    },
 }
 SHARED = {
     "grpc.health.v1.Health",

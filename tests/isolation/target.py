@@ -271,7 +271,9 @@ async def _plant_invoice(mesh: Mesh, surface: Surface, tenant_id: str, canary: s
     operator = (*operator_credentials(mesh.stack.state.secrets.operator_key, "planting"), ("x-tenant-id", tenant_id))
     period = period_of(period_of(datetime.now(UTC), 1).start_time - timedelta(seconds=1), 1)
     amount = NanoUsd(nano_usd=1_000_000_000)
-    plan = invoice_service_pb2.SetSubscriptionRequest(subscription_id=str(new_uuid7()), plan="starter")
+    plan = invoice_service_pb2.SetSubscriptionRequest(
+        subscription_id=str(new_uuid7()), plan="starter", effective_time=to_timestamp(period.start_time)
+    )
     await _must(surface, "metering", "InvoiceService/SetSubscription", plan, operator)
     credit = invoice_service_pb2.GrantCreditRequest(credit_id=str(new_uuid7()), amount=amount, reason=canary)
     await _must(surface, "metering", "InvoiceService/GrantCredit", credit, operator)

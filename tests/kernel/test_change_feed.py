@@ -145,7 +145,7 @@ async def test_a_stream_that_fell_silent_is_given_up() -> None:
         await b.is_watched(3)
         b.service.tell(5)
         await b.has_heard(5)
-        assert b.feed.is_fresh
+        await b.is_in(FeedState.FRESH)
 
 
 async def test_a_service_without_a_feed_is_told_from_one_that_is_silent() -> None:
