@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID
 
 import grpc
 import pytest
@@ -62,7 +63,8 @@ class Callers:
         failing_since = 0.0
         while True:
             try:
-                held = await self.tenant.reserve(1)
+                reservation_id = new_uuid7()
+                held = await self.tenant.reserve(1, id=reservation_id)
             except MeshError as error:
                 self.codes.add(error.code.name)
                 if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -77,17 +79,19 @@ class Callers:
             if failing_since:
                 self.outage_seconds = max(self.outage_seconds, loop.time() - failing_since)
                 failing_since = 0.0
-            self._open(held)
+            self._open(reservation_id, held)
             # A call that takes its time: what is being done to the store falls in the middle of many.
             await asyncio.sleep(0.05)
 
-    def _open(self, held: messages.ReserveResponse) -> None:
+    def _open(self, reservation_id: UUID, held: messages.ReserveResponse) -> None:
         known = self.service.peer.ledger.of(self.tenant.tenant_id)
         self.epochs.add(held.epoch)
         if held.epoch == known.epoch:
-            id = new_uuid7().bytes
-            known.calls[id] = LedgerCall(ledger.CALL_STATE_OPEN, held.reserve_time.ToMicroseconds(), tokens=1, epoch=held.epoch)
-            self.opened.append(id)
+            # Under the hold's own id: a call that lasts longer than its lease is asked about, and stays held.
+            known.calls[reservation_id.bytes] = LedgerCall(
+                ledger.CALL_STATE_OPEN, held.reserve_time.ToMicroseconds(), tokens=1, epoch=held.epoch
+            )
+            self.opened.append(reservation_id.bytes)
 
 
 async def test_a_tenants_life_is_the_same_on_three_masters(service: Service, cluster: Cluster) -> None:
