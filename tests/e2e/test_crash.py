@@ -95,26 +95,25 @@ async def test_a_cancelled_stream_is_unresolved_and_frees_its_slot(mesh: Mesh) -
     assert (await used_limits(mesh, tenant))["cost_nano_usd_per_month"] == report.outstanding_bound.nano_usd > 0
 
 
-async def test_what_a_call_did_not_use_of_the_account_survives_killed_limits(mesh: Mesh) -> None:
+async def test_what_a_call_did_not_use_of_the_account_survives_killed_limits() -> None:
     """A call that ends while no limits are there gives back to the provider's account what it did not use as soon as they are again."""
-    tenant = await mesh.tenant()
-    stream = await begin_slow_stream(mesh, tenant, uuid.uuid4(), "[[stub: output_tokens=40 token_ms=20]] Go on.")
-    _, input_tokens, output_tokens = await account_use(mesh, tenant)
-    process = mesh.stack.processes["ratelimit"]
-    try:
+    async with running_mesh() as mesh:
+        tenant = await mesh.tenant()
+        stream = await begin_slow_stream(mesh, tenant, uuid.uuid4(), "[[stub: output_tokens=40 token_ms=20]] Go on.")
+        _, input_tokens, output_tokens = await account_use(mesh, tenant)
+        process = mesh.stack.processes["ratelimit"]
         process.kill()
         await process.wait()
         usage = await anext(event.final.usage async for event in stream if event.WhichOneof("event") == "final")
         assert await account_use(mesh, tenant) == (1, input_tokens, output_tokens)
         assert usage.input_tokens < input_tokens
         assert usage.output_tokens < output_tokens
-    finally:
         await mesh.stack.start_service("ratelimit")
 
-    async def is_counted() -> bool:
-        return await account_use(mesh, tenant) == (1, usage.input_tokens, usage.output_tokens)
+        async def is_counted() -> bool:
+            return await account_use(mesh, tenant) == (1, usage.input_tokens, usage.output_tokens)
 
-    await eventually(is_counted, within_seconds=30)
+        await eventually(is_counted, within_seconds=30)
 
 
 async def test_limits_are_rebuilt_from_the_ledger_when_redis_forgets(mesh: Mesh) -> None:
