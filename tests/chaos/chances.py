@@ -98,7 +98,7 @@ def orders(seed: int, tenant: int, caller: int) -> Iterator[Order | UnitOrder | 
             yield UnitOrder(rng.randint(1, 5), pause_seconds)
             continue
         if kind < 0.2:
-            yield EventOrder(rng.randint(1, 40), rng.choice((0, 0, 1, 2)), rng.random(), rng.random() < 0.25, pause_seconds)
+            yield EventOrder(rng.randint(1, 400), rng.choice((0, 0, 1, 2)), rng.random(), rng.random() < 0.25, pause_seconds)
             continue
         yield Order(
             text=_text(rng),
