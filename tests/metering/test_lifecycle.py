@@ -7,6 +7,7 @@ from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from tests.metering import events
 from tests.metering.billing import USD, close, ended, grant, recomputed, subscribe, use_units
 from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref, unknown
+from tests.metering.rerating import load_versions, order, rerated, used
 from tests.metering.usage import ALL_NAMES, MODEL, asking, fold, query
 
 
@@ -119,6 +120,19 @@ async def test_uses_of_an_erased_tenant_are_kept_without_names(mesh: Mesh) -> No
     assert found[("postgres:metering.unit_entries", "tenant")].found_count == 2
     assert all(store.kept for store in found.values())
     assert not any(store.canary_count for store in scan.stores if store.sight == "tenant")
+
+
+async def test_corrections_are_exported_with_what_they_correct(mesh: Mesh) -> None:
+    """Each adjustment names its re-rating, and the re-rating says which versions it was from and to, and that it is done."""
+    tenant = mesh.new_tenant()
+    await load_versions(mesh)
+    await used(mesh, tenant, [{"input_tokens": 1_000_000}])
+    await rerated(mesh, tenant, order())
+    exported = await export(mesh, tenant)
+    (written,) = [record for kind, record in exported if kind == "postgres:metering.reratings"]
+    assert (written["price_versions"], written["right_version"], written["finish_time"] is None) == (["2026-01"], "right", False)
+    entries = [record for kind, record in exported if kind.endswith(".entries")]
+    assert [(entry["kind"], entry["rerating_id"]) for entry in entries] == [(1, None), (3, written["rerating_id"])]
 
 
 async def test_what_was_billed_is_exported_and_outlives_the_tenant(mesh: Mesh) -> None:
