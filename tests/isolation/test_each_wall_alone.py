@@ -108,7 +108,6 @@ async def test_changing_what_was_recorded_is_not_granted(mesh: Mesh, table: str)
         "metering.invoice_lines",
         "metering.credit_uses",
         "metering.credit_notes",
-        "metering.reratings",
         "metering.rerating_ends",
     ],
 )
