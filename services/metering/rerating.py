@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 BATCH = 500
 # So much of a re-rating a call of the rpc does: a few seconds of work.
-BATCHES_A_CALL = 40
+BATCHES_A_CALL = 20
 SCAN = 2_000
 
 
