@@ -155,6 +155,25 @@ class WrongState(MeshError):
         )
 
 
+class PriceBookUnusable(MeshError):
+    """The price book is doubtful; `message` says where and what to write. Nothing of it was loaded."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(grpc.StatusCode.FAILED_PRECONDITION, error_reason_pb2.ERROR_REASON_PRICE_BOOK_REFUSED, message)
+
+
+class PriceMissing(MeshError):
+    """A model has no price in a version."""
+
+    def __init__(self, version: str, provider: str, model: str) -> None:
+        super().__init__(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            error_reason_pb2.ERROR_REASON_PRICE_MISSING,
+            f"version {version} has no price for {provider} {model}: load one that has",
+            metadata={"version": version, "provider": provider, "model": model},
+        )
+
+
 class NotSliceable(MeshError):
     """A rule of the unit needs each use by itself; `cause` is a word for programs, `why` a clause for people."""
 

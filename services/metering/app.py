@@ -32,7 +32,8 @@ from services.metering.adapters.postgres_event_types import PostgresEventTypes
 from services.metering.adapters.postgres_events import PostgresEvents
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.adapters.postgres_ledger import PostgresLedger
-from services.metering.adapters.postgres_prices import PostgresPrices, load_price_book
+from services.metering.adapters.postgres_prices import PostgresPriceBook, PostgresPrices, load_price_book, price_book_changes
+from services.metering.adapters.postgres_reratings import PostgresReratings
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
@@ -41,7 +42,8 @@ from services.metering.adapters.tenant_calendars import TenantCalendars
 from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
 from services.metering.billing.desk import InvoiceDesk
 from services.metering.billing.monthly_job import MonthlyJob
-from services.metering.billing.plan_file import BillingPlansRefused, describe, parse_billing_plans
+from services.metering.billing.plan_file import BillingPlansRefused, parse_billing_plans
+from services.metering.billing.plan_file import describe as describe_plans
 from services.metering.billing.terms import PlanVersion
 from services.metering.event_log import EventLog
 from services.metering.event_months import EventMonths, make_months
@@ -49,8 +51,11 @@ from services.metering.event_types import EventTypeCatalog
 from services.metering.lease_sweeper import LeaseSweeper
 from services.metering.ledger import Ledger
 from services.metering.outbox import OutboxRelay
-from services.metering.price_book import PriceBookRefused, parse_price_book
+from services.metering.price_book import PriceBookRefused, PriceVersion, parse_price_book
 from services.metering.price_catalog import PriceCatalog
+from services.metering.price_loading import PriceLoading
+from services.metering.price_loading import describe as describe_prices
+from services.metering.rerating import RerateDesk
 from services.metering.servicers.events import EventServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
@@ -122,7 +127,8 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
             await _usage_queries(stack, settings, database, jobs),
             TenantCalendars(TenantConfigCache(to_tenant, feed=feed)),
         )
-        servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices]
+        prices = _of_prices(settings, catalog, database, jobs)
+        servicers = [*_of_calls(ledger, usage, database, jobs), prices, _of_events(events, types), invoices]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
         background.start("outbox_deleter", relay.run_deleter)
@@ -157,16 +163,22 @@ async def _usage_queries(
     return PostgresUsageQueries(database, reading, reading_all)
 
 
-def _of_calls(
-    ledger: Ledger, catalog: PriceCatalog, usage: UsageServicer, database: TenantDatabase, jobs: JobsDatabase
-) -> list[Registration]:
+def _of_calls(ledger: Ledger, usage: UsageServicer, database: TenantDatabase, jobs: JobsDatabase) -> list[Registration]:
     records = PostgresTenantRecords(database, jobs)
     return [
         (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
-        (add_PriceServiceServicer_to_server, PriceServicer(catalog), "mesh.metering.v1.PriceService"),
         (add_UsageServiceServicer_to_server, usage, "mesh.metering.v1.UsageService"),
         (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(records), "mesh.common.v1.TenantLifecycleService"),
     ]
+
+
+def _of_prices(settings: MeteringSettings, catalog: PriceCatalog, database: TenantDatabase, jobs: JobsDatabase) -> Registration:
+    async def read() -> str:
+        return await asyncio.to_thread(_price_book_text, settings)
+
+    loading = PriceLoading(read, PostgresPriceBook(jobs), catalog)
+    desk = RerateDesk(PostgresReratings(database), catalog)
+    return add_PriceServiceServicer_to_server, PriceServicer(catalog, loading, desk), "mesh.metering.v1.PriceService"
 
 
 def _of_events(events: EventLog, types: EventTypeCatalog) -> Registration:
@@ -197,12 +209,7 @@ def _channel(stack: AsyncExitStack, settings: MeteringSettings, address: str, se
 async def migrate_schema(settings: MeteringSettings) -> None:
     """Brings the schema forward, makes the months of events, loads prices and billing plans. Idempotent. Raises: MigrationRefused."""
     admin_dsn = settings.postgres_admin_dsn.get_secret_value()
-    try:
-        versions = parse_price_book(settings.price_book_path.read_text())
-    except OSError as error:
-        raise MigrationRefused(f"the price book {settings.price_book_path} cannot be read: {error.strerror}") from None
-    except PriceBookRefused as error:
-        raise MigrationRefused(str(error)) from None
+    versions = _read_price_book(settings)
     plans = _read_billing_plans(settings)
     roles = {
         "service": settings.postgres_dsn.get_secret_value(),
@@ -223,18 +230,48 @@ async def migrate_schema(settings: MeteringSettings) -> None:
 
 def preview_billing_plans(settings: MeteringSettings) -> str:
     """Says in a line each what `migrate` would load of the billing plans, and loads nothing. Raises: MigrationRefused."""
-    return asyncio.run(_preview(settings))
+    return asyncio.run(_preview_plans(settings))
 
 
-async def _preview(settings: MeteringSettings) -> str:
+def preview_price_book(settings: MeteringSettings) -> str:
+    """Says in a line each what `migrate` would load of the price book, and loads nothing. Raises: MigrationRefused."""
+    return asyncio.run(_preview_prices(settings))
+
+
+async def _preview_prices(settings: MeteringSettings) -> str:
+    versions = _read_price_book(settings)
+    admin = await JobsDatabase.open(settings.postgres_admin_dsn.get_secret_value(), max_size=1, application_name="metering-preview")
+    try:
+        return describe_prices(await price_book_changes(admin, versions))
+    except PriceBookRefused as error:
+        raise MigrationRefused(str(error)) from None
+    finally:
+        await admin.close()
+
+
+async def _preview_plans(settings: MeteringSettings) -> str:
     plans = _read_billing_plans(settings)
     admin = await JobsDatabase.open(settings.postgres_admin_dsn.get_secret_value(), max_size=1, application_name="metering-preview")
     try:
-        return describe(await billing_plan_changes(admin, plans))
+        return describe_plans(await billing_plan_changes(admin, plans))
     except BillingPlansRefused as error:
         raise MigrationRefused(str(error)) from None
     finally:
         await admin.close()
+
+
+def _price_book_text(settings: MeteringSettings) -> str:
+    try:
+        return settings.price_book_path.read_text()
+    except OSError as error:
+        raise PriceBookRefused(f"the price book {settings.price_book_path} cannot be read: {error.strerror}") from None
+
+
+def _read_price_book(settings: MeteringSettings) -> list[PriceVersion]:
+    try:
+        return parse_price_book(_price_book_text(settings))
+    except PriceBookRefused as error:
+        raise MigrationRefused(str(error)) from None
 
 
 def _read_billing_plans(settings: MeteringSettings) -> list[PlanVersion]:

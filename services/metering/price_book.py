@@ -10,16 +10,27 @@ from decimal import Decimal, InvalidOperation
 
 import yaml
 
-from services.metering.rating import ClassPrices
+from services.metering.rating import BatchPrices, ClassPrices
 
 _VERSION = re.compile(r"^[A-Za-z0-9._-]{1,100}$")
 _NANO_PER_USD = 1_000_000_000
 _MAX_NANO_USD = 1_000_000_000_000_000
-_CLASSES = tuple(field.name for field in fields(ClassPrices))
+_CLASSES = tuple(field.name for field in fields(BatchPrices))
+CURRENCY = "USD"
 
 
 class PriceBookRefused(Exception):
     """The price book cannot be used; the message names the version, model and field, and what to write instead."""
+
+
+class PriceVersionEdited(PriceBookRefused):
+    """The book says something else of a version that was loaded: entries name it, so it cannot change."""
+
+    def __init__(self, version: str, stored_digest: bytes, given_digest: bytes) -> None:
+        super().__init__(f"version {version} has other content in the database, and calls may be billed by it: add a new one")
+        self.version = version
+        self.stored_digest = stored_digest
+        self.given_digest = given_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,7 @@ class PriceVersion:
     @property
     def digest(self) -> bytes:
         """SHA-256 of the version's content, the same for the same prices however the file is written."""
-        lines = [[provider, model, asdict(prices)] for (provider, model), prices in sorted(self.prices.items())]
+        lines = [[provider, model, _content(prices)] for (provider, model), prices in sorted(self.prices.items())]
         content = [self.version, self.effective_time.isoformat(), self.source, self.retrieved.isoformat(), lines]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
@@ -55,6 +66,9 @@ def parse_price_book(text: str) -> list[PriceVersion]:
     except yaml.YAMLError as error:
         raise PriceBookRefused(f"the price book is not YAML: {error}") from None
     raw = document.get("versions") if isinstance(document, dict) else None
+    currency = document.get("currency", CURRENCY) if isinstance(document, dict) else CURRENCY
+    if currency != CURRENCY:
+        raise PriceBookRefused(f"currency {currency!r}: everything is rated in {CURRENCY}, and no amount is converted")
     if not isinstance(raw, list) or not raw:
         raise PriceBookRefused("the price book needs a list `versions` with at least one version")
     versions = sorted((_version(item) for item in raw), key=lambda version: version.effective_time)
@@ -81,19 +95,34 @@ def _version(raw: object) -> PriceVersion:
 
 
 def _add_model(priced: dict[tuple[str, str], ClassPrices], raw: object, where: str) -> None:
-    item = _mapping(raw, f"{where}, a price", {"provider", "model", *_CLASSES}, optional={"aliases"})
+    item = _mapping(raw, f"{where}, a price", {"provider", "model", *_CLASSES}, optional={"aliases", "batch"})
     provider, model, aliases = item["provider"], item["model"], item.get("aliases", [])
     if not isinstance(aliases, list):
         raise PriceBookRefused(f"{where}, {model}: aliases must be a list of model names")
     if not isinstance(provider, str) or not 1 <= len(provider) <= 63:
         raise PriceBookRefused(f"{where}, {model}: provider must be a name of 1-63 characters")
-    prices = ClassPrices(**{name: _nano_usd(item[name], f"{where}, {model}, {name}") for name in _CLASSES})
+    inside = f"{where}, {model}"
+    prices = ClassPrices(**{name: _nano_usd(item[name], f"{inside}, {name}") for name in _CLASSES}, batch=_batch(item, inside))
     for name in (model, *aliases):
         if not isinstance(name, str) or not 1 <= len(name) <= 200:
             raise PriceBookRefused(f"{where}: model {name!r} must be a name of 1-200 characters")
         if (provider, name) in priced:
             raise PriceBookRefused(f"{where}: {provider} {name} has two prices; keep one")
         priced[provider, name] = prices
+
+
+def _batch(item: Mapping[str, object], where: str) -> BatchPrices | None:
+    if "batch" not in item:
+        return None
+    given = _mapping(item["batch"], f"{where}, batch", set(), optional=set(_CLASSES))
+    if not given:
+        raise PriceBookRefused(f"{where}, batch: give at least one class a price, or leave it out")
+    return BatchPrices(**{name: _nano_usd(value, f"{where}, batch, {name}") for name, value in given.items()})
+
+
+def _content(prices: ClassPrices) -> dict[str, object]:
+    # What a release without batch prices loaded keeps its digest.
+    return {name: value for name, value in asdict(prices).items() if name != "batch" or value is not None}
 
 
 def _nano_usd(raw: object, where: str) -> int:

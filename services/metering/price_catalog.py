@@ -37,14 +37,20 @@ class PriceCatalog:
         """Returns what a call is rated by; None when no such version or model was ever stored."""
         found = self._find(key)
         if found is None and time.monotonic() >= self._retry_at:
-            await self._refresh()
+            await self.refresh()
             found = self._find(key)
         return found
+
+    async def version(self, name: str) -> PriceVersion | None:
+        """Returns a version by its name; None when it was never stored."""
+        if name not in self._by_name:
+            await self.refresh()
+        return self._by_name.get(name)
 
     async def in_force(self) -> PricesInForce:
         """Returns the version in force now. Raises: Unavailable when none is, which ends when `migrate` has loaded a price book."""
         if time.monotonic() >= self._fresh_until:
-            await self._refresh()
+            await self.refresh()
         now = self._clock()
         current = [version for version in self._versions if version.effective_time <= now]
         later = [version.effective_time for version in self._versions if version.effective_time > now]
@@ -52,7 +58,8 @@ class PriceCatalog:
             raise Unavailable("price book", "no price version is in force: load one with `python -m services.metering migrate`", 5.0)
         return PricesInForce(current[-1], later[0] if later else None)
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Reads what is stored now."""
         self._versions = await self._store.versions()
         self._by_name = {version.version: version for version in self._versions}
         now = time.monotonic()

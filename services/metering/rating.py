@@ -8,14 +8,26 @@ TOKENS_PER_PRICE = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class BatchPrices:
+    """Nano-USD per 1,000,000 tokens of each class in a provider's batch; None where there is no price."""
+
+    input: int | None = None
+    output: int | None = None
+    cache_read: int | None = None
+    cache_write_5m: int | None = None
+    cache_write_1h: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ClassPrices:
-    """Nano-USD per 1,000,000 tokens of each class."""
+    """Nano-USD per 1,000,000 tokens of each class; `batch` is None for a model that has no batch prices."""
 
     input: int
     output: int
     cache_read: int
     cache_write_5m: int
     cache_write_1h: int
+    batch: BatchPrices | None = None
 
 
 def line_nano_usd(tokens: int, nano_usd_per_million: int) -> int:

@@ -47,7 +47,9 @@ class MeteringSettings(ServiceSettings):
         default=SecretStr(""), description="the same replica, logging in as metering_jobs, for `QueryUsageOfTenants`; empty: the primary"
     )
     ratelimit_address: RatelimitAddress = "127.0.0.1:7402"
-    price_book_path: Path = Field(default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`")
+    price_book_path: Path = Field(
+        default=PACKAGED_PRICE_BOOK, description="the price book, YAML; read by `migrate`, `preview-price-book` and `LoadPriceBook`"
+    )
     billing_plans_path: Path = Field(
         default=PACKAGED_BILLING_PLANS, description="what plans charge, YAML; read by `migrate` and `preview-billing-plans`"
     )

@@ -14,8 +14,11 @@ EPOCHS = "postgres:metering.tenant_epochs"
 SUBSCRIPTIONS = "postgres:metering.subscriptions"
 CREDITS = "postgres:metering.credits"
 INVOICES = "postgres:metering.invoices"
+RERATINGS = "postgres:metering.reratings"
 # What was billed is the operator's book: kept for ever, with the id alone.
 BILLING_TABLES = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
+# Why entries were corrected: no names, and kept with them.
+RERATING_TABLES = ("reratings", "rerating_ends")
 # What the log and the sums of use are kept in: made of calls and units, so they are not exported, and blanked with them.
 USAGE = ("usage_pending", "usage_rollups", "usage_latencies")
 
@@ -36,5 +39,5 @@ class TenantRecords(Protocol):
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
-        """Yields each record's kind and its JSON object: of calls, entries, uses of units, events, plans, credits, whole invoices."""
+        """Yields each record's kind and its JSON object: of calls, entries, re-ratings, units, events, plans, credits, invoices."""
         ...

@@ -5,9 +5,10 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+import asyncpg
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from devstack.environment import TENANTS_OWN_KEYS
+from devstack.environment import DATABASE, TENANTS_OWN_KEYS
 from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
 from mesh.common.v1.money_pb2 import NanoUsd
@@ -34,6 +35,10 @@ from tests.support.waiting import eventually
 
 ON_RECORD_SECONDS = 90.0
 EVENT_SOURCE = "/planting"
+PLANT_RERATING = (
+    "INSERT INTO metering.reratings VALUES ($1, $1, 1, now() - interval '1 hour', now(), '{planted}', 'right', now(), sha256(''), now())",
+    "INSERT INTO metering.rerating_ends VALUES ($1, $1, now(), NULL)",
+)
 EVENT_TYPE = {"product": "planting", "type": "thing.planted"}
 
 
@@ -157,6 +162,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolatio
     await _plant_settings(surface, metadata, canary)
     own_key = secret_service_pb2.PutProviderKeyRequest(api_key=TENANTS_OWN_KEYS[0])
     await _must(surface, "tenant", "SecretService/PutProviderKey", own_key, metadata)
+    await _plant_rerating(mesh, tenant.tenant_id)
     document = listed_documents[0]
     ids = Ids(
         tenant_id=uuid.UUID(tenant.tenant_id),
@@ -283,6 +289,16 @@ async def _plant_invoice(mesh: Mesh, surface: Surface, tenant_id: str, canary: s
     note = invoice_service_pb2.IssueCreditNoteRequest(credit_note_id=str(new_uuid7()), invoice_id=invoice_id, amount=amount, reason=canary)
     await _must(surface, "metering", "InvoiceService/IssueCreditNote", note, operator)
     return invoice_id
+
+
+async def _plant_rerating(mesh: Mesh, tenant_id: str) -> None:
+    """Leaves a re-rating that is done and changed nothing: the mesh has one price version, so no operator can ask for one."""
+    admin = await asyncpg.connect(mesh.stack.postgres.dsn(DATABASE))
+    try:
+        for sql in PLANT_RERATING:
+            await admin.execute(sql, uuid.UUID(tenant_id))
+    finally:
+        await admin.close()
 
 
 async def _plant_events(mesh: Mesh, surface: Surface, metadata: Metadata, canary: str, name: str) -> None:

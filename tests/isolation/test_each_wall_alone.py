@@ -108,6 +108,7 @@ async def test_changing_what_was_recorded_is_not_granted(mesh: Mesh, table: str)
         "metering.invoice_lines",
         "metering.credit_uses",
         "metering.credit_notes",
+        "metering.rerating_ends",
     ],
 )
 async def test_a_trigger_alone_refuses_to_change_what_was_recorded(mesh: Mesh, table: str) -> None:

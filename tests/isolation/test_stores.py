@@ -8,7 +8,7 @@ import pytest
 
 from devstack.environment import DATABASE, KEY_DATABASE, KEY_ROLE
 from services.kernel import catalog
-from services.metering.tenant_records import BILLING_TABLES
+from services.metering.tenant_records import BILLING_TABLES, RERATING_TABLES
 from services.tenant.change_hub import ChangeKind
 from tests.isolation.fingerprint import SCHEMAS, superuser, tenant_tables
 from tests.isolation.places import TRANSIENT, transient_rows
@@ -36,7 +36,7 @@ pytestmark = over(PLAIN)
 APPEND_ONLY = (
     "metering.entries",
     "metering.unit_entries",
-    *(f"metering.{name}" for name in BILLING_TABLES),
+    *(f"metering.{name}" for name in (*BILLING_TABLES, *RERATING_TABLES)),
     "metering.billing_plan_versions",
     "tenant.audit",
     "tenant.audit_documents",

@@ -154,7 +154,7 @@ async def test_next_version_takes_over_at_its_time_and_old_calls_keep_theirs(pos
             soon = datetime.now(UTC) + timedelta(hours=1)
             text = book(version="dear", time=soon.isoformat()).replace("model: m", f"model: {MODEL}").replace('"1.5"', '"99"')
             loader = await JobsDatabase.open(dsn, max_size=1)
-            assert await load_price_book(loader, parse_price_book(text)) == ["dear"]
+            assert [change.version.version for change in await load_price_book(loader, parse_price_book(text))] == ["dear"]
             await loader.close()
             caller = mesh.inference
             response = await caller.channel.unary(caller.prices.GetPriceBook, pb.GetPriceBookRequest(), timeout_seconds=5)

@@ -1,5 +1,6 @@
 """The database's own walls: append-only entries, row-level security, roles, and constraints that hold without the service."""
 
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import asyncpg
@@ -12,11 +13,25 @@ from services.kernel.ids import TenantId, new_uuid7
 from tests.metering import events
 from tests.metering.billing import USD, ask, close, ended, grant, subscribe
 from tests.metering.mesh import Mesh, Tenant, bill, dsn_of
+from tests.metering.rerating import load_versions, order, rerated
 from tests.metering.usage import fold
 
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
+RERATING = ("reratings", "rerating_ends")
 USAGE = ("usage_latencies", "usage_pending", "usage_rollups")
-TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING, *USAGE)
+TENANT_TABLES = (
+    "calls",
+    "call_leases",
+    "entries",
+    "outbox",
+    "tenant_epochs",
+    "unit_entries",
+    "events",
+    "event_claims",
+    *BILLING,
+    *USAGE,
+    *RERATING,
+)
 BOOKS = ("entries", "unit_entries")
 
 
@@ -59,7 +74,7 @@ async def test_entries_cannot_be_changed_even_by_an_administrator(mesh: Mesh, ta
         await mesh.admin.execute(change.format(table))
 
 
-@pytest.mark.parametrize("table", [*BILLING, "billing_plan_versions"])
+@pytest.mark.parametrize("table", [*BILLING, *RERATING, "billing_plan_versions"])
 @pytest.mark.parametrize("change", ["UPDATE metering.{0} SET {1} = {1}", "DELETE FROM metering.{0}", "TRUNCATE metering.{0} CASCADE"])
 async def test_what_was_billed_cannot_be_changed_by_anybody(mesh: Mesh, ledger_dsn: str, table: str, change: str) -> None:
     """Neither role has the right; an administrator, who has it, is stopped by the trigger."""
@@ -116,6 +131,8 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await mesh.opened(one, epoch=1)
     await mesh.record(mesh.use(one, epoch=1))
     await bill_whole(mesh, one)
+    await load_versions(mesh)
+    await rerated(mesh, one, order(end=datetime.now(UTC) - timedelta(days=1)))
     await events.register(mesh)
     await events.record(mesh, one, [events.event()])
     # Folded into sums, and one more not yet.

@@ -7,7 +7,19 @@ from uuid import UUID
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.tenant_scan import ScannedStore, scan_schema
-from services.metering.tenant_records import BILLING_TABLES, CALLS, CREDITS, ENTRIES, EVENTS, INVOICES, SUBSCRIPTIONS, UNITS, USAGE
+from services.metering.tenant_records import (
+    BILLING_TABLES,
+    CALLS,
+    CREDITS,
+    ENTRIES,
+    EVENTS,
+    INVOICES,
+    RERATING_TABLES,
+    RERATINGS,
+    SUBSCRIPTIONS,
+    UNITS,
+    USAGE,
+)
 
 CHUNK = 500
 _BEFORE_ALL = UUID(int=0)
@@ -94,6 +106,7 @@ KEPT = frozenset(
         "events",
         "event_claims",
         *BILLING_TABLES,
+        *RERATING_TABLES,
         *USAGE,
     ),
 )
@@ -109,9 +122,19 @@ SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record F
 EXPORT_ENTRIES = """
 SELECT r.reservation_id, r.number, row_to_json(r)::text AS record FROM (
     SELECT tenant_id, reservation_id, number, entry_id, kind, price_version, provider, model, reserve_time, record_time, epoch,
-           input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, total_tokens, cost_nano_usd
+           input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, total_tokens, cost_nano_usd,
+           rerating_id
     FROM metering.entries WHERE tenant_id = $1 AND (reservation_id, number) > ($2, $3::smallint) ORDER BY reservation_id, number LIMIT $4
 ) r ORDER BY r.reservation_id, r.number
+"""
+EXPORT_RERATINGS = """
+SELECT r.rerating_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT t.tenant_id, t.rerating_id, t.start_time, t.end_time, t.price_versions, t.right_version, t.cutoff_time, t.begin_time,
+           e.finish_time
+    FROM metering.reratings t
+    LEFT JOIN metering.rerating_ends e ON e.tenant_id = t.tenant_id AND e.rerating_id = t.rerating_id
+    WHERE t.tenant_id = $1 AND (t.rerating_id, 1::smallint) > ($2, $3::smallint) ORDER BY t.rerating_id LIMIT $4
+) r ORDER BY r.rerating_id
 """
 EXPORT_UNITS = """
 SELECT r.reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
@@ -157,6 +180,7 @@ SELECT r.record_time, r.event_id, row_to_json(r)::text AS record FROM (
 _EXPORTS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     (CALLS, EXPORT_CALLS, (_BEFORE_ALL, 0)),
     (ENTRIES, EXPORT_ENTRIES, (_BEFORE_ALL, 0)),
+    (RERATINGS, EXPORT_RERATINGS, (_BEFORE_ALL, 0)),
     (UNITS, EXPORT_UNITS, (_BEFORE_ALL, 0)),
     (EVENTS, EXPORT_EVENTS, _BEFORE_ALL_EVENTS),
     (SUBSCRIPTIONS, EXPORT_SUBSCRIPTIONS, (_BEFORE_ALL, 0)),

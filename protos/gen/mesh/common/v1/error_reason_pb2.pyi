@@ -120,7 +120,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 54
     """DEADLINE_EXCEEDED. The call's deadline passed before it could be answered. {"phase": "queue"}"""
     ERROR_REASON_PRICE_MISSING: _ErrorReason.ValueType  # 60
-    """FAILED_PRECONDITION. No price is in force for the model at this time. {"model": "claude-haiku-4-5-20251001"}"""
+    """FAILED_PRECONDITION. No price is in force for the model at this time; of a re-rating, the version it is to be rated by has none.
+    {"model": "claude-haiku-4-5-20251001"} {"version": "2026-11", "provider": "anthropic", "model": "claude-haiku-4-5-20251001"}
+    """
+    ERROR_REASON_PRICE_BOOK_REFUSED: _ErrorReason.ValueType  # 61
+    """FAILED_PRECONDITION. The service's price book is doubtful: it is not read, names another currency, a price is no exact decimal, two versions
+    share a moment. The message says where. Nothing was loaded. {}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused or failed."""
@@ -221,5 +227,11 @@ ERROR_REASON_PROVIDER_MISCONFIGURED: ErrorReason.ValueType  # 53
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 54
 """DEADLINE_EXCEEDED. The call's deadline passed before it could be answered. {"phase": "queue"}"""
 ERROR_REASON_PRICE_MISSING: ErrorReason.ValueType  # 60
-"""FAILED_PRECONDITION. No price is in force for the model at this time. {"model": "claude-haiku-4-5-20251001"}"""
+"""FAILED_PRECONDITION. No price is in force for the model at this time; of a re-rating, the version it is to be rated by has none.
+{"model": "claude-haiku-4-5-20251001"} {"version": "2026-11", "provider": "anthropic", "model": "claude-haiku-4-5-20251001"}
+"""
+ERROR_REASON_PRICE_BOOK_REFUSED: ErrorReason.ValueType  # 61
+"""FAILED_PRECONDITION. The service's price book is doubtful: it is not read, names another currency, a price is no exact decimal, two versions
+share a moment. The message says where. Nothing was loaded. {}
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -573,7 +573,7 @@ class SettleResult(_message.Message):
     outcome: Global___SettleOutcome.ValueType
     """What happened."""
     cost_nano_usd: _builtins.int
-    """What the call cost, by the price version of its open."""
+    """What the call costs: by the price version of its open, or as it was rated anew since."""
     entry_id: _builtins.bytes
     """The ledger entry, 16 bytes of a UUID."""
     def __init__(

@@ -22,25 +22,59 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from mesh.common.v1 import money_pb2 as mesh_dot_common_dot_v1_dot_money__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mesh/metering/v1/price_service.proto\x12\x10mesh.metering.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\x15\n\x13GetPriceBookRequest\"\xc2\x01\n\x14GetPriceBookResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x32\n\x0e\x65\x66\x66\x65\x63tive_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x13next_effective_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x06prices\x18\x04 \x03(\x0b\x32\x1c.mesh.metering.v1.ModelPrice\"\x90\x01\n\nModelPrice\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05input\x18\x03 \x01(\x03\x12\x0e\n\x06output\x18\x04 \x01(\x03\x12\x12\n\ncache_read\x18\x05 \x01(\x03\x12\x16\n\x0e\x63\x61\x63he_write_5m\x18\x06 \x01(\x03\x12\x16\n\x0e\x63\x61\x63he_write_1h\x18\x07 \x01(\x03\x32\x97\x01\n\x0cPriceService\x12\x86\x01\n\x0cGetPriceBook\x12%.mesh.metering.v1.GetPriceBookRequest\x1a&.mesh.metering.v1.GetPriceBookResponse\"\'\xca\xf3\x18#\x08\x02\x12\x08\x65xternal\x12\tinference\x1a\nusage:readb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mesh/metering/v1/price_service.proto\x12\x10mesh.metering.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1amesh/common/v1/money.proto\x1a\x1bmesh/common/v1/policy.proto\"\x15\n\x13GetPriceBookRequest\"\xc2\x01\n\x14GetPriceBookResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x32\n\x0e\x65\x66\x66\x65\x63tive_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x13next_effective_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x06prices\x18\x04 \x03(\x0b\x32\x1c.mesh.metering.v1.ModelPrice\"\xbd\x01\n\nModelPrice\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05input\x18\x03 \x01(\x03\x12\x0e\n\x06output\x18\x04 \x01(\x03\x12\x12\n\ncache_read\x18\x05 \x01(\x03\x12\x16\n\x0e\x63\x61\x63he_write_5m\x18\x06 \x01(\x03\x12\x16\n\x0e\x63\x61\x63he_write_1h\x18\x07 \x01(\x03\x12+\n\x05\x62\x61tch\x18\x08 \x01(\x0b\x32\x1c.mesh.metering.v1.BatchPrice\"\xd2\x01\n\nBatchPrice\x12\x12\n\x05input\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x13\n\x06output\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x17\n\ncache_read\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x1b\n\x0e\x63\x61\x63he_write_5m\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x1b\n\x0e\x63\x61\x63he_write_1h\x18\x05 \x01(\x03H\x04\x88\x01\x01\x42\x08\n\x06_inputB\t\n\x07_outputB\r\n\x0b_cache_readB\x11\n\x0f_cache_write_5mB\x11\n\x0f_cache_write_1h\"W\n\x14LoadPriceBookRequest\x12\x15\n\rvalidate_only\x18\x01 \x01(\x08\x12(\n\x06\x64igest\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x32\x11^([0-9a-f]{64})?$\"^\n\x15LoadPriceBookResponse\x12\x35\n\x07\x63hanges\x18\x01 \x03(\x0b\x32$.mesh.metering.v1.PriceVersionChange\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\xc8\x01\n\x12PriceVersionChange\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x32\n\x0e\x65\x66\x66\x65\x63tive_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x11\n\tretrieved\x18\x04 \x01(\t\x12\x16\n\x0eis_retroactive\x18\x05 \x01(\x08\x12\x32\n\x06models\x18\x06 \x03(\x0b\x32\".mesh.metering.v1.ModelPriceChange\"\x8e\x01\n\x10ModelPriceChange\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12,\n\x06\x62\x65\x66ore\x18\x03 \x01(\x0b\x32\x1c.mesh.metering.v1.ModelPrice\x12+\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\x1c.mesh.metering.v1.ModelPrice\"\xbc\x02\n\x12RerateUsageRequest\x12 \n\x0brerating_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x36\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\xbaH\x03\xc8\x01\x01\x12\x34\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\xbaH\x03\xc8\x01\x01\x12,\n\x0eprice_versions\x18\x04 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\x64\x18\x01\"\x06r\x04\x10\x01\x18\x64\x12 \n\rright_version\x18\x05 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\x12/\n\x0b\x63utoff_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xfa\x01\n\x13RerateUsageResponse\x12\x0f\n\x07is_done\x18\x01 \x01(\x08\x12\x12\n\ncall_count\x18\x02 \x01(\x03\x12+\n\ndifference\x18\x03 \x01(\x0b\x32\x17.mesh.common.v1.NanoUsd\x12\x31\n\x06models\x18\x04 \x03(\x0b\x32!.mesh.metering.v1.ModelDifference\x12/\n\x0b\x63utoff_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ntold_count\x18\x06 \x01(\x03\x12\x19\n\x11outstanding_count\x18\x07 \x01(\x03\"s\n\x0fModelDifference\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x03\x12+\n\ndifference\x18\x04 \x01(\x0b\x32\x17.mesh.common.v1.NanoUsd2\x9e\x03\n\x0cPriceService\x12\x86\x01\n\x0cGetPriceBook\x12%.mesh.metering.v1.GetPriceBookRequest\x1a&.mesh.metering.v1.GetPriceBookResponse\"\'\xca\xf3\x18#\x08\x02\x12\x08\x65xternal\x12\tinference\x1a\nusage:read\x12\x84\x01\n\rLoadPriceBook\x12&.mesh.metering.v1.LoadPriceBookRequest\x1a\'.mesh.metering.v1.LoadPriceBookResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12~\n\x0bRerateUsage\x12$.mesh.metering.v1.RerateUsageRequest\x1a%.mesh.metering.v1.RerateUsageResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.metering.v1.price_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_LOADPRICEBOOKREQUEST'].fields_by_name['digest']._loaded_options = None
+  _globals['_LOADPRICEBOOKREQUEST'].fields_by_name['digest']._serialized_options = b'\272H\025r\0232\021^([0-9a-f]{64})?$'
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['rerating_id']._loaded_options = None
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['rerating_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['start_time']._loaded_options = None
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['start_time']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['end_time']._loaded_options = None
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['end_time']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['price_versions']._loaded_options = None
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['price_versions']._serialized_options = b'\272H\021\222\001\016\010\001\020d\030\001\"\006r\004\020\001\030d'
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['right_version']._loaded_options = None
+  _globals['_RERATEUSAGEREQUEST'].fields_by_name['right_version']._serialized_options = b'\272H\006r\004\020\001\030d'
   _globals['_PRICESERVICE'].methods_by_name['GetPriceBook']._loaded_options = None
   _globals['_PRICESERVICE'].methods_by_name['GetPriceBook']._serialized_options = b'\312\363\030#\010\002\022\010external\022\tinference\032\nusage:read'
-  _globals['_GETPRICEBOOKREQUEST']._serialized_start=120
-  _globals['_GETPRICEBOOKREQUEST']._serialized_end=141
-  _globals['_GETPRICEBOOKRESPONSE']._serialized_start=144
-  _globals['_GETPRICEBOOKRESPONSE']._serialized_end=338
-  _globals['_MODELPRICE']._serialized_start=341
-  _globals['_MODELPRICE']._serialized_end=485
-  _globals['_PRICESERVICE']._serialized_start=488
-  _globals['_PRICESERVICE']._serialized_end=639
+  _globals['_PRICESERVICE'].methods_by_name['LoadPriceBook']._loaded_options = None
+  _globals['_PRICESERVICE'].methods_by_name['LoadPriceBook']._serialized_options = b'\312\363\030\036\010\003\022\010external\032\020operator:tenants'
+  _globals['_PRICESERVICE'].methods_by_name['RerateUsage']._loaded_options = None
+  _globals['_PRICESERVICE'].methods_by_name['RerateUsage']._serialized_options = b'\312\363\030\036\010\003\022\010external\032\020operator:tenants'
+  _globals['_GETPRICEBOOKREQUEST']._serialized_start=177
+  _globals['_GETPRICEBOOKREQUEST']._serialized_end=198
+  _globals['_GETPRICEBOOKRESPONSE']._serialized_start=201
+  _globals['_GETPRICEBOOKRESPONSE']._serialized_end=395
+  _globals['_MODELPRICE']._serialized_start=398
+  _globals['_MODELPRICE']._serialized_end=587
+  _globals['_BATCHPRICE']._serialized_start=590
+  _globals['_BATCHPRICE']._serialized_end=800
+  _globals['_LOADPRICEBOOKREQUEST']._serialized_start=802
+  _globals['_LOADPRICEBOOKREQUEST']._serialized_end=889
+  _globals['_LOADPRICEBOOKRESPONSE']._serialized_start=891
+  _globals['_LOADPRICEBOOKRESPONSE']._serialized_end=985
+  _globals['_PRICEVERSIONCHANGE']._serialized_start=988
+  _globals['_PRICEVERSIONCHANGE']._serialized_end=1188
+  _globals['_MODELPRICECHANGE']._serialized_start=1191
+  _globals['_MODELPRICECHANGE']._serialized_end=1333
+  _globals['_RERATEUSAGEREQUEST']._serialized_start=1336
+  _globals['_RERATEUSAGEREQUEST']._serialized_end=1652
+  _globals['_RERATEUSAGERESPONSE']._serialized_start=1655
+  _globals['_RERATEUSAGERESPONSE']._serialized_end=1905
+  _globals['_MODELDIFFERENCE']._serialized_start=1907
+  _globals['_MODELDIFFERENCE']._serialized_end=2022
+  _globals['_PRICESERVICE']._serialized_start=2025
+  _globals['_PRICESERVICE']._serialized_end=2439
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from mesh.common.v1 import money_pb2 as _money_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -89,6 +90,7 @@ class ModelPrice(_message.Message):
     CACHE_READ_FIELD_NUMBER: _builtins.int
     CACHE_WRITE_5M_FIELD_NUMBER: _builtins.int
     CACHE_WRITE_1H_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     provider: _builtins.str
     """The provider."""
     model: _builtins.str
@@ -103,6 +105,10 @@ class ModelPrice(_message.Message):
     """Input written to the provider's cache for 5 minutes."""
     cache_write_1h: _builtins.int
     """Input written to the provider's cache for 1 hour."""
+    @_builtins.property
+    def batch(self) -> Global___BatchPrice:
+        """What the provider's batches cost; absent when no price of them is known."""
+
     def __init__(
         self,
         *,
@@ -113,11 +119,349 @@ class ModelPrice(_message.Message):
         cache_read: _builtins.int = ...,
         cache_write_5m: _builtins.int = ...,
         cache_write_1h: _builtins.int = ...,
+        batch: Global___BatchPrice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_read", b"cache_read", "cache_write_1h", b"cache_write_1h", "cache_write_5m", b"cache_write_5m", "input", b"input", "model", b"model", "output", b"output", "provider", b"provider"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "cache_read", b"cache_read", "cache_write_1h", b"cache_write_1h", "cache_write_5m", b"cache_write_5m", "input", b"input", "model", b"model", "output", b"output", "provider", b"provider"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelPrice: _TypeAlias = ModelPrice  # noqa: Y015
+
+@_typing.final
+class BatchPrice(_message.Message):
+    """What a model costs in a provider's batch, in nano-USD per 1,000,000 tokens of each class. An absent class has no price: it is not free."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    CACHE_READ_FIELD_NUMBER: _builtins.int
+    CACHE_WRITE_5M_FIELD_NUMBER: _builtins.int
+    CACHE_WRITE_1H_FIELD_NUMBER: _builtins.int
+    input: _builtins.int
+    """Input."""
+    output: _builtins.int
+    """Output."""
+    cache_read: _builtins.int
+    """Input read from the provider's cache."""
+    cache_write_5m: _builtins.int
+    """Input written to the provider's cache for 5 minutes."""
+    cache_write_1h: _builtins.int
+    """Input written to the provider's cache for 1 hour."""
+    def __init__(
+        self,
+        *,
+        input: _builtins.int | None = ...,
+        output: _builtins.int | None = ...,
+        cache_read: _builtins.int | None = ...,
+        cache_write_5m: _builtins.int | None = ...,
+        cache_write_1h: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_read", b"_cache_read", "_cache_write_1h", b"_cache_write_1h", "_cache_write_5m", b"_cache_write_5m", "_input", b"_input", "_output", b"_output", "cache_read", b"cache_read", "cache_write_1h", b"cache_write_1h", "cache_write_5m", b"cache_write_5m", "input", b"input", "output", b"output"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_read", b"_cache_read", "_cache_write_1h", b"_cache_write_1h", "_cache_write_5m", b"_cache_write_5m", "_input", b"_input", "_output", b"_output", "cache_read", b"cache_read", "cache_write_1h", b"cache_write_1h", "cache_write_5m", b"cache_write_5m", "input", b"input", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cache_read: _TypeAlias = _typing.Literal["cache_read"]  # noqa: Y015
+    _WhichOneofArgType__cache_read: _TypeAlias = _typing.Literal["_cache_read", b"_cache_read"]  # noqa: Y015
+    _WhichOneofReturnType__cache_write_1h: _TypeAlias = _typing.Literal["cache_write_1h"]  # noqa: Y015
+    _WhichOneofArgType__cache_write_1h: _TypeAlias = _typing.Literal["_cache_write_1h", b"_cache_write_1h"]  # noqa: Y015
+    _WhichOneofReturnType__cache_write_5m: _TypeAlias = _typing.Literal["cache_write_5m"]  # noqa: Y015
+    _WhichOneofArgType__cache_write_5m: _TypeAlias = _typing.Literal["_cache_write_5m", b"_cache_write_5m"]  # noqa: Y015
+    _WhichOneofReturnType__input: _TypeAlias = _typing.Literal["input"]  # noqa: Y015
+    _WhichOneofArgType__input: _TypeAlias = _typing.Literal["_input", b"_input"]  # noqa: Y015
+    _WhichOneofReturnType__output: _TypeAlias = _typing.Literal["output"]  # noqa: Y015
+    _WhichOneofArgType__output: _TypeAlias = _typing.Literal["_output", b"_output"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_read) -> _WhichOneofReturnType__cache_read | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_write_1h) -> _WhichOneofReturnType__cache_write_1h | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_write_5m) -> _WhichOneofReturnType__cache_write_5m | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__input) -> _WhichOneofReturnType__input | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output) -> _WhichOneofReturnType__output | None: ...
+
+Global___BatchPrice: _TypeAlias = BatchPrice  # noqa: Y015
+
+@_typing.final
+class LoadPriceBookRequest(_message.Message):
+    """Which book to load: the file that the answering replica was started with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Only tells what would change."""
+    digest: _builtins.str
+    """What the call with `validate_only` answered, 64 hexadecimal digits. Not read with `validate_only`."""
+    def __init__(
+        self,
+        *,
+        validate_only: _builtins.bool = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadPriceBookRequest: _TypeAlias = LoadPriceBookRequest  # noqa: Y015
+
+@_typing.final
+class LoadPriceBookResponse(_message.Message):
+    """What was loaded, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """SHA-256 of the book, in hexadecimal."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PriceVersionChange]:
+        """The versions that are new, oldest first; none when all were stored before."""
+
+    def __init__(
+        self,
+        *,
+        changes: _abc.Iterable[Global___PriceVersionChange] | None = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadPriceBookResponse: _TypeAlias = LoadPriceBookResponse  # noqa: Y015
+
+@_typing.final
+class PriceVersionChange(_message.Message):
+    """A version that is new."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_TIME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    RETRIEVED_FIELD_NUMBER: _builtins.int
+    IS_RETROACTIVE_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """Its name."""
+    source: _builtins.str
+    """Where the prices were read."""
+    retrieved: _builtins.str
+    """On which day: YYYY-MM-DD."""
+    is_retroactive: _builtins.bool
+    """Whether it takes effect in the past, where calls were rated by another version."""
+    @_builtins.property
+    def effective_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when it is in force."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelPriceChange]:
+        """What is other than in the version before it, by provider and model."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        effective_time: _timestamp_pb2.Timestamp | None = ...,
+        source: _builtins.str = ...,
+        retrieved: _builtins.str = ...,
+        is_retroactive: _builtins.bool = ...,
+        models: _abc.Iterable[Global___ModelPriceChange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effective_time", b"effective_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effective_time", b"effective_time", "is_retroactive", b"is_retroactive", "models", b"models", "retrieved", b"retrieved", "source", b"source", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PriceVersionChange: _TypeAlias = PriceVersionChange  # noqa: Y015
+
+@_typing.final
+class ModelPriceChange(_message.Message):
+    """A model whose prices change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    provider: _builtins.str
+    """The provider."""
+    model: _builtins.str
+    """The model."""
+    @_builtins.property
+    def before(self) -> Global___ModelPrice:
+        """What it costs before; absent when it has no price."""
+
+    @_builtins.property
+    def after(self) -> Global___ModelPrice:
+        """What it costs then; absent when it has no price: its calls would be refused."""
+
+    def __init__(
+        self,
+        *,
+        provider: _builtins.str = ...,
+        model: _builtins.str = ...,
+        before: Global___ModelPrice | None = ...,
+        after: Global___ModelPrice | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "model", b"model", "provider", b"provider"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelPriceChange: _TypeAlias = ModelPriceChange  # noqa: Y015
+
+@_typing.final
+class RerateUsageRequest(_message.Message):
+    """What to rate anew, of the tenant in `x-tenant-id`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RERATING_ID_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    PRICE_VERSIONS_FIELD_NUMBER: _builtins.int
+    RIGHT_VERSION_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    CUTOFF_TIME_FIELD_NUMBER: _builtins.int
+    rerating_id: _builtins.str
+    """A new id of the operator's. Not read with `validate_only`."""
+    right_version: _builtins.str
+    """What they are to be rated by; none of `price_versions`."""
+    validate_only: _builtins.bool
+    """Only tells what would change."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Calls reserved from this moment on, from 1970 on."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """And before this one, at most in the year 9998."""
+
+    @_builtins.property
+    def price_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """And rated by one of these now: 1–100."""
+
+    @_builtins.property
+    def cutoff_time(self) -> _timestamp_pb2.Timestamp:
+        """What the call with `validate_only` answered: what was recorded before this moment is rated anew. Not read with `validate_only`."""
+
+    def __init__(
+        self,
+        *,
+        rerating_id: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        price_versions: _abc.Iterable[_builtins.str] | None = ...,
+        right_version: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        cutoff_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cutoff_time", b"cutoff_time", "end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cutoff_time", b"cutoff_time", "end_time", b"end_time", "price_versions", b"price_versions", "rerating_id", b"rerating_id", "right_version", b"right_version", "start_time", b"start_time", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RerateUsageRequest: _TypeAlias = RerateUsageRequest  # noqa: Y015
+
+@_typing.final
+class RerateUsageResponse(_message.Message):
+    """How far it is; with `validate_only`, what would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_DONE_FIELD_NUMBER: _builtins.int
+    CALL_COUNT_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    CUTOFF_TIME_FIELD_NUMBER: _builtins.int
+    TOLD_COUNT_FIELD_NUMBER: _builtins.int
+    OUTSTANDING_COUNT_FIELD_NUMBER: _builtins.int
+    is_done: _builtins.bool
+    """Whether all is written. Otherwise repeat the call."""
+    call_count: _builtins.int
+    """How many calls are rated anew so far."""
+    told_count: _builtins.int
+    """With `validate_only`: how many calls keep a cost that the provider's bill told."""
+    outstanding_count: _builtins.int
+    """With `validate_only`: how many calls are open or unresolved and would be rated by one of `price_versions` later."""
+    @_builtins.property
+    def difference(self) -> _money_pb2.NanoUsd:
+        """By how much they cost more; negative for less."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelDifference]:
+        """The same by provider and model."""
+
+    @_builtins.property
+    def cutoff_time(self) -> _timestamp_pb2.Timestamp:
+        """As of when."""
+
+    def __init__(
+        self,
+        *,
+        is_done: _builtins.bool = ...,
+        call_count: _builtins.int = ...,
+        difference: _money_pb2.NanoUsd | None = ...,
+        models: _abc.Iterable[Global___ModelDifference] | None = ...,
+        cutoff_time: _timestamp_pb2.Timestamp | None = ...,
+        told_count: _builtins.int = ...,
+        outstanding_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cutoff_time", b"cutoff_time", "difference", b"difference"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_count", b"call_count", "cutoff_time", b"cutoff_time", "difference", b"difference", "is_done", b"is_done", "models", b"models", "outstanding_count", b"outstanding_count", "told_count", b"told_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RerateUsageResponse: _TypeAlias = RerateUsageResponse  # noqa: Y015
+
+@_typing.final
+class ModelDifference(_message.Message):
+    """What a model's calls cost more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    CALL_COUNT_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    provider: _builtins.str
+    """The provider."""
+    model: _builtins.str
+    """The model."""
+    call_count: _builtins.int
+    """How many calls are rated anew."""
+    @_builtins.property
+    def difference(self) -> _money_pb2.NanoUsd:
+        """By how much they cost more; negative for less."""
+
+    def __init__(
+        self,
+        *,
+        provider: _builtins.str = ...,
+        model: _builtins.str = ...,
+        call_count: _builtins.int = ...,
+        difference: _money_pb2.NanoUsd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_count", b"call_count", "difference", b"difference", "model", b"model", "provider", b"provider"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelDifference: _TypeAlias = ModelDifference  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PriceServiceStub:
-    """Reads the price book.
+    """Reads the price book; for operators, loads it and corrects what was rated by a wrong version.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,52 @@ class PriceServiceStub:
                 request_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.GetPriceBookRequest.SerializeToString,
                 response_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.GetPriceBookResponse.FromString,
                 _registered_method=True)
+        self.LoadPriceBook = channel.unary_unary(
+                '/mesh.metering.v1.PriceService/LoadPriceBook',
+                request_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.LoadPriceBookRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.LoadPriceBookResponse.FromString,
+                _registered_method=True)
+        self.RerateUsage = channel.unary_unary(
+                '/mesh.metering.v1.PriceService/RerateUsage',
+                request_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageResponse.FromString,
+                _registered_method=True)
 
 
 class PriceServiceServicer:
-    """Reads the price book.
+    """Reads the price book; for operators, loads it and corrects what was rated by a wrong version.
     """
 
     def GetPriceBook(self, request, context):
         """Returns the price version in force now, and the one that follows it, if any. Reads only; good to cache until `next_effective_time`, at most 60 s.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadPriceBook(self, request, context):
+        """Loads the versions of the service's price book file that are not stored yet, all or nothing. For operators; audited. First with
+        `validate_only`, which tells what would change; then with the digest it answered, so that what was seen is what is loaded. Idempotent.
+        A stored version never changes. A new one may take effect in the past: then calls since were rated by another one, and RerateUsage corrects them.
+        Errors: FAILED_PRECONDITION PRICE_BOOK_REFUSED; WRONG_STATE {"resource": "price_book", "state": "CHANGED"} when the file is not the one
+        that was seen; ALREADY_EXISTS CONTENT_CONFLICT {"resource": "price_version"} with both digests when the file edits a stored version;
+        INVALID_ARGUMENT without a digest. Nothing is written then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RerateUsage(self, request, context):
+        """Rates the tenant's calls of a period that are rated by some versions by another one, as adjustments: one entry a call, with the difference, however
+        small; none is edited. For operators; audited. First with `validate_only`, which tells what would change and as of when (`cutoff_time`); then with that
+        time, until the answer `is_done`: a call does a bounded part. Idempotent by `rerating_id` for ever; repeated after a crash it goes on where it was.
+        A call that was reconciled at a cost of the provider's bill keeps it. One that is open or unresolved at the cutoff is rated by its version when it
+        settles: run another re-rating then. Adjustments are usage of the call's own time: of a closed period, late usage. When the last is written, the
+        limits are told to count anew if one was of the last 32 days.
+        Errors: NOT_FOUND {"resource": "price_version"}; FAILED_PRECONDITION PRICE_MISSING when a call's model has no price in `right_version`;
+        WRONG_STATE {"resource": "rerating"}: "UNDER_WAY" while another one of the tenant is not done, "CHANGED" when one was begun at the same moment;
+        ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content; INVALID_ARGUMENT for a bad period or cutoff.
+        Nothing is written then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +99,16 @@ def add_PriceServiceServicer_to_server(servicer, server):
                     request_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.GetPriceBookRequest.FromString,
                     response_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.GetPriceBookResponse.SerializeToString,
             ),
+            'LoadPriceBook': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadPriceBook,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.LoadPriceBookRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.LoadPriceBookResponse.SerializeToString,
+            ),
+            'RerateUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RerateUsage,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mesh.metering.v1.PriceService', rpc_method_handlers)
@@ -70,7 +118,7 @@ def add_PriceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PriceService:
-    """Reads the price book.
+    """Reads the price book; for operators, loads it and corrects what was rated by a wrong version.
     """
 
     @staticmethod
@@ -90,6 +138,60 @@ class PriceService:
             '/mesh.metering.v1.PriceService/GetPriceBook',
             mesh_dot_metering_dot_v1_dot_price__service__pb2.GetPriceBookRequest.SerializeToString,
             mesh_dot_metering_dot_v1_dot_price__service__pb2.GetPriceBookResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadPriceBook(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.PriceService/LoadPriceBook',
+            mesh_dot_metering_dot_v1_dot_price__service__pb2.LoadPriceBookRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_price__service__pb2.LoadPriceBookResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RerateUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.PriceService/RerateUsage',
+            mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,14 +13,34 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PriceServiceStub:
-    """Reads the price book."""
+    """Reads the price book; for operators, loads it and corrects what was rated by a wrong version."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPriceBook: _aio.UnaryUnaryMultiCallable[_price_service_pb2.GetPriceBookRequest, _price_service_pb2.GetPriceBookResponse]
     """Returns the price version in force now, and the one that follows it, if any. Reads only; good to cache until `next_effective_time`, at most 60 s."""
+    LoadPriceBook: _aio.UnaryUnaryMultiCallable[_price_service_pb2.LoadPriceBookRequest, _price_service_pb2.LoadPriceBookResponse]
+    """Loads the versions of the service's price book file that are not stored yet, all or nothing. For operators; audited. First with
+    `validate_only`, which tells what would change; then with the digest it answered, so that what was seen is what is loaded. Idempotent.
+    A stored version never changes. A new one may take effect in the past: then calls since were rated by another one, and RerateUsage corrects them.
+    Errors: FAILED_PRECONDITION PRICE_BOOK_REFUSED; WRONG_STATE {"resource": "price_book", "state": "CHANGED"} when the file is not the one
+    that was seen; ALREADY_EXISTS CONTENT_CONFLICT {"resource": "price_version"} with both digests when the file edits a stored version;
+    INVALID_ARGUMENT without a digest. Nothing is written then.
+    """
+    RerateUsage: _aio.UnaryUnaryMultiCallable[_price_service_pb2.RerateUsageRequest, _price_service_pb2.RerateUsageResponse]
+    """Rates the tenant's calls of a period that are rated by some versions by another one, as adjustments: one entry a call, with the difference, however
+    small; none is edited. For operators; audited. First with `validate_only`, which tells what would change and as of when (`cutoff_time`); then with that
+    time, until the answer `is_done`: a call does a bounded part. Idempotent by `rerating_id` for ever; repeated after a crash it goes on where it was.
+    A call that was reconciled at a cost of the provider's bill keeps it. One that is open or unresolved at the cutoff is rated by its version when it
+    settles: run another re-rating then. Adjustments are usage of the call's own time: of a closed period, late usage. When the last is written, the
+    limits are told to count anew if one was of the last 32 days.
+    Errors: NOT_FOUND {"resource": "price_version"}; FAILED_PRECONDITION PRICE_MISSING when a call's model has no price in `right_version`;
+    WRONG_STATE {"resource": "rerating"}: "UNDER_WAY" while another one of the tenant is not done, "CHANGED" when one was begun at the same moment;
+    ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content; INVALID_ARGUMENT for a bad period or cutoff.
+    Nothing is written then.
+    """
 
 class PriceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Reads the price book."""
+    """Reads the price book; for operators, loads it and corrects what was rated by a wrong version."""
 
     @_abc_1.abstractmethod
     def GetPriceBook(
@@ -29,5 +49,37 @@ class PriceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_price_service_pb2.GetPriceBookRequest, _abc.Awaitable[_price_service_pb2.GetPriceBookResponse]],
     ) -> _abc.Awaitable[_price_service_pb2.GetPriceBookResponse]:
         """Returns the price version in force now, and the one that follows it, if any. Reads only; good to cache until `next_effective_time`, at most 60 s."""
+
+    @_abc_1.abstractmethod
+    def LoadPriceBook(
+        self,
+        request: _price_service_pb2.LoadPriceBookRequest,
+        context: _aio.ServicerContext[_price_service_pb2.LoadPriceBookRequest, _abc.Awaitable[_price_service_pb2.LoadPriceBookResponse]],
+    ) -> _abc.Awaitable[_price_service_pb2.LoadPriceBookResponse]:
+        """Loads the versions of the service's price book file that are not stored yet, all or nothing. For operators; audited. First with
+        `validate_only`, which tells what would change; then with the digest it answered, so that what was seen is what is loaded. Idempotent.
+        A stored version never changes. A new one may take effect in the past: then calls since were rated by another one, and RerateUsage corrects them.
+        Errors: FAILED_PRECONDITION PRICE_BOOK_REFUSED; WRONG_STATE {"resource": "price_book", "state": "CHANGED"} when the file is not the one
+        that was seen; ALREADY_EXISTS CONTENT_CONFLICT {"resource": "price_version"} with both digests when the file edits a stored version;
+        INVALID_ARGUMENT without a digest. Nothing is written then.
+        """
+
+    @_abc_1.abstractmethod
+    def RerateUsage(
+        self,
+        request: _price_service_pb2.RerateUsageRequest,
+        context: _aio.ServicerContext[_price_service_pb2.RerateUsageRequest, _abc.Awaitable[_price_service_pb2.RerateUsageResponse]],
+    ) -> _abc.Awaitable[_price_service_pb2.RerateUsageResponse]:
+        """Rates the tenant's calls of a period that are rated by some versions by another one, as adjustments: one entry a call, with the difference, however
+        small; none is edited. For operators; audited. First with `validate_only`, which tells what would change and as of when (`cutoff_time`); then with that
+        time, until the answer `is_done`: a call does a bounded part. Idempotent by `rerating_id` for ever; repeated after a crash it goes on where it was.
+        A call that was reconciled at a cost of the provider's bill keeps it. One that is open or unresolved at the cutoff is rated by its version when it
+        settles: run another re-rating then. Adjustments are usage of the call's own time: of a closed period, late usage. When the last is written, the
+        limits are told to count anew if one was of the last 32 days.
+        Errors: NOT_FOUND {"resource": "price_version"}; FAILED_PRECONDITION PRICE_MISSING when a call's model has no price in `right_version`;
+        WRONG_STATE {"resource": "rerating"}: "UNDER_WAY" while another one of the tenant is not done, "CHANGED" when one was begun at the same moment;
+        ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content; INVALID_ARGUMENT for a bad period or cutoff.
+        Nothing is written then.
+        """
 
 def add_PriceServiceServicer_to_server(servicer: PriceServiceServicer, server: _aio.Server) -> None: ...

@@ -819,7 +819,7 @@ class CallRecord(_message.Message):
     prompt_version: _builtins.str
     """The prompt version."""
     price_version: _builtins.str
-    """The price version it is billed by."""
+    """The price version of its open; its cost is by another one where it was rated anew since (RerateUsage)."""
     entry_id: _builtins.str
     """The ledger entry of its settlement, 36 characters; empty before."""
     end_cause: _builtins.str
@@ -990,7 +990,7 @@ class UsageLine(_message.Message):
     feature: _builtins.str
     """The feature."""
     price_version: _builtins.str
-    """The price version."""
+    """The price version of their open; what was rated anew since costs what another one says (RerateUsage)."""
     call_count: _builtins.int
     """How many."""
     @_builtins.property
