@@ -62,7 +62,12 @@ class AnthropicUsageReport:
             if account is not None and result.get("cost_type") == "tokens":
                 key = account, undated(text(result, "model"))
                 costs[key] = costs.get(key, Decimal(0)) + _cents(result)
-        return [replace(row, cost_nano_usd=_nano_usd(costs.get((row.account, row.model), Decimal(0)))) for row in sums]
+        told = {(row.account, row.model): row for row in sums}
+        # What costs and has no tokens, or the other way round, is a difference to be seen.
+        keys = sorted(told.keys() | costs.keys())
+        return [
+            replace(told.get(key) or FeedSum(*key, TokenUsage(), None), cost_nano_usd=_nano_usd(costs.get(key, Decimal(0)))) for key in keys
+        ]
 
     async def _results(self, path: str, bucket: Bucket, groups: Sequence[tuple[str, str]]) -> list[Mapping[str, object]]:
         query = [
