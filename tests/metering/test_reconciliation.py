@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -17,6 +17,7 @@ from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
 from services.kernel.rpc import metadata as keys
 from services.kernel.rpc.wire_status import decode_rpc_error
+from services.metering.adapters.postgres_reconciliations import PostgresReconciliations
 from tests.metering.feeds import HOUSE, KEY, TENANTS_KEY, RequestLedger, cut_at, opened_at, served
 from tests.metering.mesh import Mesh, Tenant, bill, migrated, running_mesh
 from tests.metering.peers import DONE, OPERATOR, RETRY, Peers
@@ -221,6 +222,7 @@ async def test_nothing_is_missing_while_the_feed_is_not_complete(world: World) -
     """A provisional report raises no alarm, and the complete one takes its place."""
     mesh, tenant = world.mesh, world.mesh.new_tenant()
     await mesh.settle(bill((await opened_at(mesh, tenant, world.hour, provider_account=ACCOUNT)).ref))
+    world.feed.bill(mesh.opening(tenant, reserve_time=world.hour), (1_000, 0, 0, 0, 0))
     world.feed.complete_until = world.hour + HOUR
     assert (await world.reconcile()).drifting_count == 0
     assert ((await world.report()).is_complete, (await world.report()).missing_count) == (False, 0)
@@ -321,3 +323,14 @@ async def test_whose_account_is_billed_is_recorded_at_the_open(world: World) -> 
     assert (house["provider_account"], house["bills_tenant_account"]) == (ACCOUNT, False)
     assert (own["provider_account"], own["bills_tenant_account"]) == ("", True)
     assert UUID(bytes=tenant.id.bytes) == house["tenant_id"]
+
+
+async def test_a_report_of_an_earlier_run_replaces_none_of_a_later(world: World) -> None:
+    """A replica that was slow tells what it saw too late: the newer report stands, and no alarm is raised for the old one."""
+    await world.reconcile()
+    reports = PostgresReconciliations(world.mesh.app.jobs)
+    (newer,) = [report for report in await reports.page(None, 1000, drifting_only=False) if report.bucket.start == world.hour]
+    older = replace(newer, run_time=newer.run_time - timedelta(seconds=1), is_drifting=True, drift_nano_usd=7)
+    assert not await reports.put(older)
+    assert not (await world.report()).is_drifting
+    assert await reports.put(replace(older, run_time=newer.run_time))

@@ -29,6 +29,8 @@ ON CONFLICT (provider, account, bucket_start, bucket_end) DO UPDATE SET
     is_drifting = EXCLUDED.is_drifting, reconciled_count = EXCLUDED.reconciled_count, unresolved_count = EXCLUDED.unresolved_count,
     unfinished_count = EXCLUDED.unfinished_count, ambiguous_count = EXCLUDED.ambiguous_count, unknown_count = EXCLUDED.unknown_count,
     missing_count = EXCLUDED.missing_count, differing_count = EXCLUDED.differing_count
+WHERE reconciliations.run_time <= EXCLUDED.run_time
+RETURNING true
 """
 DELETE_LINES = """
 DELETE FROM metering.reconciliation_lines WHERE provider = $1 AND account = $2 AND bucket_start = $3 AND bucket_end = $4
@@ -65,12 +67,16 @@ class PostgresReconciliations:
         self._jobs = jobs
 
     async def put(self, report: Report) -> bool:
-        """Stores a report in the place of the one before; returns whether its alarm is news: none was raised, or of another amount."""
+        """Stores a report in the place of the one before, unless that is of a later run.
+
+        Returns whether its alarm is news: none was raised, or of another amount.
+        """
         key = (report.provider, report.account, report.bucket.start, report.bucket.end)
         async with self._jobs.transaction() as connection:
             await connection.execute(LOCK_REPORT, "|".join(map(str, key)))
             before = await connection.fetchval(SELECT_DRIFT, *key)
-            await connection.execute(UPSERT_REPORT, *key, *_columns(report))
+            if not await connection.fetchval(UPSERT_REPORT, *key, *_columns(report)):
+                return False
             await connection.execute(DELETE_LINES, *key)
             rows = [(*key, line.model, list(astuple(line.settled)), list(astuple(line.feed))) for line in report.lines]
             await connection.executemany(INSERT_LINE, rows)

@@ -108,8 +108,10 @@ class RequestsComparison:
         feed = await self._read(around)
         calls = await self._ledger.calls(self._terms.provider, around)
         matching = await asyncio.to_thread(match, calls, feed.requests, self._terms.accounts)
-        closed = await self._close(closings(calls, matching, feed, bucket, self._terms.accounts))
-        if closed:
+        found = closings(calls, matching, feed, bucket, self._terms.accounts)
+        closed = await self._close(found)
+        if found:
+            # Also when another replica was quicker: what was read before is not true any more.
             calls = await self._ledger.calls(self._terms.provider, around)
             matching = await asyncio.to_thread(match, calls, feed.requests, self._terms.accounts)
         rates = await self._terms.rates(call.price for call in calls)

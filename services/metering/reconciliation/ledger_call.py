@@ -118,7 +118,7 @@ class ReportStore(Protocol):
     """The reports."""
 
     async def put(self, report: Report) -> bool:
-        """Stores a report in the place of the one before; returns whether its alarm is news."""
+        """Stores a report in the place of the one before, unless that is of a later run; returns whether its alarm is news."""
         ...
 
     async def page(self, after: ReportPosition | None, size: int, *, drifting_only: bool) -> Sequence[Report]:
