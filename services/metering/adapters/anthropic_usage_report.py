@@ -1,7 +1,7 @@
 """Anthropic's own account of usage: the Admin API's usage report by tokens, and for whole days its cost report in money.
 
 Source: "Get Messages Usage Report" and "Get Cost Report", platform.claude.com/docs/en/api/admin/usage_report/retrieve_messages and
-…/cost_report/retrieve, as of November 2026: buckets of 1m, 1h or 1d snapped to UTC, `group_by[]`, pages by `has_more` and `next_page`;
+…/cost_report/retrieve, as published in February 2026: buckets of 1m, 1h or 1d snapped to UTC, `group_by[]`, pages by `has_more` and `next_page`;
 the amount is in cents, as decimal text; cost is told by day, workspace and description, never by key.
 """
 

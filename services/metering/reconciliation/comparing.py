@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Protocol
+from uuid import UUID
 
 import structlog
 
@@ -162,7 +163,9 @@ def _log_closed(rated: Sequence[RatedClosing], written: set[bytes]) -> None:
         told = log.warning if item.cost_nano_usd > call.bound_nano_usd else log.info
         told(
             "call_reconciled",
+            tenant_id=str(UUID(bytes=call.tenant_id)),
             call_id=str(call.call_id),
+            reservation_id=str(UUID(bytes=call.reservation_id)),
             provider_request_id=item.closing.provider_request_id,
             tokens=item.closing.usage.total,
             cost_nano_usd=item.cost_nano_usd,
