@@ -12,6 +12,7 @@ from mesh.metering.v1 import reconciliation_service_pb2 as reports_pb
 from services.kernel.errors import Unavailable
 from services.metering.adapters import json_pages
 from services.metering.adapters.anthropic_usage_report import COST_PATH, USAGE_PATH, AnthropicUsageReport
+from services.metering.adapters.request_feed import RequestFeed
 from services.metering.call import TokenUsage
 from services.metering.reconciliation.bucket import Bucket, BucketWidth
 from services.metering.reconciliation.feed import Accounts, FeedSum
@@ -148,7 +149,8 @@ RUBBISH = {
     "a negative count": told(result(uncached_input_tokens=-1)),
     "a count with a point": told(result(output_tokens=1.0)),
     "a truth for a count": told(result(output_tokens=True)),
-    "a count beyond counting": told(result(output_tokens=10**16)),
+    "a count beyond counting": told(result(output_tokens=10**13 + 1)),
+    "a model without end": told(result("x" * 201)),
     "no cache": told(result(cache_creation=None)),
     "no model": told(result(model="")),
     "a key id that is a number": told(result(api_key_id=7)),
@@ -224,3 +226,43 @@ async def test_sums_agree_within_what_is_unresolved_and_close_nothing(postgres: 
     # In all 350,000 settled and 5,000,000 at most unresolved; then 10,035,000 more than settled, then 315,000 less.
     assert drifts == [(0, False, 0), (5_035_000, True, 0), (315_000, True, 0)]
     assert (report.kind, report.unresolved_count, report.settled.nano_usd) == (reports_pb.RECONCILIATION_KIND_SUMS, 1, 350_000)
+
+
+def line(**changes: object) -> dict[str, object]:
+    """One request, as a feed of requests tells it."""
+    names = ("input_tokens", "output_tokens", "cache_read", "cache_creation_5m", "cache_creation_1h")
+    told_ids = {"request_id": "req_1", "call_id": None, "api_key_hash": "k", "model": HAIKU, "outcome": "complete"}
+    return told_ids | dict.fromkeys(names, 1) | {"started_at": DAY.isoformat()} | changes
+
+
+UNREADABLE = {
+    "an id that no ledger holds": line(request_id="x" * 201),
+    "more tokens than a call has": line(output_tokens=10**8 + 1),
+    "no outcome": line(outcome=None),
+    "no beginning": line(started_at="soon"),
+}
+
+
+@pytest.mark.parametrize("told_line", UNREADABLE.values(), ids=UNREADABLE)
+async def test_a_request_that_no_ledger_could_take_is_refused(told_line: dict[str, object]) -> None:
+    """Before anything is closed by the page it is on."""
+    answers = Answers({"data": [line(), told_line], "has_more": False})
+    async with served(answers.answer) as url:
+        feed = RequestFeed(url=f"{url}/ledger", api_key=KEY, accounts=Accounts({}))
+        with pytest.raises(Unavailable, match="cannot be read"):
+            await anext(feed.requests(BUCKET.start, BUCKET.end))
+        await feed.close()
+
+
+async def test_requests_are_read_as_they_are_told() -> None:
+    """Whatever is no call id names no call; without `complete_until` nothing is known to be complete; other keys' requests are left out."""
+    rows = [line(call_id="00000000-0000-0000-0000-000000000007"), line(call_id="7", outcome="started"), line(api_key_hash="other")]
+    async with served(Answers({"data": rows, "has_more": False}).answer) as url:
+        feed = RequestFeed(url=f"{url}/ledger", api_key=KEY, accounts=Accounts({"house": ["k"]}))
+        (page,) = [page async for page in feed.requests(BUCKET.start, BUCKET.end)]
+        await feed.close()
+    assert page.complete_until is None
+    assert [(item.call_id and item.call_id.int, item.is_final, item.account) for item in page.requests] == [
+        (7, True, "house"),
+        (None, False, "house"),
+    ]

@@ -1,8 +1,8 @@
 """Anthropic's own account of usage: the Admin API's usage report by tokens, and for whole days its cost report in money.
 
 Source: "Get Messages Usage Report" and "Get Cost Report", platform.claude.com/docs/en/api/admin/usage_report/retrieve_messages and
-…/cost_report/retrieve, as published in February 2026: buckets of 1m, 1h or 1d snapped to UTC, `group_by[]`, pages by `has_more` and `next_page`;
-the amount is in cents, as decimal text; cost is told by day, workspace and description, never by key.
+…/cost_report/retrieve, as published in February 2026: buckets of 1m, 1h or 1d snapped to UTC, `group_by[]`, pages by `has_more` and
+`next_page`; the amount is in cents, as decimal text; cost is told by day, workspace and description, never by key.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,16 @@ from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from itertools import pairwise
 
-from services.metering.adapters.json_pages import JsonPages, moment, objects, rfc3339, text, token_count, unreadable
+from services.metering.adapters.json_pages import (
+    MOST_TOKENS_OF_A_BUCKET,
+    JsonPages,
+    moment,
+    objects,
+    rfc3339,
+    text,
+    token_count,
+    unreadable,
+)
 from services.metering.call import TokenUsage
 from services.metering.reconciliation.bucket import Bucket, BucketWidth
 from services.metering.reconciliation.feed import Accounts, FeedSum
@@ -22,6 +31,8 @@ COST_PATH = "/v1/organizations/cost_report"
 _VERSION = "2023-06-01"
 _WORKSPACE = "wrkspc_"
 _NANO_USD_PER_CENT = 10_000_000
+# A hundred million dollars: in nano-dollars the sum of many still fits 64 bits.
+_MOST_CENTS = 10**10
 
 
 class AnthropicUsageReport:
@@ -101,11 +112,11 @@ def _usage(result: Mapping[str, object]) -> TokenUsage:
     if not isinstance(written, dict):
         raise unreadable("cache_creation is no object")
     return TokenUsage(
-        input=token_count(result, "uncached_input_tokens"),
-        output=token_count(result, "output_tokens"),
-        cache_read=token_count(result, "cache_read_input_tokens"),
-        cache_write_5m=token_count(written, "ephemeral_5m_input_tokens"),
-        cache_write_1h=token_count(written, "ephemeral_1h_input_tokens"),
+        input=token_count(result, "uncached_input_tokens", MOST_TOKENS_OF_A_BUCKET),
+        output=token_count(result, "output_tokens", MOST_TOKENS_OF_A_BUCKET),
+        cache_read=token_count(result, "cache_read_input_tokens", MOST_TOKENS_OF_A_BUCKET),
+        cache_write_5m=token_count(written, "ephemeral_5m_input_tokens", MOST_TOKENS_OF_A_BUCKET),
+        cache_write_1h=token_count(written, "ephemeral_1h_input_tokens", MOST_TOKENS_OF_A_BUCKET),
     )
 
 
@@ -116,7 +127,7 @@ def _cents(result: Mapping[str, object]) -> Decimal:
         amount = Decimal(text(result, "amount"))
     except InvalidOperation:
         amount = Decimal("NaN")
-    if not amount.is_finite() or abs(amount) > 10**12:
+    if not amount.is_finite() or abs(amount) > _MOST_CENTS:
         raise unreadable("amount is no number")
     return amount
 

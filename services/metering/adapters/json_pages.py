@@ -21,7 +21,9 @@ _MOST_WAIT_SECONDS = 60.0
 _FIRST_WAIT_SECONDS = 0.5
 _MOST_BYTES = 32 * 1024 * 1024
 _MOST_PAGES = 1_000
-_MOST_TOKENS = 10**15
+# What the ledger's columns hold: longer or more is no name and no count of a provider's.
+_MOST_NAME, _MOST_TOKEN = 200, 2_000
+MOST_TOKENS_OF_A_REQUEST, MOST_TOKENS_OF_A_BUCKET = 10**8, 10**13
 
 Query = Sequence[tuple[str, str]]
 
@@ -47,7 +49,7 @@ class JsonPages:
             yield page
             if page.get("has_more") is not True:
                 return
-            following = text(page, "next_page")
+            following = text(page, "next_page", _MOST_TOKEN)
             if following in seen:
                 raise unreadable("it tells a page twice")
             seen.add(following)
@@ -88,18 +90,18 @@ def objects(holder: Mapping[str, object], name: str) -> list[Mapping[str, object
     return cast("list[Mapping[str, object]]", value)
 
 
-def text(holder: Mapping[str, object], name: str) -> str:
-    """Returns a text that is not empty. Raises: Unavailable."""
+def text(holder: Mapping[str, object], name: str, most: int = _MOST_NAME) -> str:
+    """Returns a text of 1 to `most` characters. Raises: Unavailable."""
     value = holder.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= 2000 or "\x00" in value:
+    if not isinstance(value, str) or not 0 < len(value) <= most or "\x00" in value:
         raise unreadable(f"{name} is no text")
     return value
 
 
-def token_count(holder: Mapping[str, object], name: str) -> int:
-    """Returns a count of tokens. Raises: Unavailable."""
+def token_count(holder: Mapping[str, object], name: str, most: int) -> int:
+    """Returns a count of 0 to `most` tokens. Raises: Unavailable."""
     value = holder.get(name)
-    if type(value) is not int or not 0 <= value <= _MOST_TOKENS:
+    if type(value) is not int or not 0 <= value <= most:
         raise unreadable(f"{name} is no count")
     return value
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from services.metering.adapters.json_pages import JsonPages, moment, objects, rfc3339, text, token_count
+from services.metering.adapters.json_pages import MOST_TOKENS_OF_A_REQUEST, JsonPages, moment, objects, rfc3339, text, token_count
 from services.metering.call import TokenUsage
 from services.metering.reconciliation.feed import Accounts, BilledRequest, RequestPage
 
@@ -49,11 +49,11 @@ class RequestFeed:
             account=account,
             model=text(item, "model"),
             usage=TokenUsage(
-                input=token_count(item, "input_tokens"),
-                output=token_count(item, "output_tokens"),
-                cache_read=token_count(item, "cache_read"),
-                cache_write_5m=token_count(item, "cache_creation_5m"),
-                cache_write_1h=token_count(item, "cache_creation_1h"),
+                input=token_count(item, "input_tokens", MOST_TOKENS_OF_A_REQUEST),
+                output=token_count(item, "output_tokens", MOST_TOKENS_OF_A_REQUEST),
+                cache_read=token_count(item, "cache_read", MOST_TOKENS_OF_A_REQUEST),
+                cache_write_5m=token_count(item, "cache_creation_5m", MOST_TOKENS_OF_A_REQUEST),
+                cache_write_1h=token_count(item, "cache_creation_1h", MOST_TOKENS_OF_A_REQUEST),
             ),
             is_final=text(item, "outcome") != _NOT_OVER,
             start_time=moment(item, "started_at"),
