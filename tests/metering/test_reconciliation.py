@@ -10,6 +10,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 import structlog
+from pydantic import ValidationError
 
 from mesh.metering.v1 import ledger_service_pb2 as pb
 from mesh.metering.v1 import reconciliation_service_pb2 as reports_pb
@@ -18,10 +19,13 @@ from services.kernel.ids import new_uuid7
 from services.kernel.rpc import metadata as keys
 from services.kernel.rpc.wire_status import decode_rpc_error
 from services.metering.adapters.postgres_reconciliations import PostgresReconciliations
+from services.metering.reconciliation.bucket import BucketWidth
+from services.metering.settings import MeteringSettings
 from tests.metering.feeds import HOUSE, KEY, TENANTS_KEY, RequestLedger, cut_at, opened_at, served
 from tests.metering.mesh import Mesh, Tenant, bill, migrated, running_mesh
 from tests.metering.peers import DONE, OPERATOR, RETRY, Peers
 from tests.support.stores import PostgresStore
+from tests.support.waiting import eventually
 
 HOUR = timedelta(hours=1)
 ACCOUNT = "house"
@@ -334,3 +338,42 @@ async def test_a_report_of_an_earlier_run_replaces_none_of_a_later(world: World)
     assert not await reports.put(older)
     assert not (await world.report()).is_drifting
     assert await reports.put(replace(older, run_time=newer.run_time))
+
+
+async def test_the_job_closes_calls_by_itself(postgres: PostgresStore, peers: Peers) -> None:
+    """With a pause set, nobody has to ask; a feed that is away for a while is come back to."""
+    feed, hour = RequestLedger(), datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 3 * HOUR
+    feed.broken_from = datetime(1970, 1, 1, tzinfo=UTC)
+    async with served(feed.answer) as url:
+        settings = {"reconciliation_feed": "requests", "reconciliation_url": url, "reconciliation_api_key": KEY}
+        async with running(postgres, peers, reconciliation_poll_seconds=0.05, reconciliation_lookback_hours=5.0, **settings) as mesh:
+            call = await cut_at(mesh, mesh.new_tenant(), hour)
+            feed.bill(call, TOKENS)
+            feed.broken_from = None
+
+            async def is_closed() -> bool:
+                return await mesh.state(call.ref) == pb.CALL_STATE_RECONCILED
+
+            await eventually(is_closed, within_seconds=30)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"reconciliation_feed": "anthropic"}, "API_KEY"),
+        ({"reconciliation_feed": "requests", "reconciliation_api_key": "k"}, "RECONCILIATION_URL"),
+        ({"reconciliation_feed": "requests", "reconciliation_api_key": "k", "reconciliation_url": "http://a.example/ledger"}, "https"),
+        ({"reconciliation_feed": "anthropic", "reconciliation_api_key": "k", "reconciliation_url": "ftp://127.0.0.1"}, "https"),
+    ],
+)
+def test_a_feed_is_configured_whole_or_not_at_all(settings: dict[str, str], why: str) -> None:
+    """A key goes there: never without one, never in plaintext beyond this machine."""
+    with pytest.raises(ValidationError, match=why):
+        MeteringSettings.model_validate(settings)
+
+
+def test_what_is_configured_for_no_feed_does_not_matter() -> None:
+    """And Anthropic's own address needs not be written down."""
+    assert MeteringSettings().reconciliation_feed == "none"
+    report = MeteringSettings.model_validate({"reconciliation_feed": "anthropic", "reconciliation_api_key": "k"})
+    assert report.reconciliation_bucket is BucketWidth.HOUR
