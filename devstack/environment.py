@@ -1,5 +1,6 @@
 """The environment each service of the embedded stack is started with: the same variables a deployment sets."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ TENANTS_OWN_KEYS = ("sk-stub-a-tenants-own-key", "sk-stub-another-tenants-own-ke
 # The house's account at the provider: more than this machine can call, so nobody is refused, and every call takes its share all the same.
 PROVIDER_ACCOUNT = "house"
 ACCOUNT_LIMITS = {"requests_per_minute": 600_000, "input_tokens_per_minute": 2_000_000_000, "output_tokens_per_minute": 400_000_000}
+RECONCILIATION_POLL_SECONDS = 60
 WITH_POSTGRES = frozenset({"tenant", "inference", "retrieval", "metering"})
 # They make schemas and tables of tenants that live outside the pool.
 WITH_PLACEMENT_ROLE = frozenset({"tenant", "inference", "retrieval"})
@@ -54,6 +56,8 @@ class Wiring:
     pgbouncer: bool = False
     # Whether a receiver takes the webhooks of tenants' lives; without one they are kept and not sent.
     events: bool = False
+    # Whether the ledger is compared with the provider stub's by itself; an operator may ask for it anyhow.
+    reconciles: bool = False
 
     def postgres_port(self, ports: Ports) -> int:
         """Where the services find Postgres; migrations always go to the server itself."""
@@ -100,6 +104,8 @@ def service_environment(
     if service in WITH_PARTITIONS_ROLE:
         own["TENANTRY_POSTGRES_PARTITIONS_DSN"] = role_dsn(state, ports, service, "partitions")
     own |= _particular(service, state, ports, provider)
+    if service == "metering" and provider.is_stub:
+        own |= _usage_feed(provider, wiring)
     if service == "tenant" and wiring.events:
         own["TENANTRY_EVENT_WEBHOOK_URL"] = f"http://{ports.address('events')}{EVENTS_PATH}"
         own["TENANTRY_EVENT_WEBHOOK_SECRET"] = state.secrets.webhook_secret
@@ -115,6 +121,18 @@ def _identity(service: str, state: StackState, wiring: Wiring) -> dict[str, str]
         "TENANTRY_TLS_CERT_FILE": str(leaf.certificate.resolve()),
         "TENANTRY_TLS_KEY_FILE": str(leaf.key.resolve()),
         "TENANTRY_TLS_CA_FILE": str(leaf.authorities.resolve()),
+    }
+
+
+def _usage_feed(provider: Provider, wiring: Wiring) -> dict[str, str]:
+    # As the stub's ledger tells keys apart. Tenants' own keys are in it too, and are not the house's to pay.
+    house = hashlib.sha256(provider.api_key.encode()).hexdigest()[:16]
+    return {
+        "TENANTRY_RECONCILIATION_FEED": "requests",
+        "TENANTRY_RECONCILIATION_URL": f"{provider.base_url}/stub/ledger",
+        "TENANTRY_RECONCILIATION_API_KEY": provider.api_key,
+        "TENANTRY_RECONCILIATION_ACCOUNTS": json.dumps({PROVIDER_ACCOUNT: [house]}),
+        "TENANTRY_RECONCILIATION_POLL_SECONDS": str(RECONCILIATION_POLL_SECONDS if wiring.reconciles else 0),
     }
 
 

@@ -46,7 +46,7 @@ async def run(ports: Ports, *, tls: bool = False) -> None:
 
 
 async def _serve(ports: Ports, step: StepPrinter, shutdown: Shutdown, *, tls: bool) -> None:
-    wiring = Wiring(certificates_in(STATE_FOLDER) if tls else None, events=True)
+    wiring = Wiring(certificates_in(STATE_FOLDER) if tls else None, events=True, reconciles=True)
     async with running_stack(STATE_FOLDER, ports, progress=step, shutdown=shutdown, wiring=wiring) as stack:
         provider = "the provider stub (set ANTHROPIC_API_KEY to call the real API)" if stack.provider.is_stub else "the real Anthropic API"
         step(f"model provider: {provider}")

@@ -19,9 +19,16 @@ PREFIX = "TENANTRY_"
 # Bearers of services are for loopback; with TLS they would only be secrets to lose.
 LOOPBACK_ONLY = frozenset({"service_token", "peer_token_hashes"})
 MIGRATIONS_ONLY = frozenset({"postgres_admin_dsn", "key_store_admin_dsn", "silo_migration_dsn"})
-# A mesh is whole without sinks of events, without front ends that ask for tenants, and without read replicas.
+# A mesh is whole without sinks of events, front ends that ask for tenants, read replicas, and the provider's own account of usage.
 READ_REPLICAS = frozenset({"postgres_read_dsn", "postgres_jobs_read_dsn"})
-OPTIONAL = READ_REPLICAS | {"event_webhook_url", "event_webhook_secret", "smtp_url", "front_key_sha256"}
+OPTIONAL = READ_REPLICAS | {
+    "event_webhook_url",
+    "event_webhook_secret",
+    "smtp_url",
+    "front_key_sha256",
+    "reconciliation_url",
+    "reconciliation_api_key",
+}
 _REGISTERED = re.compile(r"mesh\.\w+\.v\d+\.\w+Service")
 _ALWAYS_REQUIRED = frozenset({"listen_address", "health_address", "tls_cert_file", "tls_key_file", "tls_ca_file"})
 _STREAM_LIMIT = re.compile(r"\w*call_deadline_seconds")

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import orjson
 from aiohttp import web
@@ -18,7 +19,7 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
-from devstack.provider_stub import faults, messages, models
+from devstack.provider_stub import faults, ledger_pages, messages, models
 from devstack.provider_stub.answer import Prompt
 from devstack.provider_stub.billed_call import BilledCall, CallIdentity
 from devstack.provider_stub.cache import PromptCache
@@ -128,8 +129,10 @@ class ProviderStub:
     async def _model(self, request: web.BaseRequest, request_id: str, _: str) -> web.StreamResponse:
         return _json(models.describe(models.find(self._models, request.path.removeprefix("/v1/models/"))), request_id)
 
-    async def _read_ledger(self, _: web.BaseRequest, request_id: str, __: str) -> web.StreamResponse:
-        return _json({"data": await self._ledger.folded()}, request_id)
+    async def _read_ledger(self, request: web.BaseRequest, request_id: str, __: str) -> web.StreamResponse:
+        # Before the lines are: what begins meanwhile may or may not be among them.
+        read_time = datetime.now(UTC)
+        return _json(ledger_pages.page(await self._ledger.folded(), request.query, read_time), request_id)
 
     async def _read_requests(self, request: web.BaseRequest, request_id: str, _: str) -> web.StreamResponse:
         count = request.query.get("n", str(REQUESTS_MAX))

@@ -36,7 +36,8 @@ class Question:
 
     `prompt_prefix` stands before the tenant's prompt; `endpoint` is the tenant's own place at the provider, empty for everybody's.
     `provider_key` is the tenant's own; empty for the house's. Where the limits shorten its answer it needs `min_output_tokens`, and it may
-    wait for them `max_wait_seconds`. `provider_account` is whose own limits it shares, empty when that is not known.
+    wait for them `max_wait_seconds`. `provider_account` is whose own limits it shares, empty when it is not known or
+    the tenant's own is billed.
     """
 
     call_id: CallId
@@ -61,6 +62,7 @@ class Question:
     min_output_tokens: int = 1
     max_wait_seconds: float = 0.0
     provider_account: str = ""
+    bills_tenant_account: bool = False
 
     @property
     def with_documents(self) -> bool:

@@ -78,6 +78,7 @@ async def to_question(asked: Asked, config: tenant_service_pb2.TenantConfig, pri
         min_output_tokens=max(1, asked.min_output_tokens),
         max_wait_seconds=asked.max_wait_seconds,
         provider_account="" if own_account else provider_account,
+        bills_tenant_account=own_account,
     )
     needed = input_bound(known_texts(question.messages, with_documents=question.with_documents))
     if needed > context_tokens:

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import assert_never
 
 import structlog
 
@@ -14,6 +15,7 @@ from mesh.metering.v1.event_service_pb2_grpc import add_EventServiceServicer_to_
 from mesh.metering.v1.invoice_service_pb2_grpc import add_InvoiceServiceServicer_to_server
 from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
+from mesh.metering.v1.reconciliation_service_pb2_grpc import add_ReconciliationServiceServicer_to_server
 from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
@@ -21,8 +23,11 @@ from services.kernel.credential_resolver import remote_trust
 from services.kernel.migrate import MigrationRefused, migrate
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
+from services.kernel.telemetry.metrics import Counter, otlp_counters
+from services.kernel.telemetry.names import RECONCILIATION_DRIFTS
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.metering.adapters.anthropic_usage_report import AnthropicUsageReport
 from services.metering.adapters.postgres_billing import PostgresBilling
 from services.metering.adapters.postgres_billing_plans import billing_plan_changes, load_billing_plans
 from services.metering.adapters.postgres_closings import PostgresClosings
@@ -33,11 +38,14 @@ from services.metering.adapters.postgres_events import PostgresEvents
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPriceBook, PostgresPrices, load_price_book, price_book_changes
+from services.metering.adapters.postgres_reconciliation_ledger import PostgresReconciliationLedger
+from services.metering.adapters.postgres_reconciliations import PostgresReconciliations
 from services.metering.adapters.postgres_reratings import PostgresReratings
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
 from services.metering.adapters.ratelimit_client import RemoteLimits
+from services.metering.adapters.request_feed import RequestFeed
 from services.metering.adapters.tenant_calendars import TenantCalendars
 from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
 from services.metering.billing.desk import InvoiceDesk
@@ -49,18 +57,24 @@ from services.metering.event_log import EventLog
 from services.metering.event_months import EventMonths, make_months
 from services.metering.event_types import EventTypeCatalog
 from services.metering.lease_sweeper import LeaseSweeper
-from services.metering.ledger import Ledger
+from services.metering.ledger import EndSink, Ledger
 from services.metering.outbox import OutboxRelay
 from services.metering.price_book import PriceBookRefused, PriceVersion, parse_price_book
 from services.metering.price_catalog import PriceCatalog
 from services.metering.price_loading import PriceLoading
 from services.metering.price_loading import describe as describe_prices
+from services.metering.reconciliation.comparing import Comparison, RequestsComparison, SumsComparison, Terms
+from services.metering.reconciliation.feed import Accounts
+from services.metering.reconciliation.job import ReconciliationJob
+from services.metering.reconciliation.reconciler import Reconciler
+from services.metering.reconciliation.report import Thresholds
 from services.metering.rerating import RerateDesk
 from services.metering.servicers.events import EventServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
 from services.metering.servicers.lifecycle import LifecycleServicer
 from services.metering.servicers.prices import PriceServicer
+from services.metering.servicers.reconciliations import ReconciliationServicer
 from services.metering.servicers.usage import UsageServicer
 from services.metering.settings import MeteringSettings
 from services.metering.tenant_proof import TenantProof
@@ -70,6 +84,8 @@ log = structlog.get_logger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 SCHEMA = "metering"
+# As inference opens its calls.
+PROVIDER = "anthropic"
 Clock = Callable[[], datetime]
 
 
@@ -100,6 +116,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         to_limits = _channel(stack, settings, settings.ratelimit_address, "ratelimit")
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         database, jobs = await _databases(stack, settings)
+        usage_feed = _usage_feed(stack, settings)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         feed = ChangeFeed(to_tenant)
@@ -128,7 +145,9 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
             TenantCalendars(TenantConfigCache(to_tenant, feed=feed)),
         )
         prices = _of_prices(settings, catalog, database, jobs)
-        servicers = [*_of_calls(ledger, usage, database, jobs), prices, _of_events(events, types), invoices]
+
+        reconciliations = _reconciliations(stack, settings, background, jobs, usage_feed, _terms(settings, catalog), relay)
+        servicers = [*_of_calls(ledger, usage, database, jobs), prices, _of_events(events, types), invoices, reconciliations]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
         background.start("outbox_deleter", relay.run_deleter)
@@ -183,6 +202,74 @@ def _of_prices(settings: MeteringSettings, catalog: PriceCatalog, database: Tena
 
 def _of_events(events: EventLog, types: EventTypeCatalog) -> Registration:
     return add_EventServiceServicer_to_server, EventServicer(events, types), "mesh.metering.v1.EventService"
+
+
+def _usage_feed(stack: AsyncExitStack, settings: MeteringSettings) -> RequestFeed | AnthropicUsageReport | None:
+    url, key, accounts = settings.reconciliation_url, settings.reconciliation_api_key.get_secret_value(), _accounts(settings)
+    match settings.reconciliation_feed:
+        case "none":
+            return None
+        case "requests":
+            requests = RequestFeed(url=url, api_key=key, accounts=accounts)
+            stack.push_async_callback(requests.close)
+            return requests
+        case "anthropic":
+            report = AnthropicUsageReport(base_url=url, admin_key=key, accounts=accounts, width=settings.reconciliation_bucket)
+            stack.push_async_callback(report.close)
+            return report
+        case other:
+            assert_never(other)
+
+
+def _reconciliations(
+    stack: AsyncExitStack,
+    settings: MeteringSettings,
+    background: BackgroundTasks,
+    jobs: JobsDatabase,
+    feed: RequestFeed | AnthropicUsageReport | None,
+    terms: Terms,
+    ends: EndSink,
+) -> Registration:
+    reports, ledger, reconciler = PostgresReconciliations(jobs), PostgresReconciliationLedger(jobs), None
+    if feed is not None:
+        lag = timedelta(seconds=settings.reconciliation_lag_seconds)
+        comparison: Comparison = (
+            RequestsComparison(feed, ledger, terms, ends) if isinstance(feed, RequestFeed) else SumsComparison(feed, ledger, terms, lag=lag)
+        )
+        reconciler = Reconciler(comparison, reports, _drifts(stack, settings))
+        if settings.reconciliation_poll_seconds:
+            background.start("reconciliation", _reconciliation_job(settings, reconciler, reports, terms).run)
+    servicer = ReconciliationServicer(reports, reconciler, settings.reconciliation_bucket)
+    return add_ReconciliationServiceServicer_to_server, servicer, "mesh.metering.v1.ReconciliationService"
+
+
+def _reconciliation_job(
+    settings: MeteringSettings, reconciler: Reconciler, reports: PostgresReconciliations, terms: Terms
+) -> ReconciliationJob:
+    return ReconciliationJob(
+        reconciler,
+        reports,
+        terms.provider,
+        terms.accounts,
+        width=settings.reconciliation_bucket,
+        lookback=timedelta(hours=settings.reconciliation_lookback_hours),
+        poll_seconds=settings.reconciliation_poll_seconds,
+    )
+
+
+def _drifts(stack: AsyncExitStack, settings: MeteringSettings) -> Counter:
+    counters = otlp_counters(settings.service_name, settings.otlp_metrics_endpoint)
+    stack.callback(counters.close)
+    return counters.counter(RECONCILIATION_DRIFTS, "reports of the provider's usage that raised the alarm")
+
+
+def _terms(settings: MeteringSettings, catalog: PriceCatalog) -> Terms:
+    thresholds = Thresholds(settings.reconciliation_drift_nano_usd, settings.reconciliation_drift_per_million)
+    return Terms(PROVIDER, _accounts(settings), catalog, thresholds)
+
+
+def _accounts(settings: MeteringSettings) -> Accounts:
+    return Accounts(settings.reconciliation_accounts)
 
 
 async def _keep_months(

@@ -102,7 +102,10 @@ class CallKey:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """An attempt to record before anything is sent. Times are microseconds since 1970, UTC; the tier is known once the tenant is proven."""
+    """An attempt to record before anything is sent. Times are microseconds since 1970, UTC; the tier is known once the tenant is proven.
+
+    `provider_account` is the operator's account that is billed; where it is the tenant's own, `bills_tenant_account` says so.
+    """
 
     tenant_id: bytes
     reservation_id: bytes
@@ -120,6 +123,8 @@ class Opening:
     feature: str
     user: str
     prompt_version: str
+    provider_account: str = ""
+    bills_tenant_account: bool = False
     tier: str = ""
 
     def in_tier(self, tier: str) -> Self:

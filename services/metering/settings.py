@@ -1,9 +1,10 @@
 """Settings of the metering service; read by app alone."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
 from services.kernel.settings import (
     DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
@@ -17,7 +18,9 @@ from services.kernel.settings import (
     PostgresTransactionPooling,
     RatelimitAddress,
     ServiceSettings,
+    is_loopback,
 )
+from services.metering.reconciliation.bucket import BucketWidth
 
 PACKAGED_PRICE_BOOK = Path(__file__).parent / "prices.yaml"
 PACKAGED_BILLING_PLANS = Path(__file__).parent / "billing_plans.yaml"
@@ -55,6 +58,40 @@ class MeteringSettings(ServiceSettings):
     )
     invoice_grace_hours: float = Field(default=48.0, ge=0.0, description="a billing period is closed by itself this long after its end")
     invoice_poll_seconds: float = Field(default=300.0, gt=0.0, description="pause between looks for periods to close")
+    reconciliation_feed: Literal["none", "anthropic", "requests"] = Field(
+        default="none",
+        description="the provider's own account of usage: Anthropic's usage and cost report, a feed of single requests, or none",
+    )
+    reconciliation_url: str = Field(
+        default="", description="the server of the report, empty: Anthropic's own; or the URL of the feed of requests"
+    )
+    reconciliation_api_key: SecretStr = Field(
+        default=SecretStr(""), description="the key for it; for Anthropic's report an Admin API key, which is not the key of calls"
+    )
+    reconciliation_accounts: dict[str, tuple[str, ...]] = Field(
+        default={},
+        description='the accounts that are compared: `{"<TENANTRY_PROVIDER_ACCOUNT of inference>": ["<id of a key or workspace>", …]}`; '
+        "empty: all of the feed is one",
+    )
+    reconciliation_bucket: BucketWidth = Field(default=BucketWidth.HOUR, description="how much time one report is of: 1m, 1h or 1d of UTC")
+    reconciliation_lag_seconds: float = Field(
+        default=3600.0, ge=0.0, description="how long after a bucket's end a report of sums is taken to hold all of it"
+    )
+    reconciliation_poll_seconds: float = Field(
+        default=0.0, ge=0.0, description="pause between reconciliations that begin by themselves; 0: they begin when an operator asks"
+    )
+    reconciliation_lookback_hours: float = Field(
+        default=48.0, gt=0.0, le=1000.0, description="how far back those look for buckets without a complete report"
+    )
+    reconciliation_drift_nano_usd: int = Field(
+        default=10_000_000, ge=0, description="a drift over this amount, and over the share below, raises the alarm; nano-USD"
+    )
+    reconciliation_drift_per_million: int = Field(
+        default=10_000, ge=0, le=1_000_000, description="the share of what the larger side says, in millionths"
+    )
+    otlp_metrics_endpoint: str = Field(
+        default="", description="where counters are sent over OTLP/gRPC, such as http://127.0.0.1:4317; empty: nowhere"
+    )
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
     sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
     event_retention_days: int = Field(
@@ -64,3 +101,17 @@ class MeteringSettings(ServiceSettings):
         default=1.0, gt=0.0, description="pause between folds of changes into sums of use; answers have them all, folded or not"
     )
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")
+
+    @model_validator(mode="after")
+    def _refuse_half_configured_feed(self) -> Self:
+        if self.reconciliation_feed == "none":
+            return self
+        if not self.reconciliation_api_key.get_secret_value():
+            msg = f"TENANTRY_RECONCILIATION_FEED={self.reconciliation_feed} needs TENANTRY_RECONCILIATION_API_KEY"
+            raise ValueError(msg)
+        url = urlsplit(self.reconciliation_url)
+        is_ours = self.reconciliation_feed == "anthropic" and not self.reconciliation_url
+        if not is_ours and not (url.scheme == "https" or (url.scheme == "http" and is_loopback(f"{url.hostname}:0"))):
+            msg = "TENANTRY_RECONCILIATION_URL must be https://, or http:// on loopback: a key goes there"
+            raise ValueError(msg)
+        return self

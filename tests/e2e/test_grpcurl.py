@@ -39,6 +39,7 @@ SERVICES_LISTED = {
         "mesh.metering.v1.InvoiceService",
         "mesh.metering.v1.LedgerService",
         "mesh.metering.v1.PriceService",
+        "mesh.metering.v1.ReconciliationService",
         "mesh.metering.v1.UsageService",
     },
 }

@@ -33,7 +33,7 @@ async def test_a_reservation_says_whose_and_what_it_is(world: World, tenant: Ten
 
 
 async def test_the_houses_account_is_named_unless_the_call_uses_another(world: World) -> None:
-    """A call on the house's key shares the configured account's limits; one on the tenant's own key does not."""
+    """A call on the house's key shares the configured account's limits; one on the tenant's own key does not. The ledger is told which."""
     settings = service_settings(world.inference_dsn, world.peers.address, world.provider_url, provider_account="house")
     with_house, with_own = await world.new_tenant(), await world.new_tenant(provider_key="own-key-one")
     async with running_service(settings) as (_, channel):
@@ -42,6 +42,8 @@ async def test_the_houses_account_is_named_unless_the_call_uses_another(world: W
         await elsewhere.answer(with_house)
         await elsewhere.answer(with_own)
     assert [reserve.provider_account for reserve in world.script.all("reserve")] == ["house", ""]
+    opened = [call for request in world.script.all("open") for call in request.calls]
+    assert [(call.provider_account, call.bills_tenant_account) for call in opened] == [("house", False), ("", True)]
 
 
 async def test_a_shortened_answer_is_marked_and_bound(world: World, tenant: Tenant) -> None:

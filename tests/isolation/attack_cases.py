@@ -304,6 +304,8 @@ CASES: Mapping[str, Case] = {
     "/mesh.metering.v1.InvoiceService/GrantCredit": lambda ids: {"credit_id": str(new_uuid7()), "amount": {"nano_usd": 10**15}},
     "/mesh.metering.v1.InvoiceService/ListCredits": lambda ids: {"page_size": 1000},
     "/mesh.metering.v1.InvoiceService/SetSubscription": lambda ids: {"subscription_id": str(new_uuid7()), "plan": "free"},
+    "/mesh.metering.v1.ReconciliationService/ReconcileProvider": lambda ids: {"start_time": datetime(2026, 1, 1, tzinfo=UTC)},
+    "/mesh.metering.v1.ReconciliationService/ListReconciliations": lambda ids: {"page_size": 1000},
     "/mesh.metering.v1.UsageService/GetUsageReport": _nothing,
     "/mesh.metering.v1.UsageService/ListCalls": lambda ids: {"page_size": 1000},
     "/mesh.metering.v1.UsageService/GetCall": lambda ids: {"call_id": ids.call_id},

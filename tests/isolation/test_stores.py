@@ -45,7 +45,7 @@ APPEND_ONLY = (
     "metering.event_types",
 )
 SHARED_TABLES = {
-    "metering": ("prices", "price_versions", "event_types", "billing_plan_versions"),
+    "metering": ("prices", "price_versions", "event_types", "billing_plan_versions", "reconciliations", "reconciliation_lines"),
     "tenant": (
         "plan_catalogs",
         "plans",

@@ -18,6 +18,7 @@ from mesh.metering.v1 import (
     invoice_service_pb2_grpc,
     ledger_service_pb2_grpc,
     price_service_pb2_grpc,
+    reconciliation_service_pb2_grpc,
     usage_service_pb2_grpc,
 )
 from mesh.metering.v1 import ledger_service_pb2 as pb
@@ -100,6 +101,7 @@ class Outside:
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel)
         self.invoices = invoice_service_pb2_grpc.InvoiceServiceStub(self.channel)
         self.events = event_service_pb2_grpc.EventServiceStub(self.channel)
+        self.reconciliations = reconciliation_service_pb2_grpc.ReconciliationServiceStub(self.channel)
 
 
 class Mesh:

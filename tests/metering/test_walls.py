@@ -57,7 +57,7 @@ async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) ->
     """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
     connection = await asyncpg.connect(ledger_dsn)
     try:
-        shared = ("price_versions", "prices", "event_types", "billing_plan_versions")
+        shared = ("price_versions", "prices", "event_types", "billing_plan_versions", "reconciliations", "reconciliation_lines")
         assert await violations(connection, "metering", shared_tables=shared) == []
     finally:
         await connection.close()

@@ -156,6 +156,8 @@ def _open(call: CallToOpen) -> pb.OpenCall:
         user=question.user,
         prompt_version=call.prompt_version,
         dispatch_deadline=dispatch_deadline,
+        provider_account=question.provider_account,
+        bills_tenant_account=question.bills_tenant_account,
     )
 
 

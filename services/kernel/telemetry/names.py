@@ -1,4 +1,4 @@
-"""Names of attributes of spans and logs. Conventions still move: they are spelled here and nowhere else."""
+"""Names of attributes of spans and logs, and of counters. Conventions still move: they are spelled here and nowhere else."""
 
 RPC_SYSTEM = "rpc.system"
 RPC_SYSTEM_GRPC = "grpc"
@@ -17,6 +17,8 @@ PROVIDER = "gen_ai.provider.name"
 OPERATION = "gen_ai.operation.name"
 INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+
+RECONCILIATION_DRIFTS = "tenantry.reconciliation.drifts"
 
 LOG_TENANT_ID = "tenant_id"
 LOG_CALL_ID = "call_id"

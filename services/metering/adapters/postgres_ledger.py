@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 OPEN_CALLS = """
 SELECT item, outcome, state FROM metering.open_calls($1::uuid[], $2::integer[], $3::integer[], $4::uuid[], $5::uuid[], $6::smallint[],
     $7::bigint[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::text[], $13::text[], $14::text[], $15::text[], $16::text[],
-    $17::text[], $18::text[], $19::interval)
+    $17::text[], $18::text[], $19::text[], $20::boolean[], $21::interval)
 """
 EXTEND_CALLS = """
 SELECT item FROM metering.extend_calls($1::uuid[], $2::integer[], $3::integer[], $4::uuid[], $5::bigint[], $6::bigint[])
@@ -95,6 +95,8 @@ class PostgresLedger:
             column(lambda item: item.user),
             column(lambda item: item.prompt_version),
             column(lambda item: item.tier),
+            column(lambda item: item.provider_account),
+            column(lambda item: item.bills_tenant_account),
             self._lease,
         )
         return _in_order(batch, rows, lambda row: Opened(OpenOutcome(row["outcome"]), CallState(row["state"])))

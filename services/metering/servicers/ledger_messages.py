@@ -31,7 +31,7 @@ _LAST_SECOND = 253_402_300_799
 def opening(call: pb.OpenCall, index: int) -> Opening:
     """Reads one call to open. Raises: InvalidRequest."""
     where = f"calls[{index}]"
-    texts = (call.price_version, call.provider, call.model, call.feature, call.user, call.prompt_version)
+    texts = (call.price_version, call.provider, call.model, call.feature, call.user, call.prompt_version, call.provider_account)
     refuse_nul(texts, where)
     return Opening(
         call.ref.tenant_id,
@@ -45,6 +45,7 @@ def opening(call: pb.OpenCall, index: int) -> Opening:
         call.bound_tokens,
         call.bound_nano_usd,
         *texts,
+        call.bills_tenant_account,
     )
 
 

@@ -354,6 +354,8 @@ class OpenCall(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     PROMPT_VERSION_FIELD_NUMBER: _builtins.int
     DISPATCH_DEADLINE_FIELD_NUMBER: _builtins.int
+    PROVIDER_ACCOUNT_FIELD_NUMBER: _builtins.int
+    BILLS_TENANT_ACCOUNT_FIELD_NUMBER: _builtins.int
     context_token: _builtins.str
     """Proves the tenant: a context token whose tenant is `ref.tenant_id`."""
     call_id: _builtins.bytes
@@ -378,6 +380,10 @@ class OpenCall(_message.Message):
     """The tenant's user it serves; empty when not told."""
     prompt_version: _builtins.str
     """The prompt version in use, such as "default@3"."""
+    provider_account: _builtins.str
+    """The operator's account at the provider that is billed, by its name in the settings; empty when it has none, or when the tenant's own is billed."""
+    bills_tenant_account: _builtins.bool
+    """True when the tenant's own account is billed: by its own key, or at an endpoint of its own. The operator's usage reports do not hold the call."""
     @_builtins.property
     def ref(self) -> Global___CallRef:
         """Whose, and which reservation."""
@@ -408,10 +414,12 @@ class OpenCall(_message.Message):
         user: _builtins.str = ...,
         prompt_version: _builtins.str = ...,
         dispatch_deadline: _timestamp_pb2.Timestamp | None = ...,
+        provider_account: _builtins.str = ...,
+        bills_tenant_account: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch_deadline", b"dispatch_deadline", "ref", b"ref", "reserve_time", b"reserve_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bound_nano_usd", b"bound_nano_usd", "bound_tokens", b"bound_tokens", "call_id", b"call_id", "context_token", b"context_token", "dispatch_deadline", b"dispatch_deadline", "epoch", b"epoch", "feature", b"feature", "model", b"model", "price_version", b"price_version", "prompt_version", b"prompt_version", "provider", b"provider", "ref", b"ref", "reserve_time", b"reserve_time", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bills_tenant_account", b"bills_tenant_account", "bound_nano_usd", b"bound_nano_usd", "bound_tokens", b"bound_tokens", "call_id", b"call_id", "context_token", b"context_token", "dispatch_deadline", b"dispatch_deadline", "epoch", b"epoch", "feature", b"feature", "model", b"model", "price_version", b"price_version", "prompt_version", b"prompt_version", "provider", b"provider", "provider_account", b"provider_account", "ref", b"ref", "reserve_time", b"reserve_time", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,58 @@
+"""Reconciles by itself: what has no complete report yet, as far back as it was told. Any number of replicas may run it."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+
+import structlog
+
+from services.kernel.errors import MeshError
+from services.metering.reconciliation.bucket import Bucket, BucketWidth, buckets
+from services.metering.reconciliation.feed import Accounts
+from services.metering.reconciliation.ledger_call import ReportStore
+from services.metering.reconciliation.reconciler import Reconciler
+
+log = structlog.get_logger(__name__)
+
+
+class ReconciliationJob:
+    """One loop for `BackgroundTasks`: `run`."""
+
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        store: ReportStore,
+        provider: str,
+        accounts: Accounts,
+        *,
+        width: BucketWidth,
+        lookback: timedelta,
+        poll_seconds: float,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._reconciler = reconciler
+        self._store = store
+        self._provider = provider
+        self._accounts = accounts
+        self._width = width
+        self._lookback = lookback
+        self._poll_seconds = poll_seconds
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Reconciles for ever; a round that fails is tried again after the pause."""
+        while True:
+            try:
+                await self.round()
+            except MeshError as error:
+                log.warning("reconciliation_failed", reason=error.reason_name, why=error.message)
+            await asyncio.sleep(self._poll_seconds)
+
+    async def round(self) -> int:
+        """Reconciles what has no complete report, oldest first; returns how many buckets."""
+        now = self._clock()
+        done = set(await self._store.complete(self._provider, self._accounts.names, now - self._lookback - self._width.length, now))
+        return (await self._reconciler.run(self._open(now, done))).bucket_count
+
+    def _open(self, now: datetime, done: set[Bucket]) -> Iterator[Bucket]:
+        return (bucket for bucket in buckets(now - self._lookback, now, self._width) if bucket not in done)
