@@ -65,7 +65,7 @@ class Refusal:
         rule, status = self.status.rule, self.status
         name = named(rule) + _WHOSE[rule.scope]
         thing = "use" if rule.unit is Unit.PRODUCT else "call"
-        plan = f'move to the plan "{rule.lifting_plan}"' if rule.lifting_plan else "move to a larger plan"
+        plan = f'move to the plan "{rule.lifting_plan}"' if rule.lifting_plan else "ask the operator for a higher limit"
         if not rule.grants:
             # No plan lifts what the tenant put on itself.
             plan = f"change the tenant's own rule {rule.name}"

@@ -153,7 +153,8 @@ def _refuse_bad_setting(name: str, value: Setting) -> None:
 
 @cache
 def _time_zones() -> frozenset[str]:
-    return frozenset(available_timezones())
+    # Files that stand beside the zones: each machine's own, or none at all.
+    return frozenset(available_timezones() - {"localtime", "posixrules", "Factory"})
 
 
 def _operators_alone(path: str, why: str) -> MeshError:

@@ -2,9 +2,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from services.metering.billing.periods import BillingPeriod
+from tests.chaos.billing import billing_differences
+from tests.chaos.bookkeeper import Bills
 from tests.chaos.books import OPEN, SETTLED, UNRESOLVED, VOID, Billed, Call, Entry, Ledger, Limits, cost_nano_usd
 from tests.chaos.callers import UNIT, Diary
 
@@ -23,7 +26,10 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """Everything that has to agree. Diaries, limits, reports and budgets are by tenant id; `runaways` are calls past their `max_tokens`."""
+    """Everything that has to agree. Diaries, limits, reports, budgets and bills are by tenant id.
+
+    `runaways` are calls past their `max_tokens`; `months` are those that are billed.
+    """
 
     provider: Sequence[Billed]
     ledger: Ledger
@@ -32,6 +38,8 @@ class Books:
     diaries: Mapping[str, Diary]
     budgets: Mapping[str, int]
     runaways: frozenset[str] = frozenset()
+    bills: Mapping[str, Bills] = field(default_factory=dict)
+    months: Sequence[BillingPeriod] = ()
 
 
 def differences(books: Books) -> list[str]:
@@ -42,9 +50,10 @@ def differences(books: Books) -> list[str]:
         *_ledger_itself(books.ledger),
         *_callers_and_ledger(books),
         *_units(books),
+        *_events(books),
         *(line for tenant_id in books.limits for line in _limits_and_ledger(books, tenant_id)),
         *(line for tenant_id, report in books.reports.items() for line in _report(books.ledger, tenant_id, report)),
-        # Invoices, once there are any: recomputed from the entries, they are compared here.
+        *(line for tenant_id, bills in books.bills.items() for line in billing_differences(books.ledger, tenant_id, bills, books.months)),
     ]
 
 
@@ -139,12 +148,29 @@ def _callers_and_ledger(books: Books) -> Iterator[str]:
 def _units(books: Books) -> Iterator[str]:
     """Every use that was answered is on record once with its quantity, and no other that nobody asked for."""
     for tenant_id, diary in books.diaries.items():
-        recorded = {use_id: quantity for (owner, use_id), quantity in books.ledger.units.items() if owner == tenant_id}
+        recorded = {use.id: use.quantity for use in books.ledger.units if use.tenant_id == tenant_id}
         for use_id in diary.units_used - recorded.keys():
             yield f"use {use_id} was answered and is not on record"
         for use_id, quantity in recorded.items():
             if diary.units_asked.get(use_id) != quantity:
                 yield f"use {use_id} is on record with {quantity}, asked for was {diary.units_asked.get(use_id)}"
+
+
+def _events(books: Books) -> Iterator[str]:
+    """Every event that was answered is on record once, and so is every reversal; nothing is that nobody asked for."""
+    for tenant_id, diary in books.diaries.items():
+        own = [event for event in books.ledger.events if event.tenant_id == tenant_id]
+        for ups, asked, answered, what in (
+            (True, diary.events_asked.keys(), diary.events_recorded, "event"),
+            (False, diary.reversals_asked, diary.events_reversed, "reversal of event"),
+        ):
+            recorded = Counter(event.id for event in own if (event.quantity > 0) is ups)
+            yield from (f"{what} {name} was answered and is not on record" for name in answered - recorded.keys())
+            yield from (f"{what} {name} is on record {count} times" for name, count in recorded.items() if count > 1)
+            yield from (f"nobody asked for {what} {name}" for name in recorded.keys() - asked)
+        for event in own:
+            if abs(event.quantity) != diary.events_asked.get(event.id):
+                yield f"event {event.id} is on record with {event.quantity}, asked for was {diary.events_asked.get(event.id)}"
 
 
 def _limits_and_ledger(books: Books, tenant_id: str) -> Iterator[str]:
@@ -181,7 +207,7 @@ def _counters(books: Books, tenant_id: str, unresolved: Mapping[str, Call]) -> I
             used.update(tokens_per_day=tokens, cost_nano_usd_per_day=cost)
         if time >= day.replace(day=1):
             used.update(tokens_per_month=tokens, cost_nano_usd_per_month=cost)
-    used[UNIT] = sum(quantity for (owner, _), quantity in ledger.units.items() if owner == tenant_id)
+    used[UNIT] = sum(use.quantity for use in ledger.units if use.tenant_id == tenant_id)
     for rule in ("tokens_per_day", "tokens_per_month", "cost_nano_usd_per_day", "cost_nano_usd_per_month", "concurrent_calls", UNIT):
         if rule in limits.used and limits.used[rule] != used[rule]:
             yield f"{rule} of tenant {tenant_id} says {limits.used[rule]}, the ledger {used[rule]}"

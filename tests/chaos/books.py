@@ -21,8 +21,11 @@ ENTRIES = """
     SELECT e.tenant_id, e.reservation_id, e.model, e.price_version, e.input_tokens, e.output_tokens, e.cache_read_tokens,
            e.cache_write_5m_tokens, e.cache_write_1h_tokens, e.total_tokens, e.cost_nano_usd, e.reserve_time
     FROM metering.entries e WHERE $1::uuid IS NULL OR e.tenant_id = $1"""
+EVENTS = """
+    SELECT e.tenant_id, e.id, e.quantity, e.occurred_at FROM metering.events e WHERE $1::uuid IS NULL OR e.tenant_id = $1"""
 UNITS = """
-    SELECT u.tenant_id, u.reservation_id, u.quantity FROM metering.unit_entries u WHERE $1::uuid IS NULL OR u.tenant_id = $1"""
+    SELECT u.tenant_id, u.reservation_id, u.quantity, u.reserve_time FROM metering.unit_entries u
+    WHERE $1::uuid IS NULL OR u.tenant_id = $1"""
 PRICES = """
     SELECT p.version, p.model, p.input_nano_usd, p.output_nano_usd, p.cache_read_nano_usd, p.cache_write_5m_nano_usd,
            p.cache_write_1h_nano_usd
@@ -92,13 +95,24 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Use:
+    """A use of units, or an event of the product: its id, and what it counts. Of a reversal the event's id, and a negative quantity."""
+
+    tenant_id: str
+    id: str
+    quantity: int
+    time: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
-    """Our ledger, of all tenants, at `now`. `waiting`: rows of the outbox and leases; `units`: quantity by tenant and id of the use."""
+    """Our ledger, of all tenants, at `now`. `waiting`: rows of the outbox and leases."""
 
     now: datetime
     calls: Sequence[Call]
     entries: Sequence[Entry]
-    units: dict[tuple[str, str], int]
+    units: Sequence[Use]
+    events: Sequence[Use]
     prices: Prices
     waiting: int
 
@@ -141,7 +155,8 @@ async def read_ledger(dsn: str, tenant_id: str | None = None) -> Ledger:
                 await connection.fetchval("SELECT now()"),
                 [_call(row) for row in await connection.fetch(CALLS, tenant_id)],
                 [_entry(row) for row in await connection.fetch(ENTRIES, tenant_id)],
-                {(str(row["tenant_id"]), str(row["reservation_id"])): row["quantity"] for row in await connection.fetch(UNITS, tenant_id)},
+                [_use(row) for row in await connection.fetch(UNITS, tenant_id)],
+                [_use(row) for row in await connection.fetch(EVENTS, tenant_id)],
                 {(row["version"], row["model"]): Tokens(*list(row.values())[2:]) for row in await connection.fetch(PRICES)},
                 await connection.fetchval(WAITING, tenant_id),
             )
@@ -178,6 +193,11 @@ def _entry(row: Any) -> Entry:
         row["cost_nano_usd"],
         row["reserve_time"],
     )
+
+
+def _use(row: Any) -> Use:
+    tenant_id, name, quantity, time = row.values()
+    return Use(str(tenant_id), str(name), quantity, time)
 
 
 async def read_holds(url: str, tenant_id: str) -> tuple[list[Hold], int]:

@@ -4,19 +4,23 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import grpc
 
 from devstack.mesh_client import MeshClient, credentials, refusal
 from devstack.state import DemoTenant
 from mesh.inference.v1 import inference_service_pb2
+from mesh.metering.v1 import event_service_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2
 from services.kernel.ids import new_uuid7
-from tests.chaos.chances import MAX_OUTPUT_TOKENS, Order, UnitOrder
+from tests.chaos.chances import MAX_OUTPUT_TOKENS, EventOrder, Order, UnitOrder
+from tests.metering.billing import ended
 
 UNIT = "ai_interviews"
+PRODUCT, EVENT_TYPE, EVENT_SOURCE = "chaos", "interview.completed", "/chaos"
 _UNIT_TRIES = 20
 _UNIT_SECONDS = 2.0
 _REPEAT_SECONDS = 0.3
@@ -34,13 +38,20 @@ class Told:
 
 @dataclass(slots=True)
 class Diary:
-    """What the callers of one tenant asked and were told. `runaways` are calls of which the provider was told to ignore `max_tokens`."""
+    """What the callers of one tenant asked and were told. `runaways` are calls of which the provider was told to ignore `max_tokens`.
+
+    Of units and events: the quantity by id as it was asked, and the ids that were answered.
+    """
 
     asked: set[str] = field(default_factory=set)
     runaways: set[str] = field(default_factory=set)
     answered: dict[str, Told] = field(default_factory=dict)
     units_asked: dict[str, int] = field(default_factory=dict)
     units_used: set[str] = field(default_factory=set)
+    events_asked: dict[str, int] = field(default_factory=dict)
+    events_recorded: set[str] = field(default_factory=set)
+    reversals_asked: set[str] = field(default_factory=set)
+    events_reversed: set[str] = field(default_factory=set)
     endings: Counter[str] = field(default_factory=Counter)
 
 
@@ -50,15 +61,18 @@ class Caller:
     def __init__(self, client: MeshClient, tenant: DemoTenant, conversation_id: str, diary: Diary) -> None:
         self._client, self._tenant, self._conversation_id, self._diary = client, tenant, conversation_id, diary
 
-    async def run(self, orders: Iterator[Order | UnitOrder], until: float) -> None:
+    async def run(self, orders: Iterator[Order | UnitOrder | EventOrder], until: float) -> None:
         """Follows its orders until then, on time.monotonic(); what is under way at that time is brought to its end."""
         for order in orders:
             if time.monotonic() >= until:
                 return
-            if isinstance(order, UnitOrder):
-                await self._use(order)
-            else:
-                await self._ask(order)
+            match order:
+                case UnitOrder():
+                    await self._use(order)
+                case EventOrder():
+                    await self._record(order)
+                case Order():
+                    await self._ask(order)
             await asyncio.sleep(order.pause_seconds)
 
     async def _ask(self, order: Order) -> None:
@@ -108,19 +122,44 @@ class Caller:
         use_id = str(new_uuid7())
         self._diary.units_asked[use_id] = order.quantity
         request = rate_limit_service_pb2.ConsumeRequest(consumption_id=use_id, product_unit=UNIT, quantity=order.quantity)
+        if await self._until_answered(
+            "unit", lambda metadata: self._client.limits.Consume(request, metadata=metadata, timeout=_UNIT_SECONDS)
+        ):
+            self._diary.units_used.add(use_id)
+
+    async def _record(self, order: EventOrder) -> None:
+        event = _event(order)
+        self._diary.events_asked[event.id] = order.quantity
+        record = event_service_pb2.RecordEventsRequest(events=[event])
+        if not await self._until_answered(
+            "event", lambda metadata: self._client.events.RecordEvents(record, metadata=metadata, timeout=_UNIT_SECONDS)
+        ):
+            return
+        self._diary.events_recorded.add(event.id)
+        if not order.taken_back:
+            return
+        self._diary.reversals_asked.add(event.id)
+        back = event_service_pb2.EventReversal(id=event.id, source=event.source, reason="counted by mistake")
+        reverse = event_service_pb2.ReverseEventsRequest(reversals=[back])
+        if await self._until_answered(
+            "reversal", lambda metadata: self._client.events.ReverseEvents(reverse, metadata=metadata, timeout=_UNIT_SECONDS)
+        ):
+            self._diary.events_reversed.add(event.id)
+
+    async def _until_answered(self, what: str, send: Callable[[tuple[tuple[str, str], ...]], Awaitable[object]]) -> bool:
         for _ in range(_UNIT_TRIES):
             try:
-                await self._client.limits.Consume(request, metadata=credentials(self._tenant.api_key), timeout=_UNIT_SECONDS)
+                await send(credentials(self._tenant.api_key))
             except grpc.aio.AioRpcError as error:
                 told = refusal(error)
-                self._diary.endings[f"unit: {told.reason or told.code}"] += 1
+                self._diary.endings[f"{what}: {told.reason or told.code}"] += 1
                 if told.code not in _UNANSWERED:
-                    return
+                    return False
                 await asyncio.sleep(_REPEAT_SECONDS)
             else:
-                self._diary.units_used.add(use_id)
-                self._diary.endings["unit: used"] += 1
-                return
+                self._diary.endings[f"{what}: answered"] += 1
+                return True
+        return False
 
     def _options(self, order: Order) -> inference_service_pb2.GenerateOptions:
         return inference_service_pb2.GenerateOptions(
@@ -133,3 +172,12 @@ class Caller:
 
 def _messages(order: Order) -> list[inference_service_pb2.Message]:
     return [inference_service_pb2.Message(role=inference_service_pb2.ROLE_USER, text=order.text)]
+
+
+def _event(order: EventOrder) -> event_service_pb2.Event:
+    now = datetime.now(UTC)
+    period = ended(order.months_ago)
+    event = event_service_pb2.Event(id=str(new_uuid7()), source=EVENT_SOURCE, product=PRODUCT, type=EVENT_TYPE, feature="chaos")
+    event.data.quantity = order.quantity
+    event.time.FromDatetime(period.start_time + order.moment * (min(period.end_time, now) - period.start_time))
+    return event

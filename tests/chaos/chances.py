@@ -54,6 +54,20 @@ class UnitOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class EventOrder:
+    """One event of the product, repeated until it is answered.
+
+    It happened `months_ago`, in the part of that month that `moment` (0 to 1) tells; `taken_back` right after it.
+    """
+
+    quantity: int
+    months_ago: int
+    moment: float
+    taken_back: bool
+    pause_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Death:
     """Which part is killed, how long after the one before.
 
@@ -74,13 +88,17 @@ def deaths(seed: int) -> Iterator[Death]:
         yield Death(pause_seconds, part, forgets=part == "redis" and rng.random() < 0.5, early=rng.random() < 0.2)
 
 
-def orders(seed: int, tenant: int, caller: int) -> Iterator[Order | UnitOrder]:
+def orders(seed: int, tenant: int, caller: int) -> Iterator[Order | UnitOrder | EventOrder]:
     """Yields what one caller of a tenant does, without end."""
     rng = random.Random(f"{seed}/tenant {tenant}/caller {caller}")
     while True:
         pause_seconds = rng.uniform(0.0, 0.6)
-        if rng.random() < 0.1:
+        kind = rng.random()
+        if kind < 0.1:
             yield UnitOrder(rng.randint(1, 5), pause_seconds)
+            continue
+        if kind < 0.2:
+            yield EventOrder(rng.randint(1, 400), rng.choice((0, 0, 1, 2)), rng.random(), rng.random() < 0.25, pause_seconds)
             continue
         yield Order(
             text=_text(rng),
@@ -92,6 +110,12 @@ def orders(seed: int, tenant: int, caller: int) -> Iterator[Order | UnitOrder]:
             repeat_count=rng.choice((0, 0, 2)),
             pause_seconds=pause_seconds,
         )
+
+
+def closings(seed: int, tenant: int) -> tuple[float, float]:
+    """Draws when the two months before this one are closed for a tenant, as parts of the storm."""
+    rng = random.Random(f"{seed}/tenant {tenant}/closings")
+    return rng.uniform(0.1, 0.5), rng.uniform(0.5, 0.9)
 
 
 def _text(rng: random.Random) -> str:

@@ -25,9 +25,10 @@ from mesh.metering.v1 import usage_service_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2
 from mesh.tenant.v1 import configuration_service_pb2
 from tests.chaos.agreement import Books, Report, differences
+from tests.chaos.bookkeeper import Bookkeeper
 from tests.chaos.books import SETTLED, UNRESOLVED, VOID, Ledger, Limits, read_holds, read_ledger, read_provider
 from tests.chaos.callers import UNIT, Caller, Diary
-from tests.chaos.chances import deaths, orders
+from tests.chaos.chances import closings, deaths, orders
 from tests.chaos.killer import Killer
 from tests.ratelimit.rules import rule
 from tests.support.mesh import state_folder
@@ -61,9 +62,11 @@ async def run(storm: Storm, state: Path | None = None) -> dict[str, Any]:
     with contextlib.ExitStack() as folders:
         folder = state or folders.enter_context(state_folder())
         async with _mesh(folder) as (stack, client):
+            bookkeeper = Bookkeeper(stack, client)
+            await bookkeeper.register()
             async with asyncio.TaskGroup() as group:
-                making = [group.create_task(_tenant(stack, client, number)) for number in range(TENANTS)]
-            weather = _Weather(storm, stack, client, dict(made.result() for made in making))
+                making = [group.create_task(_tenant(stack, client, bookkeeper, number)) for number in range(TENANTS)]
+            weather = _Weather(storm, stack, client, bookkeeper, dict(made.result() for made in making))
             async with weather.killer.keeping_up():
                 await weather.rage()
                 return await weather.calm()
@@ -76,7 +79,7 @@ async def _mesh(folder: Path) -> AsyncIterator[tuple[Stack, MeshClient]]:
         yield stack, client
 
 
-async def _tenant(stack: Stack, client: MeshClient, number: int) -> tuple[DemoTenant, str]:
+async def _tenant(stack: Stack, client: MeshClient, bookkeeper: Bookkeeper, number: int) -> tuple[DemoTenant, str]:
     company = replace(HARBOR, slug=f"chaos-{number}-{uuid.uuid4().hex[:8]}", plan="enterprise")
     tenant = await create_tenant(stack, client, company)
     tight = {_BUDGET: TIGHT_BUDGET_NANO_USD} if number >= TENANTS - TIGHT_TENANTS else {}
@@ -89,6 +92,7 @@ async def _tenant(stack: Stack, client: MeshClient, number: int) -> tuple[DemoTe
     )
     operator = operator_credentials(stack.state.secrets.operator_key, "chaos")
     await client.configuration.UpdateConfiguration(request, metadata=(*operator, ("x-tenant-id", tenant.tenant_id)), timeout=_SETUP_SECONDS)
+    await bookkeeper.subscribe(tenant)
     if number < TENANTS_WITH_DOCUMENTS:
         await ingest(client, HARBOR, tenant)
     made = await client.conversations.CreateConversation(
@@ -100,18 +104,23 @@ async def _tenant(stack: Stack, client: MeshClient, number: int) -> tuple[DemoTe
 class _Weather:
     """One storm over one mesh."""
 
-    def __init__(self, storm: Storm, stack: Stack, client: MeshClient, conversations: dict[DemoTenant, str]) -> None:
+    def __init__(
+        self, storm: Storm, stack: Stack, client: MeshClient, bookkeeper: Bookkeeper, conversations: dict[DemoTenant, str]
+    ) -> None:
         self.killer = Killer(stack)
-        self._storm, self._stack, self._client = storm, stack, client
+        self._storm, self._stack, self._client, self._bookkeeper = storm, stack, client, bookkeeper
         self._conversations, self._tenants = conversations, list(conversations)
         self._diaries = {tenant.tenant_id: Diary() for tenant in conversations}
 
     async def rage(self) -> None:
         """Calls and kills for as long as the storm lasts, and returns once every part is up and every caller has done."""
-        until = time.monotonic() + self._storm.duration_seconds
+        began, seconds = time.monotonic(), self._storm.duration_seconds
+        until = began + seconds
         async with asyncio.TaskGroup() as group:
             group.create_task(self.killer.run(deaths(self._storm.seed), until))
             for number, (tenant, conversation_id) in enumerate(self._conversations.items()):
+                at = [began + part * seconds for part in closings(self._storm.seed, number)]
+                group.create_task(self._bookkeeper.close(tenant, at))
                 for index in range(CALLERS_A_TENANT):
                     caller = Caller(self._client, tenant, conversation_id, self._diaries[tenant.tenant_id])
                     group.create_task(caller.run(orders(self._storm.seed, number, index), until))
@@ -140,13 +149,15 @@ class _Weather:
         try:
             limits = {tenant.tenant_id: await self._limits(tenant) for tenant in self._tenants}
             reports = {tenant.tenant_id: await self._report(tenant) for tenant in self._tenants}
+            bills = {tenant.tenant_id: await self._bookkeeper.bills(tenant, _READ_SECONDS) for tenant in self._tenants}
         except grpc.aio.AioRpcError as error:
             return [f"the mesh does not answer: {error.code().name} {error.details()}"], None
         ledger = await read_ledger(self._stack.postgres.dsn("tenantry"))
         provider = await asyncio.to_thread(read_provider, self._stack.state.folder / "provider-ledger.jsonl")
         budgets = {tenant.tenant_id: TIGHT_BUDGET_NANO_USD for tenant in self._tenants[-TIGHT_TENANTS:]}
         runaways = frozenset(call_id for diary in self._diaries.values() for call_id in diary.runaways)
-        return differences(Books(provider, ledger, limits, reports, self._diaries, budgets, runaways)), ledger
+        months = self._bookkeeper.months
+        return differences(Books(provider, ledger, limits, reports, self._diaries, budgets, runaways, bills, months)), ledger
 
     async def _limits(self, tenant: DemoTenant) -> Limits:
         listed = await self._client.limits.ListLimits(
@@ -182,6 +193,7 @@ class _Weather:
             "unresolved": states[UNRESOLVED],
             "void": states[VOID],
             "units_recorded": len(ledger.units) if ledger else 0,
+            "events_recorded": len(ledger.events) if ledger else 0,
             "agreed_after_seconds": None if agreed_after_seconds is None else round(agreed_after_seconds, 2),
             "differences": found,
         }

@@ -6,13 +6,17 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from services.metering.billing.periods import period_of
 from tests.chaos.agreement import Books, Report, differences
-from tests.chaos.books import OPEN, SETTLED, UNRESOLVED, VOID, Billed, Call, Entry, Hold, Ledger, Limits, Tokens, cost_nano_usd
+from tests.chaos.bookkeeper import Bills
+from tests.chaos.books import OPEN, SETTLED, UNRESOLVED, VOID, Billed, Call, Entry, Hold, Ledger, Limits, Tokens, Use, cost_nano_usd
 from tests.chaos.callers import UNIT, Diary, Told
 
 NOW = datetime(2026, 3, 5, 12, tzinfo=UTC)
 PRICES = Tokens(1_000_000, 5_000_000, 100_000, 1_250_000, 2_000_000)
 VERSION = ("v1", "m")
+MONTHS = tuple(period_of(NOW - timedelta(days=days), 1) for days in (45, 15, 0))
+USD = 10**9
 
 
 def call(name: str, state: int) -> Call:
@@ -24,15 +28,28 @@ def books() -> Books:
     """A settled, an unresolved and a void call, and a use of units."""
     entry = Entry("t", "r-a", "m", "v1", Tokens(10, 20), 30, 110, NOW - timedelta(seconds=9))
     calls = [call("a", SETTLED), call("b", UNRESOLVED), call("c", VOID)]
-    diary = Diary({"c-a", "c-b", "c-c"}, answered={"c-a": Told(10, 20, 110)}, units_asked={"u": 3}, units_used={"u"})
+    diary = Diary(
+        {"c-a", "c-b", "c-c"},
+        answered={"c-a": Told(10, 20, 110)},
+        units_asked={"u": 3},
+        units_used={"u"},
+        events_asked={"e": 150, "f": 8},
+        events_recorded={"e", "f"},
+        reversals_asked={"f"},
+        events_reversed={"f"},
+    )
+    events = [Use("t", "e", 150, MONTHS[1].start_time), Use("t", "f", 8, NOW), Use("t", "f", -8, NOW)]
     used = {"tokens_per_day": 530, "cost_nano_usd_per_month": 2_110, "concurrent_calls": 0, UNIT: 3}
     return Books(
         provider=[Billed("c-a", "m", Tokens(10, 20)), Billed("c-b", "m", Tokens(10, 7))],
-        ledger=Ledger(NOW, calls, [entry], {("t", "u"): 3}, {VERSION: PRICES}, 0),
+        ledger=Ledger(NOW, calls, [entry], [Use("t", "u", 3, NOW)], events, {VERSION: PRICES}, 0),
         limits={"t": Limits([Hold("r-b", True, 500, 2_000)], 0, used)},
         reports={"t": Report(110, 1, 1, 0, 1, 2_000)},
         diaries={"t": diary},
         budgets={"t": 155},
+        # Fifty interviews beyond what February includes, recorded when it was closed in part.
+        bills={"t": Bills([249 * USD, 249 * USD + 15 * USD], 249 * USD + 60 * USD, [])},
+        months=MONTHS,
     )
 
 
@@ -51,6 +68,11 @@ def with_entry(found: Books, **changes: object) -> Books:
     return with_ledger(found, entries=[replace(found.ledger.entries[0], **changes)])
 
 
+def with_bills(found: Books, **changes: object) -> Books:
+    """The books with other bills."""
+    return replace(found, bills={"t": replace(found.bills["t"], **changes)})
+
+
 SPOILED: dict[str, Callable[[Books], Books]] = {
     "still open": lambda b: with_ledger(b, calls=[*b.ledger.calls, call("b2", OPEN)]),
     "wait in the ledger": lambda b: with_ledger(b, waiting=1),
@@ -65,8 +87,19 @@ SPOILED: dict[str, Callable[[Books], Books]] = {
     "on the ledger 2 times": lambda b: with_ledger(b, calls=[*b.ledger.calls, replace(call("b", UNRESOLVED), reservation_id="r-b2")]),
     "was told": lambda b: with_entry(b, tokens=Tokens(9, 21)),
     "nobody made the call": lambda b: with_ledger(b, calls=[*b.ledger.calls, call("d", VOID)]),
-    "is not on record": lambda b: with_ledger(b, units={}),
-    "asked for was": lambda b: with_ledger(b, units={("t", "u"): 4}),
+    "use u was answered and is not on record": lambda b: with_ledger(b, units=[]),
+    "use u is on record with 4": lambda b: with_ledger(b, units=[Use("t", "u", 4, NOW)]),
+    "event e was answered and is not on record": lambda b: with_ledger(b, events=b.ledger.events[1:]),
+    "reversal of event f was answered and is not on record": lambda b: with_ledger(b, events=b.ledger.events[:2]),
+    "event f is on record 2 times": lambda b: with_ledger(b, events=[*b.ledger.events, b.ledger.events[1]]),
+    "nobody asked for event g": lambda b: with_ledger(b, events=[*b.ledger.events, Use("t", "g", 1, NOW)]),
+    "event e is on record with 149": lambda b: with_ledger(b, events=[replace(b.ledger.events[0], quantity=149), *b.ledger.events[1:]]),
+    "and owes": lambda b: with_bills(b, draft=309 * USD - 1),
+    "by month": lambda b: with_ledger(
+        b, events=[replace(b.ledger.events[0], time=MONTHS[0].start_time - timedelta(1)), *b.ledger.events[1:]]
+    ),
+    "are closed, and not 2": lambda b: with_bills(b, charges=[513 * USD]),
+    "would be made": lambda b: with_bills(b, remade=["invoice 1 would be made otherwise"]),
     "leases are left": lambda b: with_limits(b, lease_count=1),
     "the limits hold": lambda b: with_limits(b, holds=[*b.limits["t"].holds, Hold("r-z", True, 1, 1)]),
     "the ledger alone": lambda b: with_limits(b, holds=[]),

@@ -1,11 +1,14 @@
 """A tenant's beginning and end in the ledger: provisioned, exported, pseudonymised; amounts stay for ever."""
 
 import orjson
+import pytest
 
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
+from services.kernel.errors import MeshError
+from services.kernel.ids import new_uuid7
 from tests.metering import events
-from tests.metering.billing import USD, close, ended, grant, recomputed, subscribe, use_units
+from tests.metering.billing import USD, close, ended, grant, recomputed, rows_of, subscribe, use_units
 from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref, unknown
 from tests.metering.rerating import load_versions, order, rerated, used
 from tests.metering.usage import ALL_NAMES, MODEL, asking, fold, query
@@ -133,6 +136,22 @@ async def test_corrections_are_exported_with_what_they_correct(mesh: Mesh) -> No
     assert (written["price_versions"], written["right_version"], written["finish_time"] is None) == (["2026-01"], "right", False)
     entries = [record for kind, record in exported if kind.endswith(".entries")]
     assert [(entry["kind"], entry["rerating_id"]) for entry in entries] == [(1, None), (3, written["rerating_id"])]
+
+
+async def test_an_erased_tenant_is_put_on_no_plan_and_granted_no_credit(mesh: Mesh) -> None:
+    """What was there before is answered again; nothing new is written."""
+    tenant, credit_id, subscription_id = mesh.new_tenant(), str(new_uuid7()), str(new_uuid7())
+    await subscribe(mesh, tenant, "starter", ended(2).start_time, subscription_id=subscription_id)
+    granted = await grant(mesh, tenant, 5 * USD, credit_id=credit_id)
+    await erase(mesh, tenant)
+    before = await rows_of(mesh, tenant)
+    for attempt in (subscribe(mesh, tenant, "free"), grant(mesh, tenant, USD)):
+        with pytest.raises(MeshError, match="credit notes") as refused:
+            await attempt
+        assert (refused.value.reason_name, refused.value.metadata["state"]) == ("WRONG_STATE", "ERASED")
+    assert await grant(mesh, tenant, 5 * USD, credit_id=credit_id) == granted
+    await subscribe(mesh, tenant, "starter", ended(2).start_time, subscription_id=subscription_id)
+    assert await rows_of(mesh, tenant) == before
 
 
 async def test_what_was_billed_is_exported_and_outlives_the_tenant(mesh: Mesh) -> None:

@@ -90,7 +90,7 @@ def test_a_call_larger_than_a_limit_is_told_not_to_wait() -> None:
     assert found.status.rule is TOKENS
     assert found.retry_after_seconds is None
     assert not found.may_wait
-    assert "make the call smaller or move to a larger plan" in found.message
+    assert "make the call smaller or ask the operator for a higher limit" in found.message
 
 
 def test_a_request_that_is_too_large_by_itself_is_a_fault_of_the_request() -> None:

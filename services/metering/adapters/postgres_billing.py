@@ -10,7 +10,7 @@ from uuid import UUID
 from services.kernel.errors import ContentConflict, InvalidRequest, NotFound, WrongState
 from services.kernel.ids import TenantId
 from services.kernel.placement import HOME
-from services.kernel.tenant_database import TenantDatabase
+from services.kernel.tenant_database import Connection, TenantDatabase
 from services.metering.adapters.postgres_billing_reader import PostgresBillingReader, credit_of, subscription_of
 from services.metering.billing.books import BillingReader, CreditGrant, StoredInvoice
 from services.metering.billing.credits import Credit
@@ -20,6 +20,7 @@ from services.metering.billing.proration import Subscription
 # Statements of their own, before any clock is read: see 0003 and 0009. What is checked against closings excludes them meanwhile.
 LOCK_SHARED = "SELECT pg_advisory_xact_lock_shared(metering.tenant_lock($1))"
 LOCK_EXCLUSIVE = "SELECT pg_advisory_xact_lock(metering.tenant_lock($1))"
+SELECT_ERASED = "SELECT EXISTS (SELECT FROM metering.erased_tenants WHERE tenant_id = $1)"
 SELECT_PLAN = "SELECT EXISTS (SELECT FROM metering.billing_plan_versions WHERE plan = $1)"
 _SUBSCRIPTION = "SELECT number, plan, effective_time, anchor_day FROM metering.subscriptions"
 SELECT_SUBSCRIPTION = _SUBSCRIPTION + " WHERE tenant_id = $1 AND subscription_id = $2"
@@ -64,6 +65,7 @@ class PostgresBilling:
             known = await connection.fetchrow(SELECT_SUBSCRIPTION, tenant_id, subscription_id)
             if known is not None:
                 return _same_subscription(subscription_of(known), plan, effective_time, anchor_day)
+            await _refuse_erased(connection, tenant_id)
             if not await connection.fetchval(SELECT_PLAN, plan):
                 raise NotFound("billing_plan", f"no terms are loaded for the plan {plan}; billing_plans.yaml has those that are")
             reader = PostgresBillingReader(connection, tenant_id)
@@ -85,8 +87,11 @@ class PostgresBilling:
         terms = (grant.amount_nano_usd, grant.priority, grant.effective_time, grant.expire_time, grant.reason)
         async with self._database.transaction(tenant_id) as connection:
             await connection.execute(LOCK_SHARED, tenant_id)
-            await connection.execute(INSERT_CREDIT, tenant_id, grant.credit_id, *terms, said)
             row = await connection.fetchrow(SELECT_CREDIT, tenant_id, grant.credit_id)
+            if row is None:
+                await _refuse_erased(connection, tenant_id)
+                await connection.execute(INSERT_CREDIT, tenant_id, grant.credit_id, *terms, said)
+                row = await connection.fetchrow(SELECT_CREDIT, tenant_id, grant.credit_id)
         _refuse_other("credit", row["digest"], said)
         return credit_of(row)
 
@@ -107,6 +112,13 @@ class PostgresBilling:
             number = stored.invoice.closing.number
             await connection.execute(INSERT_NOTE, tenant_id, credit_note_id, number, amount, reason, said)
             return await _invoice(reader, invoice_id)
+
+
+async def _refuse_erased(connection: Connection, tenant_id: TenantId) -> None:
+    if await connection.fetchval(SELECT_ERASED, tenant_id):
+        raise WrongState(
+            "tenant", "ERASED", "it is billed to its end, and nothing new is added: credit notes take back what it should not pay"
+        )
 
 
 async def _invoice(reader: PostgresBillingReader, invoice_id: UUID) -> StoredInvoice:

@@ -153,7 +153,8 @@ class InvoiceServiceServicer:
 
     def GrantCredit(self, request, context):
         """Grants prepaid credit, which pays invoices that are closed from now on. For operators; audited. Idempotent by `credit_id`.
-        Errors: ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content.
+        Errors: ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content; FAILED_PRECONDITION WRONG_STATE
+        {"resource": "tenant"} "ERASED" for a new one of an erased tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,7 +170,7 @@ class InvoiceServiceServicer:
     def SetSubscription(self, request, context):
         """Puts the tenant on a billing plan from a moment on. Subscriptions are added, never changed. For operators; audited. Idempotent by
         `subscription_id`. Errors: NOT_FOUND {"resource": "billing_plan"}; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"} for a moment
-        in a closed period, or another anchor day once a period is closed; ALREADY_EXISTS CONTENT_CONFLICT.
+        in a closed period, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

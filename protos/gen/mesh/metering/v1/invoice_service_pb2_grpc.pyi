@@ -47,14 +47,15 @@ class InvoiceServiceStub:
     """
     GrantCredit: _aio.UnaryUnaryMultiCallable[_invoice_service_pb2.GrantCreditRequest, _invoice_service_pb2.GrantCreditResponse]
     """Grants prepaid credit, which pays invoices that are closed from now on. For operators; audited. Idempotent by `credit_id`.
-    Errors: ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content.
+    Errors: ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content; FAILED_PRECONDITION WRONG_STATE
+    {"resource": "tenant"} "ERASED" for a new one of an erased tenant.
     """
     ListCredits: _aio.UnaryUnaryMultiCallable[_invoice_service_pb2.ListCreditsRequest, _invoice_service_pb2.ListCreditsResponse]
     """Lists the tenant's credits, in the order they were granted. Reads only."""
     SetSubscription: _aio.UnaryUnaryMultiCallable[_invoice_service_pb2.SetSubscriptionRequest, _invoice_service_pb2.SetSubscriptionResponse]
     """Puts the tenant on a billing plan from a moment on. Subscriptions are added, never changed. For operators; audited. Idempotent by
     `subscription_id`. Errors: NOT_FOUND {"resource": "billing_plan"}; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"} for a moment
-    in a closed period, or another anchor day once a period is closed; ALREADY_EXISTS CONTENT_CONFLICT.
+    in a closed period, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
     """
 
 class InvoiceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -138,7 +139,8 @@ class InvoiceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_invoice_service_pb2.GrantCreditRequest, _abc.Awaitable[_invoice_service_pb2.GrantCreditResponse]],
     ) -> _abc.Awaitable[_invoice_service_pb2.GrantCreditResponse]:
         """Grants prepaid credit, which pays invoices that are closed from now on. For operators; audited. Idempotent by `credit_id`.
-        Errors: ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content.
+        Errors: ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content; FAILED_PRECONDITION WRONG_STATE
+        {"resource": "tenant"} "ERASED" for a new one of an erased tenant.
         """
 
     @_abc_1.abstractmethod
@@ -157,7 +159,7 @@ class InvoiceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_invoice_service_pb2.SetSubscriptionResponse]:
         """Puts the tenant on a billing plan from a moment on. Subscriptions are added, never changed. For operators; audited. Idempotent by
         `subscription_id`. Errors: NOT_FOUND {"resource": "billing_plan"}; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"} for a moment
-        in a closed period, or another anchor day once a period is closed; ALREADY_EXISTS CONTENT_CONFLICT.
+        in a closed period, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
         """
 
 def add_InvoiceServiceServicer_to_server(servicer: InvoiceServiceServicer, server: _aio.Server) -> None: ...
