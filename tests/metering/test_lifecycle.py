@@ -125,6 +125,19 @@ async def test_uses_of_an_erased_tenant_are_kept_without_names(mesh: Mesh) -> No
     assert not any(store.canary_count for store in scan.stores if store.sight == "tenant")
 
 
+async def test_corrections_are_exported_with_what_they_correct(mesh: Mesh) -> None:
+    """Each adjustment names its re-rating, and the re-rating says which versions it was from and to, and that it is done."""
+    tenant = mesh.new_tenant()
+    await load_versions(mesh)
+    await used(mesh, tenant, [{"input_tokens": 1_000_000}])
+    await rerated(mesh, tenant, order())
+    exported = await export(mesh, tenant)
+    (written,) = [record for kind, record in exported if kind == "postgres:metering.reratings"]
+    assert (written["price_versions"], written["right_version"], written["finish_time"] is None) == (["2026-01"], "right", False)
+    entries = [record for kind, record in exported if kind.endswith(".entries")]
+    assert [(entry["kind"], entry["rerating_id"]) for entry in entries] == [(1, None), (3, written["rerating_id"])]
+
+
 async def test_an_erased_tenant_is_put_on_no_plan_and_granted_no_credit(mesh: Mesh) -> None:
     """What was there before is answered again; nothing new is written."""
     tenant, credit_id, subscription_id = mesh.new_tenant(), str(new_uuid7()), str(new_uuid7())
@@ -139,19 +152,6 @@ async def test_an_erased_tenant_is_put_on_no_plan_and_granted_no_credit(mesh: Me
     assert await grant(mesh, tenant, 5 * USD, credit_id=credit_id) == granted
     await subscribe(mesh, tenant, "starter", ended(2).start_time, subscription_id=subscription_id)
     assert await rows_of(mesh, tenant) == before
-
-
-async def test_corrections_are_exported_with_what_they_correct(mesh: Mesh) -> None:
-    """Each adjustment names its re-rating, and the re-rating says which versions it was from and to, and that it is done."""
-    tenant = mesh.new_tenant()
-    await load_versions(mesh)
-    await used(mesh, tenant, [{"input_tokens": 1_000_000}])
-    await rerated(mesh, tenant, order())
-    exported = await export(mesh, tenant)
-    (written,) = [record for kind, record in exported if kind == "postgres:metering.reratings"]
-    assert (written["price_versions"], written["right_version"], written["finish_time"] is None) == (["2026-01"], "right", False)
-    entries = [record for kind, record in exported if kind.endswith(".entries")]
-    assert [(entry["kind"], entry["rerating_id"]) for entry in entries] == [(1, None), (3, written["rerating_id"])]
 
 
 async def test_what_was_billed_is_exported_and_outlives_the_tenant(mesh: Mesh) -> None:

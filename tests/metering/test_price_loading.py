@@ -223,10 +223,13 @@ async def test_command_tells_what_migrate_would_load(own: Mesh, path: Path) -> N
     text, before = path.read_text(), await names(own)
     try:
         assert await asyncio.to_thread(preview_price_book, own.settings) == "nothing would change: every version is loaded"
-        path.write_text(text + version("w", "2026-01-23T00:00:00Z", "7"))
-        first, model = (await asyncio.to_thread(preview_price_book, own.settings)).splitlines()
+        path.write_text(text + version("w", "2026-01-23T00:00:00Z", "7").replace("model: m", "model: n"))
+        first, gone, come = (await asyncio.to_thread(preview_price_book, own.settings)).splitlines()
         assert first.startswith("w: in force from 2026-01-23T00:00:00+00:00; calls since then")
-        assert model.startswith("  p m: 1000000000/") and "-> 7000000000/2000000000/0/0/0" in model
+        assert (gone, come) == (
+            "  p m: 1000000000/2000000000/0/0/0 -> no price",
+            "  p n: no price -> 7000000000/2000000000/0/0/0",
+        )
         path.write_text(text.replace('input: "1"', 'input: "1.1"', 1))
         with pytest.raises(MigrationRefused, match="version v1 has other content"):
             await asyncio.to_thread(preview_price_book, own.settings)

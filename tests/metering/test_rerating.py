@@ -11,6 +11,7 @@ from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as limits_pb
 from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
+from services.metering import rerating as rerating_rules
 from tests.metering.billing import USD, ask, close, ended, lines_of, recomputed, subscribe
 from tests.metering.mesh import MODEL, VERSION, Mesh, Tenant, bill, period
 from tests.metering.peers import OPERATOR
@@ -31,9 +32,11 @@ from tests.metering.rerating import (
 )
 from tests.metering.test_settling import reconcile, reconciled
 from tests.metering.usage import ALL_NAMES, asking, balance, books, every_row, told
+from tests.support.waiting import eventually
 
 MILLION = 1_000_000
 HOUR = timedelta(hours=1)
+UNDER_WAY = "INSERT INTO metering.reratings VALUES ($1, $2, 1, now() - interval '1 h', now(), '{x}', 'y', now(), sha256(''), now())"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -194,10 +197,7 @@ async def test_nothing_is_done_unseen_or_before_its_time_or_beside_another(mesh:
     with pytest.raises(MeshError) as refused:
         await as_operator(mesh, None, "RerateUsage", ready)
     assert refused.value.metadata == {"field": "x-tenant-id"}
-    await mesh.admin.execute(
-        "INSERT INTO metering.reratings VALUES ($1, $2, 1, now() - interval '1 h', now(), '{x}', 'y', now(), sha256(''), now())",
-        *(tenant.id, new_uuid7()),
-    )
+    await mesh.admin.execute(UNDER_WAY, tenant.id, new_uuid7())
     with pytest.raises(MeshError) as refused:
         await as_operator(mesh, tenant, "RerateUsage", ready)
     assert (refused.value.reason_name, refused.value.metadata["state"]) == ("WRONG_STATE", "UNDER_WAY")
@@ -300,6 +300,41 @@ async def test_two_who_do_the_same_at_once_write_each_adjustment_once(mesh: Mesh
     first, *_ = await asyncio.gather(*racing, used(mesh, tenant, some_usages(40, seed=2)))
     assert (first.is_done, len(await adjustments(mesh, tenant))) == (True, 700)
     assert await agrees(mesh, tenant)
+
+
+async def test_a_call_of_the_rpc_does_a_bounded_part(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer tells how far it is, until it is done; another one may begin only then."""
+    monkeypatch.setattr(rerating_rules, "BATCH", 3)
+    monkeypatch.setattr(rerating_rules, "BATCHES_A_CALL", 1)
+    monkeypatch.setattr(rerating_rules, "SCAN", 2)
+    tenant = mesh.new_tenant()
+    await used(mesh, tenant, some_usages(7))
+    ready = await seen(mesh, tenant, order())
+    answers = [await as_operator(mesh, tenant, "RerateUsage", ready) for _ in range(4)]
+    assert [(answer.is_done, answer.call_count) for answer in answers] == [(False, 3), (False, 6), (True, 7), (True, 7)]
+    assert (await previewed(mesh, tenant, order((RIGHT,), VERSION))).call_count == 7
+    assert await agrees(mesh, tenant)
+
+
+async def test_of_two_that_begin_at_the_same_moment_one_is_refused(mesh: Mesh) -> None:
+    """Both saw that nothing was under way: the one that is written down second writes nothing."""
+    tenant = mesh.new_tenant()
+    await used(mesh, tenant, some_usages(1))
+    ready = await seen(mesh, tenant, order())
+    waits = "SELECT count(*) FROM pg_locks WHERE relation = 'metering.reratings'::regclass AND NOT granted"
+
+    async def is_held_up() -> bool:
+        return await mesh.admin.fetchval(waits) > 0
+
+    async with mesh.admin.acquire() as holder, holder.transaction():
+        await holder.execute("LOCK TABLE metering.reratings IN SHARE ROW EXCLUSIVE MODE")
+        asked = asyncio.create_task(as_operator(mesh, tenant, "RerateUsage", ready))
+        await eventually(is_held_up, within_seconds=20.0)
+        await holder.execute(UNDER_WAY, tenant.id, new_uuid7())
+    with pytest.raises(MeshError) as refused:
+        await asked
+    assert (refused.value.reason_name, refused.value.metadata["state"]) == ("WRONG_STATE", "CHANGED")
+    assert await adjustments(mesh, tenant) == []
 
 
 async def finished(mesh: Mesh, tenant: Tenant, ready):
