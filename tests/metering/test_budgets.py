@@ -76,10 +76,15 @@ async def test_units_are_those_of_the_limits_and_of_events(mesh: Mesh) -> None:
     await events.reverse(mesh, tenant, one)
     await looked_at(mesh, tenant)
     assert (await stands(mesh, tenant)).used == 2
+    # What was corrected takes nothing back, and what crosses the threshold again fires nothing.
+    assert await fired(mesh, tenant) == [50]
+    await events.record(mesh, tenant, [events.event(product="budgeting", type="used", quantity=4)])
+    await looked_at(mesh, tenant)
+    assert (await stands(mesh, tenant)).used == 6
     assert await fired(mesh, tenant) == [50]
 
 
-async def test_late_use_fires_in_its_own_period_and_corrections_take_nothing_back(mesh: Mesh) -> None:
+async def test_late_use_fires_in_its_own_period(mesh: Mesh) -> None:
     """A call of yesterday that is settled today fires yesterday's threshold, once, and leaves today's budget alone."""
     tenant = new_tenant(mesh)
     await put(mesh, tenant, amount=100, thresholds_percent=[100, 200])
@@ -89,7 +94,7 @@ async def test_late_use_fires_in_its_own_period_and_corrections_take_nothing_bac
     [alert] = await budgets.alerts(mesh, tenant)
     assert alert.period_start.ToDatetime(tzinfo=UTC) <= yesterday < alert.period_end.ToDatetime(tzinfo=UTC)
     assert (await stands(mesh, tenant)).used == 0
-    # Reconciled at its bound, then settled with less: the books go down, what fired stays and does not fire again.
+    # Left unresolved and settled after all, and settled again.
     call = await mesh.opened(tenant, bound_tokens=1_000, reserve_time=yesterday)
     await mesh.void(unknown(call.ref))
     await mesh.settle(bill(call.ref, input_tokens=60, output_tokens=0))
