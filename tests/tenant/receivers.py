@@ -9,7 +9,6 @@ from email.message import Message
 
 from aiohttp import web
 
-
 # A status that stands for no answer: the connection is closed instead.
 CLOSED = 599
 

@@ -1,7 +1,7 @@
 """Looks at budgets whose usage changed, and fires the thresholds that are reached.
 
-Nothing is remembered between looks: what was used is added up anew, and a key in the store decides what fires. So any number of replicas
-may look at one budget at once, and may be killed meanwhile.
+Nothing is remembered between looks: what was used is added up anew, and a key in the store decides what fires. So it does
+no harm that a replica is killed meanwhile or that two look at once.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class BudgetKeeper:
             await asyncio.sleep(self._poll_seconds * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
 
     async def look(self) -> int:
-        """Looks at whatever is marked and in nobody else's hands; returns how many thresholds fired."""
+        """Looks at whatever is marked, unless another process does; returns how many thresholds fired."""
         fired = 0
         while True:
             async with self._marks.take(MOST_MARKS) as taken:

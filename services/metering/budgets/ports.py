@@ -86,7 +86,7 @@ class BudgetMarks(Protocol):
     """Which budgets are to be looked at."""
 
     def take(self, most: int) -> AbstractAsyncContextManager["TakenMarks"]:
-        """Holds up to so many marks that nobody else holds; at the end of the block those that are done with are gone, the others free."""
+        """Gives up to so many marks, none while another process looks; at the end of the block those that are done with are gone."""
         ...
 
 

@@ -201,16 +201,19 @@ CREATE POLICY own_tenant ON webhook_deliveries TO :service
     USING (tenant_id = (SELECT current_setting('app.tenant_id')::uuid)) WITH CHECK (tenant_id = (SELECT current_setting('app.tenant_id')::uuid));
 -- The jobs role marks what it sweeps and reconciles, takes marks, and delivers.
 CREATE POLICY every_tenant_read ON budgets FOR SELECT TO :jobs USING (true);
-CREATE POLICY every_tenant_take ON budget_marks TO :jobs USING (true) WITH CHECK (true);
+CREATE POLICY every_tenant_read ON budget_marks FOR SELECT TO :jobs USING (true);
+CREATE POLICY every_tenant_mark ON budget_marks FOR INSERT TO :jobs WITH CHECK (true);
+CREATE POLICY every_tenant_take ON budget_marks FOR DELETE TO :jobs USING (true);
 CREATE POLICY every_tenant_read ON webhook_endpoints FOR SELECT TO :jobs USING (true);
-CREATE POLICY every_tenant_deliver ON webhook_deliveries TO :jobs USING (true) WITH CHECK (true);
+CREATE POLICY every_tenant_read ON webhook_deliveries FOR SELECT TO :jobs USING (true);
+CREATE POLICY every_tenant_deliver ON webhook_deliveries FOR UPDATE TO :jobs USING (true) WITH CHECK (true);
+CREATE POLICY every_tenant_forget ON webhook_deliveries FOR DELETE TO :jobs USING (state <> 1);
 GRANT SELECT, INSERT, UPDATE, DELETE ON budgets TO :service;
 GRANT SELECT, INSERT, UPDATE (user_name, feature, metadata) ON budget_alerts TO :service;
 GRANT SELECT, INSERT, DELETE ON budget_marks TO :service;
 GRANT SELECT, INSERT, UPDATE, DELETE ON webhook_endpoints, webhook_deliveries TO :service;
 GRANT SELECT ON budgets, webhook_endpoints TO :jobs;
--- UPDATE of marks only because SELECT … FOR UPDATE asks for it.
-GRANT SELECT, INSERT, UPDATE, DELETE ON budget_marks TO :jobs;
+GRANT SELECT, INSERT, DELETE ON budget_marks TO :jobs;
 GRANT SELECT, UPDATE, DELETE ON webhook_deliveries TO :jobs;
 
 REVOKE ALL ON FUNCTION mark_budgets, mark_budgets_of_events, event_units, fire_budgets FROM PUBLIC;
