@@ -71,9 +71,7 @@ class MeteringSettings(ServiceSettings):
     webhook_private_addresses: bool = Field(
         default=False, description="whether receivers may be at private, link-local or loopback addresses, and there without TLS"
     )
-    webhook_max_attempts: int = Field(
-        default=12, ge=1, description="attempts after which a delivery is given up: with 12 about half an hour"
-    )
+    webhook_max_attempts: int = Field(default=24, ge=1, description="attempts after which a delivery is given up: 24 take some 9 hours")
     webhook_poll_seconds: float = Field(default=0.5, gt=0.0, description="pause between looks for deliveries that wait")
     webhook_history_days: int = Field(default=30, ge=1, description="days that ended deliveries are kept")
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")
