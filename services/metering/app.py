@@ -111,6 +111,8 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         to_limits = _channel(stack, settings, settings.ratelimit_address, "ratelimit")
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         database, jobs = await _databases(stack, settings)
+        sender = WebhookSender(private_addresses=settings.webhook_private_addresses)
+        stack.push_async_callback(sender.close)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         feed = ChangeFeed(to_tenant)
@@ -137,7 +139,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         usage = UsageServicer(PostgresUsage(database), await _usage_queries(stack, settings, database, jobs), TenantCalendars(configs))
         servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices]
         servicers += [_of_budgets(settings, background, database, jobs, configs, RememberedCalendars(plans, feed), clock)]
-        servicers += [_of_webhooks(stack, settings, background, database, jobs)]
+        servicers += [_of_webhooks(settings, background, sender, database, jobs)]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
         background.start("outbox_deleter", relay.run_deleter)
@@ -207,11 +209,9 @@ def _of_budgets(
 
 
 def _of_webhooks(
-    stack: AsyncExitStack, settings: MeteringSettings, background: BackgroundTasks, database: TenantDatabase, jobs: JobsDatabase
+    settings: MeteringSettings, background: BackgroundTasks, sender: WebhookSender, database: TenantDatabase, jobs: JobsDatabase
 ) -> Registration:
     secrets = EndpointSecrets(parse_seal_keys(settings.webhook_seal_keys.get_secret_value()))
-    sender = WebhookSender(private_addresses=settings.webhook_private_addresses)
-    stack.push_async_callback(sender.close)
     relay = DeliveryRelay(
         PostgresDeliveries(jobs),
         sender,
