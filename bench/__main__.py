@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable
 
-from bench import call_overhead, kernel_overhead, revocation, sealing, slices, tenants, usage_query, usage_writes
+from bench import budget_alerts, call_overhead, kernel_overhead, revocation, sealing, slices, tenants, usage_query, usage_writes
 from bench.ingest import run as ingest
 from bench.limits import run as limits
 
 BENCHES: dict[str, Callable[[list[str]], None]] = {
+    "budget_alerts": budget_alerts.main,
     "call_overhead": call_overhead.main,
     "ingest": ingest.main,
     "kernel_overhead": kernel_overhead.main,

@@ -154,6 +154,9 @@ def _particular(service: str, state: StackState, ports: Ports, provider: Provide
             "TENANTRY_REDIS_URL": f"redis://:{state.secrets.redis_password}@{LOOPBACK}:{ports.redis}/0",
             "TENANTRY_PROVIDER_ACCOUNTS": json.dumps({PROVIDER_ACCOUNT: ACCOUNT_LIMITS}),
         }
+    if service == "metering":
+        # A receiver to try things with is on this machine.
+        return {"TENANTRY_WEBHOOK_SEAL_KEYS": state.secrets.webhook_seal_keys, "TENANTRY_WEBHOOK_PRIVATE_ADDRESSES": "true"}
     if service == "retrieval":
         return {"TENANTRY_QDRANT_URL": f"http://{ports.address('qdrant')}", "TENANTRY_QDRANT_API_KEY": state.secrets.qdrant_api_key}
     if service == "inference":

@@ -13,7 +13,14 @@ from grpc_status import rpc_status
 from devstack.addresses import Ports
 from devstack.certificates import LeafFiles
 from mesh.inference.v1 import conversation_service_pb2_grpc, inference_service_pb2_grpc
-from mesh.metering.v1 import event_service_pb2_grpc, invoice_service_pb2_grpc, reconciliation_service_pb2_grpc, usage_service_pb2_grpc
+from mesh.metering.v1 import (
+    budget_service_pb2_grpc,
+    event_service_pb2_grpc,
+    invoice_service_pb2_grpc,
+    reconciliation_service_pb2_grpc,
+    usage_service_pb2_grpc,
+    webhook_service_pb2_grpc,
+)
 from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
 from mesh.retrieval.v1 import document_service_pb2_grpc, search_service_pb2_grpc
 from mesh.tenant.v1 import (
@@ -87,6 +94,8 @@ class MeshClient:
         self.search = search_service_pb2_grpc.SearchServiceStub(self._channels["retrieval"])
         self.events = event_service_pb2_grpc.EventServiceStub(self._channels["metering"])
         self.invoices = invoice_service_pb2_grpc.InvoiceServiceStub(self._channels["metering"])
+        self.budgets = budget_service_pb2_grpc.BudgetServiceStub(self._channels["metering"])
+        self.webhooks = webhook_service_pb2_grpc.WebhookServiceStub(self._channels["metering"])
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self._channels["metering"])
         self.reconciliations = reconciliation_service_pb2_grpc.ReconciliationServiceStub(self._channels["metering"])
 

@@ -55,6 +55,11 @@ class Secrets:
         return hashlib.sha256(f"webhooks/{self.operator_key}".encode()).hexdigest()
 
     @property
+    def webhook_seal_keys(self) -> str:
+        """What seals the secrets of tenants' receivers. As above: it follows from what is there."""
+        return "1:" + base64.b64encode(hashlib.sha256(f"receivers/{self.master_keys}".encode()).digest()).decode()
+
+    @property
     def peer_token_hashes(self) -> str:
         """What every service is given to recognise the others by."""
         return ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in self.service_tokens.items())

@@ -24,8 +24,8 @@ _STORES: dict[str, Flow] = {
     "qdrant_url": ("namespace tenantry.dev/qdrant=true", "TCP/6334"),
     "provider_base_url": (INTERNET, "TCP/443"),
 }
-# What a service reaches whose address no setting names: issuers' keys stand where their registration says.
-_BY_SERVICE: dict[str, Flow] = {"tenant": (INTERNET, "TCP/443")}
+# What a service reaches whose address no setting names: issuers' keys and tenants' receivers stand where their registration says.
+_BY_SERVICE: dict[str, Flow] = {"tenant": (INTERNET, "TCP/443"), "metering": (INTERNET, "TCP/443")}
 # One address of each range that is not the Internet; 169.254.169.254 hands out credentials of the node.
 _PRIVATE = ("10.1.2.3", "100.64.1.1", "127.0.0.1", "169.254.169.254", "172.31.255.1", "192.168.1.1", "::1", "fd00:ec2::254", "fe80::1")
 
@@ -51,7 +51,7 @@ def expected_ingress(service: Service, all_edges: Iterable[tuple[str, str]], wor
 def expected_egress(
     service: Service, all_edges: Iterable[tuple[str, str]], services: dict[str, Service], workload: Workload
 ) -> frozenset[Flow]:
-    """Returns what the service may call by the contracts, the stores its settings name, and issuers."""
+    """Returns what the service may call by the contracts, the stores its settings name, issuers and receivers."""
     flows = {(callee, f"TCP/{services[callee].port}") for caller, callee in all_edges if caller == service.name}
     flows |= {flow for field, flow in _STORES.items() if field in service.fields}
     flows |= {flow for name, flow in _BY_SERVICE.items() if name == service.name}

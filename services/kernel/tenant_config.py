@@ -37,6 +37,10 @@ class TenantConfigCache:
             raise Unauthenticated.context_missing()
         return await self._cache.get((context.tenant_id, max(at_least, context.config_version)), lambda: self._fetch(context))
 
+    async def newest(self, context: TenantContext) -> tenant_service_pb2.TenantConfig:
+        """Returns the configuration as it is now, and remembers nothing. Raises: as `get`, Unavailable whenever nobody answers."""
+        return await self._fetch(context)
+
     def _forget(self, tenant_id: TenantId | None) -> None:
         if tenant_id is None:
             self._cache.forget(None)

@@ -11,12 +11,14 @@ from typing import assert_never
 import structlog
 
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
+from mesh.metering.v1.budget_service_pb2_grpc import add_BudgetServiceServicer_to_server
 from mesh.metering.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
 from mesh.metering.v1.invoice_service_pb2_grpc import add_InvoiceServiceServicer_to_server
 from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
 from mesh.metering.v1.reconciliation_service_pb2_grpc import add_ReconciliationServiceServicer_to_server
 from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
+from mesh.metering.v1.webhook_service_pb2_grpc import add_WebhookServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
@@ -27,10 +29,14 @@ from services.kernel.telemetry.metrics import Counter, otlp_counters
 from services.kernel.telemetry.names import RECONCILIATION_DRIFTS
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.webhook_sender import WebhookSender
 from services.metering.adapters.anthropic_usage_report import AnthropicUsageReport
 from services.metering.adapters.postgres_billing import PostgresBilling
 from services.metering.adapters.postgres_billing_plans import billing_plan_changes, load_billing_plans
+from services.metering.adapters.postgres_budget_marks import PostgresBudgetMarks
+from services.metering.adapters.postgres_budgets import PostgresBudgets
 from services.metering.adapters.postgres_closings import PostgresClosings
+from services.metering.adapters.postgres_deliveries import PostgresDeliveries
 from services.metering.adapters.postgres_epochs import PostgresEpochs
 from services.metering.adapters.postgres_event_months import PostgresEventMonths
 from services.metering.adapters.postgres_event_types import PostgresEventTypes
@@ -44,15 +50,20 @@ from services.metering.adapters.postgres_reratings import PostgresReratings
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
+from services.metering.adapters.postgres_webhooks import PostgresWebhooks
 from services.metering.adapters.ratelimit_client import RemoteLimits
 from services.metering.adapters.request_feed import RequestFeed
-from services.metering.adapters.tenant_calendars import TenantCalendars
+from services.metering.adapters.tenant_calendars import RememberedCalendars, TenantCalendars
 from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
+from services.metering.adapters.tenant_rules import TenantRules
 from services.metering.billing.desk import InvoiceDesk
 from services.metering.billing.monthly_job import MonthlyJob
 from services.metering.billing.plan_file import BillingPlansRefused, parse_billing_plans
 from services.metering.billing.plan_file import describe as describe_plans
 from services.metering.billing.terms import PlanVersion
+from services.metering.budgets.desk import BudgetDesk
+from services.metering.budgets.keeper import BudgetKeeper
+from services.metering.budgets.spending import UsageSpending
 from services.metering.event_log import EventLog
 from services.metering.event_months import EventMonths, make_months
 from services.metering.event_types import EventTypeCatalog
@@ -69,6 +80,7 @@ from services.metering.reconciliation.job import ReconciliationJob
 from services.metering.reconciliation.reconciler import Reconciler
 from services.metering.reconciliation.report import Thresholds
 from services.metering.rerating import RerateDesk
+from services.metering.servicers.budgets import BudgetServicer
 from services.metering.servicers.events import EventServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
@@ -76,9 +88,13 @@ from services.metering.servicers.lifecycle import LifecycleServicer
 from services.metering.servicers.prices import PriceServicer
 from services.metering.servicers.reconciliations import ReconciliationServicer
 from services.metering.servicers.usage import UsageServicer
+from services.metering.servicers.webhooks import WebhookServicer
 from services.metering.settings import MeteringSettings
 from services.metering.tenant_proof import TenantProof
 from services.metering.usage_folder import UsageFolder
+from services.metering.webhooks.desk import WebhookDesk
+from services.metering.webhooks.relay import DeliveryRelay
+from services.metering.webhooks.secrets import EndpointSecrets, parse_seal_keys
 
 log = structlog.get_logger(__name__)
 
@@ -117,6 +133,8 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         database, jobs = await _databases(stack, settings)
         usage_feed = _usage_feed(stack, settings)
+        sender = WebhookSender(private_addresses=settings.webhook_private_addresses)
+        stack.push_async_callback(sender.close)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         feed = ChangeFeed(to_tenant)
@@ -137,17 +155,15 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         billing, closings = PostgresBilling(database), PostgresClosings(jobs)
         desk = InvoiceDesk(billing, closings)
         grace = timedelta(hours=settings.invoice_grace_hours)
-        monthly = MonthlyJob(closings, desk, RemoteTenantPlans(to_tenant), grace=grace, poll_seconds=settings.invoice_poll_seconds)
         invoices: Registration = (add_InvoiceServiceServicer_to_server, InvoiceServicer(billing, desk), "mesh.metering.v1.InvoiceService")
-        usage = UsageServicer(
-            PostgresUsage(database),
-            await _usage_queries(stack, settings, database, jobs),
-            TenantCalendars(TenantConfigCache(to_tenant, feed=feed)),
-        )
-        prices = _of_prices(settings, catalog, database, jobs)
-
-        reconciliations = _reconciliations(stack, settings, background, jobs, usage_feed, _terms(settings, catalog), relay)
-        servicers = [*_of_calls(ledger, usage, database, jobs), prices, _of_events(events, types), invoices, reconciliations]
+        configs, plans = TenantConfigCache(to_tenant, feed=feed), RemoteTenantPlans(to_tenant)
+        monthly = MonthlyJob(closings, desk, plans, grace=grace, poll_seconds=settings.invoice_poll_seconds)
+        usage = UsageServicer(PostgresUsage(database), await _usage_queries(stack, settings, database, jobs), TenantCalendars(configs))
+        servicers = [*_of_calls(ledger, usage, database, jobs), _of_prices(settings, catalog, database, jobs)]
+        servicers += [_of_events(events, types), invoices]
+        servicers += [_of_budgets(settings, background, database, jobs, configs, RememberedCalendars(plans, feed), clock)]
+        servicers += [_of_webhooks(settings, background, sender, database, jobs)]
+        servicers += [_reconciliations(stack, settings, background, jobs, usage_feed, _terms(settings, catalog), relay)]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
         background.start("outbox_deleter", relay.run_deleter)
@@ -164,7 +180,7 @@ async def _databases(stack: AsyncExitStack, settings: MeteringSettings) -> tuple
     pooling = settings.postgres_transaction_pooling
     database = await TenantDatabase.open(dsn, max_size=12, application_name="metering", transaction_pooling=pooling)
     stack.push_async_callback(database.close)
-    jobs = await JobsDatabase.open(jobs_dsn, max_size=5, application_name="metering-jobs", transaction_pooling=pooling)
+    jobs = await JobsDatabase.open(jobs_dsn, max_size=7, application_name="metering-jobs", transaction_pooling=pooling)
     stack.push_async_callback(jobs.close)
     return database, jobs
 
@@ -270,6 +286,42 @@ def _terms(settings: MeteringSettings, catalog: PriceCatalog) -> Terms:
 
 def _accounts(settings: MeteringSettings) -> Accounts:
     return Accounts(settings.reconciliation_accounts)
+
+
+def _of_budgets(
+    settings: MeteringSettings,
+    background: BackgroundTasks,
+    database: TenantDatabase,
+    jobs: JobsDatabase,
+    configs: TenantConfigCache,
+    calendars: RememberedCalendars,
+    clock: Clock,
+) -> Registration:
+    store = PostgresBudgets(database)
+    # On the primary: what is committed is counted.
+    spending = UsageSpending(PostgresUsageQueries(database, database, jobs), store)
+    keeper = BudgetKeeper(PostgresBudgetMarks(jobs), store, spending, calendars, poll_seconds=settings.budget_poll_seconds)
+    background.start("budget_keeper", keeper.run)
+    desk = BudgetDesk(store, spending, TenantCalendars(configs), TenantRules(configs), clock=clock)
+    return add_BudgetServiceServicer_to_server, BudgetServicer(desk), "mesh.metering.v1.BudgetService"
+
+
+def _of_webhooks(
+    settings: MeteringSettings, background: BackgroundTasks, sender: WebhookSender, database: TenantDatabase, jobs: JobsDatabase
+) -> Registration:
+    secrets = EndpointSecrets(parse_seal_keys(settings.webhook_seal_keys.get_secret_value()))
+    relay = DeliveryRelay(
+        PostgresDeliveries(jobs),
+        sender,
+        secrets,
+        region=settings.region,
+        poll_seconds=settings.webhook_poll_seconds,
+        max_attempts=settings.webhook_max_attempts,
+        history_days=settings.webhook_history_days,
+    )
+    background.start("webhook_relay", relay.run)
+    desk = WebhookDesk(PostgresWebhooks(database), secrets, private_addresses=settings.webhook_private_addresses)
+    return add_WebhookServiceServicer_to_server, WebhookServicer(desk), "mesh.metering.v1.WebhookService"
 
 
 async def _keep_months(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.kernel.settings import (
     DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
@@ -21,6 +21,7 @@ from services.kernel.settings import (
     is_loopback,
 )
 from services.metering.reconciliation.bucket import BucketWidth
+from services.metering.webhooks.secrets import parse_seal_keys
 
 PACKAGED_PRICE_BOOK = Path(__file__).parent / "prices.yaml"
 PACKAGED_BILLING_PLANS = Path(__file__).parent / "billing_plans.yaml"
@@ -100,7 +101,29 @@ class MeteringSettings(ServiceSettings):
     usage_fold_seconds: float = Field(
         default=1.0, gt=0.0, description="pause between folds of changes into sums of use; answers have them all, folded or not"
     )
+    budget_poll_seconds: float = Field(default=0.2, gt=0.0, description="pause between looks at budgets whose usage changed")
+    webhook_seal_keys: SecretStr = Field(
+        default=SecretStr(""),
+        description="seals the secrets of tenants' receivers: version:base64 of 32 bytes, comma separated, the first seals, the others "
+        "only open; empty: nobody can make a receiver",
+    )
+    webhook_private_addresses: bool = Field(
+        default=False, description="whether receivers may be at private, link-local or loopback addresses, and there without TLS"
+    )
+    webhook_max_attempts: int = Field(default=24, ge=1, description="attempts after which a delivery is given up: 24 take some 9 hours")
+    webhook_poll_seconds: float = Field(default=0.5, gt=0.0, description="pause between looks for deliveries that wait")
+    webhook_history_days: int = Field(default=30, ge=1, description="days that ended deliveries are kept")
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")
+
+    @field_validator("webhook_seal_keys")
+    @classmethod
+    def _refuse_other_seal_keys(cls: type[Self], value: SecretStr) -> SecretStr:
+        try:
+            parse_seal_keys(value.get_secret_value())
+        except ValueError as error:
+            msg = f"TENANTRY_WEBHOOK_SEAL_KEYS {error}"
+            raise ValueError(msg) from None
+        return value
 
     @model_validator(mode="after")
     def _refuse_half_configured_feed(self) -> Self:

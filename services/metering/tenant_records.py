@@ -15,6 +15,9 @@ SUBSCRIPTIONS = "postgres:metering.subscriptions"
 CREDITS = "postgres:metering.credits"
 INVOICES = "postgres:metering.invoices"
 RERATINGS = "postgres:metering.reratings"
+BUDGETS = "postgres:metering.budgets"
+ALERTS = "postgres:metering.budget_alerts"
+ENDPOINTS = "postgres:metering.webhook_endpoints"
 # What was billed is the operator's book: kept for ever, with the id alone.
 BILLING_TABLES = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
 # Why entries were corrected: no names, and kept with them.
@@ -31,7 +34,7 @@ class TenantRecords(Protocol):
         ...
 
     async def pseudonymise(self, tenant_id: TenantId) -> Mapping[str, int]:
-        """Blanks users, features, prompt names and metadata of its calls and events, and of those to come; returns how many had any."""
+        """Blanks names and metadata of calls, events and alerts, now and to come; removes budgets and receivers. Counts the first two."""
         ...
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
@@ -39,5 +42,8 @@ class TenantRecords(Protocol):
         ...
 
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
-        """Yields each record's kind and its JSON object: of calls, entries, re-ratings, units, events, plans, credits, invoices."""
+        """Yields each record's kind and its JSON object.
+
+        Of calls, entries, re-ratings, units, events, plans, credits, whole invoices, budgets, alerts, receivers.
+        """
         ...

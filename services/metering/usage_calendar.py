@@ -73,7 +73,18 @@ def bucket_starts(bucket: Bucket, start: datetime, end: datetime, zone: tzinfo) 
 
 def month_start(now: datetime, zone: tzinfo) -> datetime:
     """Returns when the calendar month of a moment began in the zone."""
-    return cycle(now, zone, 1)[0]
+    return month_of(now, zone)[0]
+
+
+def day_of(now: datetime, zone: tzinfo) -> tuple[datetime, datetime]:
+    """Returns the start and end of the calendar day of a moment in the zone."""
+    day = now.astimezone(zone).date()
+    return _begins(day, zone), _begins(day + _DAY, zone)
+
+
+def month_of(now: datetime, zone: tzinfo) -> tuple[datetime, datetime]:
+    """Returns the start and end of the calendar month of a moment in the zone."""
+    return cycle(now, zone, 1)
 
 
 def cycle(now: datetime, zone: tzinfo, anchor_day: int) -> tuple[datetime, datetime]:

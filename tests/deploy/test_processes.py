@@ -34,6 +34,7 @@ SECRETS = {
     "TENANTRY_SILO_ADMIN_DSN": f"postgresql://someone:word@{AWAY}/postgres",
     "TENANTRY_KEY_STORE_DSN": f"postgresql://someone:word@{AWAY}/keys",
     "TENANTRY_MASTER_KEYS": "first:" + base64.b64encode(bytes(range(32))).decode(),
+    "TENANTRY_WEBHOOK_SEAL_KEYS": "1:" + base64.b64encode(bytes(range(32))).decode(),
     "TENANTRY_FRONT_KEY_SHA256": "0" * 64,
     "TENANTRY_REDIS_URL": f"redis://{AWAY}/0",
     "TENANTRY_QDRANT_URL": f"http://{AWAY}",

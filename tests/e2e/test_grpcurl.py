@@ -35,12 +35,14 @@ SERVICES_LISTED = {
     },
     "retrieval": {"mesh.retrieval.v1.DocumentService", "mesh.retrieval.v1.SearchService"},
     "metering": {
+        "mesh.metering.v1.BudgetService",
         "mesh.metering.v1.EventService",
         "mesh.metering.v1.InvoiceService",
         "mesh.metering.v1.LedgerService",
         "mesh.metering.v1.PriceService",
         "mesh.metering.v1.ReconciliationService",
         "mesh.metering.v1.UsageService",
+        "mesh.metering.v1.WebhookService",
     },
 }
 SHARED = {

@@ -306,6 +306,20 @@ CASES: Mapping[str, Case] = {
     "/mesh.metering.v1.InvoiceService/SetSubscription": lambda ids: {"subscription_id": str(new_uuid7()), "plan": "free"},
     "/mesh.metering.v1.ReconciliationService/ReconcileProvider": lambda ids: {"start_time": datetime(2026, 1, 1, tzinfo=UTC)},
     "/mesh.metering.v1.ReconciliationService/ListReconciliations": lambda ids: {"page_size": 1000},
+    # So much that it never fires.
+    "/mesh.metering.v1.BudgetService/PutBudget": lambda ids: {
+        "budget": {"name": "tampered", "measure": 2, "period": 2, "amount": 9 * 10**15, "user": str(ids.user_id)}
+    },
+    "/mesh.metering.v1.BudgetService/GetBudget": lambda ids: {"name": ids.budget_name},
+    "/mesh.metering.v1.BudgetService/ListBudgets": _nothing,
+    "/mesh.metering.v1.BudgetService/DeleteBudget": lambda ids: {"name": ids.budget_name},
+    "/mesh.metering.v1.BudgetService/ListAlerts": lambda ids: {"page_size": 1000},
+    "/mesh.metering.v1.WebhookService/CreateWebhookEndpoint": lambda ids: {"url": "https://hooks.example/tampered"},
+    "/mesh.metering.v1.WebhookService/ListWebhookEndpoints": _nothing,
+    "/mesh.metering.v1.WebhookService/RotateWebhookSecret": lambda ids: {"endpoint_id": ids.endpoint_id},
+    "/mesh.metering.v1.WebhookService/DeleteWebhookEndpoint": lambda ids: {"endpoint_id": ids.endpoint_id},
+    "/mesh.metering.v1.WebhookService/ListDeliveries": lambda ids: {"endpoint_id": ids.endpoint_id},
+    "/mesh.metering.v1.WebhookService/ReplayDeliveries": lambda ids: {"dead_of_endpoint_id": ids.endpoint_id},
     "/mesh.metering.v1.UsageService/GetUsageReport": _nothing,
     "/mesh.metering.v1.UsageService/ListCalls": lambda ids: {"page_size": 1000},
     "/mesh.metering.v1.UsageService/GetCall": lambda ids: {"call_id": ids.call_id},

@@ -112,6 +112,7 @@ def secrets_of(stack: Stack, api_keys: Iterable[str]) -> dict[str, str]:
         "provider key": kept.provider_api_key,
         "signing key": kept.context_signing_key,
         "operator key": kept.operator_key,
+        "receivers' key": kept.webhook_seal_keys.partition(":")[2],
         "master key": kept.master_keys.partition(":")[2],
         **{f"own key {number}": key for number, key in enumerate(TENANTS_OWN_KEYS)},
     }

@@ -30,6 +30,7 @@ AUDIT = frozenset({"tenant.audit", "tenant.audit_documents", "tenant.audit_chain
 UNSENT = """
 SELECT (SELECT count(*) FROM metering.outbox WHERE tenant_id = $1) + (SELECT count(*) FROM inference.audit_outbox WHERE tenant_id = $1)
        + (SELECT count(*) FROM metering.usage_pending WHERE tenant_id = $1)
+       + (SELECT count(*) FROM metering.budget_marks WHERE tenant_id = $1)
 """
 REST_SECONDS = 30.0
 COUNTERS = ("epoch", "outstanding")

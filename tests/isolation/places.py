@@ -33,6 +33,14 @@ TRANSIENT = {
         "product_unit, state, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd, "
         "quantity, first_token_ms, total_ms) VALUES ($1, 1, now(), '', '', '', '', '', '', 'planted', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)"
     ),
+    "metering.budget_marks": (
+        "INSERT INTO metering.budget_marks (tenant_id, use_quarter, product_unit) VALUES ($1, '2026-01-01T00:00:00Z', 'planted')"
+    ),
+    "metering.webhook_deliveries": (
+        "INSERT INTO metering.webhook_deliveries (tenant_id, delivery_id, endpoint_id, event_id, event_type, data, create_time, due_time) "
+        "SELECT $1, uuidv7(), endpoint_id, uuidv7(), 'planted', '{}', now(), now() + interval '1 day' FROM metering.webhook_endpoints "
+        "WHERE tenant_id = $1 LIMIT 1"
+    ),
     "inference.audit_outbox": (
         "INSERT INTO inference.audit_outbox (tenant_id, audit_id, action, call_id, occur_time, user_name, document_ids, detail, "
         "peer_address, context_token, due_time) "
@@ -60,8 +68,9 @@ TRANSIENT = {
     "metering.erased_tenants": "INSERT INTO metering.erased_tenants VALUES ($1)",
     "retrieval.erased_tenants": "INSERT INTO retrieval.erased_tenants VALUES ($1)",
 }
-# The lock that whoever folds takes: see metering.fold_usage.
-HOLD_FOLDS, LET_FOLDS_GO = "SELECT pg_advisory_lock(7405, 0)", "SELECT pg_advisory_unlock(7405, 0)"
+# The locks that whoever folds, and whoever looks at budgets, takes.
+HOLD_FOLDS = "SELECT pg_advisory_lock(7405, 0), pg_advisory_lock(7405, 1)"
+LET_FOLDS_GO = "SELECT pg_advisory_unlock(7405, 0), pg_advisory_unlock(7405, 1)"
 
 
 class Everywhere:
@@ -77,7 +86,7 @@ class Everywhere:
 
 @asynccontextmanager
 async def transient_rows(admin: asyncpg.Connection, planting: Mapping[str, str], tenant_ids: Sequence[UUID]) -> AsyncIterator[None]:
-    """Plants a row of each tenant in each of these tables and takes them away again; nobody folds the ledger's log of use meanwhile."""
+    """Plants a row of each tenant in each of these tables and takes them away again; nobody folds or looks at budgets meanwhile."""
     await admin.execute(HOLD_FOLDS)
     try:
         for sql in planting.values():

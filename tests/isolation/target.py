@@ -13,7 +13,7 @@ from devstack.mesh_client import Metadata, credentials, operator_credentials
 from devstack.state import DemoTenant
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.inference.v1 import conversation_service_pb2, inference_service_pb2, prompt_service_pb2
-from mesh.metering.v1 import event_service_pb2, invoice_service_pb2, usage_service_pb2
+from mesh.metering.v1 import budget_service_pb2, event_service_pb2, invoice_service_pb2, usage_service_pb2, webhook_service_pb2
 from mesh.retrieval.v1 import document_service_pb2
 from mesh.tenant.v1 import (
     api_key_service_pb2,
@@ -57,6 +57,8 @@ class Ids:
     user_id: str
     domain: str
     invoice_id: str
+    endpoint_id: str
+    budget_name: str
     page_tokens: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -74,6 +76,8 @@ class Ids:
             user_id=str(new_uuid7()),
             domain=f"d{secrets.token_hex(8)}.example",
             invoice_id=str(new_uuid7()),
+            endpoint_id=str(new_uuid7()),
+            budget_name=f"budget_{secrets.token_hex(8)}",
         )
 
     def page_token(self, listing: str) -> str:
@@ -95,6 +99,8 @@ class Ids:
             "user_id",
             "domain",
             "invoice_id",
+            "endpoint_id",
+            "budget_name",
         ):
             text = str(getattr(self, name))
             found[text.encode()] = f"<{name}>".encode()
@@ -132,7 +138,7 @@ class Target:
 
 
 async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolation: str = "pool", *, sealed: bool = True) -> Target:
-    """Makes a tenant with keys, documents, a prompt, a conversation, a call, a use of units, events, a closed invoice, all with its canary.
+    """Makes a tenant with keys, documents, a prompt, a conversation, a call, units, events, an invoice, a budget, all with its canary.
 
     Its content is sealed under its own key, as its plan has it, unless told.
     """
@@ -176,6 +182,8 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolatio
         user_id=put.messages[0].user.user_id,  # type: ignore[attr-defined] # a class of the reflected pool
         domain=domain,
         invoice_id=await _plant_invoice(mesh, surface, tenant.tenant_id, canary),
+        endpoint_id=await _plant_budget(surface, metadata, canary),
+        budget_name=f"budget_{canary}",
         page_tokens=await _page_tokens(surface, metadata, conversation_id),
     )
     return Target(tenant, canary, ids, prompt)
@@ -299,6 +307,28 @@ async def _plant_rerating(mesh: Mesh, tenant_id: str) -> None:
             await admin.execute(sql, uuid.UUID(tenant_id))
     finally:
         await admin.close()
+
+
+async def _plant_budget(surface: Surface, metadata: Metadata, canary: str) -> str:
+    """Leaves a budget that fired, and then a receiver, which so has nothing to wait for; returns the receiver's id."""
+    budget = budget_service_pb2.Budget(
+        name=f"budget_{canary}",
+        measure=budget_service_pb2.BUDGET_MEASURE_TOKENS,
+        period=budget_service_pb2.BUDGET_PERIOD_MONTH,
+        user=f"user-{canary}",
+        amount=1,
+        thresholds_percent=[100],
+    )
+    await _must(surface, "metering", "BudgetService/PutBudget", budget_service_pb2.PutBudgetRequest(budget=budget), metadata)
+
+    async def has_fired() -> bool:
+        listed = await _must(surface, "metering", "BudgetService/ListAlerts", budget_service_pb2.ListAlertsRequest(), metadata)
+        return len(listed.messages[0].alerts) == 1  # type: ignore[attr-defined] # a class of the reflected pool
+
+    await eventually(has_fired, within_seconds=ON_RECORD_SECONDS)
+    asked = webhook_service_pb2.CreateWebhookEndpointRequest(url=f"https://hooks.example/{canary}")
+    made = await _must(surface, "metering", "WebhookService/CreateWebhookEndpoint", asked, metadata)
+    return str(made.messages[0].endpoint.endpoint_id)  # type: ignore[attr-defined] # as above
 
 
 async def _plant_events(mesh: Mesh, surface: Surface, metadata: Metadata, canary: str, name: str) -> None:

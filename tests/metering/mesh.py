@@ -1,5 +1,6 @@
 """A running metering service with a real database, and short ways to call it as its callers do."""
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from pydantic import SecretStr
 
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.metering.v1 import (
+    budget_service_pb2_grpc,
     event_service_pb2_grpc,
     invoice_service_pb2_grpc,
     ledger_service_pb2_grpc,
     price_service_pb2_grpc,
     reconciliation_service_pb2_grpc,
     usage_service_pb2_grpc,
+    webhook_service_pb2_grpc,
 )
 from mesh.metering.v1 import ledger_service_pb2 as pb
 from services.kernel.ids import TenantId, new_uuid7
@@ -65,6 +68,10 @@ def settings_for(admin_dsn: str, peers: Peers, **overrides: object) -> MeteringS
         # Periods are closed when a test says so.
         "invoice_grace_hours": 1_000_000.0,
         "drain_seconds": 0.0,
+        "budget_poll_seconds": 0.05,
+        "webhook_poll_seconds": 0.05,
+        "webhook_seal_keys": SecretStr("1:" + base64.b64encode(bytes(range(32))).decode()),
+        "webhook_private_addresses": True,
     }
     return MeteringSettings.model_validate(values | overrides)
 
@@ -99,6 +106,8 @@ class Outside:
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.prices = price_service_pb2_grpc.PriceServiceStub(self.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel)
+        self.budgets = budget_service_pb2_grpc.BudgetServiceStub(self.channel)
+        self.webhooks = webhook_service_pb2_grpc.WebhookServiceStub(self.channel)
         self.invoices = invoice_service_pb2_grpc.InvoiceServiceStub(self.channel)
         self.events = event_service_pb2_grpc.EventServiceStub(self.channel)
         self.reconciliations = reconciliation_service_pb2_grpc.ReconciliationServiceStub(self.channel)

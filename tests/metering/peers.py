@@ -29,10 +29,12 @@ OPERATOR = "operator-key"
 class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.PlanServiceServicer):
     """Publishes one key, mints the tokens and answers the credentials of the tests, and knows the tiers they give."""
 
-    def __init__(self) -> None:
+    def __init__(self, rules: dict[str, rules_pb.LimitRules]) -> None:
+        self._rules = rules
         self._key = SigningKey("test-key", Ed25519PrivateKey.generate())
         self.credentials: dict[str, UUID] = {}
         self.readers: set[str] = set()
+        self.admins: set[str] = set()
         self.tiers: dict[UUID, str] = {}
 
     def token(
@@ -53,7 +55,7 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
             claims.tier = tier or self.tiers.get(tenant_id, "free")
         if operator:
             claims.operator = True
-            claims.scopes[:] = ["usage:read", "operator:tenants"]
+            claims.scopes[:] = ["usage:read", "tenant:admin", "operator:tenants"]
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + lifetime)
         return mint(claims, key or self._key)
@@ -70,13 +72,17 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
         if tenant_id is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")
         scopes = ("usage:read",) if request.credential in self.readers else ("usage:read", "usage:write")
+        if request.credential in self.admins:
+            scopes = ("usage:read", "tenant:admin")
         return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id, scopes=scopes))
 
     async def GetTenantPlan(self, request: plan_pb.GetTenantPlanRequest, context: Any) -> plan_pb.GetTenantPlanResponse:
         tier = self.tiers.get(UUID(bytes=request.tenant_id))
         if tier is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such tenant")
-        return plan_pb.GetTenantPlanResponse(plan=tier)
+        rules = self._rules.get(str(UUID(bytes=request.tenant_id)), rules_pb.LimitRules())
+        anchor = rules.cycle_anchor_time if rules.HasField("cycle_anchor_time") else None
+        return plan_pb.GetTenantPlanResponse(plan=tier, time_zone=rules.time_zone, cycle_anchor_time=anchor)
 
 
 class ScriptedConfigs(tenant_grpc.TenantServiceServicer):
@@ -126,9 +132,9 @@ class Peers:
     """Both peers behind one plain server on loopback."""
 
     def __init__(self) -> None:
-        self.tenants = ScriptedTenantService()
-        self.limits = ScriptedLimits()
         self.configs = ScriptedConfigs()
+        self.tenants = ScriptedTenantService(self.configs.rules)
+        self.limits = ScriptedLimits()
         self.port = 0
 
     async def start(self) -> None:

@@ -3,11 +3,12 @@
 import orjson
 import pytest
 
+from devstack.ports import free_port
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
-from tests.metering import events
+from tests.metering import budgets, events
 from tests.metering.billing import USD, close, ended, grant, recomputed, rows_of, subscribe, use_units
 from tests.metering.mesh import Mesh, Tenant, bill, not_billed, ref, unknown
 from tests.metering.rerating import load_versions, order, rerated, used
@@ -266,3 +267,31 @@ async def test_an_erasure_moves_no_amount(mesh: Mesh) -> None:
     await erase(mesh, tenant)
     await fold(mesh)
     assert await mesh.admin.fetchval(counted.format("usage_rollups"), tenant.id) == before
+
+
+async def test_budgets_and_receivers_go_and_what_fired_stays_without_names(mesh: Mesh) -> None:
+    """An erasure leaves no budget, mark, receiver, secret or delivery; alerts keep their amounts. Nothing new can be put afterwards."""
+    tenant, other = budgets.new_tenant(mesh), budgets.new_tenant(mesh)
+    for each in (tenant, other):
+        await budgets.receiver_at(mesh, each, f"http://127.0.0.1:{free_port()}/events")
+        await budgets.put(mesh, each, amount=100, user="user-1", feature="chat", thresholds_percent=[100])
+        await budgets.use(mesh, each, 150)
+        await budgets.wait_fired(mesh, each, [100])
+    exported = await export(mesh, tenant)
+    kinds = [kind.partition(".")[2] for kind, _ in exported]
+    assert [kinds.count(kind) for kind in ("budgets", "budget_alerts", "webhook_endpoints")] == [1, 1, 1]
+    assert not any("secret" in record for _, record in exported)
+    await erase(mesh, tenant)
+    for table, left in (("budgets", 0), ("budget_marks", 0), ("webhook_endpoints", 0), ("webhook_deliveries", 0), ("budget_alerts", 1)):
+        assert await mesh.admin.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", tenant.id) == left, table
+    [alert] = await mesh.admin.fetch("SELECT * FROM metering.budget_alerts WHERE tenant_id = $1", tenant.id)
+    assert (alert["user_name"], alert["feature"], alert["metadata"], alert["amount"], alert["used"]) == ("", "", None, 100, 150)
+    caller, request = mesh.tenant_service, pb.ScanTenantRequest(canaries=["user-1", "budget"])
+    scan = await caller.channel.unary(caller.lifecycle.ScanTenant, request, timeout_seconds=20, tenant=tenant.context)
+    found = [store for store in scan.stores if store.sight == "tenant" and store.found_count]
+    assert all(store.kept and not store.canary_count for store in found)
+    for late in (budgets.put(mesh, tenant), budgets.receiver_at(mesh, tenant, f"http://127.0.0.1:{free_port()}/events")):
+        with pytest.raises(MeshError) as refused:
+            await late
+        assert refused.value.metadata["resource"] == "tenant"
+    assert len(await budgets.deliveries(mesh, other)) == 1

@@ -6,12 +6,14 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from devstack.ports import free_port
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import invoice_service_pb2 as invoice_pb
 from services.kernel.catalog import violations
 from services.kernel.ids import TenantId, new_uuid7
 from tests.metering import events
 from tests.metering.billing import USD, ask, close, ended, grant, subscribe
+from tests.metering.budgets import new_tenant, put, receiver_at, use, wait_fired
 from tests.metering.mesh import Mesh, Tenant, bill, dsn_of
 from tests.metering.rerating import load_versions, order, rerated
 from tests.metering.usage import fold
@@ -19,18 +21,13 @@ from tests.metering.usage import fold
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
 RERATING = ("reratings", "rerating_ends")
 USAGE = ("usage_latencies", "usage_pending", "usage_rollups")
+BUDGETS = ("budgets", "budget_alerts", "budget_marks", "webhook_endpoints", "webhook_deliveries")
 TENANT_TABLES = (
-    "calls",
-    "call_leases",
-    "entries",
-    "outbox",
-    "tenant_epochs",
-    "unit_entries",
-    "events",
-    "event_claims",
+    *("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims"),
     *BILLING,
     *USAGE,
     *RERATING,
+    *BUDGETS,
 )
 BOOKS = ("entries", "unit_entries")
 
@@ -44,6 +41,16 @@ async def bill_whole(mesh: Mesh, tenant: Tenant) -> None:
         credit_note_id=str(new_uuid7()), invoice_id=invoice.invoice_id, amount=NanoUsd(nano_usd=1), reason="wrong"
     )
     await ask(mesh, tenant, "IssueCreditNote", request, operator=True)
+
+
+async def budgeted(mesh: Mesh) -> Tenant:
+    """A tenant with a budget that fired, a receiver that is away, and what waits for it."""
+    tenant = new_tenant(mesh)
+    await receiver_at(mesh, tenant, f"http://127.0.0.1:{free_port()}/events")
+    await put(mesh, tenant, amount=1, thresholds_percent=[100])
+    await use(mesh, tenant, 1)
+    await wait_fired(mesh, tenant, [100])
+    return tenant
 
 
 async def billed(mesh: Mesh) -> Tenant:
@@ -125,7 +132,7 @@ async def test_roles_have_no_right_to_rewrite_the_ledger(ledger_dsn: str, mesh: 
 @pytest.mark.parametrize("table", TENANT_TABLES)
 async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table: str) -> None:
     """In a transaction of tenant B no row of tenant A exists, whatever the statement says."""
-    one, other = mesh.new_tenant(), mesh.new_tenant()
+    one, other = await budgeted(mesh), mesh.new_tenant()
     await mesh.begin_epoch(one)
     await mesh.settle(bill((await mesh.opened(one, epoch=1)).ref))
     await mesh.opened(one, epoch=1)
@@ -138,9 +145,9 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     # Folded into sums, and one more not yet.
     await fold(mesh)
     await mesh.record(mesh.use(one, epoch=1))
-    # The relay may have emptied the outbox by now, and the fold the log of use.
+    # The relay may have emptied the outbox by now, the fold the log of use, and the keeper the marks.
     assert (
-        table in ("outbox", "usage_pending")
+        table in ("outbox", "usage_pending", "budget_marks")
         or await mesh.admin.fetchval(f"SELECT count(*) FROM metering.{table} WHERE tenant_id = $1", one.id) > 0
     )
     async with mesh.app.database.transaction(TenantId(other.id)) as connection:
@@ -151,10 +158,12 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
 @pytest.mark.parametrize("table", TENANT_TABLES)
 async def test_without_a_tenant_the_service_role_sees_nothing_at_all(ledger_dsn: str, mesh: Mesh, table: str) -> None:
     """A statement outside of a tenant's transaction fails instead of returning everything or nothing."""
+    tenant = await budgeted(mesh)
     async with mesh.admin.acquire() as holding, holding.transaction():
-        # Whoever folds waits: policies are asked for rows alone, and the log of use would have none.
-        await holding.execute("SELECT pg_advisory_xact_lock(7405, 0)")
+        # Whoever folds or looks waits: policies are asked for rows alone, and the log of use and the marks would have none.
+        await holding.execute("SELECT pg_advisory_xact_lock(7405, 0), pg_advisory_xact_lock(7405, 1)")
         await mesh.record(mesh.use(mesh.new_tenant()))
+        await use(mesh, tenant, 1)
         connection = await asyncpg.connect(dsn_of(ledger_dsn, "metering_service"))
         try:
             with pytest.raises(asyncpg.PostgresError):
@@ -226,3 +235,14 @@ async def test_key_refuses_a_second_bill_of_one_attempt(mesh: Mesh) -> None:
                 "INSERT INTO metering.entries SELECT * FROM metering.entries WHERE tenant_id = $1",
                 tenant.id,
             )
+
+
+@pytest.mark.parametrize("change", ["UPDATE metering.budget_alerts SET used = 1", "DELETE FROM metering.budget_alerts"])
+async def test_what_fired_cannot_be_changed_by_anybody(mesh: Mesh, change: str) -> None:
+    """An alert stays as it was: the service has no right to more than blanking names, and the trigger stops an administrator."""
+    tenant = await budgeted(mesh)
+    with pytest.raises(asyncpg.PostgresError, match="append-only"):
+        await mesh.admin.execute(f"{change} WHERE tenant_id = $1", tenant.id)
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        async with mesh.app.database.transaction(TenantId(tenant.id)) as connection:
+            await connection.execute(change)

@@ -9,6 +9,9 @@ from email.message import Message
 
 from aiohttp import web
 
+# A status that stands for no answer: the connection is closed instead.
+CLOSED = 599
+
 
 @dataclass
 class Receiver:
@@ -31,6 +34,8 @@ class Receiver:
             if self.delay_seconds:
                 await asyncio.sleep(self.delay_seconds)
             status = self.statuses.pop(0) if self.statuses else 200
+            if status == CLOSED and request.transport is not None:
+                request.transport.close()
             return web.Response(status=status, headers={"location": self.url} if status in (301, 302, 307) else {})
         finally:
             self.at_once -= 1

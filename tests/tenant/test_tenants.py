@@ -5,6 +5,7 @@ from uuid import UUID, uuid4
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from mesh.common.v1 import error_reason_pb2
 from mesh.tenant.v1 import configuration_service_pb2, plan_service_pb2, tenant_service_pb2
@@ -43,7 +44,7 @@ async def test_an_operator_reads_the_tenant_it_names(harness: Harness) -> None:
 
 
 async def test_who_bills_is_told_the_plan_a_tenant_is_on(harness: Harness) -> None:
-    """Metering asks by id and hears the plan of now; an id nobody has is not found; no other service and no operator may ask."""
+    """Metering asks by id and hears plan and calendar of now; an id nobody has is not found; no other service and no operator may ask."""
     created = await harness.create(plan="professional")
     tenant_id = UUID(created.tenant.tenant_id)
     request = plan_service_pb2.GetTenantPlanRequest(tenant_id=tenant_id.bytes)
@@ -51,6 +52,14 @@ async def test_who_bills_is_told_the_plan_a_tenant_is_on(harness: Harness) -> No
     change = configuration_service_pb2.ChangePlanRequest(plan="enterprise")
     await call(harness.configuration.ChangePlan, change, harness.as_operator(created.tenant.tenant_id))
     assert (await call(harness.plans.GetTenantPlan, request, as_service("metering"))).plan == "enterprise"
+    told = await call(harness.plans.GetTenantPlan, request, as_service("metering"))
+    assert (told.time_zone, told.cycle_anchor_time) == ("", created.tenant.create_time)
+    zone = configuration_service_pb2.UpdateConfigurationRequest(
+        overrides=configuration_service_pb2.ConfigurationOverrides(limit_rules={"time_zone": "Europe/Berlin"}),
+        update_mask=FieldMask(paths=["limit_rules.time_zone"]),
+    )
+    await call(harness.configuration.UpdateConfiguration, zone, harness.as_operator(created.tenant.tenant_id))
+    assert (await call(harness.plans.GetTenantPlan, request, as_service("metering"))).time_zone == "Europe/Berlin"
     absent = plan_service_pb2.GetTenantPlanRequest(tenant_id=uuid4().bytes)
     refused = await refusal(call(harness.plans.GetTenantPlan, absent, as_service("metering")))
     assert (refused.code, refused.metadata) == (grpc.StatusCode.NOT_FOUND, {"resource": "tenant"})

@@ -8,9 +8,12 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.tenant_scan import ScannedStore, scan_schema
 from services.metering.tenant_records import (
+    ALERTS,
     BILLING_TABLES,
+    BUDGETS,
     CALLS,
     CREDITS,
+    ENDPOINTS,
     ENTRIES,
     EVENTS,
     INVOICES,
@@ -93,6 +96,15 @@ WITH chosen AS MATERIALIZED (
 )
 SELECT grain, start_time, series FROM chosen ORDER BY grain, start_time, series
 """
+# Budgets and receivers are nobody's any more, and their names the tenant's words. What fired stays, without names.
+DELETE_MARKS = "DELETE FROM metering.budget_marks WHERE tenant_id = $1"
+DELETE_BUDGETS = "DELETE FROM metering.budgets WHERE tenant_id = $1"
+DELETE_DELIVERIES = "DELETE FROM metering.webhook_deliveries WHERE tenant_id = $1"
+DELETE_ENDPOINTS = "DELETE FROM metering.webhook_endpoints WHERE tenant_id = $1"
+BLANK_ALERTS = """
+UPDATE metering.budget_alerts SET user_name = '', feature = '', metadata = NULL
+WHERE tenant_id = $1 AND (user_name <> '' OR feature <> '' OR metadata IS NOT NULL)
+"""
 # The books stay, with the id and without names; what is still under way ends in them.
 KEPT = frozenset(
     (
@@ -108,6 +120,7 @@ KEPT = frozenset(
         *BILLING_TABLES,
         *RERATING_TABLES,
         *USAGE,
+        "budget_alerts",
     ),
 )
 EXPORT_CALLS = """
@@ -176,6 +189,26 @@ SELECT r.record_time, r.event_id, row_to_json(r)::text AS record FROM (
     FROM metering.events WHERE tenant_id = $1 AND (record_time, event_id) > ($2, $3) ORDER BY record_time, event_id LIMIT $4
 ) r ORDER BY r.record_time, r.event_id
 """
+EXPORT_BUDGETS = """
+SELECT r.budget_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, budget_id, name, measure, product_unit, user_name, feature, amount, period, action, thresholds, update_time
+    FROM metering.budgets WHERE tenant_id = $1 AND (budget_id, 1::smallint) > ($2, $3::smallint) ORDER BY budget_id LIMIT $4
+) r ORDER BY r.budget_id
+"""
+EXPORT_ALERTS = """
+SELECT r.fire_time, r.alert_id, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, budget_id, period_start, threshold, alert_id, measure, product_unit, user_name, feature, metadata, amount, action,
+           period_end, used, fire_time
+    FROM metering.budget_alerts WHERE tenant_id = $1 AND (fire_time, alert_id) > ($2, $3) ORDER BY fire_time, alert_id LIMIT $4
+) r ORDER BY r.fire_time, r.alert_id
+"""
+# Without secrets. What is sent there is made of alerts.
+EXPORT_ENDPOINTS = """
+SELECT r.endpoint_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
+    SELECT tenant_id, endpoint_id, url, create_time
+    FROM metering.webhook_endpoints WHERE tenant_id = $1 AND (endpoint_id, 1::smallint) > ($2, $3::smallint) ORDER BY endpoint_id LIMIT $4
+) r ORDER BY r.endpoint_id
+"""
 # Each kind with what finds it from a position on, which is the first columns of a row, and the position before all rows.
 _EXPORTS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     (CALLS, EXPORT_CALLS, (_BEFORE_ALL, 0)),
@@ -186,6 +219,9 @@ _EXPORTS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     (SUBSCRIPTIONS, EXPORT_SUBSCRIPTIONS, (_BEFORE_ALL, 0)),
     (CREDITS, EXPORT_CREDITS, (_BEFORE_ALL, 0)),
     (INVOICES, EXPORT_INVOICES, (_BEFORE_ALL, 0)),
+    (BUDGETS, EXPORT_BUDGETS, (_BEFORE_ALL, 0)),
+    (ALERTS, EXPORT_ALERTS, _BEFORE_ALL_EVENTS),
+    (ENDPOINTS, EXPORT_ENDPOINTS, (_BEFORE_ALL, 0)),
 )
 
 
@@ -202,10 +238,12 @@ class PostgresTenantRecords:
             await connection.execute(INSERT_EPOCH, tenant_id)
 
     async def pseudonymise(self, tenant_id: TenantId) -> Mapping[str, int]:
-        """Blanks users, features, prompt names and metadata of its calls and events, and of those to come; returns how many had any."""
+        """Blanks names and metadata of calls, events and alerts, now and to come; removes budgets and receivers. Counts the first two."""
         async with self._database.transaction(tenant_id) as connection:
             await connection.execute(LOCK_TENANT, tenant_id)
             await connection.execute(INSERT_TOMBSTONE, tenant_id)
+            for sql in (DELETE_MARKS, DELETE_BUDGETS, DELETE_DELIVERIES, DELETE_ENDPOINTS, BLANK_ALERTS):
+                await connection.execute(sql, tenant_id)
         counts = {CALLS: await self._blank_all(PSEUDONYMISE, tenant_id, _BEFORE_ALL)}
         counts[EVENTS] = await self._blank_all(BLANK_EVENTS, tenant_id, *_BEFORE_ALL_EVENTS)
         await self._blank_all(BLANK_DIGESTS, tenant_id, "", "")

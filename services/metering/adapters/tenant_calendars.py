@@ -2,10 +2,22 @@
 
 from datetime import UTC
 
-from services.kernel.tenant_config import TenantConfigCache
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.kernel.change_feed import ChangeFeed
+from services.kernel.errors import MeshError, NotFound
+from services.kernel.ids import TenantId
+from services.kernel.tenant_config import CONFIG_CHANGES, TenantConfigCache
 from services.kernel.tenant_context import TenantContext
+from services.kernel.timed_cache import TimedCache
 from services.kernel.timestamps import from_timestamp
+from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
 from services.metering.usage_calendar import TenantCalendar, known_zone
+
+# A change is told by the feed; who does not hear it asks again after this.
+REMEMBERED_SECONDS = 60.0
+_CAPACITY = 10_000
 
 
 class TenantCalendars:
@@ -20,8 +32,30 @@ class TenantCalendars:
         Raises: NotFound when the tenant is gone; Unavailable when its configuration is not known here and cannot be had.
         """
         rules = (await self._configs.get(context)).limit_rules
-        zone = known_zone(rules.time_zone)
-        anchor_day = 1
-        if rules.HasField("cycle_anchor_time"):
-            anchor_day = from_timestamp(rules.cycle_anchor_time).astimezone(zone).day
-        return TenantCalendar("" if zone is UTC else rules.time_zone, zone, anchor_day)
+        return _calendar(rules.time_zone, rules.cycle_anchor_time if rules.HasField("cycle_anchor_time") else None)
+
+
+class RememberedCalendars:
+    """Answers for any tenant, as loops need it that no tenant calls."""
+
+    def __init__(self, plans: RemoteTenantPlans, feed: ChangeFeed) -> None:
+        self._plans = plans
+        self._known: TimedCache[TenantId, TenantCalendar] = TimedCache(_CAPACITY, REMEMBERED_SECONDS)
+        feed.forget_on(CONFIG_CHANGES, self._known.forget)
+
+    async def of_tenant(self, tenant_id: TenantId) -> TenantCalendar:
+        """Returns the tenant's calendar. Raises: NotFound when the tenant is gone; Unavailable."""
+        return await self._known.get(tenant_id, lambda: self._ask(tenant_id))
+
+    async def _ask(self, tenant_id: TenantId) -> TenantCalendar:
+        try:
+            told = await self._plans.get(tenant_id)
+        except MeshError as error:
+            raise (NotFound("tenant") if error.code is grpc.StatusCode.NOT_FOUND else error) from None
+        return _calendar(told.time_zone, told.cycle_anchor_time if told.HasField("cycle_anchor_time") else None)
+
+
+def _calendar(zone_name: str, anchor_time: Timestamp | None) -> TenantCalendar:
+    zone = known_zone(zone_name)
+    anchor_day = 1 if anchor_time is None else from_timestamp(anchor_time).astimezone(zone).day
+    return TenantCalendar("" if zone is UTC else zone_name, zone, anchor_day)

@@ -1,4 +1,4 @@
-"""The tenant service, as the monthly job asks it: which plan a tenant is on."""
+"""The tenant service, as loops ask it that no tenant calls: which plan a tenant is on, and by which calendar it counts."""
 
 import grpc
 
@@ -18,13 +18,16 @@ class RemoteTenantPlans:
         self._channel = channel
         self._stub = PlanServiceStub(channel.channel)
 
+    async def get(self, tenant_id: TenantId) -> pb.GetTenantPlanResponse:
+        """Returns what the tenant is on. Raises: MeshError, NOT_FOUND for one that is not there any more."""
+        request = pb.GetTenantPlanRequest(tenant_id=tenant_id.bytes)
+        return await self._channel.unary(self._stub.GetTenantPlan, request, timeout_seconds=_TIMEOUT_SECONDS, idempotent=True)
+
     async def tier(self, tenant_id: TenantId) -> str:
         """Returns the tenant's plan now; empty for one that is not there any more. Raises: MeshError when nobody answers."""
-        request = pb.GetTenantPlanRequest(tenant_id=tenant_id.bytes)
         try:
-            response = await self._channel.unary(self._stub.GetTenantPlan, request, timeout_seconds=_TIMEOUT_SECONDS, idempotent=True)
+            return (await self.get(tenant_id)).plan
         except MeshError as error:
             if error.code is grpc.StatusCode.NOT_FOUND:
                 return ""
             raise
-        return response.plan

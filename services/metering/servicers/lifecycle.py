@@ -22,12 +22,12 @@ class LifecycleServicer(lifecycle_service_pb2_grpc.TenantLifecycleServiceService
         return pb.ProvisionTenantResponse(resources=[f"{EPOCHS} {tenant_id}"])
 
     async def EraseTenant(self, request: pb.EraseTenantRequest, context: object) -> pb.EraseTenantResponse:
-        """Pseudonymises the tenant's calls and events; amounts stay."""
+        """Pseudonymises the tenant's calls and events, and removes its budgets and receivers; amounts stay."""
         counts = await self._records.pseudonymise(current_tenant_id())
         return pb.EraseTenantResponse(erased=[pb.ErasedRecords(kind=kind, count=count) for kind, count in counts.items()])
 
     async def ExportTenant(self, request: pb.ExportTenantRequest, context: object) -> AsyncIterator[pb.ExportTenantResponse]:
-        """Streams the tenant's calls, entries, entries of units, events, subscriptions, credits and invoices."""
+        """Streams the tenant's books and events, and what it keeps here: subscription, credits, invoices, budgets, alerts, receivers."""
         async for kind, record in self._records.export(current_tenant_id()):
             yield pb.ExportTenantResponse(kind=kind, record_json=record.encode())
 

@@ -9,17 +9,18 @@ from mesh.tenant.v1 import plan_service_pb2_grpc
 from mesh.tenant.v1.tenant_service_pb2 import AiSettings, FeatureTerms, PlanLimits
 from services.kernel.errors import NotFound
 from services.kernel.ids import TenantId, uuid_from_bytes
+from services.kernel.timestamps import to_timestamp
 from services.tenant.limit_rules import LimitRules, larger_plans, lifting_plan
 from services.tenant.plan import Plan, PlanDirectory
 from services.tenant.servicers.limit_rules import limit_rules_message
-from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, TenantFacts
+from services.tenant.tenant_record import DEFAULT_ASSISTANT_NAME, TenantConfig
 
 
 class TenantPlans(PlanDirectory, Protocol):
     """The plans in force, and who is on which."""
 
-    async def get_facts(self, tenant_id: TenantId) -> TenantFacts | None:
-        """Returns what is known of a tenant; None when it is absent."""
+    async def get_config(self, tenant_id: TenantId) -> TenantConfig | None:
+        """Returns a tenant's configuration; None when it is absent."""
         ...
 
 
@@ -35,11 +36,14 @@ class PlanServicer(plan_service_pb2_grpc.PlanServiceServicer):
         return messages.ListPlansResponse(plans=[_plan(plan, plans) for plan in plans])
 
     async def GetTenantPlan(self, request: messages.GetTenantPlanRequest, context: object) -> messages.GetTenantPlanResponse:
-        """Tells which plan a tenant is on."""
-        facts = await self._directory.get_facts(TenantId(uuid_from_bytes(request.tenant_id, "tenant_id")))
-        if facts is None:
+        """Tells which plan a tenant is on, and its calendar."""
+        config = await self._directory.get_config(TenantId(uuid_from_bytes(request.tenant_id, "tenant_id")))
+        if config is None:
             raise NotFound("tenant")
-        return messages.GetTenantPlanResponse(plan=facts.tier)
+        rules = config.limit_rules
+        return messages.GetTenantPlanResponse(
+            plan=config.plan.name, time_zone=rules.time_zone, cycle_anchor_time=to_timestamp(rules.cycle_anchor_time)
+        )
 
 
 def plan_limits(plan: Plan) -> PlanLimits:

@@ -23,12 +23,13 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mesh.common.v1 import limit_rule_pb2 as mesh_dot_common_dot_v1_dot_limit__rule__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 from mesh.tenant.v1 import tenant_service_pb2 as mesh_dot_tenant_dot_v1_dot_tenant__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!mesh/tenant/v1/plan_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fmesh/common/v1/limit_rule.proto\x1a\x1bmesh/common/v1/policy.proto\x1a#mesh/tenant/v1/tenant_service.proto\"2\n\x14GetTenantPlanRequest\x12\x1a\n\ttenant_id\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h\x10\"%\n\x15GetTenantPlanResponse\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\x12\n\x10ListPlansRequest\"8\n\x11ListPlansResponse\x12#\n\x05plans\x18\x01 \x03(\x0b\x32\x14.mesh.tenant.v1.Plan\"\xe8\x02\n\x04Plan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.mesh.tenant.v1.PlanLimits\x12&\n\x02\x61i\x18\x03 \x01(\x0b\x32\x1a.mesh.tenant.v1.AiSettings\x12\x1b\n\x13\x64\x61ta_retention_days\x18\x04 \x01(\x05\x12\x17\n\x0f\x65ncrypt_content\x18\x05 \x01(\x08\x12\x12\n\nplacements\x18\x06 \x03(\t\x12\x34\n\x08\x66\x65\x61tures\x18\x07 \x03(\x0b\x32\".mesh.tenant.v1.Plan.FeaturesEntry\x12/\n\x0blimit_rules\x18\x08 \x01(\x0b\x32\x1a.mesh.common.v1.LimitRules\x1aM\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.mesh.tenant.v1.FeatureTerms:\x02\x38\x01\x32\xf3\x01\n\x0bPlanService\x12t\n\tListPlans\x12 .mesh.tenant.v1.ListPlansRequest\x1a!.mesh.tenant.v1.ListPlansResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12n\n\rGetTenantPlan\x12$.mesh.tenant.v1.GetTenantPlanRequest\x1a%.mesh.tenant.v1.GetTenantPlanResponse\"\x10\xca\xf3\x18\x0c\x08\x02\x12\x08meteringb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!mesh/tenant/v1/plan_service.proto\x12\x0emesh.tenant.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmesh/common/v1/limit_rule.proto\x1a\x1bmesh/common/v1/policy.proto\x1a#mesh/tenant/v1/tenant_service.proto\"2\n\x14GetTenantPlanRequest\x12\x1a\n\ttenant_id\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h\x10\"o\n\x15GetTenantPlanResponse\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x11\n\ttime_zone\x18\x02 \x01(\t\x12\x35\n\x11\x63ycle_anchor_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x12\n\x10ListPlansRequest\"8\n\x11ListPlansResponse\x12#\n\x05plans\x18\x01 \x03(\x0b\x32\x14.mesh.tenant.v1.Plan\"\xe8\x02\n\x04Plan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.mesh.tenant.v1.PlanLimits\x12&\n\x02\x61i\x18\x03 \x01(\x0b\x32\x1a.mesh.tenant.v1.AiSettings\x12\x1b\n\x13\x64\x61ta_retention_days\x18\x04 \x01(\x05\x12\x17\n\x0f\x65ncrypt_content\x18\x05 \x01(\x08\x12\x12\n\nplacements\x18\x06 \x03(\t\x12\x34\n\x08\x66\x65\x61tures\x18\x07 \x03(\x0b\x32\".mesh.tenant.v1.Plan.FeaturesEntry\x12/\n\x0blimit_rules\x18\x08 \x01(\x0b\x32\x1a.mesh.common.v1.LimitRules\x1aM\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.mesh.tenant.v1.FeatureTerms:\x02\x38\x01\x32\xf3\x01\n\x0bPlanService\x12t\n\tListPlans\x12 .mesh.tenant.v1.ListPlansRequest\x1a!.mesh.tenant.v1.ListPlansResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12n\n\rGetTenantPlan\x12$.mesh.tenant.v1.GetTenantPlanRequest\x1a%.mesh.tenant.v1.GetTenantPlanResponse\"\x10\xca\xf3\x18\x0c\x08\x02\x12\x08meteringb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,18 +44,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLANSERVICE'].methods_by_name['ListPlans']._serialized_options = b'\312\363\030\036\010\003\022\010external\032\020operator:tenants'
   _globals['_PLANSERVICE'].methods_by_name['GetTenantPlan']._loaded_options = None
   _globals['_PLANSERVICE'].methods_by_name['GetTenantPlan']._serialized_options = b'\312\363\030\014\010\002\022\010metering'
-  _globals['_GETTENANTPLANREQUEST']._serialized_start=181
-  _globals['_GETTENANTPLANREQUEST']._serialized_end=231
-  _globals['_GETTENANTPLANRESPONSE']._serialized_start=233
-  _globals['_GETTENANTPLANRESPONSE']._serialized_end=270
-  _globals['_LISTPLANSREQUEST']._serialized_start=272
-  _globals['_LISTPLANSREQUEST']._serialized_end=290
-  _globals['_LISTPLANSRESPONSE']._serialized_start=292
-  _globals['_LISTPLANSRESPONSE']._serialized_end=348
-  _globals['_PLAN']._serialized_start=351
-  _globals['_PLAN']._serialized_end=711
-  _globals['_PLAN_FEATURESENTRY']._serialized_start=634
-  _globals['_PLAN_FEATURESENTRY']._serialized_end=711
-  _globals['_PLANSERVICE']._serialized_start=714
-  _globals['_PLANSERVICE']._serialized_end=957
+  _globals['_GETTENANTPLANREQUEST']._serialized_start=214
+  _globals['_GETTENANTPLANREQUEST']._serialized_end=264
+  _globals['_GETTENANTPLANRESPONSE']._serialized_start=266
+  _globals['_GETTENANTPLANRESPONSE']._serialized_end=377
+  _globals['_LISTPLANSREQUEST']._serialized_start=379
+  _globals['_LISTPLANSREQUEST']._serialized_end=397
+  _globals['_LISTPLANSRESPONSE']._serialized_start=399
+  _globals['_LISTPLANSRESPONSE']._serialized_end=455
+  _globals['_PLAN']._serialized_start=458
+  _globals['_PLAN']._serialized_end=818
+  _globals['_PLAN_FEATURESENTRY']._serialized_start=741
+  _globals['_PLAN_FEATURESENTRY']._serialized_end=818
+  _globals['_PLANSERVICE']._serialized_start=821
+  _globals['_PLANSERVICE']._serialized_end=1064
 # @@protoc_insertion_point(module_scope)

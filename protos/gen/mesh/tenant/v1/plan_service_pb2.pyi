@@ -6,6 +6,7 @@ The plans on offer."""
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from mesh.common.v1 import limit_rule_pb2 as _limit_rule_pb2
 from mesh.tenant.v1 import tenant_service_pb2 as _tenant_service_pb2
@@ -49,16 +50,26 @@ class GetTenantPlanResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PLAN_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    CYCLE_ANCHOR_TIME_FIELD_NUMBER: _builtins.int
     plan: _builtins.str
     """The name, such as "professional"."""
+    time_zone: _builtins.str
+    """The tenant's time zone, an IANA name such as "Europe/Berlin". Empty: UTC."""
+    @_builtins.property
+    def cycle_anchor_time(self) -> _timestamp_pb2.Timestamp:
+        """Billing cycles are counted from here. Absent: calendar months."""
+
     def __init__(
         self,
         *,
         plan: _builtins.str = ...,
+        time_zone: _builtins.str = ...,
+        cycle_anchor_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cycle_anchor_time", b"cycle_anchor_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle_anchor_time", b"cycle_anchor_time", "plan", b"plan", "time_zone", b"time_zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

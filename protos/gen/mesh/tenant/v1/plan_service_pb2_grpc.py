@@ -59,7 +59,7 @@ class PlanServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTenantPlan(self, request, context):
-        """Tells which plan a tenant is on now, for who bills it. Reads only. Errors: NOT_FOUND.
+        """Tells which plan a tenant is on now and by which calendar it counts, for who bills it. Reads only. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -19,7 +19,7 @@ class PlanServiceStub:
     ListPlans: _aio.UnaryUnaryMultiCallable[_plan_service_pb2.ListPlansRequest, _plan_service_pb2.ListPlansResponse]
     """Lists every plan with its limits and models. Reads only."""
     GetTenantPlan: _aio.UnaryUnaryMultiCallable[_plan_service_pb2.GetTenantPlanRequest, _plan_service_pb2.GetTenantPlanResponse]
-    """Tells which plan a tenant is on now, for who bills it. Reads only. Errors: NOT_FOUND."""
+    """Tells which plan a tenant is on now and by which calendar it counts, for who bills it. Reads only. Errors: NOT_FOUND."""
 
 class PlanServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads plans."""
@@ -38,6 +38,6 @@ class PlanServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _plan_service_pb2.GetTenantPlanRequest,
         context: _aio.ServicerContext[_plan_service_pb2.GetTenantPlanRequest, _abc.Awaitable[_plan_service_pb2.GetTenantPlanResponse]],
     ) -> _abc.Awaitable[_plan_service_pb2.GetTenantPlanResponse]:
-        """Tells which plan a tenant is on now, for who bills it. Reads only. Errors: NOT_FOUND."""
+        """Tells which plan a tenant is on now and by which calendar it counts, for who bills it. Reads only. Errors: NOT_FOUND."""
 
 def add_PlanServiceServicer_to_server(servicer: PlanServiceServicer, server: _aio.Server) -> None: ...

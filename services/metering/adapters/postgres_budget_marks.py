@@ -1,0 +1,40 @@
+"""Marks of budgets to be looked at, over all tenants, as the jobs role."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from services.kernel.ids import TenantId
+from services.kernel.tenant_database import JobsDatabase
+from services.metering.budgets.ports import Marked, TakenMarks
+
+# Another process that looks at the same time would add up the same.
+LOCK_LOOKS = "SELECT pg_try_advisory_xact_lock(7405, 1)"
+TAKE = """
+SELECT tenant_id, mark_id, use_quarter, product_unit FROM metering.budget_marks ORDER BY tenant_id, mark_id LIMIT $1
+"""
+REMOVE = """
+DELETE FROM metering.budget_marks m USING unnest($1::uuid[], $2::bigint[]) AS d (tenant_id, mark_id)
+WHERE m.tenant_id = d.tenant_id AND m.mark_id = d.mark_id
+"""
+
+
+class PostgresBudgetMarks:
+    """Implements BudgetMarks."""
+
+    def __init__(self, database: JobsDatabase) -> None:
+        self._database = database
+
+    @asynccontextmanager
+    async def take(self, most: int) -> AsyncIterator[TakenMarks]:
+        """Gives up to so many marks, none while another process looks; at the end of the block those that are done with are gone."""
+        async with self._database.transaction() as connection:
+            rows = await connection.fetch(TAKE, most) if await connection.fetchval(LOCK_LOOKS) else []
+            tenants: dict[TenantId, Marked] = {}
+            for row in rows:
+                marked = tenants.setdefault(row["tenant_id"], Marked(row["tenant_id"]))
+                marked.changes.add((row["use_quarter"], row["product_unit"]))
+            taken = TakenMarks(len(rows), list(tenants.values()))
+            yield taken
+            done = [row for row in rows if row["tenant_id"] in taken.done]
+            if done:
+                await connection.execute(REMOVE, [row["tenant_id"] for row in done], [row["mark_id"] for row in done])

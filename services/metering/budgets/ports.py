@@ -1,0 +1,99 @@
+"""What budgets need of the world."""
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+from uuid import UUID
+
+from services.kernel.ids import TenantId
+from services.metering.budgets.budget import Budget, BudgetAlert, BudgetTerms, BudgetWish, Span
+from services.metering.usage_calendar import TenantCalendar
+
+
+@dataclass(frozen=True, slots=True)
+class AlertPosition:
+    """The last alert of the page before."""
+
+    fire_time: datetime
+    alert_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A threshold that use reached: to be fired, unless it was."""
+
+    budget_id: UUID
+    span: Span
+    threshold: int
+    used: int
+
+
+class BudgetStore(Protocol):
+    """A tenant's budgets and alerts."""
+
+    async def put(self, tenant_id: TenantId, wish: BudgetWish) -> Budget:
+        """Keeps the budget under its name, and marks it to be looked at. Raises: LimitExceeded for one too many, NotFound once erased."""
+        ...
+
+    async def list_all(self, tenant_id: TenantId) -> Sequence[Budget]:
+        """Returns all budgets by name."""
+        ...
+
+    async def delete(self, tenant_id: TenantId, name: str) -> None:
+        """Removes a budget, if it is there."""
+        ...
+
+    async def alerts(self, tenant_id: TenantId, after: AlertPosition | None, size: int) -> Sequence[BudgetAlert]:
+        """Returns up to `size` alerts, newest first, after the position."""
+        ...
+
+    async def fired(self, tenant_id: TenantId, budget_ids: Collection[UUID]) -> Sequence[tuple[UUID, datetime, int]]:
+        """Returns which thresholds of the budgets fired in which period: budget, the period's start, percent."""
+        ...
+
+    async def fire(self, tenant_id: TenantId, crossings: Sequence[Crossing]) -> int:
+        """Fires what has not fired, with its deliveries, in one transaction; returns how many did."""
+        ...
+
+
+class Spending(Protocol):
+    """What a tenant used."""
+
+    async def of(self, tenant_id: TenantId, wanted: Collection[tuple[BudgetTerms, Span]]) -> dict[tuple[BudgetTerms, Span], int]:
+        """Returns what each pair's terms count in its span, with all that is committed."""
+        ...
+
+
+class CalendarsOfTenants(Protocol):
+    """Knows any tenant's calendar, without a call of its."""
+
+    async def of_tenant(self, tenant_id: TenantId) -> TenantCalendar:
+        """Returns the calendar. Raises: NotFound when the tenant is gone; Unavailable."""
+        ...
+
+
+@dataclass(slots=True)
+class Marked:
+    """What changed of one tenant: quarters of an hour, and units, empty for calls."""
+
+    tenant_id: TenantId
+    changes: set[tuple[datetime, str]] = field(default_factory=set)
+
+
+class BudgetMarks(Protocol):
+    """Which budgets are to be looked at."""
+
+    def take(self, most: int) -> AbstractAsyncContextManager["TakenMarks"]:
+        """Gives up to so many marks, none while another process looks; at the end of the block those that are done with are gone."""
+        ...
+
+
+@dataclass(slots=True)
+class TakenMarks:
+    """Marks in hand."""
+
+    count: int
+    tenants: Sequence[Marked]
+    done: set[TenantId] = field(default_factory=set)
