@@ -15,6 +15,7 @@ from mesh.metering.v1.invoice_service_pb2_grpc import add_InvoiceServiceServicer
 from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
 from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
+from mesh.metering.v1.verification_service_pb2_grpc import add_VerificationServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
@@ -36,6 +37,7 @@ from services.metering.adapters.postgres_prices import PostgresPrices, load_pric
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
+from services.metering.adapters.postgres_verification import PostgresVerification
 from services.metering.adapters.ratelimit_client import RemoteLimits
 from services.metering.adapters.tenant_calendars import TenantCalendars
 from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
@@ -57,9 +59,11 @@ from services.metering.servicers.ledger import LedgerServicer
 from services.metering.servicers.lifecycle import LifecycleServicer
 from services.metering.servicers.prices import PriceServicer
 from services.metering.servicers.usage import UsageServicer
+from services.metering.servicers.verification import VerificationServicer
 from services.metering.settings import MeteringSettings
 from services.metering.tenant_proof import TenantProof
 from services.metering.usage_folder import UsageFolder
+from services.metering.verification import Verifier
 
 log = structlog.get_logger(__name__)
 
@@ -122,7 +126,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
             await _usage_queries(stack, settings, database, jobs),
             TenantCalendars(TenantConfigCache(to_tenant, feed=feed)),
         )
-        servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices]
+        servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices, _of_books(database, jobs)]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
         background.start("outbox_deleter", relay.run_deleter)
@@ -171,6 +175,11 @@ def _of_calls(
 
 def _of_events(events: EventLog, types: EventTypeCatalog) -> Registration:
     return add_EventServiceServicer_to_server, EventServicer(events, types), "mesh.metering.v1.EventService"
+
+
+def _of_books(database: TenantDatabase, jobs: JobsDatabase) -> Registration:
+    verifier = Verifier(PostgresVerification(database, jobs))
+    return add_VerificationServiceServicer_to_server, VerificationServicer(verifier), "mesh.metering.v1.VerificationService"
 
 
 async def _keep_months(

@@ -40,6 +40,7 @@ SERVICES_LISTED = {
         "mesh.metering.v1.LedgerService",
         "mesh.metering.v1.PriceService",
         "mesh.metering.v1.UsageService",
+        "mesh.metering.v1.VerificationService",
     },
 }
 SHARED = {
