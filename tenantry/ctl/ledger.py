@@ -42,7 +42,9 @@ async def verify(mesh: Mesh, options: argparse.Namespace) -> int:
         print_rows(rows, _COLUMNS, options.format)
     if options.format == "table":
         more = f", of which {untold} are not shown" if untold else ""
-        print(f"{len(tenants)} {'tenant' if len(tenants) == 1 else 'tenants'}, {compared} figures compared, {len(rows) + untold} differ{more}")
+        print(
+            f"{len(tenants)} {'tenant' if len(tenants) == 1 else 'tenants'}, {compared} figures compared, {len(rows) + untold} differ{more}"
+        )
     return 1 if rows else 0
 
 
