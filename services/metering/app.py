@@ -11,6 +11,7 @@ import structlog
 
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
 from mesh.metering.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
+from mesh.metering.v1.export_service_pb2_grpc import add_ExportServiceServicer_to_server
 from mesh.metering.v1.invoice_service_pb2_grpc import add_InvoiceServiceServicer_to_server
 from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
@@ -31,6 +32,7 @@ from services.metering.adapters.postgres_epochs import PostgresEpochs
 from services.metering.adapters.postgres_event_months import PostgresEventMonths
 from services.metering.adapters.postgres_event_types import PostgresEventTypes
 from services.metering.adapters.postgres_events import PostgresEvents
+from services.metering.adapters.postgres_export import PostgresExport
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPrices, load_price_book
@@ -54,6 +56,7 @@ from services.metering.outbox import OutboxRelay
 from services.metering.price_book import PriceBookRefused, parse_price_book
 from services.metering.price_catalog import PriceCatalog
 from services.metering.servicers.events import EventServicer
+from services.metering.servicers.exports import ExportServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
 from services.metering.servicers.lifecycle import LifecycleServicer
@@ -121,12 +124,10 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         grace = timedelta(hours=settings.invoice_grace_hours)
         monthly = MonthlyJob(closings, desk, RemoteTenantPlans(to_tenant), grace=grace, poll_seconds=settings.invoice_poll_seconds)
         invoices: Registration = (add_InvoiceServiceServicer_to_server, InvoiceServicer(billing, desk), "mesh.metering.v1.InvoiceService")
-        usage = UsageServicer(
-            PostgresUsage(database),
-            await _usage_queries(stack, settings, database, jobs),
-            TenantCalendars(TenantConfigCache(to_tenant, feed=feed)),
-        )
-        servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices, _of_books(database, jobs)]
+        queries = await _usage_queries(stack, settings, database, jobs)
+        usage = UsageServicer(PostgresUsage(database), queries, TenantCalendars(TenantConfigCache(to_tenant, feed=feed)))
+        books = _of_books(database, jobs, queries)
+        servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices, *books]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
         background.start("outbox_deleter", relay.run_deleter)
@@ -177,9 +178,13 @@ def _of_events(events: EventLog, types: EventTypeCatalog) -> Registration:
     return add_EventServiceServicer_to_server, EventServicer(events, types), "mesh.metering.v1.EventService"
 
 
-def _of_books(database: TenantDatabase, jobs: JobsDatabase) -> Registration:
-    verifier = Verifier(PostgresVerification(database, jobs))
-    return add_VerificationServiceServicer_to_server, VerificationServicer(verifier), "mesh.metering.v1.VerificationService"
+def _of_books(database: TenantDatabase, jobs: JobsDatabase, queries: PostgresUsageQueries) -> list[Registration]:
+    verifying = VerificationServicer(Verifier(PostgresVerification(database, jobs)))
+    exporting = ExportServicer(PostgresExport(database), queries)
+    return [
+        (add_VerificationServiceServicer_to_server, verifying, "mesh.metering.v1.VerificationService"),
+        (add_ExportServiceServicer_to_server, exporting, "mesh.metering.v1.ExportService"),
+    ]
 
 
 async def _keep_months(

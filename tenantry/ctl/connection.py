@@ -64,7 +64,7 @@ def add_connection_options(parser: argparse.ArgumentParser) -> None:
 async def connect(options: argparse.Namespace) -> AsyncIterator[Mesh]:
     """Opens a channel; the first call finds out whether anybody is there. Raises: WrongUse."""
     metadata, is_operator = _proof(options)
-    channel_options = (("grpc.max_receive_message_length", _LARGEST_MESSAGE),)
+    channel_options = (("grpc.max_receive_message_length", _LARGEST_MESSAGE), ("grpc.max_reconnect_backoff_ms", 1_000))
     trust = _trust(options)
     # The command line is outside of the mesh: no service's channel with its identity and budgets is meant here.
     if trust is None:

@@ -22,6 +22,7 @@ credentials come from the environment:
 examples:
   tenantctl usage --period 2026-11 --group-by model,feature
   tenantctl usage --last 7d --bucket day --format csv > week.csv
+  tenantctl usage export --kind entries --period 2026-11 --format parquet --output november.parquet
   tenantctl --tenant 01a22392-57e7-71c6-89b5-43733f4583ae --reason "ticket 4711" invoice list
   tenantctl invoice export 1 --format html --output november.html
   tenantctl --reason "monthly audit" ledger verify

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from mesh.metering.v1 import usage_service_pb2 as pb
 from mesh.metering.v1.usage_service_pb2_grpc import UsageServiceStub
+from tenantry.ctl import exports
 from tenantry.ctl.connection import Mesh
 from tenantry.ctl.periods import add_period_options, period_of
 from tenantry.ctl.printing import FORMATS, Row, print_rows, time_text
@@ -33,6 +34,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.add_argument("--time-zone", default="", metavar="NAME", help="of buckets, such as Europe/Berlin (default: the tenant's own)")
     command.add_argument("--format", choices=FORMATS, default="table")
     command.set_defaults(run=show)
+    exports.add_command(command.add_subparsers(dest="action", metavar="ACTION"))
 
 
 async def show(mesh: Mesh, options: argparse.Namespace) -> int:

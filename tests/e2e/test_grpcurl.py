@@ -36,6 +36,7 @@ SERVICES_LISTED = {
     "retrieval": {"mesh.retrieval.v1.DocumentService", "mesh.retrieval.v1.SearchService"},
     "metering": {
         "mesh.metering.v1.EventService",
+        "mesh.metering.v1.ExportService",
         "mesh.metering.v1.InvoiceService",
         "mesh.metering.v1.LedgerService",
         "mesh.metering.v1.PriceService",

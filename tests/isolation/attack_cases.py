@@ -279,6 +279,11 @@ CASES: Mapping[str, Case] = {
         "page_size": 1000,
         "page_token": ids.page_token("/mesh.metering.v1.EventService/ListEvents"),
     },
+    "/mesh.metering.v1.ExportService/ExportUsage": lambda ids: {
+        "kind": 2,
+        "start_time": datetime(2026, 1, 1, tzinfo=UTC),
+        "end_time": datetime(2027, 1, 1, tzinfo=UTC),
+    },
     "/mesh.metering.v1.PriceService/GetPriceBook": _nothing,
     "/mesh.metering.v1.InvoiceService/GetDraftInvoice": _nothing,
     "/mesh.metering.v1.InvoiceService/CloseInvoice": lambda ids: {"period_start": datetime(2026, 1, 1, tzinfo=UTC)},
