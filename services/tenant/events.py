@@ -4,10 +4,6 @@ Refuses to send for ever: what its receiver does not take is given up after a bo
 """
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import hmac
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -21,15 +17,12 @@ import structlog
 
 from services.kernel.errors import MeshError, NotFound
 from services.kernel.ids import TenantId
+from services.kernel.webhook_signing import DeliveryFailed, pause_seconds
 
 log = structlog.get_logger(__name__)
 
 MAX_ATTEMPTS = 12
-_FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 3600.0
 _AT_ONCE = 8
-MIN_SECRET_BYTES = 24
-_SECRET_PREFIX = "whsec_"  # noqa: S105 - what a secret begins with
 
 
 class Sink(StrEnum):
@@ -62,10 +55,6 @@ class Event:
     last_error: str
     create_time: datetime
     end_time: datetime | None
-
-
-class DeliveryFailed(Exception):
-    """The receiver did not take the event; the message is one short line without its data."""
 
 
 class EventSink(Protocol):
@@ -164,11 +153,6 @@ class EventDesk:
         return event
 
 
-def pause_seconds(attempts: int) -> float:
-    """Returns how long to wait after so many attempts: doubled each time, capped, with full jitter above half."""
-    return min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(attempts - 1, 20)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-
-
 def body_of(event: Event, region: str) -> bytes:
     """Returns the event as a CloudEvent in JSON. Source: CloudEvents 1.0, JSON format."""
     return json.dumps(
@@ -185,29 +169,3 @@ def body_of(event: Event, region: str) -> bytes:
         sort_keys=True,
         separators=(",", ":"),
     ).encode()
-
-
-def signature_of(key: bytes, event_id: str, timestamp: int, body: bytes) -> str:
-    """Returns `v1,<base64>`: HMAC-SHA-256 over id, time and body.
-
-    Source: Standard Webhooks 1.0.
-    """
-    signed = f"{event_id}.{timestamp}.".encode() + body
-    return "v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
-
-
-def read_webhook_secret(text: str) -> bytes:
-    """Returns the key of `whsec_<base64>`, or the bytes of any other text. Raises: ValueError with a sentence that repeats nothing of it.
-
-    Source: Standard Webhooks 1.0, which wants at least 24 bytes.
-    """
-    key = text.strip().encode()
-    if text.startswith(_SECRET_PREFIX):
-        try:
-            key = base64.b64decode(text.removeprefix(_SECRET_PREFIX), validate=True)
-        except binascii.Error:
-            key = b""
-    if len(key) < MIN_SECRET_BYTES:
-        msg = f"must hold a key of at least {MIN_SECRET_BYTES} bytes: set it to whsec_ and what `openssl rand -base64 32` prints"
-        raise ValueError(msg)
-    return key

@@ -20,8 +20,8 @@ from services.kernel.settings import (
     ServiceSettings,
     SiloAdminDsn,
 )
+from services.kernel.webhook_signing import read_webhook_secret
 from services.tenant.domain_name import read_base_domains
-from services.tenant.events import read_webhook_secret
 from services.tenant.key_management import parse_master_keys
 
 _SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")

@@ -12,8 +12,10 @@ import pytest
 from devstack.event_receiver import PATH, EventReceiver, is_signed
 from devstack.ports import free_port
 from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.webhook_sender import WebhookSender
+from services.kernel.webhook_signing import DeliveryFailed, read_webhook_secret, signature_of
 from services.tenant.adapters.webhook import Webhook
-from services.tenant.events import DeliveryFailed, Event, EventState, Sink, body_of, read_webhook_secret, signature_of
+from services.tenant.events import Event, EventState, Sink, body_of
 
 SECRET = "a secret of the stack, long enough"
 KEY = read_webhook_secret(SECRET)
@@ -51,9 +53,9 @@ def event() -> Event:
 
 async def test_an_event_as_the_mesh_signs_it_is_kept_and_told(running: Running) -> None:
     """The tenant service's own sender is answered with 2xx; the body is kept as it came, and one line tells type and tenant."""
-    sender, sent = Webhook(running.url, KEY, region="local"), event()
+    sender, sent = WebhookSender(private_addresses=True), event()
     try:
-        await sender.send(sent)
+        await Webhook(sender, running.url, KEY, region="local").send(sent)
     finally:
         await sender.close()
     assert running.kept_at.read_bytes() == body_of(sent, "local") + b"\n"
@@ -62,10 +64,11 @@ async def test_an_event_as_the_mesh_signs_it_is_kept_and_told(running: Running) 
 
 async def test_what_is_not_signed_with_the_secret_is_refused(running: Running) -> None:
     """A sender with another secret, and a post without any signature, get 401 and leave nothing in the file."""
-    sender = Webhook(running.url, b"another secret, long enough", region="local")
+    sender = WebhookSender(private_addresses=True)
+    hook = Webhook(sender, running.url, b"another secret, long enough", region="local")
     try:
         with pytest.raises(DeliveryFailed, match="401"):
-            await sender.send(event())
+            await hook.send(event())
     finally:
         await sender.close()
     async with aiohttp.ClientSession() as session, session.post(running.url, data=b"{}") as answer:

@@ -14,10 +14,12 @@ import pytest
 from devstack.ports import free_port
 from mesh.tenant.v1 import event_service_pb2, tenant_service_pb2
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.webhook_sender import WebhookSender
+from services.kernel.webhook_signing import read_webhook_secret, signature_of
 from services.tenant.adapters.postgres_events import PostgresOutbox
 from services.tenant.adapters.smtp_mail import Addressee, PostgresOwners, SmtpMail, welcome
 from services.tenant.adapters.webhook import Webhook
-from services.tenant.events import EventRelay, EventSink, EventState, Sink, pause_seconds, read_webhook_secret, signature_of
+from services.tenant.events import EventRelay, EventSink, EventState, Sink
 from tests.tenant.harness import Harness, call, refusal
 from tests.tenant.receivers import Receiver, running_mailbox, running_receiver
 
@@ -40,10 +42,11 @@ async def relay(
 @asynccontextmanager
 async def to_webhook(harness: Harness, url: str, *, timeout_seconds: float = 5.0, max_attempts: int = 3) -> AsyncIterator[EventRelay]:
     """A relay that delivers to one receiver."""
-    hook = Webhook(url, read_webhook_secret(SECRET), region="local", timeout_seconds=timeout_seconds)
+    sender = WebhookSender(private_addresses=True, timeout_seconds=timeout_seconds)
+    hook = Webhook(sender, url, read_webhook_secret(SECRET), region="local")
     async with relay(harness, {Sink.WEBHOOK: hook}, max_attempts=max_attempts) as (found, _):
         yield found
-    await hook.close()
+    await sender.close()
 
 
 async def only_tenant(harness: Harness) -> str:
@@ -164,13 +167,6 @@ async def test_events_page_and_a_foreign_id_is_not_found(harness: Harness) -> No
     assert (await refusal(call(harness.events.ListEvents, listing, harness.as_operator()))).code is grpc.StatusCode.INVALID_ARGUMENT
     request = event_service_pb2.ReplayEventRequest(tenant_id=one, event_id=first.events[0].event_id)
     assert (await refusal(call(harness.events.ReplayEvent, request, harness.as_operator()))).code is grpc.StatusCode.NOT_FOUND
-
-
-def test_pauses_double_up_to_an_hour() -> None:
-    """The pause after an attempt lies between half and the whole of a doubling ceiling, and never above an hour."""
-    for attempts in range(1, 40):
-        ceiling = min(3600.0, 2.0 ** (attempts - 1))
-        assert ceiling / 2 <= pause_seconds(attempts) <= ceiling
 
 
 async def test_the_owner_is_welcomed_by_mail(harness: Harness) -> None:

@@ -7,10 +7,10 @@ import grpc
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from services.kernel.public_address import is_public
 from services.tenant.adapters.http_jwks import HttpJwksSource
 from services.tenant.app import build
 from services.tenant.jwks_cache import JwksPrivate
-from services.tenant.public_address import is_public
 from services.tenant.settings import TenantSettings
 from tests.support.jwks import SigningKey, running_jwks
 from tests.tenant.harness import Harness, refusal

@@ -3,32 +3,18 @@
 An address is an operator's word; what answers there is nobody's.
 """
 
-import socket
-
 import aiohttp
 from aiohttp.abc import AbstractResolver
 
+from services.kernel.public_sockets import PrivateAddress, outward_session
 from services.tenant.json_web_key import JwksMalformed
 from services.tenant.jwks_cache import JwksDown, JwksPrivate
-from services.tenant.public_address import is_public
 
 MAX_BYTES = 64 * 1024
 TIMEOUT_SECONDS = 2.0
 _MAX_CONNECTIONS = 16
 # Uncompressed: a few bytes that unfold into gigabytes pass every bound on what was received.
 _HEADERS = {"accept": "application/jwk-set+json, application/json", "accept-encoding": "identity"}
-
-
-# As aiohttp tells it: family, type, protocol, canonical name, socket address.
-_AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
-
-
-class _PrivateAddress(OSError):
-    """Nothing may be sent to the address."""
-
-    def __init__(self) -> None:
-        # The same words for each: of several addresses of a name, equal failures are told as one of them.
-        super().__init__("a private address")
 
 
 class HttpJwksSource:
@@ -57,7 +43,7 @@ class HttpJwksSource:
                     raise JwksMalformed
                 return await _read(response)
         except aiohttp.ClientConnectorError as error:
-            raise (JwksPrivate if isinstance(error.os_error, _PrivateAddress) else JwksDown) from None
+            raise (JwksPrivate if isinstance(error.os_error, PrivateAddress) else JwksDown) from None
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise JwksDown from None
         except ValueError:
@@ -65,20 +51,13 @@ class HttpJwksSource:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=TIMEOUT_SECONDS),
-                connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, resolver=self._resolver, socket_factory=self._socket),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
+            self._session = outward_session(
+                timeout_seconds=TIMEOUT_SECONDS,
+                private_addresses=self._private_addresses,
+                max_connections=_MAX_CONNECTIONS,
+                resolver=self._resolver,
             )
         return self._session
-
-    def _socket(self, info: _AddressInfo) -> socket.socket:
-        # Here and not where the name is read: what is looked at is what is connected to, whatever the name leads to the next time.
-        family, kind, protocol, _, address = info
-        if not self._private_addresses and not is_public(str(address[0])):
-            raise _PrivateAddress
-        return socket.socket(family, kind, protocol)
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from services.kernel.errors import MeshError
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import TenantDatabase
-from services.tenant.events import DeliveryFailed, Event
+from services.kernel.webhook_signing import DeliveryFailed
+from services.tenant.events import Event
 
 TIMEOUT_SECONDS = 10.0
 GET_OWNER = """

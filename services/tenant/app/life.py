@@ -4,6 +4,7 @@ from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.tenant.v1 import event_service_pb2_grpc, placement_service_pb2_grpc, tenant_service_pb2_grpc
 from services.kernel.cell import cell_of
 from services.kernel.rpc.server import Registration
+from services.kernel.webhook_sender import WebhookSender
 from services.tenant.adapters.postgres_erasure import PostgresErasure
 from services.tenant.adapters.postgres_life import PostgresLife, PostgresRetention
 from services.tenant.adapters.postgres_moves import PostgresMoves
@@ -141,9 +142,9 @@ def _start_events(parts: Parts) -> None:
     settings = parts.settings
     sinks: dict[Sink, EventSink] = {}
     if settings.event_webhook_url:
-        webhook = Webhook(settings.event_webhook_url, settings.webhook_signing_key(), region=settings.region)
-        parts.stack.push_async_callback(webhook.close)
-        sinks[Sink.WEBHOOK] = webhook
+        sender = WebhookSender(private_addresses=True)
+        parts.stack.push_async_callback(sender.close)
+        sinks[Sink.WEBHOOK] = Webhook(sender, settings.event_webhook_url, settings.webhook_signing_key(), region=settings.region)
     if settings.smtp_url.get_secret_value():
         owners = PostgresOwners(parts.database)
         sinks[Sink.MAIL] = SmtpMail(settings.smtp_url.get_secret_value(), settings.smtp_from, owners.find)
