@@ -12,6 +12,7 @@ import structlog
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
 from mesh.metering.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
 from mesh.metering.v1.export_service_pb2_grpc import add_ExportServiceServicer_to_server
+from mesh.metering.v1.export_sink_service_pb2_grpc import add_ExportSinkServiceServicer_to_server
 from mesh.metering.v1.invoice_service_pb2_grpc import add_InvoiceServiceServicer_to_server
 from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
@@ -25,6 +26,8 @@ from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.webhook_sender import WebhookSender
+from services.metering.adapters.export_endpoint import ExportEndpoint
 from services.metering.adapters.postgres_billing import PostgresBilling
 from services.metering.adapters.postgres_billing_plans import billing_plan_changes, load_billing_plans
 from services.metering.adapters.postgres_closings import PostgresClosings
@@ -33,6 +36,8 @@ from services.metering.adapters.postgres_event_months import PostgresEventMonths
 from services.metering.adapters.postgres_event_types import PostgresEventTypes
 from services.metering.adapters.postgres_events import PostgresEvents
 from services.metering.adapters.postgres_export import PostgresExport
+from services.metering.adapters.postgres_export_outbox import PostgresExportOutbox
+from services.metering.adapters.postgres_export_settings import PostgresExportSettings
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPrices, load_price_book
@@ -50,12 +55,15 @@ from services.metering.billing.terms import PlanVersion
 from services.metering.event_log import EventLog
 from services.metering.event_months import EventMonths, make_months
 from services.metering.event_types import EventTypeCatalog
+from services.metering.exports.outgoing import Sink, Teller
+from services.metering.exports.relay import ExportRelay
 from services.metering.lease_sweeper import LeaseSweeper
 from services.metering.ledger import Ledger
 from services.metering.outbox import OutboxRelay
 from services.metering.price_book import PriceBookRefused, parse_price_book
 from services.metering.price_catalog import PriceCatalog
 from services.metering.servicers.events import EventServicer
+from services.metering.servicers.export_sinks import ExportSinkServicer
 from services.metering.servicers.exports import ExportServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
@@ -102,6 +110,8 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         to_limits = _channel(stack, settings, settings.ratelimit_address, "ratelimit")
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         database, jobs = await _databases(stack, settings)
+        # Before the loops, so that its connections are closed after them.
+        exports = _export_relay(stack, settings, jobs)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         feed = ChangeFeed(to_tenant)
@@ -130,6 +140,8 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices, *books]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
+        if exports is not None:
+            background.start("export_relay", exports.run)
         background.start("outbox_deleter", relay.run_deleter)
         background.start("outbox_sender", relay.run_sender)
         background.start("outbox_poller", relay.run_poller)
@@ -181,10 +193,30 @@ def _of_events(events: EventLog, types: EventTypeCatalog) -> Registration:
 def _of_books(database: TenantDatabase, jobs: JobsDatabase, queries: PostgresUsageQueries) -> list[Registration]:
     verifying = VerificationServicer(Verifier(PostgresVerification(database, jobs)))
     exporting = ExportServicer(PostgresExport(database), queries)
+    telling = ExportSinkServicer(PostgresExportSettings(database, jobs))
     return [
         (add_VerificationServiceServicer_to_server, verifying, "mesh.metering.v1.VerificationService"),
         (add_ExportServiceServicer_to_server, exporting, "mesh.metering.v1.ExportService"),
+        (add_ExportSinkServiceServicer_to_server, telling, "mesh.metering.v1.ExportSinkService"),
     ]
+
+
+def _export_relay(stack: AsyncExitStack, settings: MeteringSettings, jobs: JobsDatabase) -> ExportRelay | None:
+    outbox, tellers = PostgresExportOutbox(jobs), dict[Sink, Teller]()
+    if key := settings.stripe_secret_key.get_secret_value():
+        # Loaded where it is used: it is larger than the rest of the service.
+        from services.metering.adapters.stripe_meter_events import StripeMeterEvents
+
+        stripe = StripeMeterEvents(key, settings.stripe_url)
+        stack.push_async_callback(stripe.close)
+        tellers[Sink.STRIPE] = stripe
+    if url := settings.export_endpoint_url:
+        sender = WebhookSender(private_addresses=True)
+        stack.push_async_callback(sender.close)
+        tellers[Sink.ENDPOINT] = ExportEndpoint(sender, outbox, url, settings.export_signing_key(), region=settings.region)
+    if not tellers:
+        return None
+    return ExportRelay(outbox, tellers, poll_seconds=settings.export_poll_seconds, max_attempts=settings.export_max_attempts)
 
 
 async def _keep_months(

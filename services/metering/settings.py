@@ -1,9 +1,10 @@
 """Settings of the metering service; read by app alone."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
 from services.kernel.settings import (
     DEFAULT_CREDENTIAL_OUTAGE_SECONDS,
@@ -18,6 +19,7 @@ from services.kernel.settings import (
     RatelimitAddress,
     ServiceSettings,
 )
+from services.kernel.webhook_signing import read_webhook_secret
 
 PACKAGED_PRICE_BOOK = Path(__file__).parent / "prices.yaml"
 PACKAGED_BILLING_PLANS = Path(__file__).parent / "billing_plans.yaml"
@@ -61,4 +63,34 @@ class MeteringSettings(ServiceSettings):
     usage_fold_seconds: float = Field(
         default=1.0, gt=0.0, description="pause between folds of changes into sums of use; answers have them all, folded or not"
     )
+    stripe_secret_key: SecretStr = Field(
+        default=SecretStr(""), description="Stripe's secret or restricted key, for meter events; empty: what is to be told there waits"
+    )
+    stripe_url: str = Field(default="https://api.stripe.com", description="Stripe's API, or what stands for it")
+    export_endpoint_url: str = Field(
+        default="", description="where use is told as CloudEvents, once `SetEndpointExport` turned it on; empty: what is to be told waits"
+    )
+    export_endpoint_secret: SecretStr = Field(
+        default=SecretStr(""), description="signs them: whsec_<base64> of at least 24 bytes, or any text as long; needed with the URL"
+    )
+    export_max_attempts: int = Field(default=24, ge=1, description="attempts after which an export is given up")
+    export_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for exports that wait")
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")
+
+    def export_signing_key(self) -> bytes:
+        """Returns the key that signs what the endpoint is told. Raises: ValueError when the secret holds none."""
+        try:
+            return read_webhook_secret(self.export_endpoint_secret.get_secret_value())
+        except ValueError as error:
+            msg = f"TENANTRY_EXPORT_ENDPOINT_SECRET {error}"
+            raise ValueError(msg) from None
+
+    @model_validator(mode="after")
+    def _refuse_half_configured_exports(self) -> Self:
+        for name, url in (("STRIPE_URL", self.stripe_url), ("EXPORT_ENDPOINT_URL", self.export_endpoint_url)):
+            if url and urlsplit(url).scheme not in ("http", "https"):
+                msg = f"TENANTRY_{name} must begin with https:// or http://"
+                raise ValueError(msg)
+        if self.export_endpoint_url:
+            self.export_signing_key()
+        return self

@@ -30,6 +30,8 @@ SHARED_TABLES = {
     "price_versions",
     "billing_plan_versions",
     "event_types",
+    "export_sinks",
+    "stripe_meters",
     "schema_migrations",
     "pg_namespace",
     "pg_database",

@@ -37,6 +37,7 @@ SERVICES_LISTED = {
     "metering": {
         "mesh.metering.v1.EventService",
         "mesh.metering.v1.ExportService",
+        "mesh.metering.v1.ExportSinkService",
         "mesh.metering.v1.InvoiceService",
         "mesh.metering.v1.LedgerService",
         "mesh.metering.v1.PriceService",

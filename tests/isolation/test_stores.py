@@ -45,7 +45,7 @@ APPEND_ONLY = (
     "metering.event_types",
 )
 SHARED_TABLES = {
-    "metering": ("prices", "price_versions", "event_types", "billing_plan_versions"),
+    "metering": ("prices", "price_versions", "event_types", "billing_plan_versions", "export_sinks", "stripe_meters"),
     "tenant": (
         "plan_catalogs",
         "plans",
@@ -84,6 +84,8 @@ JOBS_MAY = {
     "metering.usage_rollups": {"SELECT", "INSERT", "UPDATE"},
     "metering.usage_latencies": {"SELECT", "INSERT", "UPDATE"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
+    "metering.export_outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
+    "metering.stripe_customers": {"SELECT"},
     "retrieval.documents": {"SELECT"},
     "retrieval.retrieval_placed_tenants": {"SELECT"},
     "retrieval.removed_documents": {"SELECT"},

@@ -16,8 +16,16 @@ from tests.metering.usage import fold
 
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
 USAGE = ("usage_latencies", "usage_pending", "usage_rollups")
-TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING, *USAGE)
+EXPORTS = ("stripe_customers", "export_outbox")
+TENANT_TABLES = (
+    "calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING, *USAGE, *EXPORTS,
+)  # fmt: skip
 BOOKS = ("entries", "unit_entries")
+PLANT_CUSTOMER = "INSERT INTO metering.stripe_customers (tenant_id, customer_id) VALUES ($1, 'cus_1')"
+PLANT_EXPORT = """
+INSERT INTO metering.export_outbox (tenant_id, sink, usage_id, meter, event_name, source, quantity, use_time, record_time, due_time)
+VALUES ($1, 1, uuidv7(), 'documents', 'documents', 3, 1, now(), now(), now() + interval '1 day')
+"""
 
 
 async def bill_whole(mesh: Mesh, tenant: Tenant) -> None:
@@ -38,11 +46,17 @@ async def billed(mesh: Mesh) -> Tenant:
     return tenant
 
 
+async def plant_exports(mesh: Mesh, tenant: Tenant) -> None:
+    """Leaves a row in what is told to others, which waits until tomorrow."""
+    for statement in (PLANT_CUSTOMER, PLANT_EXPORT):
+        await mesh.admin.execute(statement, tenant.id)
+
+
 async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) -> None:
     """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
     connection = await asyncpg.connect(ledger_dsn)
     try:
-        shared = ("price_versions", "prices", "event_types", "billing_plan_versions")
+        shared = ("price_versions", "prices", "event_types", "billing_plan_versions", "export_sinks", "stripe_meters")
         assert await violations(connection, "metering", shared_tables=shared) == []
     finally:
         await connection.close()
@@ -118,6 +132,7 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await bill_whole(mesh, one)
     await events.register(mesh)
     await events.record(mesh, one, [events.event()])
+    await plant_exports(mesh, one)
     # Folded into sums, and one more not yet.
     await fold(mesh)
     await mesh.record(mesh.use(one, epoch=1))
@@ -137,7 +152,9 @@ async def test_without_a_tenant_the_service_role_sees_nothing_at_all(ledger_dsn:
     async with mesh.admin.acquire() as holding, holding.transaction():
         # Whoever folds waits: policies are asked for rows alone, and the log of use would have none.
         await holding.execute("SELECT pg_advisory_xact_lock(7405, 0)")
-        await mesh.record(mesh.use(mesh.new_tenant()))
+        tenant = mesh.new_tenant()
+        await mesh.record(mesh.use(tenant))
+        await plant_exports(mesh, tenant)
         connection = await asyncpg.connect(dsn_of(ledger_dsn, "metering_service"))
         try:
             with pytest.raises(asyncpg.PostgresError):
