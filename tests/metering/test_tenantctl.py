@@ -6,8 +6,12 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import grpc
 import pytest
 
+from devstack.certificates import DevelopmentCertificates
+from mesh.metering.v1 import verification_service_pb2 as pb
+from mesh.metering.v1 import verification_service_pb2_grpc
 from tenantry.ctl.periods import Period, period_of
 from tenantry.ctl.wrong_use import WrongUse
 from tests.metering.billing import ended, use_tokens
@@ -129,3 +133,35 @@ def test_periods_are_what_people_type() -> None:
     ):
         with pytest.raises(WrongUse):
             read(**wrong)
+
+
+class Ledger(verification_service_pb2_grpc.VerificationServiceServicer):
+    """Books without a tenant in them."""
+
+    async def VerifyLedger(self, request: pb.VerifyLedgerRequest, context: object) -> pb.VerifyLedgerResponse:
+        return pb.VerifyLedgerResponse()
+
+
+async def test_a_mesh_on_tls_is_called_with_a_certificate(tmp_path: Path) -> None:
+    """With an authority and a certificate of its own; without the certificate the handshake fails, without an authority nobody answers."""
+    certificates = DevelopmentCertificates(tmp_path)
+    certificates.renew()
+    own, leaf = certificates.files("metering"), certificates.files("client")
+    pair = [(own.key.read_bytes(), own.certificate.read_bytes())]
+    trust = grpc.ssl_server_credentials(pair, own.authorities.read_bytes(), require_client_auth=True)
+    server = grpc.aio.server()
+    verification_service_pb2_grpc.add_VerificationServiceServicer_to_server(Ledger(), server)
+    port = server.add_secure_port("127.0.0.1:0", trust)
+    await server.start()
+    try:
+        command = [f"--address=localhost:{port}", "--reason=audit", "--timeout=10"]
+        with_ca = [f"--tls-ca={leaf.authorities}"]
+        with_leaf = [f"--tls-cert={leaf.certificate}", f"--tls-key={leaf.key}"]
+        told = [
+            await run(*command, *options, "ledger", "verify", TENANTRY_OPERATOR_KEY="op")
+            for options in ([*with_ca, *with_leaf], with_ca, [])
+        ]
+    finally:
+        await server.stop(0)
+    assert [answer.code for answer in told] == [0, 1, 1], told
+    assert told[0].out == "0 tenants, 0 figures compared, 0 differ\n" and "with TLS" in told[1].err and "--tls-ca" in told[2].err

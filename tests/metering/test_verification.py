@@ -7,6 +7,7 @@ from services.kernel.errors import MeshError
 from services.metering.adapters import postgres_verification
 from tests.metering.billing import ended, use_tokens
 from tests.metering.mesh import Mesh, bill, not_billed, unknown
+from tests.metering.test_lifecycle import erase
 from tests.metering.verifying import busy_tenant, differences, spoil, verified
 
 CALL, SUM, LATENCY = pb.LEDGER_CHECK_CALL, pb.LEDGER_CHECK_USAGE_SUM, pb.LEDGER_CHECK_LATENCY
@@ -25,6 +26,15 @@ async def test_books_that_nobody_touched_agree(mesh: Mesh) -> None:
     # Seven calls and uses, two days of sums, one invoice.
     assert len(pages) == 4 and pages[0].compared_count == 7 and pages[-1].compared_count == 1
     assert {page.tenant_id for page in pages} == {str(tenant.id)}
+
+
+async def test_books_of_an_erased_tenant_agree(mesh: Mesh) -> None:
+    """Names are gone from calls and sums alike, and no figure with them."""
+    tenant = await busy_tenant(mesh)
+    await mesh.settle(bill((await mesh.opened(tenant, user="user-2")).ref))
+    await erase(mesh, tenant)
+    assert await differences(mesh, tenant) == []
+    assert (await verified(mesh, tenant))[0].compared_count == 4
 
 
 SPOILT = {
