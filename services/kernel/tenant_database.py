@@ -32,6 +32,7 @@ _ACQUIRE_SECONDS = 2.0
 _ROLLBACK_SECONDS = 2.0
 _WARM_SECONDS = 3.0
 _IDLE_MS = "15000"
+_READ_COMMITTED = " ISOLATION LEVEL READ COMMITTED READ WRITE"
 # What a place answers that a tenant has left; raised by each service's own `…_assert_here`.
 _MOVED_AWAY = "TM001"
 # A schema, database or role of its own that is not there: not made yet, or dropped with its tenant.
@@ -214,7 +215,8 @@ class TenantDatabase(Database):
         """
         begin = self._begin_at(place, tenant_id, walled=walled)
         if snapshot:
-            begin = begin.replace("BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", 1)
+            # Behind a pooler the transaction says its level already, and of two levels the last one counts.
+            begin = begin.replace(_READ_COMMITTED, "", 1).replace("BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", 1)
         async with AsyncExitStack() as stack:
             try:
                 pool: Database = self
@@ -355,7 +357,7 @@ def _pooled_begin(limits: Mapping[str, str]) -> str:
     # above all a tenant, which would otherwise be lent to a statement that forgot its own.
     settings = {"app.tenant_id": "", "lock_timeout": "0", "row_security": "on"} | dict(limits)
     overruled = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
-    return f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL search_path TO DEFAULT; SELECT {overruled}"
+    return f"BEGIN{_READ_COMMITTED}; SET LOCAL search_path TO DEFAULT; SELECT {overruled}"
 
 
 def _begin_for(tenant_id: TenantId, begin: str) -> str:

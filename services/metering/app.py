@@ -13,11 +13,14 @@ import structlog
 from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleServiceServicer_to_server
 from mesh.metering.v1.budget_service_pb2_grpc import add_BudgetServiceServicer_to_server
 from mesh.metering.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
+from mesh.metering.v1.export_service_pb2_grpc import add_ExportServiceServicer_to_server
+from mesh.metering.v1.export_sink_service_pb2_grpc import add_ExportSinkServiceServicer_to_server
 from mesh.metering.v1.invoice_service_pb2_grpc import add_InvoiceServiceServicer_to_server
 from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
 from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
 from mesh.metering.v1.reconciliation_service_pb2_grpc import add_ReconciliationServiceServicer_to_server
 from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
+from mesh.metering.v1.verification_service_pb2_grpc import add_VerificationServiceServicer_to_server
 from mesh.metering.v1.webhook_service_pb2_grpc import add_WebhookServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
@@ -31,6 +34,7 @@ from services.kernel.tenant_config import TenantConfigCache
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.kernel.webhook_sender import WebhookSender
 from services.metering.adapters.anthropic_usage_report import AnthropicUsageReport
+from services.metering.adapters.export_endpoint import ExportEndpoint
 from services.metering.adapters.postgres_billing import PostgresBilling
 from services.metering.adapters.postgres_billing_plans import billing_plan_changes, load_billing_plans
 from services.metering.adapters.postgres_budget_marks import PostgresBudgetMarks
@@ -41,6 +45,9 @@ from services.metering.adapters.postgres_epochs import PostgresEpochs
 from services.metering.adapters.postgres_event_months import PostgresEventMonths
 from services.metering.adapters.postgres_event_types import PostgresEventTypes
 from services.metering.adapters.postgres_events import PostgresEvents
+from services.metering.adapters.postgres_export import PostgresExport
+from services.metering.adapters.postgres_export_outbox import PostgresExportOutbox
+from services.metering.adapters.postgres_export_settings import PostgresExportSettings
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPriceBook, PostgresPrices, load_price_book, price_book_changes
@@ -50,6 +57,7 @@ from services.metering.adapters.postgres_reratings import PostgresReratings
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
+from services.metering.adapters.postgres_verification import PostgresVerification
 from services.metering.adapters.postgres_webhooks import PostgresWebhooks
 from services.metering.adapters.ratelimit_client import RemoteLimits
 from services.metering.adapters.request_feed import RequestFeed
@@ -67,6 +75,8 @@ from services.metering.budgets.spending import UsageSpending
 from services.metering.event_log import EventLog
 from services.metering.event_months import EventMonths, make_months
 from services.metering.event_types import EventTypeCatalog
+from services.metering.exports.outgoing import Sink, Teller
+from services.metering.exports.relay import ExportRelay
 from services.metering.lease_sweeper import LeaseSweeper
 from services.metering.ledger import EndSink, Ledger
 from services.metering.outbox import OutboxRelay
@@ -82,16 +92,20 @@ from services.metering.reconciliation.report import Thresholds
 from services.metering.rerating import RerateDesk
 from services.metering.servicers.budgets import BudgetServicer
 from services.metering.servicers.events import EventServicer
+from services.metering.servicers.export_sinks import ExportSinkServicer
+from services.metering.servicers.exports import ExportServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
 from services.metering.servicers.lifecycle import LifecycleServicer
 from services.metering.servicers.prices import PriceServicer
 from services.metering.servicers.reconciliations import ReconciliationServicer
 from services.metering.servicers.usage import UsageServicer
+from services.metering.servicers.verification import VerificationServicer
 from services.metering.servicers.webhooks import WebhookServicer
 from services.metering.settings import MeteringSettings
 from services.metering.tenant_proof import TenantProof
 from services.metering.usage_folder import UsageFolder
+from services.metering.verification import Verifier
 from services.metering.webhooks.desk import WebhookDesk
 from services.metering.webhooks.relay import DeliveryRelay
 from services.metering.webhooks.secrets import EndpointSecrets, parse_seal_keys
@@ -135,6 +149,8 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         usage_feed = _usage_feed(stack, settings)
         sender = WebhookSender(private_addresses=settings.webhook_private_addresses)
         stack.push_async_callback(sender.close)
+        # Before the loops, so that its connections are closed after them.
+        exports = _export_relay(stack, settings, jobs)
         background = BackgroundTasks()
         stack.push_async_callback(background.close)
         feed = ChangeFeed(to_tenant)
@@ -158,14 +174,17 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         invoices: Registration = (add_InvoiceServiceServicer_to_server, InvoiceServicer(billing, desk), "mesh.metering.v1.InvoiceService")
         configs, plans = TenantConfigCache(to_tenant, feed=feed), RemoteTenantPlans(to_tenant)
         monthly = MonthlyJob(closings, desk, plans, grace=grace, poll_seconds=settings.invoice_poll_seconds)
-        usage = UsageServicer(PostgresUsage(database), await _usage_queries(stack, settings, database, jobs), TenantCalendars(configs))
+        queries = await _usage_queries(stack, settings, database, jobs)
+        usage = UsageServicer(PostgresUsage(database), queries, TenantCalendars(configs))
         servicers = [*_of_calls(ledger, usage, database, jobs), _of_prices(settings, catalog, database, jobs)]
-        servicers += [_of_events(events, types), invoices]
+        servicers += [_of_events(events, types), invoices, *_of_books(database, jobs, queries)]
         servicers += [_of_budgets(settings, background, database, jobs, configs, RememberedCalendars(plans, feed), clock)]
         servicers += [_of_webhooks(settings, background, sender, database, jobs)]
         servicers += [_reconciliations(stack, settings, background, jobs, usage_feed, _terms(settings, catalog), relay)]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
+        if exports is not None:
+            background.start("export_relay", exports.run)
         background.start("outbox_deleter", relay.run_deleter)
         background.start("outbox_sender", relay.run_sender)
         background.start("outbox_poller", relay.run_poller)
@@ -322,6 +341,35 @@ def _of_webhooks(
     background.start("webhook_relay", relay.run)
     desk = WebhookDesk(PostgresWebhooks(database), secrets, private_addresses=settings.webhook_private_addresses)
     return add_WebhookServiceServicer_to_server, WebhookServicer(desk), "mesh.metering.v1.WebhookService"
+
+
+def _of_books(database: TenantDatabase, jobs: JobsDatabase, queries: PostgresUsageQueries) -> list[Registration]:
+    verifying = VerificationServicer(Verifier(PostgresVerification(database, jobs)))
+    exporting = ExportServicer(PostgresExport(database), queries)
+    telling = ExportSinkServicer(PostgresExportSettings(database, jobs))
+    return [
+        (add_VerificationServiceServicer_to_server, verifying, "mesh.metering.v1.VerificationService"),
+        (add_ExportServiceServicer_to_server, exporting, "mesh.metering.v1.ExportService"),
+        (add_ExportSinkServiceServicer_to_server, telling, "mesh.metering.v1.ExportSinkService"),
+    ]
+
+
+def _export_relay(stack: AsyncExitStack, settings: MeteringSettings, jobs: JobsDatabase) -> ExportRelay | None:
+    outbox, tellers = PostgresExportOutbox(jobs), dict[Sink, Teller]()
+    if key := settings.stripe_secret_key.get_secret_value():
+        # Loaded where it is used: it is larger than the rest of the service.
+        from services.metering.adapters.stripe_meter_events import StripeMeterEvents
+
+        stripe = StripeMeterEvents(key, settings.stripe_url)
+        stack.push_async_callback(stripe.close)
+        tellers[Sink.STRIPE] = stripe
+    if url := settings.export_endpoint_url:
+        sender = WebhookSender(private_addresses=True)
+        stack.push_async_callback(sender.close)
+        tellers[Sink.ENDPOINT] = ExportEndpoint(sender, outbox, url, settings.export_signing_key(), region=settings.region)
+    if not tellers:
+        return None
+    return ExportRelay(outbox, tellers, poll_seconds=settings.export_poll_seconds, max_attempts=settings.export_max_attempts)
 
 
 async def _keep_months(

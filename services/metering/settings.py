@@ -20,6 +20,7 @@ from services.kernel.settings import (
     ServiceSettings,
     is_loopback,
 )
+from services.kernel.webhook_signing import read_webhook_secret
 from services.metering.reconciliation.bucket import BucketWidth
 from services.metering.webhooks.secrets import parse_seal_keys
 
@@ -113,6 +114,18 @@ class MeteringSettings(ServiceSettings):
     webhook_max_attempts: int = Field(default=24, ge=1, description="attempts after which a delivery is given up: 24 take some 9 hours")
     webhook_poll_seconds: float = Field(default=0.5, gt=0.0, description="pause between looks for deliveries that wait")
     webhook_history_days: int = Field(default=30, ge=1, description="days that ended deliveries are kept")
+    stripe_secret_key: SecretStr = Field(
+        default=SecretStr(""), description="Stripe's secret or restricted key, for meter events; empty: what is to be told there waits"
+    )
+    stripe_url: str = Field(default="https://api.stripe.com", description="Stripe's API, or what stands for it")
+    export_endpoint_url: str = Field(
+        default="", description="where use is told as CloudEvents, once `SetEndpointExport` turned it on; empty: what is to be told waits"
+    )
+    export_endpoint_secret: SecretStr = Field(
+        default=SecretStr(""), description="signs them: whsec_<base64> of at least 24 bytes, or any text as long; needed with the URL"
+    )
+    export_max_attempts: int = Field(default=24, ge=1, description="attempts after which an export is given up")
+    export_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for exports that wait")
     relay_poll_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for ends the limits have not taken")
 
     @field_validator("webhook_seal_keys")
@@ -137,4 +150,22 @@ class MeteringSettings(ServiceSettings):
         if not is_ours and not (url.scheme == "https" or (url.scheme == "http" and is_loopback(f"{url.hostname}:0"))):
             msg = "TENANTRY_RECONCILIATION_URL must be https://, or http:// on loopback: a key goes there"
             raise ValueError(msg)
+        return self
+
+    def export_signing_key(self) -> bytes:
+        """Returns the key that signs what the endpoint is told. Raises: ValueError when the secret holds none."""
+        try:
+            return read_webhook_secret(self.export_endpoint_secret.get_secret_value())
+        except ValueError as error:
+            msg = f"TENANTRY_EXPORT_ENDPOINT_SECRET {error}"
+            raise ValueError(msg) from None
+
+    @model_validator(mode="after")
+    def _refuse_half_configured_exports(self) -> Self:
+        for name, url in (("STRIPE_URL", self.stripe_url), ("EXPORT_ENDPOINT_URL", self.export_endpoint_url)):
+            if url and urlsplit(url).scheme not in ("http", "https"):
+                msg = f"TENANTRY_{name} must begin with https:// or http://"
+                raise ValueError(msg)
+        if self.export_endpoint_url:
+            self.export_signing_key()
         return self

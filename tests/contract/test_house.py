@@ -32,6 +32,8 @@ SHARED_TABLES = {
     "event_types",
     "reconciliations",
     "reconciliation_lines",
+    "export_sinks",
+    "stripe_meters",
     "schema_migrations",
     "pg_namespace",
     "pg_database",

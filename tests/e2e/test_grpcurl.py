@@ -37,12 +37,15 @@ SERVICES_LISTED = {
     "metering": {
         "mesh.metering.v1.BudgetService",
         "mesh.metering.v1.EventService",
+        "mesh.metering.v1.ExportService",
+        "mesh.metering.v1.ExportSinkService",
         "mesh.metering.v1.InvoiceService",
         "mesh.metering.v1.LedgerService",
         "mesh.metering.v1.PriceService",
         "mesh.metering.v1.ReconciliationService",
         "mesh.metering.v1.UsageService",
         "mesh.metering.v1.WebhookService",
+        "mesh.metering.v1.VerificationService",
     },
 }
 SHARED = {

@@ -279,6 +279,17 @@ CASES: Mapping[str, Case] = {
         "page_size": 1000,
         "page_token": ids.page_token("/mesh.metering.v1.EventService/ListEvents"),
     },
+    "/mesh.metering.v1.ExportService/ExportUsage": lambda ids: {
+        "kind": 2,
+        "start_time": datetime(2026, 1, 1, tzinfo=UTC),
+        "end_time": datetime(2027, 1, 1, tzinfo=UTC),
+    },
+    "/mesh.metering.v1.ExportSinkService/SetStripeCustomer": lambda ids: {"customer_id": "cus_of_the_attacker"},
+    "/mesh.metering.v1.ExportSinkService/SetStripeMeter": lambda ids: {"meter": "calls.tokens", "event_name": TAMPERED},
+    "/mesh.metering.v1.ExportSinkService/SetEndpointExport": lambda ids: {"is_on": True},
+    "/mesh.metering.v1.ExportSinkService/GetExportSinks": _nothing,
+    "/mesh.metering.v1.ExportSinkService/ListPendingExports": lambda ids: {"page_size": 1000},
+    "/mesh.metering.v1.ExportSinkService/ReplayExports": lambda ids: {"sink": 1, "accept_repeats": True},
     "/mesh.metering.v1.PriceService/GetPriceBook": _nothing,
     "/mesh.metering.v1.PriceService/LoadPriceBook": lambda ids: {"validate_only": True},
     "/mesh.metering.v1.PriceService/RerateUsage": lambda ids: {
@@ -330,6 +341,7 @@ CASES: Mapping[str, Case] = {
         "tenant_ids": [str(ids.tenant_id)],
     },
     "/mesh.metering.v1.UsageService/GetBalance": _nothing,
+    "/mesh.metering.v1.VerificationService/VerifyLedger": _nothing,
 }
 
 # Erasing is aimed at tenants made for it: every other attack must leave its tenants standing.

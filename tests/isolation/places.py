@@ -41,6 +41,11 @@ TRANSIENT = {
         "SELECT $1, uuidv7(), endpoint_id, uuidv7(), 'planted', '{}', now(), now() + interval '1 day' FROM metering.webhook_endpoints "
         "WHERE tenant_id = $1 LIMIT 1"
     ),
+    "metering.stripe_customers": "INSERT INTO metering.stripe_customers VALUES ($1, 'cus_planted')",
+    "metering.export_outbox": (
+        "INSERT INTO metering.export_outbox (tenant_id, sink, usage_id, meter, event_name, source, quantity, use_time, record_time, "
+        "due_time) VALUES ($1, 1, uuidv7(), 'planted', 'planted', 3, 1, now(), now(), now() + interval '1 day')"
+    ),
     "inference.audit_outbox": (
         "INSERT INTO inference.audit_outbox (tenant_id, audit_id, action, call_id, occur_time, user_name, document_ids, detail, "
         "peer_address, context_token, due_time) "

@@ -1,5 +1,7 @@
 """More walls of the stores, taken down one at a time: what may be written, by which role, and what a stored value is bound to."""
 
+from pathlib import Path
+
 from tests.isolation.mutations import REACHES, RULES, STORES, WALLS, Mutation, one
 
 HOUSE = "tests/contract/test_house.py::test_every_statement_on_tenant_data_names_the_tenant"
@@ -12,6 +14,8 @@ SEALED = "tests/kernel/test_tenant_cipher.py::test_a_moved_value_opens_nowhere_e
 _OWN = "(tenant_id = (SELECT current_setting('app.tenant_id')::uuid))"
 _INFERENCE = "services/inference/migrations/0001_prompts_and_conversations.sql"
 _METERING = "services/metering/migrations/0002_ledger.sql"
+_ROOT = Path(__file__).parents[2]
+_EXPORTS = next(str(path.relative_to(_ROOT)) for path in (_ROOT / "services/metering/migrations").glob("*_exports.sql"))
 _RETRIEVAL = "services/retrieval/migrations/0001_documents.sql"
 _AUDIT = "services/tenant/migrations/0009_audit.sql"
 _MOVES = "services/tenant/migrations/0006_placement.sql"
@@ -34,6 +38,7 @@ _WRITING = (
     _open_for_writing(
         "metering.event_claims", "services/metering/migrations/0010_events.sql", "own_tenant ON event_claims TO :service", " "
     ),
+    _open_for_writing("metering.stripe_customers", _EXPORTS, "own_tenant ON stripe_customers TO :service", " "),
     _open_for_writing("retrieval.documents", _RETRIEVAL, "tenant_only ON documents TO :service"),
     _open_for_writing("tenant.provider_keys", "services/tenant/migrations/0008_keys.sql", "tenant_isolation ON tenant.provider_keys"),
     one(

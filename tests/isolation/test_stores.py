@@ -45,7 +45,16 @@ APPEND_ONLY = (
     "metering.event_types",
 )
 SHARED_TABLES = {
-    "metering": ("prices", "price_versions", "event_types", "billing_plan_versions", "reconciliations", "reconciliation_lines"),
+    "metering": (
+        "prices",
+        "price_versions",
+        "event_types",
+        "billing_plan_versions",
+        "reconciliations",
+        "reconciliation_lines",
+        "export_sinks",
+        "stripe_meters",
+    ),
     "tenant": (
         "plan_catalogs",
         "plans",
@@ -88,6 +97,8 @@ JOBS_MAY = {
     "metering.webhook_endpoints": {"SELECT"},
     "metering.webhook_deliveries": {"SELECT", "UPDATE"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
+    "metering.export_outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
+    "metering.stripe_customers": {"SELECT"},
     "retrieval.documents": {"SELECT"},
     "retrieval.retrieval_placed_tenants": {"SELECT"},
     "retrieval.removed_documents": {"SELECT"},

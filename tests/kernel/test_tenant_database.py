@@ -12,6 +12,7 @@ import pytest
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.migrate import migrate
+from services.kernel.placement import HOME
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from tests.support.stores import PostgresStore, running_postgres
 
@@ -199,3 +200,24 @@ async def test_an_exhausted_pool_answers_within_its_limit(databases: Databases, 
     async with databases.service.transaction(tenant()):
         with pytest.raises(Unavailable):
             await databases.service.call(None, "SELECT 1")
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+async def test_a_snapshot_is_one_moment_and_writes_nothing(postgres: PostgresStore, tmp_path: Path, pooling: bool) -> None:
+    """What is committed while it lasts is not in it, and a statement that writes is refused; behind a pooler, too."""
+    (tmp_path / "0001_notes.sql").write_text(SCHEMA_SQL)
+    admin, one = await postgres.fresh_database(), tenant()
+    service = dsn_for(admin, "sample_service")
+    await migrate(admin, "sample", tmp_path, {"service": service})
+    database = await TenantDatabase.open(service, max_size=2, transaction_pooling=pooling)
+    try:
+        async with database.transaction_at(HOME, one, snapshot=True) as reading:
+            assert await reading.fetch(SELECT_ALL) == []
+            async with database.transaction(one) as writing:
+                await writing.execute(INSERT_NOTE, one, 1, "later")
+            assert await reading.fetch(SELECT_ALL) == []
+            with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+                await reading.execute(INSERT_NOTE, one, 2, "here")
+            await reading.execute("ROLLBACK; BEGIN")
+    finally:
+        await database.close()

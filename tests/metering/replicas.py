@@ -41,7 +41,7 @@ async def running_replicas(mesh: Mesh, folder: Path, count: int, **settings: obj
         for number in range(count):
             port = free_port()
             argv = [sys.executable, "-m", "services.metering"]
-            environment = _environment(mesh, port, settings)
+            environment = environment_of(mesh, port, settings)
             process = ManagedProcess("metering", argv, log_path=folder / f"metering-{number}.log", env=environment)
             replicas.append(Replica(process, Caller("inference", port), Caller("ratelimit", port)))
             await process.start()
@@ -57,7 +57,8 @@ async def running_replicas(mesh: Mesh, folder: Path, count: int, **settings: obj
                 await replica.kill()
 
 
-def _environment(mesh: Mesh, port: int, settings: dict[str, object]) -> dict[str, str]:
+def environment_of(mesh: Mesh, port: int, settings: dict[str, object]) -> dict[str, str]:
+    """The environment of a replica on a port: this process's, with the mesh's settings but these."""
     told = mesh.settings.model_dump() | {"listen_address": f"{LOOPBACK}:{port}", "log_level": "WARNING"} | settings
     texts = {name: value.get_secret_value() if isinstance(value, SecretStr) else str(value) for name, value in told.items()}
     return dict(os.environ) | {f"TENANTRY_{name}".upper(): text for name, text in texts.items()}

@@ -21,6 +21,7 @@ from tests.metering.usage import fold
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
 RERATING = ("reratings", "rerating_ends")
 USAGE = ("usage_latencies", "usage_pending", "usage_rollups")
+EXPORTS = ("stripe_customers", "export_outbox")
 BUDGETS = ("budgets", "budget_alerts", "budget_marks", "webhook_endpoints", "webhook_deliveries")
 TENANT_TABLES = (
     *("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims"),
@@ -28,8 +29,14 @@ TENANT_TABLES = (
     *USAGE,
     *RERATING,
     *BUDGETS,
+    *EXPORTS,
 )
 BOOKS = ("entries", "unit_entries")
+PLANT_CUSTOMER = "INSERT INTO metering.stripe_customers (tenant_id, customer_id) VALUES ($1, 'cus_1')"
+PLANT_EXPORT = """
+INSERT INTO metering.export_outbox (tenant_id, sink, usage_id, meter, event_name, source, quantity, use_time, record_time, due_time)
+VALUES ($1, 1, uuidv7(), 'documents', 'documents', 3, 1, now(), now(), now() + interval '1 day')
+"""
 
 
 async def bill_whole(mesh: Mesh, tenant: Tenant) -> None:
@@ -60,11 +67,26 @@ async def billed(mesh: Mesh) -> Tenant:
     return tenant
 
 
+async def plant_exports(mesh: Mesh, tenant: Tenant) -> None:
+    """Leaves a row in what is told to others, which waits until tomorrow."""
+    for statement in (PLANT_CUSTOMER, PLANT_EXPORT):
+        await mesh.admin.execute(statement, tenant.id)
+
+
 async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) -> None:
     """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
     connection = await asyncpg.connect(ledger_dsn)
     try:
-        shared = ("price_versions", "prices", "event_types", "billing_plan_versions", "reconciliations", "reconciliation_lines")
+        shared = (
+            "price_versions",
+            "prices",
+            "event_types",
+            "billing_plan_versions",
+            "reconciliations",
+            "reconciliation_lines",
+            "export_sinks",
+            "stripe_meters",
+        )
         assert await violations(connection, "metering", shared_tables=shared) == []
     finally:
         await connection.close()
@@ -142,6 +164,7 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await rerated(mesh, one, order(end=datetime.now(UTC) - timedelta(days=1)))
     await events.register(mesh)
     await events.record(mesh, one, [events.event()])
+    await plant_exports(mesh, one)
     # Folded into sums, and one more not yet.
     await fold(mesh)
     await mesh.record(mesh.use(one, epoch=1))
@@ -164,6 +187,7 @@ async def test_without_a_tenant_the_service_role_sees_nothing_at_all(ledger_dsn:
         await holding.execute("SELECT pg_advisory_xact_lock(7405, 0), pg_advisory_xact_lock(7405, 1)")
         await mesh.record(mesh.use(mesh.new_tenant()))
         await use(mesh, tenant, 1)
+        await plant_exports(mesh, tenant)
         connection = await asyncpg.connect(dsn_of(ledger_dsn, "metering_service"))
         try:
             with pytest.raises(asyncpg.PostgresError):

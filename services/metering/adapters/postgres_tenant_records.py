@@ -117,6 +117,8 @@ KEPT = frozenset(
         "erased_tenants",
         "events",
         "event_claims",
+        "stripe_customers",
+        "export_outbox",
         *BILLING_TABLES,
         *RERATING_TABLES,
         *USAGE,

@@ -123,7 +123,7 @@ def balance_response(start: datetime, end: datetime, balance: Balance) -> pb.Get
         read_time=to_timestamp(balance.read_time),
         cost=NanoUsd(nano_usd=balance.cost_nano_usd),
         settled_count=balance.settled_count,
-        tokens=_tokens(balance.usage),
+        tokens=tokens_message(balance.usage),
         units=[pb.UnitBalance(product_unit=unit.product_unit, quantity=unit.quantity) for unit in balance.units],
         outstanding_count=balance.outstanding_count,
         outstanding_bound=NanoUsd(nano_usd=balance.outstanding_nano_usd),
@@ -148,7 +148,7 @@ def _row(group: GroupUse, start: datetime, *, of_tenants: bool) -> pb.UsageRow:
         reconciled_count=group.reconciled,
         retry_count=group.retries,
         failures=_failures(group.failures),
-        tokens=_tokens(group.usage),
+        tokens=tokens_message(group.usage),
         cost=NanoUsd(nano_usd=group.cost_nano_usd),
         quantity=group.quantity,
         cache_hit_share=group.cache_hit_share,
@@ -169,7 +169,8 @@ def _failures(failures: Failures) -> pb.UsageFailures:
     )
 
 
-def _tokens(usage: TokenUsage) -> pb.UsageTokens:
+def tokens_message(usage: TokenUsage) -> pb.UsageTokens:
+    """Writes tokens by class."""
     return pb.UsageTokens(
         input_tokens=usage.input,
         output_tokens=usage.output,
