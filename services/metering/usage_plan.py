@@ -33,6 +33,8 @@ WITH_USERS = (Grain.USER_DAY,)
 USERS_ALONE = (Grain.USER_ALONE_WEEK, Grain.USER_ALONE_DAY)
 TENANTS_ALONE = (Grain.TENANT_WEEK, Grain.TENANT_DAY, Grain.TENANT_HOUR)
 LATENCIES = (Grain.DAY,)
+LEVELS = (Grain.DAY, Grain.HOUR)
+USER_LEVELS = (Grain.USER_DAY,)
 _HOUR, _DAY, _WEEK = timedelta(hours=1), timedelta(days=1), timedelta(days=7)
 LENGTHS = {
     Grain.HOUR: _HOUR,

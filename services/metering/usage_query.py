@@ -11,7 +11,18 @@ from services.kernel.errors import InvalidRequest
 from services.kernel.ids import TenantId
 from services.metering.call import TokenUsage
 from services.metering.usage_calendar import Bucket, bucket_starts, month_start
-from services.metering.usage_plan import LATENCIES, TENANTS_ALONE, USERS_ALONE, WITH_USERS, WITHOUT_USERS, Grain, Segment, segments
+from services.metering.usage_plan import (
+    LATENCIES,
+    LEVELS,
+    TENANTS_ALONE,
+    USER_LEVELS,
+    USERS_ALONE,
+    WITH_USERS,
+    WITHOUT_USERS,
+    Grain,
+    Segment,
+    segments,
+)
 
 MAX_PERIOD = timedelta(days=400)
 MAX_PERIOD_OF_HOURS = timedelta(days=32)
@@ -30,6 +41,7 @@ class Dimension(IntEnum):
     PROVIDER = 6
     TIER = 7
     PRODUCT_UNIT = 8
+    EVENT_TYPE = 9
 
 
 class Measure(IntEnum):
@@ -60,6 +72,7 @@ class UsageFilter:
     providers: Sequence[str] = ()
     tiers: Sequence[str] = ()
     product_units: Sequence[str] = ()
+    event_types: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +112,10 @@ class UsageQuery:
         if self.of_users:
             return WITH_USERS if others else USERS_ALONE
         return WITHOUT_USERS if others else TENANTS_ALONE
+
+    def level_segments(self) -> list[Segment]:
+        """As `segments`, for levels of which the highest counts."""
+        return segments(self.bucket_starts(), self.end, USER_LEVELS if self.of_users else LEVELS)
 
     def latency_segments(self) -> list[Segment]:
         """As `segments`, for latencies."""

@@ -33,6 +33,10 @@ TRANSIENT = {
         "product_unit, state, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd, "
         "quantity, first_token_ms, total_ms) VALUES ($1, 1, now(), '', '', '', '', '', '', 'planted', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)"
     ),
+    "metering.usage_levels": (
+        "INSERT INTO metering.usage_levels (tenant_id, grain, start_time, series, level, feature, user_name, product_unit, event_type, "
+        "events) VALUES ($1, 3, now(), uuidv7(), 1, '', 'planted', 'seats', 'screening/seats.open', 1)"
+    ),
     "inference.audit_outbox": (
         "INSERT INTO inference.audit_outbox (tenant_id, audit_id, action, call_id, occur_time, user_name, document_ids, detail, "
         "peer_address, context_token, due_time) "

@@ -7,6 +7,7 @@ import pytest
 
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import invoice_service_pb2 as invoice_pb
+from mesh.metering.v1.event_service_pb2 import AGGREGATION_MAX
 from services.kernel.catalog import violations
 from services.kernel.ids import TenantId, new_uuid7
 from tests.metering import events
@@ -15,7 +16,7 @@ from tests.metering.mesh import Mesh, Tenant, bill, dsn_of
 from tests.metering.usage import fold
 
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
-USAGE = ("usage_latencies", "usage_pending", "usage_rollups")
+USAGE = ("usage_latencies", "usage_levels", "usage_pending", "usage_rollups")
 TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING, *USAGE)
 BOOKS = ("entries", "unit_entries")
 
@@ -117,7 +118,8 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await mesh.record(mesh.use(one, epoch=1))
     await bill_whole(mesh, one)
     await events.register(mesh)
-    await events.record(mesh, one, [events.event()])
+    await events.register(mesh, "seats.open", unit="seats", aggregation=AGGREGATION_MAX)
+    await events.record(mesh, one, [events.event(), events.event(type="seats.open")])
     # Folded into sums, and one more not yet.
     await fold(mesh)
     await mesh.record(mesh.use(one, epoch=1))

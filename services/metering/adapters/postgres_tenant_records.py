@@ -81,6 +81,18 @@ WITH chosen AS MATERIALIZED (
 )
 SELECT grain, start_time, series FROM chosen ORDER BY grain, start_time, series
 """
+PSEUDONYMISE_LEVELS = """
+WITH named AS MATERIALIZED (
+    SELECT DISTINCT grain, start_time, series FROM metering.usage_levels
+    WHERE tenant_id = $1 AND (user_name <> '' OR feature <> '') LIMIT $2
+), chosen AS MATERIALIZED (
+    SELECT *, gen_random_uuid() AS nobodys FROM named
+), blanked AS (
+    UPDATE metering.usage_levels l SET user_name = '', feature = '', series = c.nobodys
+    FROM chosen c WHERE l.tenant_id = $1 AND l.grain = c.grain AND l.start_time = c.start_time AND l.series = c.series
+)
+SELECT series FROM chosen
+"""
 # The books stay, with the id and without names; what is still under way ends in them.
 KEPT = frozenset(
     (
@@ -195,10 +207,12 @@ class PostgresTenantRecords:
                 await connection.execute(LOCK_SUMS)
                 # In each step: what was under way when the calls were blanked may have written names behind it.
                 await connection.execute(PSEUDONYMISE_PENDING, tenant_id)
+                levels = await connection.fetch(PSEUDONYMISE_LEVELS, tenant_id, CHUNK)
                 rows = await connection.fetch(PSEUDONYMISE_SUMS, tenant_id, *position, CHUNK)
-            if len(rows) < CHUNK:
+            if max(len(rows), len(levels)) < CHUNK:
                 return
-            position = (rows[-1]["grain"], rows[-1]["start_time"], rows[-1]["series"])
+            if rows:
+                position = (rows[-1]["grain"], rows[-1]["start_time"], rows[-1]["series"])
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
         """Counts what holds the tenant's id or one of the strings; the jobs role sees the books of every tenant."""

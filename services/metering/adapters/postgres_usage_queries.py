@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from decimal import Decimal
 from uuid import UUID
 
 import asyncpg
 
+from services.kernel.errors import SumOutOfRange
 from services.kernel.ids import TenantId
 from services.kernel.placement import HOME
 from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
@@ -30,6 +32,8 @@ from services.metering.usage_query import (
 
 _NO_TENANT = UUID(int=0)
 _NAMED = [dimension for dimension in Dimension if dimension is not Dimension.TENANT]
+# What the contract's int64 holds.
+MAX_QUANTITY = 2**63 - 1
 # A tenant has at most 200 rules, and so hardly more units.
 _MOST_UNITS = 1_000
 
@@ -101,10 +105,16 @@ def _group(row: asyncpg.Record, query: UsageQuery) -> GroupUse:
         failures=Failures(*(row[name] for name in ("refused", "overloaded", "failed", "cancelled", "deadline", "lost", "other"))),
         usage=TokenUsage(row["input"], row["output"], row["cache_read"], row["cache_write_5m"], row["cache_write_1h"]),
         cost_nano_usd=row["cost"],
-        quantity=row["quantity"],
+        quantity=_quantity(row["quantity"]),
         first_token=_latency(row, "first_token") if query.tells_latencies else None,
         total=_latency(row, "total") if query.tells_latencies else None,
     )
+
+
+def _quantity(total: Decimal) -> int:
+    if abs(total) > MAX_QUANTITY:
+        raise SumOutOfRange("quantity", "group by PRODUCT_UNIT, filter fewer units or ask for a shorter period")
+    return int(total)
 
 
 def _latency(row: asyncpg.Record, kind: str) -> Latency | None:

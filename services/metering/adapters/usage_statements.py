@@ -43,10 +43,11 @@ COLUMNS = {
     Dimension.PROVIDER: "provider",
     Dimension.TIER: "tier",
     Dimension.PRODUCT_UNIT: "product_unit",
+    Dimension.EVENT_TYPE: "event_type",
 }
 _MEASURES = (
     "settled, void, unresolved, reconciled, retries, refused, overloaded, failed, cancelled, deadline, lost, other, "
-    "input, output, cache_read, cache_write_5m, cache_write_1h, cost, quantity"
+    "input, output, cache_read, cache_write_5m, cache_write_1h, cost"
 )
 _SUMMED = """
     {0}.settled_calls AS settled, {0}.void_calls AS void, {0}.unresolved_calls AS unresolved, {0}.reconciled_calls AS reconciled,
@@ -55,7 +56,7 @@ _SUMMED = """
     {0}.input_tokens AS input, {0}.output_tokens AS output, {0}.cache_read_tokens AS cache_read,
     {0}.cache_write_5m_tokens AS cache_write_5m, {0}.cache_write_1h_tokens AS cache_write_1h, {0}.cost_nano_usd AS cost, {0}.quantity
 """
-# What one row of the log, or one call, counts.
+# What one row of the log, or one call or event, counts; what has a level is no amount.
 _COUNTED = """
     {0}.sign * ({0}.state = 2)::integer, {0}.sign * ({0}.state = 3)::integer,
     {0}.sign * ({0}.state = 4)::integer, {0}.sign * ({0}.state = 5)::integer,
@@ -65,7 +66,7 @@ _COUNTED = """
     {0}.sign * coalesce({0}.cause = 5, false)::integer, {0}.sign * coalesce({0}.cause = 6, false)::integer,
     {0}.sign * coalesce({0}.cause = 7, false)::integer,
     {0}.sign * {0}.input_tokens, {0}.sign * {0}.output_tokens, {0}.sign * {0}.cache_read_tokens, {0}.sign * {0}.cache_write_5m_tokens,
-    {0}.sign * {0}.cache_write_1h_tokens, {0}.sign * {0}.cost_nano_usd, {0}.sign * {0}.quantity
+    {0}.sign * {0}.cache_write_1h_tokens, {0}.sign * {0}.cost_nano_usd, CASE WHEN {0}.level IS NULL THEN {0}.sign * {0}.quantity ELSE 0 END
 """
 # The segments follow each other without a gap: the log's rows find theirs among the starts.
 _PENDING = """
@@ -74,18 +75,39 @@ _PENDING = """
      CROSS JOIN LATERAL (SELECT ({buckets})[w.number] AS bucket, ({grains})[w.number] AS grain) s
      WHERE w.number > 0 AND p.use_time < ({ends})[cardinality({ends})] AND s.grain > 0)
 """
-_CALLS = """
-    (SELECT c.*, s.bucket FROM {segments} s CROSS JOIN asked a
-     CROSS JOIN LATERAL (SELECT * FROM metering.counted_use u
-                         WHERE u.tenant_id = a.tenant_id AND u.use_time >= s.start_time AND u.use_time < s.end_time OFFSET 0) c
+_COUNTED_COLUMNS = (
+    "tenant_id, sign, use_time, provider, model, feature, user_name, prompt_version, tier, product_unit, event_type, state, attempt, "
+    "cause, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd, quantity, level, "
+    "first_token_ms, total_ms"
+)
+# Events are found by their time of record, which is near their use or in an index of its own.
+_CALLS = f"""
+    (SELECT c.*, s.bucket FROM {{segments}} s CROSS JOIN asked a
+     CROSS JOIN LATERAL (
+         SELECT {_COUNTED_COLUMNS} FROM metering.counted_use u
+         WHERE u.tenant_id = a.tenant_id AND u.use_time >= s.start_time AND u.use_time < s.end_time
+         UNION ALL
+         SELECT {_COUNTED_COLUMNS} FROM metering.counted_events e
+         WHERE e.tenant_id = a.tenant_id AND e.use_time >= s.start_time AND e.use_time < s.end_time
+           AND (NOT e.is_near OR e.record_time >= s.start_time - interval '1 day' AND e.record_time < s.end_time + interval '1 day')
+         OFFSET 0) c
      WHERE s.grain = 0)
-"""
+"""  # noqa: S608 - made of the fragments above alone
 # OFFSET 0 keeps each look a look into the index, one for each tenant and segment: in another order all of a tenant's rows are read.
 _SUMS = """
     (SELECT u.*, s.bucket FROM {segments} s CROSS JOIN asked a
      CROSS JOIN LATERAL (SELECT * FROM metering.usage_rollups u
                          WHERE u.tenant_id = a.tenant_id AND u.grain = s.grain
                            AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) u
+     WHERE s.grain > 0)
+"""
+# Levels have names of their own alone.
+_LEVELS = """
+    (SELECT v.*, s.bucket FROM level_segments s CROSS JOIN asked a
+     CROSS JOIN LATERAL (SELECT u.*, ''::text AS provider, ''::text AS model, ''::text AS prompt_version, ''::text AS tier
+                         FROM metering.usage_levels u
+                         WHERE u.tenant_id = a.tenant_id AND u.grain = s.grain
+                           AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) v
      WHERE s.grain > 0)
 """
 _SEGMENTS = "SELECT * FROM unnest({starts}, {ends}, {buckets}, {grains}) AS s (start_time, end_time, bucket, grain)"
@@ -101,7 +123,7 @@ _RANKS = {
     Measure.RETRY_SHARE: f"1000000 * retries / nullif({_ENDED}, 0)",
     Measure.TOKENS: "input + output + cache_read + cache_write_5m + cache_write_1h",
     Measure.CACHE_HIT_SHARE: "1000000 * cache_read / nullif(input + cache_read + cache_write_5m + cache_write_1h, 0)",
-    Measure.QUANTITY: "quantity",
+    Measure.QUANTITY: "least(greatest(quantity, -9223372036854775807), 9223372036854775807)",
     Measure.FIRST_TOKEN_P95: "(1000 * first_token_p95)::bigint",
     Measure.TOTAL_P95: "(1000 * total_p95)::bigint",
 }
@@ -114,15 +136,27 @@ _COUNTS = (
     "SELECT {names}, {amounts} FROM {pending} p WHERE true{filters}",
     "SELECT {names}, {amounts} FROM {calls} c WHERE true{filters}",
 )
+# Of each level how many events stand.
+_STANDING = (
+    "SELECT {names}, u.event_type AS of_type, u.level, u.events FROM {levels} u WHERE true{filters}",
+    "SELECT {names}, p.event_type, p.level, p.sign * p.quantity FROM {pending} p WHERE p.level IS NOT NULL{filters}",
+    "SELECT {names}, c.event_type, c.level, c.sign * c.quantity FROM {calls} c WHERE c.level IS NOT NULL{filters}",
+)
 _AMOUNTS = {"u": _SUMMED.format("u"), "p": _COUNTED.format("p"), "c": _COUNTED.format("c")}
 _GROUPED = f"""
 WITH asked AS MATERIALIZED (
     {{tenants}}
 ), segments AS MATERIALIZED (
     {{segments}}
+), level_segments AS MATERIALIZED (
+    {{level_segments}}
+), highest AS (
+    SELECT {{keys}}, max(level) AS quantity
+    FROM (SELECT {{keys}}, of_type, level FROM ({{levels}}) l GROUP BY {{keys}}, of_type, level HAVING sum(events) > 0) h
+    GROUP BY {{keys}}, of_type
 ), grouped AS (
-    SELECT {{keys}}, {", ".join(f"sum({name})::bigint AS {name}" for name in _MEASURES.split(", "))}
-    FROM ({{branches}}) f
+    SELECT {{keys}}, {", ".join(f"sum({name})::bigint AS {name}" for name in _MEASURES.split(", "))}, sum(quantity) AS quantity
+    FROM ({{branches}} UNION ALL SELECT {{keys}}, {"0, " * len(_MEASURES.split(", "))}quantity FROM highest) f
     GROUP BY {{keys}}
     HAVING (sum(settled), sum(void), sum(unresolved), sum(reconciled), sum(quantity)) <> (0, 0, 0, 0, 0)
 )
@@ -179,7 +213,7 @@ class UsageStatement:
         if tenant_ids:
             self._tenants = f"SELECT a.tenant_id FROM unnest({self._argument(list(tenant_ids), 'uuid[]')}) AS a (tenant_id)"  # noqa: S608
         self._filters = self._filter()
-        grouped = self._grouped(query.segments())
+        grouped = self._grouped(query.segments(), query.level_segments())
         timed = self._timed(query.latency_segments()) if query.tells_latencies else ""
         self.text = grouped + timed + self._page(after, size)
 
@@ -197,6 +231,7 @@ class UsageStatement:
             "provider": wanted.providers,
             "tier": wanted.tiers,
             "product_unit": wanted.product_units,
+            "event_type": wanted.event_types,
         }
         return "".join(f" AND {{0}}.{column} = ANY ({self._argument(list(names), 'text[]')})" for column, names in lists.items() if names)
 
@@ -225,12 +260,14 @@ class UsageStatement:
             for table, template in zip(_AMOUNTS, kept, strict=False)
         )
 
-    def _grouped(self, parts: Sequence[Segment]) -> str:
-        segments = self._segments(parts)
+    def _grouped(self, parts: Sequence[Segment], level_parts: Sequence[Segment]) -> str:
+        segments, level_segments = self._segments(parts), self._segments(level_parts)
         return _GROUPED.format(
             tenants=self._tenants,
             segments=_SEGMENTS.format(**segments),
+            level_segments=_SEGMENTS.format(**level_segments),
             keys=", ".join(self._keys),
+            levels=self._branches(_STANDING, level_parts, levels=_LEVELS, **_read("level_segments", level_segments)),
             branches=self._branches(_COUNTS, parts, **_read("segments", segments)),
         )
 

@@ -33,7 +33,8 @@ BEGIN
                coalesce(sum(t.sign) FILTER (WHERE t.cause = 3), 0) AS failed, coalesce(sum(t.sign) FILTER (WHERE t.cause = 4), 0) AS cancelled,
                coalesce(sum(t.sign) FILTER (WHERE t.cause = 5), 0) AS deadline, coalesce(sum(t.sign) FILTER (WHERE t.cause = 6), 0) AS lost,
                coalesce(sum(t.sign) FILTER (WHERE t.cause = 7), 0) AS other,
-               sum(t.sign * t.input_tokens)::bigint AS input, sum(t.sign * t.output_tokens)::bigint AS output, sum(t.sign * t.cache_read_tokens)::bigint AS cache_read,
+               sum(t.sign * t.input_tokens)::bigint AS input, sum(t.sign * t.output_tokens)::bigint AS output,
+               sum(t.sign * t.cache_read_tokens)::bigint AS cache_read,
                sum(t.sign * t.cache_write_5m_tokens)::bigint AS cache_write_5m, sum(t.sign * t.cache_write_1h_tokens)::bigint AS cache_write_1h,
                sum(t.sign * t.cost_nano_usd)::bigint AS cost, sum(t.sign * t.quantity) AS quantity
         FROM taken t
