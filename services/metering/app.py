@@ -33,6 +33,7 @@ from services.metering.adapters.postgres_events import PostgresEvents
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPrices, load_price_book
+from services.metering.adapters.postgres_refusals import PostgresRefusals
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
@@ -51,6 +52,7 @@ from services.metering.ledger import Ledger
 from services.metering.outbox import OutboxRelay
 from services.metering.price_book import PriceBookRefused, parse_price_book
 from services.metering.price_catalog import PriceCatalog
+from services.metering.refusal import RefusalBook
 from services.metering.servicers.events import EventServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
@@ -104,9 +106,9 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         jobs_store = PostgresJobs(jobs)
         relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)
         sweeper = LeaseSweeper(jobs_store, relay, lease_seconds=settings.lease_seconds, sweep_seconds=settings.sweep_seconds)
-        ledger = Ledger(
-            PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, tier_of=TenantProof(verifier).tier_of
-        )
+        proof = TenantProof(verifier)
+        ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, tier_of=proof.tier_of)
+        refusals = RefusalBook(PostgresRefusals(database), proof)
         # Closed before the loops: what its last batches end is still told.
         stack.push_async_callback(ledger.close)
         types = EventTypeCatalog(PostgresEventTypes(database, jobs))
@@ -122,7 +124,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
             await _usage_queries(stack, settings, database, jobs),
             TenantCalendars(TenantConfigCache(to_tenant, feed=feed)),
         )
-        servicers = [*_of_calls(ledger, catalog, usage, database, jobs), _of_events(events, types), invoices]
+        servicers = [*_of_calls(ledger, refusals, catalog, usage, database, jobs), _of_events(events, types), invoices]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(stack, settings, background, jobs, clock)
         background.start("outbox_deleter", relay.run_deleter)
@@ -158,11 +160,16 @@ async def _usage_queries(
 
 
 def _of_calls(
-    ledger: Ledger, catalog: PriceCatalog, usage: UsageServicer, database: TenantDatabase, jobs: JobsDatabase
+    ledger: Ledger,
+    refusals: RefusalBook,
+    catalog: PriceCatalog,
+    usage: UsageServicer,
+    database: TenantDatabase,
+    jobs: JobsDatabase,
 ) -> list[Registration]:
     records = PostgresTenantRecords(database, jobs)
     return [
-        (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
+        (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database), refusals), "mesh.metering.v1.LedgerService"),
         (add_PriceServiceServicer_to_server, PriceServicer(catalog), "mesh.metering.v1.PriceService"),
         (add_UsageServiceServicer_to_server, usage, "mesh.metering.v1.UsageService"),
         (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(records), "mesh.common.v1.TenantLifecycleService"),

@@ -16,8 +16,9 @@ CREDITS = "postgres:metering.credits"
 INVOICES = "postgres:metering.invoices"
 # What was billed is the operator's book: kept for ever, with the id alone.
 BILLING_TABLES = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
-# What the log and the sums of use are kept in: made of calls, units and events, so they are not exported, and blanked with them.
-USAGE = ("usage_pending", "usage_rollups", "usage_latencies", "usage_levels")
+# What the log and the sums of use are kept in: made of calls, units and events, so they are not exported, and blanked with them. Refusals
+# are counts and nothing else.
+USAGE = ("usage_pending", "usage_rollups", "usage_latencies", "usage_levels", "refusals")
 
 
 class TenantRecords(Protocol):

@@ -74,6 +74,8 @@ def _cover(first: datetime, last: datetime, bucket: int, grains: Sequence[Grain]
         return [Segment(first, last, bucket, Grain.CALLS)]
     grain, finer = grains[0], grains[1:]
     length = LENGTHS[grain]
+    if last - first < length:
+        return _cover(first, last, bucket, finer)
     low, high = _EPOCH + -((_EPOCH - first) // length) * length, _EPOCH + (last - _EPOCH) // length * length
     if low >= high:
         return _cover(first, last, bucket, finer)

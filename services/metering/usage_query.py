@@ -42,6 +42,8 @@ class Dimension(IntEnum):
     TIER = 7
     PRODUCT_UNIT = 8
     EVENT_TYPE = 9
+    REFUSAL_REASON = 10
+    REFUSAL_RULE = 11
 
 
 class Measure(IntEnum):
@@ -59,6 +61,7 @@ class Measure(IntEnum):
     QUANTITY = 9
     FIRST_TOKEN_P95 = 10
     TOTAL_P95 = 11
+    REFUSALS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class UsageFilter:
     tiers: Sequence[str] = ()
     product_units: Sequence[str] = ()
     event_types: Sequence[str] = ()
+    refusal_reasons: Sequence[str] = ()
+    refusal_rules: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +192,7 @@ class GroupUse:
     usage: TokenUsage
     cost_nano_usd: int
     quantity: int
+    refusals: int
     first_token: Latency | None
     total: Latency | None
 

@@ -35,7 +35,7 @@ KEPT = {
     "metering.calls", "metering.entries", "metering.unit_entries", "metering.tenant_epochs", "metering.outbox", "metering.erased_tenants",
     "metering.subscriptions", "metering.credits", "metering.invoice_closings", "metering.invoices", "metering.invoice_lines",
     "metering.credit_uses", "metering.credit_notes", "metering.usage_pending", "metering.usage_rollups", "metering.usage_latencies",
-    "metering.usage_levels",
+    "metering.usage_levels", "metering.refusals",
     *(f"metering.events_{month:%Y_%m}" for month in months_from(datetime.now(UTC).date())),
     *(f"metering.event_claims_{number}" for number in range(16)),
     "inference.erased_tenants", "retrieval.erased_tenants",

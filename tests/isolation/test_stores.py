@@ -84,6 +84,7 @@ JOBS_MAY = {
     "metering.usage_rollups": {"SELECT", "INSERT", "UPDATE"},
     "metering.usage_latencies": {"SELECT", "INSERT", "UPDATE"},
     "metering.usage_levels": {"SELECT", "INSERT", "UPDATE"},
+    "metering.refusals": {"SELECT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "retrieval.documents": {"SELECT"},
     "retrieval.retrieval_placed_tenants": {"SELECT"},

@@ -16,7 +16,7 @@ from tests.metering.mesh import Mesh, Tenant, bill, dsn_of
 from tests.metering.usage import fold
 
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
-USAGE = ("usage_latencies", "usage_levels", "usage_pending", "usage_rollups")
+USAGE = ("refusals", "usage_latencies", "usage_levels", "usage_pending", "usage_rollups")
 TENANT_TABLES = ("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims", *BILLING, *USAGE)
 BOOKS = ("entries", "unit_entries")
 
@@ -120,6 +120,7 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await events.register(mesh)
     await events.register(mesh, "seats.open", unit="seats", aggregation=AGGREGATION_MAX)
     await events.record(mesh, one, [events.event(), events.event(type="seats.open")])
+    await mesh.refuse(mesh.refusals(one))
     # Folded into sums, and one more not yet.
     await fold(mesh)
     await mesh.record(mesh.use(one, epoch=1))

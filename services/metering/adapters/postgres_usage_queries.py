@@ -106,6 +106,7 @@ def _group(row: asyncpg.Record, query: UsageQuery) -> GroupUse:
         usage=TokenUsage(row["input"], row["output"], row["cache_read"], row["cache_write_5m"], row["cache_write_1h"]),
         cost_nano_usd=row["cost"],
         quantity=_quantity(row["quantity"]),
+        refusals=row["refusals"],
         first_token=_latency(row, "first_token") if query.tells_latencies else None,
         total=_latency(row, "total") if query.tells_latencies else None,
     )

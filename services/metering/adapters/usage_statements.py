@@ -44,17 +44,20 @@ COLUMNS = {
     Dimension.TIER: "tier",
     Dimension.PRODUCT_UNIT: "product_unit",
     Dimension.EVENT_TYPE: "event_type",
+    Dimension.REFUSAL_REASON: "refusal_reason",
+    Dimension.REFUSAL_RULE: "refusal_rule",
 }
 _MEASURES = (
     "settled, void, unresolved, reconciled, retries, refused, overloaded, failed, cancelled, deadline, lost, other, "
-    "input, output, cache_read, cache_write_5m, cache_write_1h, cost"
+    "input, output, cache_read, cache_write_5m, cache_write_1h, cost, refusals"
 )
 _SUMMED = """
     {0}.settled_calls AS settled, {0}.void_calls AS void, {0}.unresolved_calls AS unresolved, {0}.reconciled_calls AS reconciled,
     {0}.retries, {0}.refused_calls AS refused, {0}.overloaded_calls AS overloaded, {0}.failed_calls AS failed,
     {0}.cancelled_calls AS cancelled, {0}.deadline_calls AS deadline, {0}.lost_calls AS lost, {0}.other_calls AS other,
     {0}.input_tokens AS input, {0}.output_tokens AS output, {0}.cache_read_tokens AS cache_read,
-    {0}.cache_write_5m_tokens AS cache_write_5m, {0}.cache_write_1h_tokens AS cache_write_1h, {0}.cost_nano_usd AS cost, {0}.quantity
+    {0}.cache_write_5m_tokens AS cache_write_5m, {0}.cache_write_1h_tokens AS cache_write_1h, {0}.cost_nano_usd AS cost, {0}.refusals,
+    {0}.quantity
 """
 # What one row of the log, or one call or event, counts; what has a level is no amount.
 _COUNTED = """
@@ -66,7 +69,8 @@ _COUNTED = """
     {0}.sign * coalesce({0}.cause = 5, false)::integer, {0}.sign * coalesce({0}.cause = 6, false)::integer,
     {0}.sign * coalesce({0}.cause = 7, false)::integer,
     {0}.sign * {0}.input_tokens, {0}.sign * {0}.output_tokens, {0}.sign * {0}.cache_read_tokens, {0}.sign * {0}.cache_write_5m_tokens,
-    {0}.sign * {0}.cache_write_1h_tokens, {0}.sign * {0}.cost_nano_usd, CASE WHEN {0}.level IS NULL THEN {0}.sign * {0}.quantity ELSE 0 END
+    {0}.sign * {0}.cache_write_1h_tokens, {0}.sign * {0}.cost_nano_usd, {0}.refusals,
+    CASE WHEN {0}.level IS NULL THEN {0}.sign * {0}.quantity ELSE 0 END
 """
 # The segments follow each other without a gap: the log's rows find theirs among the starts.
 _PENDING = """
@@ -84,12 +88,17 @@ _COUNTED_COLUMNS = (
 _CALLS = f"""
     (SELECT c.*, s.bucket FROM {{segments}} s CROSS JOIN asked a
      CROSS JOIN LATERAL (
-         SELECT {_COUNTED_COLUMNS} FROM metering.counted_use u
+         SELECT {_COUNTED_COLUMNS}, '' AS refusal_reason, '' AS refusal_rule, 0 AS refusals FROM metering.counted_use u
          WHERE u.tenant_id = a.tenant_id AND u.use_time >= s.start_time AND u.use_time < s.end_time
          UNION ALL
-         SELECT {_COUNTED_COLUMNS} FROM metering.counted_events e
+         SELECT {_COUNTED_COLUMNS}, '', '', 0 FROM metering.counted_events e
          WHERE e.tenant_id = a.tenant_id AND e.use_time >= s.start_time AND e.use_time < s.end_time
            AND (NOT e.is_near OR e.record_time >= s.start_time - interval '1 day' AND e.record_time < s.end_time + interval '1 day')
+         UNION ALL
+         SELECT r.tenant_id, 1, r.minute, '', r.model, r.feature, r.user_name, '', r.tier, '', '', 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, NULL,
+                0, 0, r.reason, r.rule, r.refusals
+         FROM metering.refusals r
+         WHERE r.tenant_id = a.tenant_id AND r.minute >= s.start_time AND r.minute < s.end_time
          OFFSET 0) c
      WHERE s.grain = 0)
 """  # noqa: S608 - made of the fragments above alone
@@ -104,7 +113,8 @@ _SUMS = """
 # Levels have names of their own alone.
 _LEVELS = """
     (SELECT v.*, s.bucket FROM level_segments s CROSS JOIN asked a
-     CROSS JOIN LATERAL (SELECT u.*, ''::text AS provider, ''::text AS model, ''::text AS prompt_version, ''::text AS tier
+     CROSS JOIN LATERAL (SELECT u.*, ''::text AS provider, ''::text AS model, ''::text AS prompt_version, ''::text AS tier,
+                                ''::text AS refusal_reason, ''::text AS refusal_rule
                          FROM metering.usage_levels u
                          WHERE u.tenant_id = a.tenant_id AND u.grain = s.grain
                            AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) v
@@ -126,6 +136,7 @@ _RANKS = {
     Measure.QUANTITY: "least(greatest(quantity, -9223372036854775807), 9223372036854775807)",
     Measure.FIRST_TOKEN_P95: "(1000 * first_token_p95)::bigint",
     Measure.TOTAL_P95: "(1000 * total_p95)::bigint",
+    Measure.REFUSALS: "refusals",
 }
 _KINDS = "(VALUES (1::smallint, {0}.first_token_ms), (2::smallint, {0}.total_ms)) AS m (kind, ms)"
 # The middle of a bucket of the scale: see metering.latency_bucket.
@@ -158,7 +169,7 @@ WITH asked AS MATERIALIZED (
     SELECT {{keys}}, {", ".join(f"sum({name})::bigint AS {name}" for name in _MEASURES.split(", "))}, sum(quantity) AS quantity
     FROM ({{branches}} UNION ALL SELECT {{keys}}, {"0, " * len(_MEASURES.split(", "))}quantity FROM highest) f
     GROUP BY {{keys}}
-    HAVING (sum(settled), sum(void), sum(unresolved), sum(reconciled), sum(quantity)) <> (0, 0, 0, 0, 0)
+    HAVING (sum(settled), sum(void), sum(unresolved), sum(reconciled), sum(quantity), sum(refusals)) <> (0, 0, 0, 0, 0, 0)
 )
 """  # noqa: S608 - made of the fragments above alone
 # How long they took, likewise.
@@ -232,6 +243,8 @@ class UsageStatement:
             "tier": wanted.tiers,
             "product_unit": wanted.product_units,
             "event_type": wanted.event_types,
+            "refusal_reason": wanted.refusal_reasons,
+            "refusal_rule": wanted.refusal_rules,
         }
         return "".join(f" AND {{0}}.{column} = ANY ({self._argument(list(names), 'text[]')})" for column, names in lists.items() if names)
 
