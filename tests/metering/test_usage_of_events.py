@@ -168,6 +168,17 @@ async def test_any_period_bucket_and_name_is_answered_as_the_events_say(mesh: Me
             assert row.quantity == model.quantity(first, min(later, end, first + step), type=row.event_type.removeprefix("screening/"))
 
 
+@pytest.mark.parametrize("hours", [-30, -20, 20], ids=["long ago", "recorded within a day", "to come"])
+async def test_an_event_is_found_by_its_time_whenever_it_was_recorded(mesh: Mesh, hours: int) -> None:
+    """In a period that no sum fits, too: late by more than a day, by less, or a day early."""
+    tenant, time = mesh.new_tenant(), datetime.now(UTC) + timedelta(hours=hours)
+    await registered(mesh)
+    await record(mesh, tenant, [event(type=name, quantity=7, time=time) for name in TYPES])
+    found = await quantities(mesh, tenant, UNIT, start=time, end=time + timedelta(seconds=1))
+    assert found == {("pages",): 7, ("calls_held",): 1, ("seats",): 14}
+    assert await quantities(mesh, tenant, UNIT, start=time + timedelta(microseconds=1), end=time + timedelta(seconds=1)) == {}
+
+
 async def test_a_sum_beyond_an_int64_is_refused_and_never_wrong(mesh: Mesh) -> None:
     """Sums are exact inside; what no answer can hold is OUT_OF_RANGE with what to ask for instead, and what it can hold is answered."""
     tenant = mesh.new_tenant()

@@ -537,8 +537,8 @@ class UsageRow(_message.Message):
     refusal_rule: _builtins.str
     """The rule that refused."""
     refusal_count: _builtins.int
-    """How many calls the limits refused before they began. They are no attempts and count nowhere else; a minute late, and not at all where the process
-    that refused was lost within seconds.
+    """How many calls the limits refused before they began. They are no attempts and count nowhere else. They are told seconds late, and not at all where the
+    process that made the call was killed within these.
     """
     @_builtins.property
     def bucket_start_time(self) -> _timestamp_pb2.Timestamp:
