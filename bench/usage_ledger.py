@@ -41,7 +41,7 @@ SELECT tenant_id, reservation_id, 1, entry_id, 1, price_version, provider, model
        cache_read_tokens, 0, 0, input_tokens + output_tokens + cache_read_tokens, cost_nano_usd
 FROM metering.calls WHERE tenant_id IS NOT NULL AND state = 2
 """
-# A day of everybody's, as metering.fold_usage adds it up.
+# A day of everybody's, as metering.fold_usage adds it up; weeks, and hours of tenants, are made of it.
 SUMS = """
 INSERT INTO metering.usage_rollups (
     tenant_id, grain, start_time, series, provider, model, feature, user_name, prompt_version, tier, product_unit, settled_calls,
@@ -62,6 +62,23 @@ CROSS JOIN LATERAL (VALUES
     (5::smallint, $1::timestamptz, '', '', '', '', '', '')
 ) AS g (grain, start_time, provider, model, feature, user_name, prompt_version, tier)
 WHERE c.tenant_id = ANY ($2::uuid[]) AND c.use_time >= $1 AND c.use_time < $1 + interval '24 hours' AND c.product_unit = ''
+GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+"""
+COARSER = """
+INSERT INTO metering.usage_rollups
+SELECT u.tenant_id, g.grain, g.start_time,
+       metering.usage_series(g.provider, g.model, g.feature, u.user_name, g.prompt_version, g.tier, ''), g.provider, g.model, g.feature,
+       u.user_name, g.prompt_version, g.tier, '', sum(settled_calls), sum(void_calls), 0, 0, sum(retries), 0, sum(overloaded_calls), 0, 0,
+       0, 0, 0, sum(input_tokens), sum(output_tokens), sum(cache_read_tokens), 0, 0, sum(cost_nano_usd), 0
+FROM metering.usage_rollups u
+CROSS JOIN LATERAL (SELECT date_trunc('week', u.start_time, 'UTC') AS week) w
+CROSS JOIN LATERAL (VALUES
+    (2, 6::smallint, w.week, u.provider, u.model, u.feature, u.prompt_version, u.tier),
+    (4, 7::smallint, w.week, '', '', '', '', ''),
+    (5, 8::smallint, w.week, '', '', '', '', ''),
+    (1, 9::smallint, u.start_time, '', '', '', '', '')
+) AS g (made_of, grain, start_time, provider, model, feature, prompt_version, tier)
+WHERE u.tenant_id = ANY ($1::uuid[]) AND u.grain = g.made_of
 GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 """
 LATENCIES = """
@@ -108,6 +125,7 @@ async def fill(admin: asyncpg.Connection, large: UUID, now: datetime, *, entries
     for day in range(DAYS):
         for sql in (SUMS, LATENCIES):
             await admin.execute(sql, first + timedelta(days=day), ids, timeout=600)
+    await admin.execute(COARSER, ids, timeout=1_800)
     await admin.execute("VACUUM (ANALYZE) metering.usage_rollups, metering.usage_latencies", timeout=600)
     await admin.execute("CHECKPOINT", timeout=600)
     await admin.execute("SET session_replication_role = origin")

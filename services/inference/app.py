@@ -29,6 +29,7 @@ from services.inference.lease_keeper import LeaseKeeper
 from services.inference.overrun import StreamGuard
 from services.inference.pipeline import AnswerPipeline
 from services.inference.ports import Ledger, Limits, TokenCounter
+from services.inference.refusal_tally import RefusalTally
 from services.inference.servicers.conversation_service import ConversationService
 from services.inference.servicers.inference_service import InferenceService
 from services.inference.servicers.lifecycle import LifecycleServicer
@@ -102,6 +103,9 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         leases, background = LeaseKeeper(limits, ledger), BackgroundTasks()
         stack.push_async_callback(background.close)
         audit = _start_loops(stack, background, leases, feed, database, jobs, AuditClient(to_tenant))
+        refusals = RefusalTally(ledger)
+        background.start("refusal_tally", refusals.run)
+        stack.push_async_callback(refusals.close)
         # Closed before everything it settles with.
         finishing = Finishing()
         stack.push_async_callback(finishing.close)
@@ -118,6 +122,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             leases=leases,
             settlement=Settlement(ledger, limits, memory, leases, finishing, audit),
             audit=audit,
+            refusals=refusals,
             spare_tokens=spare_tokens(settings.provider_in_flight_tokens),
         )
         configs = TenantConfigCache(to_tenant, feed=feed)

@@ -21,6 +21,7 @@ from services.inference.overrun import StreamGuard
 from services.inference.ports import CallToOpen, Ledger, OpenOutcome, Provider, Sink
 from services.inference.prompt_assembly import AssembledPrompt
 from services.inference.provider_failure import ProviderFailure
+from services.inference.refusal_tally import RefusalTally
 from services.inference.report import remaining_limits
 from services.inference.settlement import Settlement
 from services.inference.worst_case import Hold, granted_hold, make_hold
@@ -45,6 +46,7 @@ class AnswerPipeline:
         leases: LeaseKeeper,
         settlement: Settlement,
         audit: CallAudit,
+        refusals: RefusalTally,
         spare_tokens: int,
     ) -> None:
         self._ledger = ledger
@@ -56,6 +58,7 @@ class AnswerPipeline:
         self._leases = leases
         self._settlement = settlement
         self._audit = audit
+        self._refusals = refusals
         self._spare_tokens = spare_tokens
 
     async def answer(self, question: Question, sink: Sink) -> Report:
@@ -99,6 +102,13 @@ class AnswerPipeline:
         return ready
 
     async def _reserve(self, question: Question) -> tuple[Attempt, Counted | None]:
+        try:
+            return await self._reserve_by_size(question)
+        except MeshError as refusal:
+            self._refusals.add(question, refusal)
+            raise
+
+    async def _reserve_by_size(self, question: Question) -> tuple[Attempt, Counted | None]:
         hold = self._hold(question, self._gathering.input_bound(question))
         try:
             return await self._take(question, hold), None

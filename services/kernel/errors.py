@@ -143,6 +143,18 @@ class ContentConflict(MeshError):
         )
 
 
+class SumOutOfRange(MeshError):
+    """A sum is beyond what the answer can hold; `narrower` says what to ask for instead."""
+
+    def __init__(self, measure: str, narrower: str) -> None:
+        super().__init__(
+            grpc.StatusCode.OUT_OF_RANGE,
+            error_reason_pb2.ERROR_REASON_SUM_OUT_OF_RANGE,
+            f"the {measure} asked for adds up to more than 9223372036854775807: {narrower}",
+            metadata={"measure": measure},
+        )
+
+
 class WrongState(MeshError):
     """The resource is not in the state the call needs."""
 

@@ -195,17 +195,18 @@ class TenantDatabase(Database):
         return Place(kind, schema=f"t_{tenant_id.hex}") if kind is PlacementKind.BRIDGE else None
 
     @asynccontextmanager
-    async def transaction(self, tenant_id: TenantId) -> AsyncIterator[Connection]:
+    async def transaction(self, tenant_id: TenantId, *, settings: str = "") -> AsyncIterator[Connection]:
         """Yields a connection inside a transaction that sees only this tenant; commits at the end, rolls back on any exception.
 
-        Savepoints inside are plain `SAVEPOINT` statements: the driver's own nesting does not know this transaction.
+        `settings` are `SET LOCAL` statements: they go with the begin, in one round trip. Savepoints inside are plain `SAVEPOINT`
+        statements: the driver's own nesting does not know this transaction.
         """
         async with AsyncExitStack() as stack:
-            yield await self._begin(stack, tenant_id)
+            yield await self._begin(stack, tenant_id, settings)
 
     @asynccontextmanager
     async def transaction_at(
-        self, place: Place, tenant_id: TenantId, *, walled: bool = True, snapshot: bool = False
+        self, place: Place, tenant_id: TenantId, *, walled: bool = True, snapshot: bool = False, settings: str = ""
     ) -> AsyncIterator[Connection]:
         """As `transaction`, at this place whatever is known of the tenant; without its wall only for the wall's own books and for moves.
 
@@ -213,7 +214,7 @@ class TenantDatabase(Database):
 
         Raises: asyncpg.PostgresError with SQLSTATE TM001 when the tenant lives elsewhere; PlaceMissing.
         """
-        begin = self._begin_at(place, tenant_id, walled=walled)
+        begin = _with_settings(self._begin_at(place, tenant_id, walled=walled), settings)
         if snapshot:
             # Behind a pooler the transaction says its level already, and of two levels the last one counts.
             begin = begin.replace(_READ_COMMITTED, "", 1).replace("BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", 1)
@@ -262,11 +263,11 @@ class TenantDatabase(Database):
         row = await self.fetch_row(tenant_id, sql, *args)
         return None if row is None else row[0]
 
-    async def _begin(self, stack: AsyncExitStack, tenant_id: TenantId) -> Connection:
+    async def _begin(self, stack: AsyncExitStack, tenant_id: TenantId, settings: str) -> Connection:
         place = await self.place_of(tenant_id)
         while True:
             try:
-                return await stack.enter_async_context(self.transaction_at(place, tenant_id))
+                return await stack.enter_async_context(self.transaction_at(place, tenant_id, settings=settings))
             except asyncpg.PostgresError as error:
                 if error.sqlstate != _MOVED_AWAY or self._places is None:
                     raise
@@ -291,9 +292,9 @@ class JobsDatabase(Database):
     """Connections of the separate role for cross-tenant sweeps, with policies of its own and never BYPASSRLS."""
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Connection]:
-        """Yields a connection inside a transaction; commits at the end, rolls back on any exception."""
-        async with self._transaction(self._pooled_begin or "BEGIN") as connection:
+    async def transaction(self, *, settings: str = "") -> AsyncIterator[Connection]:
+        """Yields a connection inside a transaction, with `SET LOCAL` statements; commits at the end, rolls back on any exception."""
+        async with self._transaction(_with_settings(self._pooled_begin or "BEGIN", settings)) as connection:
             yield connection
 
     async def call(self, sql: str, *args: object) -> list[asyncpg.Record]:
@@ -366,6 +367,10 @@ def _begin_for(tenant_id: TenantId, begin: str) -> str:
         msg = "a tenant transaction needs the tenant's UUID"
         raise TypeError(msg)
     return f"{begin}; SELECT set_config('app.tenant_id', '{UUID(int=tenant_id.int)}', true)"
+
+
+def _with_settings(begin: str, settings: str) -> str:
+    return f"{begin}; {settings}" if settings else begin
 
 
 def _require_named(tenant_id: TenantId | None, args: Sequence[object]) -> None:

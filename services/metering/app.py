@@ -53,6 +53,7 @@ from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_prices import PostgresPriceBook, PostgresPrices, load_price_book, price_book_changes
 from services.metering.adapters.postgres_reconciliation_ledger import PostgresReconciliationLedger
 from services.metering.adapters.postgres_reconciliations import PostgresReconciliations
+from services.metering.adapters.postgres_refusals import PostgresRefusals
 from services.metering.adapters.postgres_reratings import PostgresReratings
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
@@ -89,6 +90,7 @@ from services.metering.reconciliation.feed import Accounts
 from services.metering.reconciliation.job import ReconciliationJob
 from services.metering.reconciliation.reconciler import Reconciler
 from services.metering.reconciliation.report import Thresholds
+from services.metering.refusal import RefusalBook
 from services.metering.rerating import RerateDesk
 from services.metering.servicers.budgets import BudgetServicer
 from services.metering.servicers.events import EventServicer
@@ -160,9 +162,9 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         jobs_store = PostgresJobs(jobs)
         relay = OutboxRelay(jobs_store, RemoteLimits(to_limits), poll_seconds=settings.relay_poll_seconds)
         sweeper = LeaseSweeper(jobs_store, relay, lease_seconds=settings.lease_seconds, sweep_seconds=settings.sweep_seconds)
-        ledger = Ledger(
-            PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, tier_of=TenantProof(verifier).tier_of
-        )
+        proof = TenantProof(verifier)
+        ledger = Ledger(PostgresLedger(database, lease_seconds=settings.lease_seconds), catalog, relay, tier_of=proof.tier_of)
+        refusals = RefusalBook(PostgresRefusals(database), proof)
         # Closed before the loops: what its last batches end is still told.
         stack.push_async_callback(ledger.close)
         types = EventTypeCatalog(PostgresEventTypes(database, jobs))
@@ -176,7 +178,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         monthly = MonthlyJob(closings, desk, plans, grace=grace, poll_seconds=settings.invoice_poll_seconds)
         queries = await _usage_queries(stack, settings, database, jobs)
         usage = UsageServicer(PostgresUsage(database), queries, TenantCalendars(configs))
-        servicers = [*_of_calls(ledger, usage, database, jobs), _of_prices(settings, catalog, database, jobs)]
+        servicers = [*_of_calls(ledger, refusals, usage, database, jobs), _of_prices(settings, catalog, database, jobs)]
         servicers += [_of_events(events, types), invoices, *_of_books(database, jobs, queries)]
         servicers += [_of_budgets(settings, background, database, jobs, configs, RememberedCalendars(plans, feed), clock)]
         servicers += [_of_webhooks(settings, background, sender, database, jobs)]
@@ -217,10 +219,12 @@ async def _usage_queries(
     return PostgresUsageQueries(database, reading, reading_all)
 
 
-def _of_calls(ledger: Ledger, usage: UsageServicer, database: TenantDatabase, jobs: JobsDatabase) -> list[Registration]:
+def _of_calls(
+    ledger: Ledger, refusals: RefusalBook, usage: UsageServicer, database: TenantDatabase, jobs: JobsDatabase
+) -> list[Registration]:
     records = PostgresTenantRecords(database, jobs)
     return [
-        (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database)), "mesh.metering.v1.LedgerService"),
+        (add_LedgerServiceServicer_to_server, LedgerServicer(ledger, PostgresEpochs(database), refusals), "mesh.metering.v1.LedgerService"),
         (add_UsageServiceServicer_to_server, usage, "mesh.metering.v1.UsageService"),
         (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(records), "mesh.common.v1.TenantLifecycleService"),
     ]

@@ -22,8 +22,9 @@ ENDPOINTS = "postgres:metering.webhook_endpoints"
 BILLING_TABLES = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
 # Why entries were corrected: no names, and kept with them.
 RERATING_TABLES = ("reratings", "rerating_ends")
-# What the log and the sums of use are kept in: made of calls and units, so they are not exported, and blanked with them.
-USAGE = ("usage_pending", "usage_rollups", "usage_latencies")
+# What the log and the sums of use are kept in: made of calls, units and events, so they are not exported, and blanked with them. Refusals
+# are counts and nothing else.
+USAGE = ("usage_pending", "usage_rollups", "usage_latencies", "usage_levels", "refusals")
 
 
 class TenantRecords(Protocol):

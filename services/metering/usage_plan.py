@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# A Monday, on which weeks begin.
+_EPOCH = datetime(1970, 1, 5, tzinfo=UTC)
 
 
 class Grain(IntEnum):
@@ -19,16 +20,33 @@ class Grain(IntEnum):
     USER_ALONE_DAY = 4
     # Of the tenant, likewise.
     TENANT_DAY = 5
+    # The same by weeks and hours.
+    WEEK = 6
+    USER_ALONE_WEEK = 7
+    TENANT_WEEK = 8
+    TENANT_HOUR = 9
 
 
 # Coarsest first.
-WITHOUT_USERS = (Grain.DAY, Grain.HOUR)
+WITHOUT_USERS = (Grain.WEEK, Grain.DAY, Grain.HOUR)
 WITH_USERS = (Grain.USER_DAY,)
-USERS_ALONE = (Grain.USER_ALONE_DAY,)
-TENANTS_ALONE = (Grain.TENANT_DAY, Grain.HOUR)
+USERS_ALONE = (Grain.USER_ALONE_WEEK, Grain.USER_ALONE_DAY)
+TENANTS_ALONE = (Grain.TENANT_WEEK, Grain.TENANT_DAY, Grain.TENANT_HOUR)
 LATENCIES = (Grain.DAY,)
-_HOUR, _DAY = timedelta(hours=1), timedelta(days=1)
-_LENGTHS = {Grain.HOUR: _HOUR, Grain.DAY: _DAY, Grain.USER_DAY: _DAY, Grain.USER_ALONE_DAY: _DAY, Grain.TENANT_DAY: _DAY}
+LEVELS = (Grain.DAY, Grain.HOUR)
+USER_LEVELS = (Grain.USER_DAY,)
+_HOUR, _DAY, _WEEK = timedelta(hours=1), timedelta(days=1), timedelta(days=7)
+LENGTHS = {
+    Grain.HOUR: _HOUR,
+    Grain.DAY: _DAY,
+    Grain.USER_DAY: _DAY,
+    Grain.USER_ALONE_DAY: _DAY,
+    Grain.TENANT_DAY: _DAY,
+    Grain.WEEK: _WEEK,
+    Grain.USER_ALONE_WEEK: _WEEK,
+    Grain.TENANT_WEEK: _WEEK,
+    Grain.TENANT_HOUR: _HOUR,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +73,9 @@ def _cover(first: datetime, last: datetime, bucket: int, grains: Sequence[Grain]
     if not grains:
         return [Segment(first, last, bucket, Grain.CALLS)]
     grain, finer = grains[0], grains[1:]
-    length = _LENGTHS[grain]
+    length = LENGTHS[grain]
+    if last - first < length:
+        return _cover(first, last, bucket, finer)
     low, high = _EPOCH + -((_EPOCH - first) // length) * length, _EPOCH + (last - _EPOCH) // length * length
     if low >= high:
         return _cover(first, last, bucket, finer)

@@ -11,7 +11,18 @@ from services.kernel.errors import InvalidRequest
 from services.kernel.ids import TenantId
 from services.metering.call import TokenUsage
 from services.metering.usage_calendar import Bucket, bucket_starts, month_start
-from services.metering.usage_plan import LATENCIES, TENANTS_ALONE, USERS_ALONE, WITH_USERS, WITHOUT_USERS, Grain, Segment, segments
+from services.metering.usage_plan import (
+    LATENCIES,
+    LEVELS,
+    TENANTS_ALONE,
+    USER_LEVELS,
+    USERS_ALONE,
+    WITH_USERS,
+    WITHOUT_USERS,
+    Grain,
+    Segment,
+    segments,
+)
 
 MAX_PERIOD = timedelta(days=400)
 MAX_PERIOD_OF_HOURS = timedelta(days=32)
@@ -30,6 +41,9 @@ class Dimension(IntEnum):
     PROVIDER = 6
     TIER = 7
     PRODUCT_UNIT = 8
+    EVENT_TYPE = 9
+    REFUSAL_REASON = 10
+    REFUSAL_RULE = 11
 
 
 class Measure(IntEnum):
@@ -47,6 +61,7 @@ class Measure(IntEnum):
     QUANTITY = 9
     FIRST_TOKEN_P95 = 10
     TOTAL_P95 = 11
+    REFUSALS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +75,9 @@ class UsageFilter:
     providers: Sequence[str] = ()
     tiers: Sequence[str] = ()
     product_units: Sequence[str] = ()
+    event_types: Sequence[str] = ()
+    refusal_reasons: Sequence[str] = ()
+    refusal_rules: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +117,10 @@ class UsageQuery:
         if self.of_users:
             return WITH_USERS if others else USERS_ALONE
         return WITHOUT_USERS if others else TENANTS_ALONE
+
+    def level_segments(self) -> list[Segment]:
+        """As `segments`, for levels of which the highest counts."""
+        return segments(self.bucket_starts(), self.end, USER_LEVELS if self.of_users else LEVELS)
 
     def latency_segments(self) -> list[Segment]:
         """As `segments`, for latencies."""
@@ -170,6 +192,7 @@ class GroupUse:
     usage: TokenUsage
     cost_nano_usd: int
     quantity: int
+    refusals: int
     first_token: Latency | None
     total: Latency | None
 

@@ -78,7 +78,18 @@ class Script:
 
     def names(self, *ignored: str) -> list[str]:
         """The events in order, immediate repetitions once, housekeeping left out."""
-        passed_over = {"authenticate", "keys", "config", "prices", "renew", "renew_calls", "audit", "data_keys", "provider_key"}
+        passed_over = {
+            "authenticate",
+            "keys",
+            "config",
+            "prices",
+            "renew",
+            "renew_calls",
+            "audit",
+            "data_keys",
+            "provider_key",
+            "record_refusals",
+        }
         passed_over |= {"alone", "batch", *ignored}
         found: list[str] = []
         for name, _ in self.heard:
@@ -255,6 +266,10 @@ class Ledger(ledger_grpc.LedgerServiceServicer, price_grpc.PriceServiceServicer)
             context,
             lambda: ledger_pb.VoidCallsResponse(states=[states[call.kind] for call in request.calls]),
         )
+
+    async def RecordRefusals(self, request: Any, context: Any) -> Any:
+        outcomes = [ledger_pb.RECORD_REFUSALS_OUTCOME_RECORDED] * len(request.counts)
+        return await self.script.hear("record_refusals", request, context, lambda: ledger_pb.RecordRefusalsResponse(outcomes=outcomes))
 
     async def RenewCalls(self, request: Any, context: Any) -> Any:
         return await self.script.hear("renew_calls", request, context, ledger_pb.RenewCallsResponse)

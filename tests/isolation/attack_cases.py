@@ -249,6 +249,18 @@ CASES: Mapping[str, Case] = {
             }
         ]
     },
+    "/mesh.metering.v1.LedgerService/RecordRefusals": lambda ids: {
+        "replica_id": new_uuid7().bytes,
+        "counts": [
+            {
+                "tenant_id": _ref(ids)["tenant_id"],
+                "minute_time": in_seconds(0),
+                "reason": "PLAN_LIMIT",
+                "user": TAMPERED,
+                "count": 1_000_000,
+            }
+        ],
+    },
     "/mesh.metering.v1.LedgerService/BeginEpoch": lambda ids: {
         "nonce": new_uuid7().hex,
         # One sum for each user: whose names are told?

@@ -46,6 +46,14 @@ TRANSIENT = {
         "INSERT INTO metering.export_outbox (tenant_id, sink, usage_id, meter, event_name, source, quantity, use_time, record_time, "
         "due_time) VALUES ($1, 1, uuidv7(), 'planted', 'planted', 3, 1, now(), now(), now() + interval '1 day')"
     ),
+    "metering.usage_levels": (
+        "INSERT INTO metering.usage_levels (tenant_id, grain, start_time, series, level, feature, user_name, product_unit, event_type, "
+        "events) VALUES ($1, 3, now(), uuidv7(), 1, '', 'planted', 'seats', 'screening/seats.open', 1)"
+    ),
+    "metering.refusals": (
+        "INSERT INTO metering.refusals (tenant_id, minute, replica, series, reason, rule, model, feature, user_name, tier, refusals) "
+        "VALUES ($1, now(), uuidv7(), uuidv7(), 'PLAN_LIMIT', '', '', '', 'planted', '', 1)"
+    ),
     "inference.audit_outbox": (
         "INSERT INTO inference.audit_outbox (tenant_id, audit_id, action, call_id, occur_time, user_name, document_ids, detail, "
         "peer_address, context_token, due_time) "

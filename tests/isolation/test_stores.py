@@ -96,6 +96,8 @@ JOBS_MAY = {
     "metering.budget_marks": {"SELECT", "INSERT", "DELETE"},
     "metering.webhook_endpoints": {"SELECT"},
     "metering.webhook_deliveries": {"SELECT", "UPDATE"},
+    "metering.usage_levels": {"SELECT", "INSERT", "UPDATE"},
+    "metering.refusals": {"SELECT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "metering.export_outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "metering.stripe_customers": {"SELECT"},

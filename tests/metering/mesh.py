@@ -244,6 +244,32 @@ class Mesh:
         )
         return list(response.outcomes)
 
+    def refusals(self, tenant: Tenant, count: int = 1, **changes: object) -> pb.RefusalCount:
+        """A count of refusals that nothing is wrong with, unless changed."""
+        item = pb.RefusalCount(
+            tenant_id=tenant.id.bytes,
+            context_token=tenant.context.token,
+            reason="PLAN_LIMIT",
+            rule="tokens_per_minute",
+            model="claude-haiku-4-5",
+            feature="chat",
+            user="user-1",
+            count=count,
+        )
+        item.minute_time.FromDatetime(datetime.now(UTC))
+        for name, value in changes.items():
+            if isinstance(value, datetime):
+                getattr(item, name).FromDatetime(value)
+            else:
+                setattr(item, name, value)
+        return item
+
+    async def refuse(self, *counts: pb.RefusalCount, replica_id: bytes = bytes(16)) -> list[int]:
+        """Tells counts of refusals as a process of inference does."""
+        request = pb.RecordRefusalsRequest(replica_id=replica_id, counts=counts)
+        response = await self.inference.channel.unary(self.inference.ledger.RecordRefusals, request, timeout_seconds=10)
+        return list(response.outcomes)
+
     async def begin_epoch(
         self, tenant: Tenant, nonce: str = "n", periods: Sequence[pb.CountedPeriod] = (), recent_seconds: int = 0
     ) -> pb.BeginEpochResponse:

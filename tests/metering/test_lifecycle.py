@@ -245,7 +245,7 @@ async def test_sums_of_an_erased_tenant_have_no_names_and_every_amount(mesh: Mes
     await mesh.settle(bill(interrupted[2].ref), bill(interrupted[3].ref))
     (_, calls) = (await query(mesh, tenant, asked)).rows
     assert (calls.settled_count, calls.unresolved_count, calls.total.count) == (5, 0, 5)
-    for table in ("usage_pending", "usage_rollups", "usage_latencies"):
+    for table in ("usage_pending", "usage_rollups", "usage_latencies", "usage_levels"):
         rows = await mesh.admin.fetch(f"SELECT to_jsonb(t) - 'pending_id' AS row FROM metering.{table} t WHERE tenant_id = $1", tenant.id)
         assert not any(word in row["row"] for row in rows for word in ("user-", "chat", "hiring", "default@1"))
     series = await mesh.admin.fetchval(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.kernel.errors import InvalidRequest
 from services.metering.usage_calendar import Bucket, bucket_starts, cycle, month_start, zone_of
-from services.metering.usage_plan import LATENCIES, WITH_USERS, WITHOUT_USERS, Grain, segments
+from services.metering.usage_plan import LATENCIES, LENGTHS, TENANTS_ALONE, USERS_ALONE, WITH_USERS, WITHOUT_USERS, Grain, segments
 from services.metering.usage_query import Dimension, UsageFilter, UsageQuery, period
 
 ZONES = (
@@ -28,10 +28,11 @@ moments = st.integers(min_value=0, max_value=20 * 365 * 86_400 * 10**6).map(
 )
 lengths = st.timedeltas(min_value=timedelta(microseconds=1), max_value=timedelta(days=45))
 zones = st.sampled_from(ZONES).map(ZoneInfo)
-UNITS = {Grain.HOUR: 3_600, Grain.DAY: 86_400, Grain.USER_DAY: 86_400, Grain.USER_ALONE_DAY: 86_400, Grain.TENANT_DAY: 86_400}
+MONDAY = datetime(2010, 1, 4, tzinfo=UTC)
+EVERY_SUMS = (WITHOUT_USERS, WITH_USERS, USERS_ALONE, TENANTS_ALONE, LATENCIES, ())
 
 
-@given(moments, lengths, zones, st.sampled_from(Bucket), st.sampled_from((WITHOUT_USERS, WITH_USERS, LATENCIES, ())))
+@given(moments, lengths, zones, st.sampled_from(Bucket), st.sampled_from(EVERY_SUMS))
 def test_segments_cover_a_period_once(
     start: datetime, length: timedelta, zone: ZoneInfo, bucket: Bucket, grains: tuple[Grain, ...]
 ) -> None:
@@ -45,7 +46,7 @@ def test_segments_cover_a_period_once(
         assert starts[part.bucket] <= part.start < part.end <= [*starts[1:], end][part.bucket]
         if part.grain is not Grain.CALLS:
             assert part.grain in grains
-            assert all(moment.timestamp() % UNITS[part.grain] == 0 for moment in (part.start, part.end))
+            assert all((moment - MONDAY) % LENGTHS[part.grain] == timedelta() for moment in (part.start, part.end))
 
 
 @given(moments, lengths)
@@ -116,12 +117,22 @@ def test_unknown_zones_are_refused() -> None:
             zone_of(name, "zone")
 
 
+def test_weeks_answer_for_months() -> None:
+    """Of thirty days the whole weeks are read as weeks, with users and without, and the days before and after as days."""
+    start, whole = datetime(2026, 10, 29, tzinfo=UTC), [datetime(2026, 11, 2, tzinfo=UTC), datetime(2026, 11, 23, tzinfo=UTC)]
+    for group_by, week in ((Dimension.USER, Grain.USER_ALONE_WEEK), (Dimension.MODEL, Grain.WEEK), (Dimension.TENANT, Grain.TENANT_WEEK)):
+        query = UsageQuery(start, start + timedelta(days=30), group_by=frozenset({group_by}))
+        parts = query.segments()
+        assert [[part.start, part.end] for part in parts if part.grain is week] == [whole]
+        assert [part.end - part.start for part in parts if part.grain is not week] == [timedelta(days=4), timedelta(days=5)]
+
+
 def test_users_are_read_from_sums_that_know_them() -> None:
     """Whoever asks for users, or names some, is answered from days of users and from calls alone."""
     start = datetime(2026, 11, 1, 5, tzinfo=UTC)
     query = UsageQuery(start, start + timedelta(days=3))
     assert not query.of_users
-    assert {part.grain for part in query.segments()} == {Grain.HOUR, Grain.TENANT_DAY}
+    assert {part.grain for part in query.segments()} == {Grain.TENANT_HOUR, Grain.TENANT_DAY}
     by_model = UsageQuery(start, start + timedelta(days=3), group_by=frozenset({Dimension.MODEL}))
     assert {part.grain for part in by_model.segments()} == {Grain.HOUR, Grain.DAY}
     assert {part.grain for part in query.latency_segments()} == {Grain.DAY, Grain.CALLS}

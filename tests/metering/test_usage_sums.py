@@ -14,6 +14,7 @@ import pytest
 from mesh.metering.v1 import ledger_service_pb2 as pb
 from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
+from services.metering.usage_plan import Grain
 from tests.metering.mesh import Mesh, Tenant, bill, not_billed, unknown
 from tests.metering.replicas import Replica, running_replicas
 from tests.metering.usage import ALL_NAMES, HOUR, NAMES, asking, books, every_row, fold, told
@@ -23,6 +24,11 @@ RECONCILE = "SELECT metering.reconcile_call($1, $2, $3, 7, 3, 0, 0, 0, 22000, 'r
 RECOUNTED = """
 SELECT coalesce(sum(calls), 0) = (SELECT count(*) * 2 FROM metering.calls WHERE tenant_id = $1 AND state = 2 AND product_unit IS NULL)
 FROM metering.usage_latencies WHERE tenant_id = $1
+"""
+EVERY_GRAIN = """
+SELECT grain, sum(settled_calls)::bigint, sum(void_calls)::bigint, sum(input_tokens)::bigint, sum(cost_nano_usd)::bigint,
+       sum(quantity)::bigint
+FROM metering.usage_rollups WHERE tenant_id = $1 GROUP BY grain ORDER BY grain
 """
 
 
@@ -128,6 +134,9 @@ async def test_sums_are_those_of_the_books_after_anything(mesh: Mesh, tmp_path: 
     by_hour = await every_row(mesh, tenant, asking(*ALL_NAMES[1:], bucket=HOUR, page_size=1_000))
     assert told(by_hour, NAMES[1:], hours=True) == await books(mesh, tenant, NAMES[1:], hours=True)
     assert await mesh.admin.fetchval(RECOUNTED, tenant.id)
+    grains = [tuple(row) for row in await mesh.admin.fetch(EVERY_GRAIN, tenant.id)]
+    assert [grain for grain, *_ in grains] == sorted(set(Grain) - {Grain.CALLS})
+    assert len({tuple(sums) for _, *sums in grains}) == 1, "every grain says the same in all"
     kinds = await mesh.admin.fetch("SELECT kind, count(*) FROM metering.entries WHERE tenant_id = $1 GROUP BY kind", tenant.id)
     assert {row["kind"] for row in kinds} == {1, 2, 3}, "the script reconciles and adjusts"
     states = await mesh.admin.fetch("SELECT DISTINCT state FROM metering.calls WHERE tenant_id = $1", tenant.id)

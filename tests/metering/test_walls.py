@@ -9,6 +9,7 @@ import pytest
 from devstack.ports import free_port
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import invoice_service_pb2 as invoice_pb
+from mesh.metering.v1.event_service_pb2 import AGGREGATION_MAX
 from services.kernel.catalog import violations
 from services.kernel.ids import TenantId, new_uuid7
 from tests.metering import events
@@ -20,7 +21,7 @@ from tests.metering.usage import fold
 
 BILLING = ("subscriptions", "credits", "invoice_closings", "invoices", "invoice_lines", "credit_uses", "credit_notes")
 RERATING = ("reratings", "rerating_ends")
-USAGE = ("usage_latencies", "usage_pending", "usage_rollups")
+USAGE = ("refusals", "usage_latencies", "usage_levels", "usage_pending", "usage_rollups")
 EXPORTS = ("stripe_customers", "export_outbox")
 BUDGETS = ("budgets", "budget_alerts", "budget_marks", "webhook_endpoints", "webhook_deliveries")
 TENANT_TABLES = (
@@ -163,7 +164,9 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await load_versions(mesh)
     await rerated(mesh, one, order(end=datetime.now(UTC) - timedelta(days=1)))
     await events.register(mesh)
-    await events.record(mesh, one, [events.event()])
+    await events.register(mesh, "seats.open", unit="seats", aggregation=AGGREGATION_MAX)
+    await events.record(mesh, one, [events.event(), events.event(type="seats.open")])
+    await mesh.refuse(mesh.refusals(one))
     await plant_exports(mesh, one)
     # Folded into sums, and one more not yet.
     await fold(mesh)

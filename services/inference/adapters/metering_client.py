@@ -12,10 +12,11 @@ from mesh.metering.v1.ledger_service_pb2_grpc import LedgerServiceStub
 from services.inference.call import CallRef, Settled, Usage
 from services.inference.models import PROVIDER
 from services.inference.ports import CallToOpen, CallToSettle, CallToVoid, Opened, OpenOutcome
+from services.inference.refusal_tally import RefusalTold
 from services.inference.worst_case import Hold
 from services.kernel.batching import Batcher
 from services.kernel.errors import ContentConflict, MeshError, Unavailable, WrongState
-from services.kernel.ids import ReservationId, TenantId
+from services.kernel.ids import ReservationId, TenantId, new_uuid7
 from services.kernel.request_context import RequestScope, enter_scope
 from services.kernel.rpc.channel import MeshChannel
 
@@ -25,6 +26,7 @@ OPEN_SECONDS = 5.0
 SETTLE_SECONDS = 5.0
 EXTEND_SECONDS = 0.2
 RENEW_SECONDS = 2.0
+REFUSALS_SECONDS = 2.0
 _MAX_BATCH = 500
 # Callers wait for opens before anything else happens, so a second rpc may start beside a slow one.
 _OPENS_IN_FLIGHT = 2
@@ -45,6 +47,8 @@ class MeteringLedger:
 
     def __init__(self, channel: MeshChannel) -> None:
         self._channel = channel
+        # Counts of one process rise: another one's never stand in their place.
+        self._replica_id = new_uuid7().bytes
         self._stub = LedgerServiceStub(channel.channel)
         self._opens = Batcher(self._open_batch, max_batch=_MAX_BATCH, max_in_flight=_OPENS_IN_FLIGHT)
         self._extensions = Batcher(self._extend_batch, max_batch=_MAX_BATCH, max_in_flight=_OPENS_IN_FLIGHT)
@@ -73,6 +77,14 @@ class MeteringLedger:
     async def void(self, call: CallToVoid) -> None:
         """Ends it without a bill."""
         await self._voids.submit(call)
+
+    async def record_refusals(self, counts: Sequence[RefusalTold]) -> None:
+        """Records counts of this process; a repeat changes nothing. Raises: MeshError."""
+        request = pb.RecordRefusalsRequest(replica_id=self._replica_id, counts=[_refusals(told) for told in counts])
+        response = await self._channel.unary(self._stub.RecordRefusals, request, timeout_seconds=REFUSALS_SECONDS, idempotent=True)
+        unproven = sum(outcome != pb.RECORD_REFUSALS_OUTCOME_RECORDED for outcome in response.outcomes)
+        if unproven:
+            log.warning("refusals_not_proven", names=unproven)
 
     async def renew(self, refs: Sequence[CallRef]) -> Sequence[CallRef]:
         """Prolongs leases and returns those of calls that are not open."""
@@ -166,6 +178,21 @@ def _opened(result: pb.OpenResult) -> Opened | Exception:
     if outcome is None:
         return Unavailable("metering")
     return Opened(outcome, void=result.state == pb.CALL_STATE_VOID)
+
+
+def _refusals(told: RefusalTold) -> pb.RefusalCount:
+    names, minute_time = told.names, Timestamp(seconds=60 * told.names.minute)
+    return pb.RefusalCount(
+        tenant_id=names.tenant_id.bytes,
+        context_token=told.context_token,
+        minute_time=minute_time,
+        reason=names.reason,
+        rule=names.rule[:200],
+        model=names.model,
+        feature=names.feature,
+        user=names.user,
+        count=told.refusals,
+    )
 
 
 def _usage(usage: Usage) -> pb.TokenUsage:

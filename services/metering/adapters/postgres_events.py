@@ -8,7 +8,7 @@ from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import TenantDatabase
 from services.metering.adapters.postgres_ledger import run_again
-from services.metering.adapters.sorted_batch import type_uuid
+from services.metering.adapters.sorted_batch import slices_of, type_uuid
 from services.metering.event import Event, LedgerEvent, Recorded, RecordOutcome, Reversal, Reversed, ReverseOutcome
 from services.metering.event_log import EventPosition
 
@@ -42,7 +42,7 @@ class PostgresEvents:
         tenants, sources, ids, event_ids, digests, products, types, quantities, times, users, features, metadata = zip(*batch, strict=True)
         rows = await self._run(
             RECORD_EVENTS,
-            *_slices(tenants),
+            *slices_of(tenants),
             sources,
             ids,
             [type_uuid(event_id) for event_id in event_ids],
@@ -64,7 +64,7 @@ class PostgresEvents:
         """Takes events back, each once for ever."""
         batch = sorted(reversals)
         tenants, sources, ids, event_ids, reasons = zip(*batch, strict=True)
-        rows = await self._run(REVERSE_EVENTS, *_slices(tenants), sources, ids, [type_uuid(event_id) for event_id in event_ids], reasons)
+        rows = await self._run(REVERSE_EVENTS, *slices_of(tenants), sources, ids, [type_uuid(event_id) for event_id in event_ids], reasons)
         answers = {event_ids[row["item"] - 1]: _reversed(row) for row in rows}
         return [answers[reversal.event_id] for reversal in reversals]
 
@@ -85,14 +85,6 @@ class PostgresEvents:
                 raise
             # No partition takes the row: the month was not made ahead.
             raise Unavailable("postgres", "this month of events is not made yet: run `python -m services.metering migrate`") from None
-
-
-def _slices(tenants: Sequence[bytes]) -> tuple[list[object], list[int], list[int]]:
-    """Returns the distinct tenants of a sorted batch and the first and last position of each, from 1."""
-    distinct, first = list(dict.fromkeys(tenants)), [1]
-    for tenant_id in distinct[:-1]:
-        first.append(first[-1] + tenants.count(tenant_id))
-    return [type_uuid(tenant_id) for tenant_id in distinct], first, [*(position - 1 for position in first[1:]), len(tenants)]
 
 
 def _reversed(row: asyncpg.Record) -> Reversed:

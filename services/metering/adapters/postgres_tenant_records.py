@@ -77,21 +77,21 @@ INSERT_TOMBSTONE = "INSERT INTO metering.erased_tenants (tenant_id) VALUES ($1) 
 # Nobody folds meanwhile: what is in the log is blanked there, what is in the sums below.
 LOCK_SUMS = "SELECT pg_advisory_xact_lock(7405, 0)"
 PSEUDONYMISE_PENDING = """
-UPDATE metering.usage_pending SET user_name = '', feature = '', prompt_version = ''
-WHERE tenant_id = $1 AND (user_name <> '' OR feature <> '' OR prompt_version <> '')
+UPDATE metering.usage_pending SET user_name = '', feature = '', prompt_version = '', refusal_rule = ''
+WHERE tenant_id = $1 AND (user_name <> '' OR feature <> '' OR prompt_version <> '' OR refusal_rule <> '')
 """
 # A series is made of names and could be guessed: a blanked row, and the latencies that go with it, get one that is nobody's.
 PSEUDONYMISE_SUMS = """
 WITH chosen AS MATERIALIZED (
     SELECT grain, start_time, series, gen_random_uuid() AS nobodys FROM metering.usage_rollups
     WHERE tenant_id = $1 AND (grain, start_time, series) > ($2::smallint, $3::timestamptz, $4::uuid)
-      AND (user_name <> '' OR feature <> '' OR prompt_version <> '')
+      AND (user_name <> '' OR feature <> '' OR prompt_version <> '' OR refusal_rule <> '')
     ORDER BY grain, start_time, series LIMIT $5
 ), timed AS (
     UPDATE metering.usage_latencies l SET series = c.nobodys
     FROM chosen c WHERE c.grain = 2 AND l.tenant_id = $1 AND l.start_time = c.start_time AND l.series = c.series
 ), blanked AS (
-    UPDATE metering.usage_rollups u SET user_name = '', feature = '', prompt_version = '', series = c.nobodys
+    UPDATE metering.usage_rollups u SET user_name = '', feature = '', prompt_version = '', refusal_rule = '', series = c.nobodys
     FROM chosen c WHERE u.tenant_id = $1 AND u.grain = c.grain AND u.start_time = c.start_time AND u.series = c.series
 )
 SELECT grain, start_time, series FROM chosen ORDER BY grain, start_time, series
@@ -104,6 +104,28 @@ DELETE_ENDPOINTS = "DELETE FROM metering.webhook_endpoints WHERE tenant_id = $1"
 BLANK_ALERTS = """
 UPDATE metering.budget_alerts SET user_name = '', feature = '', metadata = NULL
 WHERE tenant_id = $1 AND (user_name <> '' OR feature <> '' OR metadata IS NOT NULL)
+"""
+PSEUDONYMISE_LEVELS = """
+WITH named AS MATERIALIZED (
+    SELECT DISTINCT grain, start_time, series FROM metering.usage_levels
+    WHERE tenant_id = $1 AND (user_name <> '' OR feature <> '') LIMIT $2
+), chosen AS MATERIALIZED (
+    SELECT *, gen_random_uuid() AS nobodys FROM named
+), blanked AS (
+    UPDATE metering.usage_levels l SET user_name = '', feature = '', series = c.nobodys
+    FROM chosen c WHERE l.tenant_id = $1 AND l.grain = c.grain AND l.start_time = c.start_time AND l.series = c.series
+)
+SELECT series FROM chosen
+"""
+PSEUDONYMISE_REFUSALS = """
+WITH named AS MATERIALIZED (
+    SELECT minute, replica, series, gen_random_uuid() AS nobodys FROM metering.refusals
+    WHERE tenant_id = $1 AND (user_name <> '' OR feature <> '' OR rule <> '') LIMIT $2
+), blanked AS (
+    UPDATE metering.refusals r SET user_name = '', feature = '', rule = '', series = n.nobodys
+    FROM named n WHERE r.tenant_id = $1 AND r.minute = n.minute AND r.replica = n.replica AND r.series = n.series
+)
+SELECT series FROM named
 """
 # The books stay, with the id and without names; what is still under way ends in them.
 KEPT = frozenset(
@@ -259,10 +281,13 @@ class PostgresTenantRecords:
                 await connection.execute(LOCK_SUMS)
                 # In each step: what was under way when the calls were blanked may have written names behind it.
                 await connection.execute(PSEUDONYMISE_PENDING, tenant_id)
+                levels = await connection.fetch(PSEUDONYMISE_LEVELS, tenant_id, CHUNK)
+                refusals = await connection.fetch(PSEUDONYMISE_REFUSALS, tenant_id, CHUNK)
                 rows = await connection.fetch(PSEUDONYMISE_SUMS, tenant_id, *position, CHUNK)
-            if len(rows) < CHUNK:
+            if max(len(rows), len(levels), len(refusals)) < CHUNK:
                 return
-            position = (rows[-1]["grain"], rows[-1]["start_time"], rows[-1]["series"])
+            if rows:
+                position = (rows[-1]["grain"], rows[-1]["start_time"], rows[-1]["series"])
 
     async def scan(self, tenant_id: TenantId, canaries: Sequence[str]) -> Sequence[ScannedStore]:
         """Counts what holds the tenant's id or one of the strings; the jobs role sees the books of every tenant."""

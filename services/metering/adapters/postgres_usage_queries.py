@@ -2,22 +2,22 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from decimal import Decimal
 from uuid import UUID
 
 import asyncpg
 
+from services.kernel.errors import SumOutOfRange
 from services.kernel.ids import TenantId
 from services.kernel.placement import HOME
 from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
 from services.metering.adapters.usage_statements import (
-    PLAN_AS_ASKED,
-    QUERY,
-    QUERY_WITH_LATENCIES,
+    COLUMNS,
+    PLAN_ONCE,
     SELECT_OUTSTANDING,
-    SELECT_TENANTS,
+    UsageStatement,
 )
 from services.metering.call import TokenUsage
-from services.metering.usage_plan import Segment
 from services.metering.usage_query import (
     Balance,
     Dimension,
@@ -30,7 +30,10 @@ from services.metering.usage_query import (
     UsageQuery,
 )
 
-_BEFORE_ALL = UUID(int=0)
+_NO_TENANT = UUID(int=0)
+_NAMED = [dimension for dimension in Dimension if dimension is not Dimension.TENANT]
+# What the contract's int64 holds.
+MAX_QUANTITY = 2**63 - 1
 # A tenant has at most 200 rules, and so hardly more units.
 _MOST_UNITS = 1_000
 
@@ -48,19 +51,18 @@ class PostgresUsageQueries:
 
     async def of_tenant(self, tenant_id: TenantId, query: UsageQuery, after: RowPosition | None, size: int) -> Sequence[GroupUse]:
         """Returns up to `size` groups of the tenant after the position."""
-        async with self._reading.transaction(tenant_id) as connection:
+        async with self._reading.transaction(tenant_id, settings=PLAN_ONCE) as connection:
             return await _groups(connection, [tenant_id], query, after, size)
 
     async def of_tenants(self, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int) -> Sequence[GroupUse]:
         """As `of_tenant`, over these tenants; all where the list is empty."""
-        async with self._reading_all.transaction() as connection:
-            wanted = tenant_ids or [row["tenant_id"] for row in await connection.fetch(SELECT_TENANTS)]
-            return await _groups(connection, wanted, query, after, size)
+        async with self._reading_all.transaction(settings=PLAN_ONCE) as connection:
+            return await _groups(connection, tenant_ids, query, after, size)
 
     async def balance(self, tenant_id: TenantId, start: datetime, end: datetime) -> Balance:
         """Returns what the tenant used of a cycle, at one moment."""
         query = UsageQuery(start, end, group_by=frozenset((Dimension.PRODUCT_UNIT,)))
-        async with self._primary.transaction_at(HOME, tenant_id, snapshot=True) as connection:
+        async with self._primary.transaction_at(HOME, tenant_id, snapshot=True, settings=PLAN_ONCE) as connection:
             outstanding = await connection.fetchrow(SELECT_OUTSTANDING, tenant_id)
             found = await _groups(connection, [tenant_id], query, None, _MOST_UNITS)
         calls = [group for group in found if not _unit(group)]
@@ -83,56 +85,17 @@ def _unit(group: GroupUse) -> str:
 async def _groups(
     connection: Connection, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int
 ) -> list[GroupUse]:
-    position = after or RowPosition(0, GroupKey(0, _BEFORE_ALL, ("",) * 7))
-    arguments = [
-        list(tenant_ids),
-        *_columns(query.segments()),
-        [int(dimension) for dimension in query.group_by],
-        *_filters(query),
-        int(query.order_by),
-        query.ascending,
-        size,
-        after is not None,
-        position.rank,
-        position.key.bucket,
-        position.key.tenant_id,
-        *position.key.names,
-    ]
-    await connection.execute(PLAN_AS_ASKED)
-    if query.tells_latencies:
-        rows = await connection.fetch(QUERY_WITH_LATENCIES, *arguments, *_columns(query.latency_segments()))
-    else:
-        rows = await connection.fetch(QUERY, *arguments)
-    return [_group(row) for row in rows]
+    statement = UsageStatement(tenant_ids, query, after, size)
+    rows = await connection.fetch(statement.text, *statement.arguments)
+    return [_group(row, query) for row in rows]
 
 
-def _columns(parts: Sequence[Segment]) -> tuple[list[datetime], list[datetime], list[int], list[int]]:
-    return (
-        [part.start for part in parts],
-        [part.end for part in parts],
-        [part.bucket for part in parts],
-        [int(part.grain) for part in parts],
-    )
-
-
-def _filters(query: UsageQuery) -> list[list[str] | None]:
-    wanted = query.filter
-    lists = (
-        wanted.users,
-        wanted.features,
-        wanted.models,
-        wanted.prompt_versions,
-        wanted.providers,
-        wanted.tiers,
-        wanted.product_units,
-    )
-    return [list(names) or None for names in lists]
-
-
-def _group(row: asyncpg.Record) -> GroupUse:
-    names = ("user_name", "feature", "model", "prompt_version", "provider", "tier", "product_unit")
+def _group(row: asyncpg.Record, query: UsageQuery) -> GroupUse:
+    # What was not asked for has no column.
+    tenant_id = UUID(int=row["tenant_id"].int) if Dimension.TENANT in query.group_by else _NO_TENANT
+    names = tuple(row[COLUMNS[dimension]] if dimension in query.group_by else "" for dimension in _NAMED)
     return GroupUse(
-        key=GroupKey(row["bucket"], UUID(int=row["tenant_id"].int), tuple(row[name] for name in names)),
+        key=GroupKey(row["bucket"], tenant_id, names),
         rank=row["rank"],
         settled=row["settled"],
         void=row["void"],
@@ -142,10 +105,17 @@ def _group(row: asyncpg.Record) -> GroupUse:
         failures=Failures(*(row[name] for name in ("refused", "overloaded", "failed", "cancelled", "deadline", "lost", "other"))),
         usage=TokenUsage(row["input"], row["output"], row["cache_read"], row["cache_write_5m"], row["cache_write_1h"]),
         cost_nano_usd=row["cost"],
-        quantity=row["quantity"],
-        first_token=_latency(row, "first_token"),
-        total=_latency(row, "total"),
+        quantity=_quantity(row["quantity"]),
+        refusals=row["refusals"],
+        first_token=_latency(row, "first_token") if query.tells_latencies else None,
+        total=_latency(row, "total") if query.tells_latencies else None,
     )
+
+
+def _quantity(total: Decimal) -> int:
+    if abs(total) > MAX_QUANTITY:
+        raise SumOutOfRange("quantity", "group by PRODUCT_UNIT, filter fewer units or ask for a shorter period")
+    return int(total)
 
 
 def _latency(row: asyncpg.Record, kind: str) -> Latency | None:

@@ -46,3 +46,11 @@ class SortedBatch(Generic[I]):
     def came_as(self, position: int) -> int:
         """Returns where the item at a position of the batch, from 1, was in the sequence it came in, from 0."""
         return self.order[position - 1]
+
+
+def slices_of(tenants: Sequence[bytes]) -> tuple[list[object], list[int], list[int]]:
+    """Returns the distinct tenants of a sorted batch and the first and last position of each, from 1."""
+    distinct, first = list(dict.fromkeys(tenants)), [1]
+    for tenant_id in distinct[:-1]:
+        first.append(first[-1] + tenants.count(tenant_id))
+    return [type_uuid(tenant_id) for tenant_id in distinct], first, [*(position - 1 for position in first[1:]), len(tenants)]

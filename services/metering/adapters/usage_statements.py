@@ -1,19 +1,24 @@
-"""The statements behind questions about use. $1 are the tenants; in the service role's transaction policies let one of them be seen.
+"""The statements behind questions about use, made of what is asked for alone: a plan is kept for each, and holds nothing else.
 
-$2–$5 are the segments: start, end, bucket, grain; $6 the dimensions that tell apart; $7–$13 the filters, NULL where everything counts; $14
-and $15 the order; $16 how many rows; $17 whether $18–$27 are a position to go on after; $28–$31 the segments of latencies.
+Every statement names its tenants; in the service role's transaction policies let one of them be seen.
 """
 
+from collections.abc import Sequence
+from uuid import UUID
+
+from services.metering.usage_plan import Grain, Segment
+from services.metering.usage_query import Dimension, Measure, RowPosition, UsageQuery
+
 # Tenants that used anything, one look into the index for each: how much they used does not matter.
-SELECT_TENANTS = """
-WITH RECURSIVE folded AS (
-    (SELECT tenant_id FROM metering.usage_rollups ORDER BY tenant_id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT u.tenant_id FROM metering.usage_rollups u WHERE u.tenant_id > f.tenant_id ORDER BY u.tenant_id LIMIT 1)
-    FROM folded f WHERE f.tenant_id IS NOT NULL
-)
-SELECT tenant_id FROM folded WHERE tenant_id IS NOT NULL
-UNION SELECT tenant_id FROM metering.usage_pending
+_EVERY_TENANT = """
+    WITH RECURSIVE folded AS (
+        (SELECT tenant_id FROM metering.usage_rollups ORDER BY tenant_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT u.tenant_id FROM metering.usage_rollups u WHERE u.tenant_id > f.tenant_id ORDER BY u.tenant_id LIMIT 1)
+        FROM folded f WHERE f.tenant_id IS NOT NULL
+    )
+    SELECT tenant_id FROM folded WHERE tenant_id IS NOT NULL
+    UNION SELECT tenant_id FROM metering.usage_pending
 """
 SELECT_OUTSTANDING = """
 SELECT clock_timestamp() AS read_time, count(*) AS call_count, coalesce(sum(o.bound_nano_usd), 0)::bigint AS bound_nano_usd
@@ -25,30 +30,36 @@ FROM (
     SELECT k.bound_nano_usd FROM metering.calls k WHERE k.tenant_id = $1 AND k.unresolved_time IS NOT NULL
 ) o
 """
-# Planned for its very arguments a statement drops what was not asked for. Groups are few: hashed, they need no sort.
-PLAN_AS_ASKED = "SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL enable_sort = off; SET LOCAL jit = off"
-_FILTERS = """
-    ($7::text[] IS NULL OR {0}.user_name = ANY ($7)) AND ($8::text[] IS NULL OR {0}.feature = ANY ($8))
-    AND ($9::text[] IS NULL OR {0}.model = ANY ($9)) AND ($10::text[] IS NULL OR {0}.prompt_version = ANY ($10))
-    AND ($11::text[] IS NULL OR {0}.provider = ANY ($11)) AND ($12::text[] IS NULL OR {0}.tier = ANY ($12))
-    AND ($13::text[] IS NULL OR {0}.product_unit = ANY ($13))
-"""
-_NAMES = "tenant_id, user_name, feature, model, prompt_version, provider, tier, product_unit"
-_ASKED_NAMES = """
-    CASE WHEN 1 = ANY ($6::smallint[]) THEN {0}.tenant_id ELSE '00000000-0000-0000-0000-000000000000'::uuid END AS tenant_id,
-    CASE WHEN 2 = ANY ($6::smallint[]) THEN {0}.user_name ELSE '' END AS user_name,
-    CASE WHEN 3 = ANY ($6::smallint[]) THEN {0}.feature ELSE '' END AS feature,
-    CASE WHEN 4 = ANY ($6::smallint[]) THEN {0}.model ELSE '' END AS model,
-    CASE WHEN 5 = ANY ($6::smallint[]) THEN {0}.prompt_version ELSE '' END AS prompt_version,
-    CASE WHEN 6 = ANY ($6::smallint[]) THEN {0}.provider ELSE '' END AS provider,
-    CASE WHEN 7 = ANY ($6::smallint[]) THEN {0}.tier ELSE '' END AS tier,
-    CASE WHEN 8 = ANY ($6::smallint[]) THEN {0}.product_unit ELSE '' END AS product_unit
-"""
+# One plan for all arguments: every look is a look into an index, whatever they are, and planning would cost more than most answers.
+# Groups are few: hashed, they need no sort.
+PLAN_ONCE = "SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL enable_sort = off; SET LOCAL jit = off"
+
+COLUMNS = {
+    Dimension.TENANT: "tenant_id",
+    Dimension.USER: "user_name",
+    Dimension.FEATURE: "feature",
+    Dimension.MODEL: "model",
+    Dimension.PROMPT_VERSION: "prompt_version",
+    Dimension.PROVIDER: "provider",
+    Dimension.TIER: "tier",
+    Dimension.PRODUCT_UNIT: "product_unit",
+    Dimension.EVENT_TYPE: "event_type",
+    Dimension.REFUSAL_REASON: "refusal_reason",
+    Dimension.REFUSAL_RULE: "refusal_rule",
+}
 _MEASURES = (
     "settled, void, unresolved, reconciled, retries, refused, overloaded, failed, cancelled, deadline, lost, other, "
-    "input, output, cache_read, cache_write_5m, cache_write_1h, cost, quantity"
+    "input, output, cache_read, cache_write_5m, cache_write_1h, cost, refusals"
 )
-# What one row of the log, or one call, counts.
+_SUMMED = """
+    {0}.settled_calls AS settled, {0}.void_calls AS void, {0}.unresolved_calls AS unresolved, {0}.reconciled_calls AS reconciled,
+    {0}.retries, {0}.refused_calls AS refused, {0}.overloaded_calls AS overloaded, {0}.failed_calls AS failed,
+    {0}.cancelled_calls AS cancelled, {0}.deadline_calls AS deadline, {0}.lost_calls AS lost, {0}.other_calls AS other,
+    {0}.input_tokens AS input, {0}.output_tokens AS output, {0}.cache_read_tokens AS cache_read,
+    {0}.cache_write_5m_tokens AS cache_write_5m, {0}.cache_write_1h_tokens AS cache_write_1h, {0}.cost_nano_usd AS cost, {0}.refusals,
+    {0}.quantity
+"""
+# What one row of the log, or one call or event, counts; what has a level is no amount.
 _COUNTED = """
     {0}.sign * ({0}.state = 2)::integer, {0}.sign * ({0}.state = 3)::integer,
     {0}.sign * ({0}.state = 4)::integer, {0}.sign * ({0}.state = 5)::integer,
@@ -58,21 +69,39 @@ _COUNTED = """
     {0}.sign * coalesce({0}.cause = 5, false)::integer, {0}.sign * coalesce({0}.cause = 6, false)::integer,
     {0}.sign * coalesce({0}.cause = 7, false)::integer,
     {0}.sign * {0}.input_tokens, {0}.sign * {0}.output_tokens, {0}.sign * {0}.cache_read_tokens, {0}.sign * {0}.cache_write_5m_tokens,
-    {0}.sign * {0}.cache_write_1h_tokens, {0}.sign * {0}.cost_nano_usd, {0}.sign * {0}.quantity
+    {0}.sign * {0}.cache_write_1h_tokens, {0}.sign * {0}.cost_nano_usd, {0}.refusals,
+    CASE WHEN {0}.level IS NULL THEN {0}.sign * {0}.quantity ELSE 0 END
 """
 # The segments follow each other without a gap: the log's rows find theirs among the starts.
 _PENDING = """
     (SELECT p.*, s.bucket FROM asked a JOIN metering.usage_pending p ON p.tenant_id = a.tenant_id
-     CROSS JOIN LATERAL (SELECT width_bucket(p.use_time, {starts}::timestamptz[]) AS number) w
-     CROSS JOIN LATERAL (SELECT ({buckets}::integer[])[w.number] AS bucket, ({grains}::smallint[])[w.number] AS grain) s
-     WHERE w.number > 0 AND p.use_time < ({ends}::timestamptz[])[cardinality({ends}::timestamptz[])] AND s.grain > 0)
+     CROSS JOIN LATERAL (SELECT width_bucket(p.use_time, {starts}) AS number) w
+     CROSS JOIN LATERAL (SELECT ({buckets})[w.number] AS bucket, ({grains})[w.number] AS grain) s
+     WHERE w.number > 0 AND p.use_time < ({ends})[cardinality({ends})] AND s.grain > 0)
 """
-_CALLS = """
-    (SELECT c.*, s.bucket FROM {segments} s CROSS JOIN asked a
-     CROSS JOIN LATERAL (SELECT * FROM metering.counted_use u
-                         WHERE u.tenant_id = a.tenant_id AND u.use_time >= s.start_time AND u.use_time < s.end_time OFFSET 0) c
+_COUNTED_COLUMNS = (
+    "tenant_id, sign, use_time, provider, model, feature, user_name, prompt_version, tier, product_unit, event_type, state, attempt, "
+    "cause, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd, quantity, level, "
+    "first_token_ms, total_ms"
+)
+# Events are found by their time of record, which is near their use or in an index of its own.
+_CALLS = f"""
+    (SELECT c.*, s.bucket FROM {{segments}} s CROSS JOIN asked a
+     CROSS JOIN LATERAL (
+         SELECT {_COUNTED_COLUMNS}, '' AS refusal_reason, '' AS refusal_rule, 0 AS refusals FROM metering.counted_use u
+         WHERE u.tenant_id = a.tenant_id AND u.use_time >= s.start_time AND u.use_time < s.end_time
+         UNION ALL
+         SELECT {_COUNTED_COLUMNS}, '', '', 0 FROM metering.counted_events e
+         WHERE e.tenant_id = a.tenant_id AND e.use_time >= s.start_time AND e.use_time < s.end_time
+           AND (NOT e.is_near OR e.record_time >= s.start_time - interval '1 day' AND e.record_time < s.end_time + interval '1 day')
+         UNION ALL
+         SELECT r.tenant_id, 1, r.minute, '', r.model, r.feature, r.user_name, '', r.tier, '', '', 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, NULL,
+                0, 0, r.reason, r.rule, r.refusals
+         FROM metering.refusals r
+         WHERE r.tenant_id = a.tenant_id AND r.minute >= s.start_time AND r.minute < s.end_time
+         OFFSET 0) c
      WHERE s.grain = 0)
-"""
+"""  # noqa: S608 - made of the fragments above alone
 # OFFSET 0 keeps each look a look into the index, one for each tenant and segment: in another order all of a tenant's rows are read.
 _SUMS = """
     (SELECT u.*, s.bucket FROM {segments} s CROSS JOIN asked a
@@ -81,110 +110,216 @@ _SUMS = """
                            AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) u
      WHERE s.grain > 0)
 """
-_GROUPED = f"""
-WITH asked AS MATERIALIZED (
-    SELECT a.tenant_id FROM unnest($1::uuid[]) AS a (tenant_id)
-), segments AS MATERIALIZED (
-    SELECT * FROM unnest($2::timestamptz[], $3::timestamptz[], $4::integer[], $5::smallint[]) AS s (start_time, end_time, bucket, grain)
-), grouped AS (
-    SELECT f.bucket, {_NAMES}, {", ".join(f"sum({name})::bigint AS {name}" for name in _MEASURES.split(", "))}
-    FROM (
-        SELECT u.bucket, {_ASKED_NAMES.format("u")},
-               sum(u.settled_calls) AS settled, sum(u.void_calls) AS void, sum(u.unresolved_calls) AS unresolved,
-               sum(u.reconciled_calls) AS reconciled, sum(u.retries) AS retries, sum(u.refused_calls) AS refused,
-               sum(u.overloaded_calls) AS overloaded, sum(u.failed_calls) AS failed, sum(u.cancelled_calls) AS cancelled,
-               sum(u.deadline_calls) AS deadline, sum(u.lost_calls) AS lost, sum(u.other_calls) AS other,
-               sum(u.input_tokens) AS input, sum(u.output_tokens) AS output, sum(u.cache_read_tokens) AS cache_read,
-               sum(u.cache_write_5m_tokens) AS cache_write_5m, sum(u.cache_write_1h_tokens) AS cache_write_1h,
-               sum(u.cost_nano_usd) AS cost, sum(u.quantity) AS quantity
-        FROM {_SUMS.format(segments="segments")} u
-        WHERE {_FILTERS.format("u")}
-        GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9
-        UNION ALL
-        SELECT p.bucket, {_ASKED_NAMES.format("p")}, {_COUNTED.format("p")}
-        FROM {_PENDING.format(starts="$2", ends="$3", buckets="$4", grains="$5")} p
-        WHERE {_FILTERS.format("p")}
-        UNION ALL
-        SELECT c.bucket, {_ASKED_NAMES.format("c")}, {_COUNTED.format("c")}
-        FROM {_CALLS.format(segments="segments")} c
-        WHERE {_FILTERS.format("c")}
-    ) f
-    GROUP BY f.bucket, {_NAMES}
-    HAVING (sum(settled), sum(void), sum(unresolved), sum(reconciled), sum(quantity)) <> (0, 0, 0, 0, 0)
-)
-"""  # noqa: S608 - made of the fragments above alone
-# A rank rises along the rows; names and buckets decide between rows of one rank. Shares are ranked by millionths.
-_RANKED = """
-SELECT * FROM (
-    SELECT *, CASE WHEN $15::boolean OR $14::integer = 0 THEN 1 ELSE -1 END * coalesce(CASE $14::integer
-        WHEN 0 THEN 0
-        WHEN 1 THEN cost
-        WHEN 2 THEN settled
-        WHEN 3 THEN void + unresolved + reconciled
-        WHEN 4 THEN 1000000 * (void + unresolved + reconciled) / nullif(settled + void + unresolved + reconciled, 0)
-        WHEN 5 THEN retries
-        WHEN 6 THEN 1000000 * retries / nullif(settled + void + unresolved + reconciled, 0)
-        WHEN 7 THEN input + output + cache_read + cache_write_5m + cache_write_1h
-        WHEN 8 THEN 1000000 * cache_read / nullif(input + cache_read + cache_write_5m + cache_write_1h, 0)
-        WHEN 9 THEN quantity
-        WHEN 10 THEN (1000 * first_token_p95)::bigint
-        ELSE (1000 * total_p95)::bigint
-    END, -1) AS rank
-    FROM {source}
-) r
-WHERE NOT $17::boolean OR (rank, bucket, tenant_id, user_name, feature, model, prompt_version, provider, tier, product_unit)
-                          > ($18::bigint, $19::integer, $20::uuid, $21::text, $22::text, $23::text, $24::text, $25::text, $26::text,
-                             $27::text)
-ORDER BY rank, bucket, tenant_id, user_name, feature, model, prompt_version, provider, tier, product_unit LIMIT $16::integer
+# Levels have names of their own alone.
+_LEVELS = """
+    (SELECT v.*, s.bucket FROM level_segments s CROSS JOIN asked a
+     CROSS JOIN LATERAL (SELECT u.*, ''::text AS provider, ''::text AS model, ''::text AS prompt_version, ''::text AS tier,
+                                ''::text AS refusal_reason, ''::text AS refusal_rule
+                         FROM metering.usage_levels u
+                         WHERE u.tenant_id = a.tenant_id AND u.grain = s.grain
+                           AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) v
+     WHERE s.grain > 0)
 """
-_NO_LATENCIES = """(
-    SELECT g.*, 0::bigint AS first_token_count, NULL::float8 AS first_token_p50, NULL::float8 AS first_token_p95,
-           NULL::float8 AS first_token_p99,
-           0::bigint AS total_count, NULL::float8 AS total_p50, NULL::float8 AS total_p95, NULL::float8 AS total_p99
-    FROM grouped g
-) q"""
+_SEGMENTS = "SELECT * FROM unnest({starts}, {ends}, {buckets}, {grains}) AS s (start_time, end_time, bucket, grain)"
+_ENDED = "settled + void + unresolved + reconciled"
+# Shares are ranked by millionths.
+_RANKS = {
+    Measure.TIME: "0",
+    Measure.COST: "cost",
+    Measure.SETTLED: "settled",
+    Measure.FAILED: "void + unresolved + reconciled",
+    Measure.FAILED_SHARE: f"1000000 * (void + unresolved + reconciled) / nullif({_ENDED}, 0)",
+    Measure.RETRIES: "retries",
+    Measure.RETRY_SHARE: f"1000000 * retries / nullif({_ENDED}, 0)",
+    Measure.TOKENS: "input + output + cache_read + cache_write_5m + cache_write_1h",
+    Measure.CACHE_HIT_SHARE: "1000000 * cache_read / nullif(input + cache_read + cache_write_5m + cache_write_1h, 0)",
+    Measure.QUANTITY: "least(greatest(quantity, -9223372036854775807), 9223372036854775807)",
+    Measure.FIRST_TOKEN_P95: "(1000 * first_token_p95)::bigint",
+    Measure.TOTAL_P95: "(1000 * total_p95)::bigint",
+    Measure.REFUSALS: "refusals",
+}
 _KINDS = "(VALUES (1::smallint, {0}.first_token_ms), (2::smallint, {0}.total_ms)) AS m (kind, ms)"
-_TIMED = f"""
-, latency_segments AS MATERIALIZED (
-    SELECT * FROM unnest($28::timestamptz[], $29::timestamptz[], $30::integer[], $31::smallint[]) AS s (start_time, end_time, bucket, grain)
-), timed AS (
-    SELECT bucket, {_NAMES}, kind, scale, sum(calls) AS calls
-    FROM (
-        SELECT u.bucket, {_ASKED_NAMES.format("u")}, l.kind, l.scale, l.calls
-        FROM {_SUMS.format(segments="latency_segments")} u
-        CROSS JOIN LATERAL (SELECT l.kind, l.bucket AS scale, l.calls FROM metering.usage_latencies l
-                            WHERE l.tenant_id = u.tenant_id AND l.start_time = u.start_time AND l.series = u.series OFFSET 0) l
-        WHERE {_FILTERS.format("u")}
-        UNION ALL
-        SELECT p.bucket, {_ASKED_NAMES.format("p")}, m.kind, metering.latency_bucket(m.ms), p.sign
-        FROM {_PENDING.format(starts="$28", ends="$29", buckets="$30", grains="$31")} p CROSS JOIN LATERAL {_KINDS.format("p")}
-        WHERE p.state = 2 AND m.ms > 0 AND {_FILTERS.format("p")}
-        UNION ALL
-        SELECT c.bucket, {_ASKED_NAMES.format("c")}, m.kind, metering.latency_bucket(m.ms), c.sign
-        FROM {_CALLS.format(segments="latency_segments")} c CROSS JOIN LATERAL {_KINDS.format("c")}
-        WHERE c.state = 2 AND m.ms > 0 AND {_FILTERS.format("c")}
-    ) t
-    GROUP BY bucket, {_NAMES}, kind, scale HAVING sum(calls) > 0
-), climbed AS (
-    SELECT *, sum(calls) OVER (PARTITION BY bucket, {_NAMES}, kind ORDER BY scale) AS so_far,
-           sum(calls) OVER (PARTITION BY bucket, {_NAMES}, kind) AS whole
-    FROM timed
-), placed AS (
-    SELECT bucket, {_NAMES}, kind, max(whole)::bigint AS whole, min(scale) FILTER (WHERE so_far >= 0.5 * whole) AS p50,
-           min(scale) FILTER (WHERE so_far >= 0.95 * whole) AS p95, min(scale) FILTER (WHERE so_far >= 0.99 * whole) AS p99
-    FROM climbed GROUP BY bucket, {_NAMES}, kind
-)
-"""  # noqa: S608 - as above
 # The middle of a bucket of the scale: see metering.latency_bucket.
 _MIDDLE = "power(1.1::float8, {0}) * 2 / 2.1"
-_WITH_LATENCIES = f"""(
-    SELECT g.*, coalesce(f.whole, 0) AS first_token_count, {_MIDDLE.format("f.p50")} AS first_token_p50,
-           {_MIDDLE.format("f.p95")} AS first_token_p95, {_MIDDLE.format("f.p99")} AS first_token_p99,
-           coalesce(e.whole, 0) AS total_count, {_MIDDLE.format("e.p50")} AS total_p50, {_MIDDLE.format("e.p95")} AS total_p95,
-           {_MIDDLE.format("e.p99")} AS total_p99
+# What sums, log and calls count.
+_COUNTS = (
+    "SELECT {names}, {amounts} FROM {sums} u WHERE true{filters}",
+    "SELECT {names}, {amounts} FROM {pending} p WHERE true{filters}",
+    "SELECT {names}, {amounts} FROM {calls} c WHERE true{filters}",
+)
+# Of each level how many events stand.
+_STANDING = (
+    "SELECT {names}, u.event_type AS of_type, u.level, u.events FROM {levels} u WHERE true{filters}",
+    "SELECT {names}, p.event_type, p.level, p.sign * p.quantity FROM {pending} p WHERE p.level IS NOT NULL{filters}",
+    "SELECT {names}, c.event_type, c.level, c.sign * c.quantity FROM {calls} c WHERE c.level IS NOT NULL{filters}",
+)
+_AMOUNTS = {"u": _SUMMED.format("u"), "p": _COUNTED.format("p"), "c": _COUNTED.format("c")}
+_GROUPED = f"""
+WITH asked AS MATERIALIZED (
+    {{tenants}}
+), segments AS MATERIALIZED (
+    {{segments}}
+), level_segments AS MATERIALIZED (
+    {{level_segments}}
+), highest AS (
+    SELECT {{keys}}, max(level) AS quantity
+    FROM (SELECT {{keys}}, of_type, level FROM ({{levels}}) l GROUP BY {{keys}}, of_type, level HAVING sum(events) > 0) h
+    GROUP BY {{keys}}, of_type
+), grouped AS (
+    SELECT {{keys}}, {", ".join(f"sum({name})::bigint AS {name}" for name in _MEASURES.split(", "))}, sum(quantity) AS quantity
+    FROM ({{branches}} UNION ALL SELECT {{keys}}, {"0, " * len(_MEASURES.split(", "))}quantity FROM highest) f
+    GROUP BY {{keys}}
+    HAVING (sum(settled), sum(void), sum(unresolved), sum(reconciled), sum(quantity), sum(refusals)) <> (0, 0, 0, 0, 0, 0)
+)
+"""  # noqa: S608 - made of the fragments above alone
+# How long they took, likewise.
+_TIMES = (
+    """
+    SELECT {names}, l.kind, l.scale, l.calls FROM {sums} u
+    CROSS JOIN LATERAL (SELECT l.kind, l.bucket AS scale, l.calls FROM metering.usage_latencies l
+                        WHERE l.tenant_id = u.tenant_id AND l.start_time = u.start_time AND l.series = u.series OFFSET 0) l
+    WHERE true{filters}
+""",
+    """
+    SELECT {names}, m.kind, metering.latency_bucket(m.ms), p.sign
+    FROM {pending} p CROSS JOIN LATERAL {kinds} WHERE p.state = 2 AND m.ms > 0{filters}
+""",
+    """
+    SELECT {names}, m.kind, metering.latency_bucket(m.ms), c.sign
+    FROM {calls} c CROSS JOIN LATERAL {kinds} WHERE c.state = 2 AND m.ms > 0{filters}
+""",
+)
+_TIMED = """
+, latency_segments AS MATERIALIZED (
+    {segments}
+), timed AS (
+    SELECT {keys}, kind, scale, sum(calls) AS calls FROM ({branches}) t
+    GROUP BY {keys}, kind, scale HAVING sum(calls) > 0
+), climbed AS (
+    SELECT *, sum(calls) OVER (PARTITION BY {keys}, kind ORDER BY scale) AS so_far, sum(calls) OVER (PARTITION BY {keys}, kind) AS whole
+    FROM timed
+), placed AS (
+    SELECT {keys}, kind, max(whole)::bigint AS whole, min(scale) FILTER (WHERE so_far >= 0.5 * whole) AS p50,
+           min(scale) FILTER (WHERE so_far >= 0.95 * whole) AS p95, min(scale) FILTER (WHERE so_far >= 0.99 * whole) AS p99
+    FROM climbed GROUP BY {keys}, kind
+), with_latencies AS (
+    SELECT g.*, {first_token}, {total}
     FROM grouped g
-    LEFT JOIN (SELECT * FROM placed WHERE kind = 1) f USING (bucket, {_NAMES})
-    LEFT JOIN (SELECT * FROM placed WHERE kind = 2) e USING (bucket, {_NAMES})
-) q"""  # noqa: S608 - as above
-QUERY = _GROUPED + _RANKED.format(source=_NO_LATENCIES)
-QUERY_WITH_LATENCIES = _GROUPED + _TIMED + _RANKED.format(source=_WITH_LATENCIES)
+    LEFT JOIN (SELECT * FROM placed WHERE kind = 1) f USING ({keys})
+    LEFT JOIN (SELECT * FROM placed WHERE kind = 2) e USING ({keys})
+)
+"""
+
+
+class UsageStatement:
+    """One question as a statement and its arguments; questions that differ in these alone have one text."""
+
+    def __init__(self, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int) -> None:
+        """Asks about all tenants where the list is empty."""
+        self.arguments: list[object] = []
+        self._query = query
+        self._dimensions = [dimension for dimension in COLUMNS if dimension in query.group_by]
+        self._keys = ["bucket", *(COLUMNS[dimension] for dimension in self._dimensions)]
+        self._tenants = _EVERY_TENANT
+        if tenant_ids:
+            self._tenants = f"SELECT a.tenant_id FROM unnest({self._argument(list(tenant_ids), 'uuid[]')}) AS a (tenant_id)"  # noqa: S608
+        self._filters = self._filter()
+        grouped = self._grouped(query.segments(), query.level_segments())
+        timed = self._timed(query.latency_segments()) if query.tells_latencies else ""
+        self.text = grouped + timed + self._page(after, size)
+
+    def _argument(self, value: object, kind: str) -> str:
+        self.arguments.append(value)
+        return f"${len(self.arguments)}::{kind}"
+
+    def _filter(self) -> str:
+        wanted = self._query.filter
+        lists = {
+            "user_name": wanted.users,
+            "feature": wanted.features,
+            "model": wanted.models,
+            "prompt_version": wanted.prompt_versions,
+            "provider": wanted.providers,
+            "tier": wanted.tiers,
+            "product_unit": wanted.product_units,
+            "event_type": wanted.event_types,
+            "refusal_reason": wanted.refusal_reasons,
+            "refusal_rule": wanted.refusal_rules,
+        }
+        return "".join(f" AND {{0}}.{column} = ANY ({self._argument(list(names), 'text[]')})" for column, names in lists.items() if names)
+
+    def _segments(self, parts: Sequence[Segment]) -> dict[str, str]:
+        return {
+            "starts": self._argument([part.start for part in parts], "timestamptz[]"),
+            "ends": self._argument([part.end for part in parts], "timestamptz[]"),
+            "buckets": self._argument([part.bucket for part in parts], "integer[]"),
+            "grains": self._argument([int(part.grain) for part in parts], "smallint[]"),
+        }
+
+    def _names(self, table: str) -> str:
+        return ", ".join(f"{table}.{key}" for key in self._keys)
+
+    def _branches(self, templates: Sequence[str], parts: Sequence[Segment], **fragments: str) -> str:
+        """Joins what sums, log and calls say; the last is left out where no call is read."""
+        kept = templates if any(part.grain is Grain.CALLS for part in parts) else templates[:-1]
+        return " UNION ALL ".join(
+            template.format(
+                names=self._names(table),
+                amounts=_AMOUNTS[table],
+                kinds=_KINDS.format(table),
+                filters=self._filters.format(table),
+                **fragments,
+            )
+            for table, template in zip(_AMOUNTS, kept, strict=False)
+        )
+
+    def _grouped(self, parts: Sequence[Segment], level_parts: Sequence[Segment]) -> str:
+        segments, level_segments = self._segments(parts), self._segments(level_parts)
+        return _GROUPED.format(
+            tenants=self._tenants,
+            segments=_SEGMENTS.format(**segments),
+            level_segments=_SEGMENTS.format(**level_segments),
+            keys=", ".join(self._keys),
+            levels=self._branches(_STANDING, level_parts, levels=_LEVELS, **_read("level_segments", level_segments)),
+            branches=self._branches(_COUNTS, parts, **_read("segments", segments)),
+        )
+
+    def _timed(self, parts: Sequence[Segment]) -> str:
+        segments = self._segments(parts)
+        return _TIMED.format(
+            segments=_SEGMENTS.format(**segments),
+            keys=", ".join(self._keys),
+            branches=self._branches(_TIMES, parts, **_read("latency_segments", segments)),
+            first_token=_latency("f", "first_token"),
+            total=_latency("e", "total"),
+        )
+
+    def _page(self, after: RowPosition | None, size: int) -> str:
+        """A rank rises along the rows; buckets and names decide between rows of one rank."""
+        query, keys = self._query, ", ".join(self._keys)
+        sign = 1 if query.ascending or query.order_by is Measure.TIME else -1
+        source = "with_latencies" if query.tells_latencies else "grouped"
+        return f"""
+SELECT * FROM (SELECT *, ({sign} * coalesce({_RANKS[query.order_by]}, -1))::bigint AS rank FROM {source}) r
+{self._following(after)} ORDER BY rank, {keys} LIMIT {self._argument(size, "integer")}"""  # noqa: S608 - as above
+
+    def _following(self, after: RowPosition | None) -> str:
+        if after is None:
+            return ""
+        key = after.key
+        values = [self._argument(after.rank, "bigint"), self._argument(key.bucket, "integer")]
+        for dimension in self._dimensions:
+            if dimension is Dimension.TENANT:
+                values.append(self._argument(key.tenant_id, "uuid"))
+            else:
+                values.append(self._argument(key.names[dimension - Dimension.USER], "text"))
+        return f"WHERE (rank, {', '.join(self._keys)}) > ({', '.join(values)})"
+
+
+def _read(name: str, segments: dict[str, str]) -> dict[str, str]:
+    return {"sums": _SUMS.format(segments=name), "pending": _PENDING.format(**segments), "calls": _CALLS.format(segments=name)}
+
+
+def _latency(table: str, kind: str) -> str:
+    percentiles = ", ".join(f"{_MIDDLE.format(f'{table}.p{share}')} AS {kind}_p{share}" for share in (50, 95, 99))
+    return f"coalesce({table}.whole, 0) AS {kind}_count, {percentiles}"

@@ -6,6 +6,7 @@ from services.kernel.request_context import current_tenant_id
 from services.metering.call import CallKey
 from services.metering.epoch import EpochStore
 from services.metering.ledger import Ledger
+from services.metering.refusal import RefusalBook
 from services.metering.servicers import epoch_messages
 from services.metering.servicers import ledger_messages as messages
 
@@ -13,8 +14,9 @@ from services.metering.servicers import ledger_messages as messages
 class LedgerServicer(ledger_service_pb2_grpc.LedgerServiceServicer):
     """Records calls durably."""
 
-    def __init__(self, ledger: Ledger, epochs: EpochStore) -> None:
+    def __init__(self, ledger: Ledger, epochs: EpochStore, refusals: RefusalBook) -> None:
         self._ledger = ledger
+        self._refusals = refusals
         self._epochs = epochs
 
     async def OpenCalls(self, request: pb.OpenCallsRequest, context: object) -> pb.OpenCallsResponse:
@@ -51,6 +53,12 @@ class LedgerServicer(ledger_service_pb2_grpc.LedgerServiceServicer):
         """Records uses of units."""
         recorded = await self._ledger.record([messages.unit_use(item, index) for index, item in enumerate(request.items)])
         return pb.RecordUnitsResponse(outcomes=[messages.record_units_outcome(result) for result in recorded])
+
+    async def RecordRefusals(self, request: pb.RecordRefusalsRequest, context: object) -> pb.RecordRefusalsResponse:
+        """Counts calls that the limits refused."""
+        counts = [messages.refusal_count(item, index) for index, item in enumerate(request.counts)]
+        recorded = await self._refusals.record(request.replica_id, counts)
+        return pb.RecordRefusalsResponse(outcomes=[messages.record_refusals_outcome(result) for result in recorded])
 
     async def BeginEpoch(self, request: pb.BeginEpochRequest, context: object) -> pb.BeginEpochResponse:
         """Begins an epoch of the call's tenant."""

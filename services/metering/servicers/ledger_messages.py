@@ -22,6 +22,7 @@ from services.metering.call import (
     TokenUsage,
     VoidKind,
 )
+from services.metering.refusal import RecordRefusalsOutcome, RefusalCount
 from services.metering.unit_use import RecordUnitsOutcome, UnitUse
 
 # The last second of the year 9999, where protobuf's own range ends; a ledger starts no earlier than 1970.
@@ -111,6 +112,19 @@ def unit_use(item: pb.RecordUnits, index: int) -> UnitUse:
 def record_units_outcome(result: RecordUnitsOutcome) -> pb.RecordUnitsOutcome.ValueType:
     """Writes what came of a use."""
     return pb.RecordUnitsOutcome.ValueType(result)
+
+
+def refusal_count(item: pb.RefusalCount, index: int) -> RefusalCount:
+    """Reads one count of refusals. Raises: InvalidRequest."""
+    where = f"counts[{index}]"
+    texts = (item.reason, item.rule, item.model, item.feature, item.user)
+    refuse_nul(texts, where)
+    return RefusalCount(item.tenant_id, item.context_token, micros(item.minute_time, f"{where}.minute_time"), *texts, item.count)
+
+
+def record_refusals_outcome(result: RecordRefusalsOutcome) -> pb.RecordRefusalsOutcome.ValueType:
+    """Writes what came of a count."""
+    return pb.RecordRefusalsOutcome.ValueType(result)
 
 
 def fencing(call: pb.FenceCall) -> Fencing:

@@ -93,6 +93,9 @@ def usage_query(message: pb.UsageQuery, page: Page, calendar: TenantCalendar) ->
         wanted.providers,
         wanted.tiers,
         wanted.product_units,
+        wanted.event_types,
+        wanted.refusal_reasons,
+        wanted.refusal_rules,
     )
     if any("\x00" in name for names in lists for name in names):
         raise InvalidRequest("query.filter", "names must not contain the NUL character")
@@ -131,7 +134,7 @@ def balance_response(start: datetime, end: datetime, balance: Balance) -> pb.Get
 
 
 def _row(group: GroupUse, start: datetime, *, of_tenants: bool) -> pb.UsageRow:
-    user, feature, model, prompt_version, provider, tier, product_unit = group.key.names
+    user, feature, model, prompt_version, provider, tier, product_unit, event_type, reason, rule = group.key.names
     return pb.UsageRow(
         bucket_start_time=to_timestamp(start),
         tenant_id=str(group.key.tenant_id) if of_tenants else "",
@@ -142,6 +145,10 @@ def _row(group: GroupUse, start: datetime, *, of_tenants: bool) -> pb.UsageRow:
         provider=provider,
         tier=tier,
         product_unit=product_unit,
+        event_type=event_type,
+        refusal_reason=reason,
+        refusal_rule=rule,
+        refusal_count=group.refusals,
         settled_count=group.settled,
         void_count=group.void,
         unresolved_count=group.unresolved,

@@ -107,6 +107,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. A rule of the unit needs each use by itself, so no slice of it is given: call Consume. The cause: "durable" (a day, month or
     cycle is counted), "open" (a rule stays open without its store) or "shadow". {"product_unit": "ai_interviews", "cause": "durable"}
     """
+    ERROR_REASON_SUM_OUT_OF_RANGE: _ErrorReason.ValueType  # 46
+    """OUT_OF_RANGE. A sum is beyond an int64: ask for less in one row. {"measure": "quantity"}"""
     ERROR_REASON_PROVIDER_UNAVAILABLE: _ErrorReason.ValueType  # 50
     """UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing. Where it may have billed all the same, the call is listed as unresolved. {"provider": "anthropic", "http_status": "529"}"""
     ERROR_REASON_PROVIDER_REFUSED: _ErrorReason.ValueType  # 51
@@ -214,6 +216,8 @@ ERROR_REASON_NOT_SLICEABLE: ErrorReason.ValueType  # 45
 """FAILED_PRECONDITION. A rule of the unit needs each use by itself, so no slice of it is given: call Consume. The cause: "durable" (a day, month or
 cycle is counted), "open" (a rule stays open without its store) or "shadow". {"product_unit": "ai_interviews", "cause": "durable"}
 """
+ERROR_REASON_SUM_OUT_OF_RANGE: ErrorReason.ValueType  # 46
+"""OUT_OF_RANGE. A sum is beyond an int64: ask for less in one row. {"measure": "quantity"}"""
 ERROR_REASON_PROVIDER_UNAVAILABLE: ErrorReason.ValueType  # 50
 """UNAVAILABLE, with RetryInfo. The model provider is overloaded or failing. Where it may have billed all the same, the call is listed as unresolved. {"provider": "anthropic", "http_status": "529"}"""
 ERROR_REASON_PROVIDER_REFUSED: ErrorReason.ValueType  # 51

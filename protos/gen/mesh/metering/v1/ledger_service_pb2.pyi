@@ -21,6 +21,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _RecordRefusalsOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RecordRefusalsOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordRefusalsOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RECORD_REFUSALS_OUTCOME_UNSPECIFIED: _RecordRefusalsOutcome.ValueType  # 0
+    """Never answered."""
+    RECORD_REFUSALS_OUTCOME_RECORDED: _RecordRefusalsOutcome.ValueType  # 1
+    """It stands, or a higher one."""
+    RECORD_REFUSALS_OUTCOME_TENANT_NOT_PROVEN: _RecordRefusalsOutcome.ValueType  # 2
+    """Refused: the context token does not prove the tenant."""
+
+class RecordRefusalsOutcome(_RecordRefusalsOutcome, metaclass=_RecordRefusalsOutcomeEnumTypeWrapper):
+    """What came of a count."""
+
+RECORD_REFUSALS_OUTCOME_UNSPECIFIED: RecordRefusalsOutcome.ValueType  # 0
+"""Never answered."""
+RECORD_REFUSALS_OUTCOME_RECORDED: RecordRefusalsOutcome.ValueType  # 1
+"""It stands, or a higher one."""
+RECORD_REFUSALS_OUTCOME_TENANT_NOT_PROVEN: RecordRefusalsOutcome.ValueType  # 2
+"""Refused: the context token does not prove the tenant."""
+Global___RecordRefusalsOutcome: _TypeAlias = RecordRefusalsOutcome  # noqa: Y015
+
 class _CallState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -244,6 +268,114 @@ RECORD_UNITS_OUTCOME_CONFLICT: RecordUnitsOutcome.ValueType  # 4
 RECORD_UNITS_OUTCOME_TENANT_NOT_PROVEN: RecordUnitsOutcome.ValueType  # 5
 """The context token does not prove the tenant."""
 Global___RecordUnitsOutcome: _TypeAlias = RecordUnitsOutcome  # noqa: Y015
+
+@_typing.final
+class RecordRefusalsRequest(_message.Message):
+    """Counts of refusals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.bytes
+    """Which process counted, 16 bytes: chosen at its start."""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusalCount]:
+        """1–1,000."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.bytes = ...,
+        counts: _abc.Iterable[Global___RefusalCount] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordRefusalsRequest: _TypeAlias = RecordRefusalsRequest  # noqa: Y015
+
+@_typing.final
+class RefusalCount(_message.Message):
+    """How many calls of a tenant with these names were refused in a minute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKEN_FIELD_NUMBER: _builtins.int
+    MINUTE_TIME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.bytes
+    """The tenant, 16 bytes."""
+    context_token: _builtins.str
+    """Proves the tenant: a context token whose tenant is `tenant_id`."""
+    reason: _builtins.str
+    """The reason that was answered, such as "PLAN_LIMIT"."""
+    rule: _builtins.str
+    """The rule that refused; empty when it was none of the tenant's."""
+    model: _builtins.str
+    """The model that would have been called."""
+    feature: _builtins.str
+    """The product feature; empty when not told."""
+    user: _builtins.str
+    """The tenant's user; empty when not told."""
+    count: _builtins.int
+    """How many so far: 1–1,000,000,000."""
+    @_builtins.property
+    def minute_time(self) -> _timestamp_pb2.Timestamp:
+        """The minute it was in, by the caller's clock."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.bytes = ...,
+        context_token: _builtins.str = ...,
+        minute_time: _timestamp_pb2.Timestamp | None = ...,
+        reason: _builtins.str = ...,
+        rule: _builtins.str = ...,
+        model: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        user: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["minute_time", b"minute_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_token", b"context_token", "count", b"count", "feature", b"feature", "minute_time", b"minute_time", "model", b"model", "reason", b"reason", "rule", b"rule", "tenant_id", b"tenant_id", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusalCount: _TypeAlias = RefusalCount  # noqa: Y015
+
+@_typing.final
+class RecordRefusalsResponse(_message.Message):
+    """What came of each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordRefusalsOutcome.ValueType]:
+        """One a count, in order."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___RecordRefusalsOutcome.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordRefusalsResponse: _TypeAlias = RecordRefusalsResponse  # noqa: Y015
 
 @_typing.final
 class TokenUsage(_message.Message):

@@ -70,6 +70,11 @@ class LedgerServiceStub:
                 request_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsRequest.SerializeToString,
                 response_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsResponse.FromString,
                 _registered_method=True)
+        self.RecordRefusals = channel.unary_unary(
+                '/mesh.metering.v1.LedgerService/RecordRefusals',
+                request_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordRefusalsRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordRefusalsResponse.FromString,
+                _registered_method=True)
         self.BeginEpoch = channel.unary_unary(
                 '/mesh.metering.v1.LedgerService/BeginEpoch',
                 request_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.BeginEpochRequest.SerializeToString,
@@ -137,6 +142,14 @@ class LedgerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordRefusals(self, request, context):
+        """Counts calls that the limits refused: they never were calls, and stand in usage alone. A batch over tenants; each item proves its tenant by its own
+        context token. A count is that of its minute so far, by one replica: repeated, late or out of order the highest stands.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BeginEpoch(self, request, context):
         """Begins a new epoch of the call's tenant and returns all that its limits must count, as of that moment, in one transaction.
         Not idempotent: each call begins another epoch; that is safe at any time.
@@ -182,6 +195,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.RecordUnits,
                     request_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsRequest.FromString,
                     response_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsResponse.SerializeToString,
+            ),
+            'RecordRefusals': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordRefusals,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordRefusalsRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordRefusalsResponse.SerializeToString,
             ),
             'BeginEpoch': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginEpoch,
@@ -379,6 +397,33 @@ class LedgerService:
             '/mesh.metering.v1.LedgerService/RecordUnits',
             mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsRequest.SerializeToString,
             mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordUnitsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordRefusals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.LedgerService/RecordRefusals',
+            mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordRefusalsRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_ledger__service__pb2.RecordRefusalsResponse.FromString,
             options,
             channel_credentials,
             insecure,

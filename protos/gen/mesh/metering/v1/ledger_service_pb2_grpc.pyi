@@ -43,6 +43,10 @@ class LedgerServiceStub:
     the same outbox, as SETTLED with no amounts. A batch over tenants; idempotent by consumption id for ever, in any later epoch too; with another unit,
     quantity, user or feature that item is a CONFLICT, whose alarm is raised. The time is not compared. A consumption's id is fenced like a reservation's.
     """
+    RecordRefusals: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.RecordRefusalsRequest, _ledger_service_pb2.RecordRefusalsResponse]
+    """Counts calls that the limits refused: they never were calls, and stand in usage alone. A batch over tenants; each item proves its tenant by its own
+    context token. A count is that of its minute so far, by one replica: repeated, late or out of order the highest stands.
+    """
     BeginEpoch: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.BeginEpochRequest, _ledger_service_pb2.BeginEpochResponse]
     """Begins a new epoch of the call's tenant and returns all that its limits must count, as of that moment, in one transaction.
     Not idempotent: each call begins another epoch; that is safe at any time.
@@ -118,6 +122,16 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Records units of the product that were used, as calls that are opened and settled at once: under the same tombstones and epochs, told to the limits by
         the same outbox, as SETTLED with no amounts. A batch over tenants; idempotent by consumption id for ever, in any later epoch too; with another unit,
         quantity, user or feature that item is a CONFLICT, whose alarm is raised. The time is not compared. A consumption's id is fenced like a reservation's.
+        """
+
+    @_abc_1.abstractmethod
+    def RecordRefusals(
+        self,
+        request: _ledger_service_pb2.RecordRefusalsRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.RecordRefusalsRequest, _abc.Awaitable[_ledger_service_pb2.RecordRefusalsResponse]],
+    ) -> _abc.Awaitable[_ledger_service_pb2.RecordRefusalsResponse]:
+        """Counts calls that the limits refused: they never were calls, and stand in usage alone. A batch over tenants; each item proves its tenant by its own
+        context token. A count is that of its minute so far, by one replica: repeated, late or out of order the highest stands.
         """
 
     @_abc_1.abstractmethod

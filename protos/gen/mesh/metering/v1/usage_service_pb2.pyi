@@ -46,6 +46,12 @@ class _UsageDimensionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageD
     """The plan tier at the time of the call; empty where it was not recorded."""
     USAGE_DIMENSION_PRODUCT_UNIT: _UsageDimension.ValueType  # 8
     """The product's unit; empty of calls."""
+    USAGE_DIMENSION_EVENT_TYPE: _UsageDimension.ValueType  # 9
+    """The type of an event, as "product/type"; empty of calls and of uses at the limits."""
+    USAGE_DIMENSION_REFUSAL_REASON: _UsageDimension.ValueType  # 10
+    """Why the limits refused, such as "PLAN_LIMIT"; empty of what was not refused."""
+    USAGE_DIMENSION_REFUSAL_RULE: _UsageDimension.ValueType  # 11
+    """The rule that refused; empty likewise, and where it was none of the tenant's."""
 
 class UsageDimension(_UsageDimension, metaclass=_UsageDimensionEnumTypeWrapper):
     """What use is told apart by."""
@@ -68,6 +74,12 @@ USAGE_DIMENSION_TIER: UsageDimension.ValueType  # 7
 """The plan tier at the time of the call; empty where it was not recorded."""
 USAGE_DIMENSION_PRODUCT_UNIT: UsageDimension.ValueType  # 8
 """The product's unit; empty of calls."""
+USAGE_DIMENSION_EVENT_TYPE: UsageDimension.ValueType  # 9
+"""The type of an event, as "product/type"; empty of calls and of uses at the limits."""
+USAGE_DIMENSION_REFUSAL_REASON: UsageDimension.ValueType  # 10
+"""Why the limits refused, such as "PLAN_LIMIT"; empty of what was not refused."""
+USAGE_DIMENSION_REFUSAL_RULE: UsageDimension.ValueType  # 11
+"""The rule that refused; empty likewise, and where it was none of the tenant's."""
 Global___UsageDimension: _TypeAlias = UsageDimension  # noqa: Y015
 
 class _UsageBucket:
@@ -128,6 +140,8 @@ class _UsageMeasureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageMea
     """By the 95th percentile of the time to the first token."""
     USAGE_MEASURE_TOTAL_P95: _UsageMeasure.ValueType  # 11
     """By the 95th percentile of the time to the end."""
+    USAGE_MEASURE_REFUSALS: _UsageMeasure.ValueType  # 12
+    """By refusals of the limits."""
 
 class UsageMeasure(_UsageMeasure, metaclass=_UsageMeasureEnumTypeWrapper):
     """What rows are ordered by."""
@@ -156,6 +170,8 @@ USAGE_MEASURE_FIRST_TOKEN_P95: UsageMeasure.ValueType  # 10
 """By the 95th percentile of the time to the first token."""
 USAGE_MEASURE_TOTAL_P95: UsageMeasure.ValueType  # 11
 """By the 95th percentile of the time to the end."""
+USAGE_MEASURE_REFUSALS: UsageMeasure.ValueType  # 12
+"""By refusals of the limits."""
 Global___UsageMeasure: _TypeAlias = UsageMeasure  # noqa: Y015
 
 @_typing.final
@@ -171,6 +187,9 @@ class UsageFilter(_message.Message):
     PROVIDERS_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     PRODUCT_UNITS_FIELD_NUMBER: _builtins.int
+    EVENT_TYPES_FIELD_NUMBER: _builtins.int
+    REFUSAL_REASONS_FIELD_NUMBER: _builtins.int
+    REFUSAL_RULES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Users; in QueryUsage alone."""
@@ -199,6 +218,18 @@ class UsageFilter(_message.Message):
     def product_units(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Product units; an empty one stands for calls."""
 
+    @_builtins.property
+    def event_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Types of events, as "product/type"; an empty one stands for whatever is no event."""
+
+    @_builtins.property
+    def refusal_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Reasons of refusals; an empty one stands for what was not refused."""
+
+    @_builtins.property
+    def refusal_rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Rules that refused; an empty one stands for all else."""
+
     def __init__(
         self,
         *,
@@ -209,10 +240,13 @@ class UsageFilter(_message.Message):
         providers: _abc.Iterable[_builtins.str] | None = ...,
         tiers: _abc.Iterable[_builtins.str] | None = ...,
         product_units: _abc.Iterable[_builtins.str] | None = ...,
+        event_types: _abc.Iterable[_builtins.str] | None = ...,
+        refusal_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        refusal_rules: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "models", b"models", "product_units", b"product_units", "prompt_versions", b"prompt_versions", "providers", b"providers", "tiers", b"tiers", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_types", b"event_types", "features", b"features", "models", b"models", "product_units", b"product_units", "prompt_versions", b"prompt_versions", "providers", b"providers", "refusal_reasons", b"refusal_reasons", "refusal_rules", b"refusal_rules", "tiers", b"tiers", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -459,6 +493,10 @@ class UsageRow(_message.Message):
     CACHE_HIT_SHARE_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
+    EVENT_TYPE_FIELD_NUMBER: _builtins.int
+    REFUSAL_REASON_FIELD_NUMBER: _builtins.int
+    REFUSAL_RULE_FIELD_NUMBER: _builtins.int
+    REFUSAL_COUNT_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """The tenant, 36 characters."""
     user: _builtins.str
@@ -486,9 +524,22 @@ class UsageRow(_message.Message):
     retry_count: _builtins.int
     """How many of all these were further attempts at the provider."""
     quantity: _builtins.int
-    """Product units; added up over different ones where rows do not tell them apart."""
+    """Product units; added up over different ones where rows do not tell them apart. Events make it up by the aggregation of their type: SUM their
+    quantities, COUNT how many there are, MAX the highest that stands in the bucket; types are aggregated each by itself and added up. What was taken
+    back is left out from when it was.
+    """
     cache_hit_share: _builtins.float
     """The share of input that was read from the provider's cache: 0–1; 0 without input."""
+    event_type: _builtins.str
+    """The type of the events, as "product/type"."""
+    refusal_reason: _builtins.str
+    """Why the limits refused."""
+    refusal_rule: _builtins.str
+    """The rule that refused."""
+    refusal_count: _builtins.int
+    """How many calls the limits refused before they began. They are no attempts and count nowhere else. They are told seconds late, and not at all where the
+    process that made the call was killed within these.
+    """
     @_builtins.property
     def bucket_start_time(self) -> _timestamp_pb2.Timestamp:
         """When the bucket begins; the period's start for the first one."""
@@ -537,10 +588,14 @@ class UsageRow(_message.Message):
         cache_hit_share: _builtins.float = ...,
         first_token: Global___UsageLatency | None = ...,
         total: Global___UsageLatency | None = ...,
+        event_type: _builtins.str = ...,
+        refusal_reason: _builtins.str = ...,
+        refusal_rule: _builtins.str = ...,
+        refusal_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bucket_start_time", b"bucket_start_time", "cost", b"cost", "failures", b"failures", "first_token", b"first_token", "tokens", b"tokens", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_start_time", b"bucket_start_time", "cache_hit_share", b"cache_hit_share", "cost", b"cost", "failures", b"failures", "feature", b"feature", "first_token", b"first_token", "model", b"model", "product_unit", b"product_unit", "prompt_version", b"prompt_version", "provider", b"provider", "quantity", b"quantity", "reconciled_count", b"reconciled_count", "retry_count", b"retry_count", "settled_count", b"settled_count", "tenant_id", b"tenant_id", "tier", b"tier", "tokens", b"tokens", "total", b"total", "unresolved_count", b"unresolved_count", "user", b"user", "void_count", b"void_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_start_time", b"bucket_start_time", "cache_hit_share", b"cache_hit_share", "cost", b"cost", "event_type", b"event_type", "failures", b"failures", "feature", b"feature", "first_token", b"first_token", "model", b"model", "product_unit", b"product_unit", "prompt_version", b"prompt_version", "provider", b"provider", "quantity", b"quantity", "reconciled_count", b"reconciled_count", "refusal_count", b"refusal_count", "refusal_reason", b"refusal_reason", "refusal_rule", b"refusal_rule", "retry_count", b"retry_count", "settled_count", b"settled_count", "tenant_id", b"tenant_id", "tier", b"tier", "tokens", b"tokens", "total", b"total", "unresolved_count", b"unresolved_count", "user", b"user", "void_count", b"void_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -722,7 +777,7 @@ class GetBalanceResponse(_message.Message):
 
     @_builtins.property
     def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitBalance]:
-        """Product units used, by unit, by name."""
+        """Product units used, by unit, by name: at the limits, and by events as in `UsageRow.quantity`."""
 
     @_builtins.property
     def outstanding_bound(self) -> _money_pb2.NanoUsd:

@@ -97,7 +97,8 @@ class UsageServiceServicer:
         """Adds up what the tenant used, by any of its dimensions and by time. Reads only. Use is counted by its time: a call's is that of its
         reservation. A call is in it as soon as its end was answered; where a read replica answers, as soon as that has it.
         Errors: INVALID_ARGUMENT for a period or bucket out of bounds, an unknown time zone, a TENANT dimension, a page token of another query;
-        UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer.
+        UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer; OUT_OF_RANGE SUM_OUT_OF_RANGE
+        when a row's quantity is beyond an int64.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,7 +115,8 @@ class UsageServiceServicer:
 
     def GetBalance(self, request, context):
         """Returns what the tenant used in its current billing cycle and what may still come. Reads only; what was answered before it was asked is in it.
-        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer.
+        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer; OUT_OF_RANGE SUM_OUT_OF_RANGE when a
+        unit's quantity is beyond an int64.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

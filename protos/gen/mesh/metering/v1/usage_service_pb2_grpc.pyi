@@ -28,7 +28,8 @@ class UsageServiceStub:
     """Adds up what the tenant used, by any of its dimensions and by time. Reads only. Use is counted by its time: a call's is that of its
     reservation. A call is in it as soon as its end was answered; where a read replica answers, as soon as that has it.
     Errors: INVALID_ARGUMENT for a period or bucket out of bounds, an unknown time zone, a TENANT dimension, a page token of another query;
-    UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer.
+    UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer; OUT_OF_RANGE SUM_OUT_OF_RANGE
+    when a row's quantity is beyond an int64.
     """
     QueryUsageOfTenants: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.QueryUsageOfTenantsRequest, _usage_service_pb2.QueryUsageOfTenantsResponse]
     """As QueryUsage, over all tenants, or over those that are named: which tenant drives cost, which tier is slow. For operators; audited. Reads only.
@@ -37,7 +38,8 @@ class UsageServiceStub:
     """
     GetBalance: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.GetBalanceRequest, _usage_service_pb2.GetBalanceResponse]
     """Returns what the tenant used in its current billing cycle and what may still come. Reads only; what was answered before it was asked is in it.
-    Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer.
+    Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer; OUT_OF_RANGE SUM_OUT_OF_RANGE when a
+    unit's quantity is beyond an int64.
     """
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -78,7 +80,8 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         """Adds up what the tenant used, by any of its dimensions and by time. Reads only. Use is counted by its time: a call's is that of its
         reservation. A call is in it as soon as its end was answered; where a read replica answers, as soon as that has it.
         Errors: INVALID_ARGUMENT for a period or bucket out of bounds, an unknown time zone, a TENANT dimension, a page token of another query;
-        UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer.
+        UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant's time zone is wanted and the tenant service does not answer; OUT_OF_RANGE SUM_OUT_OF_RANGE
+        when a row's quantity is beyond an int64.
         """
 
     @_abc_1.abstractmethod
@@ -99,7 +102,8 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_usage_service_pb2.GetBalanceRequest, _abc.Awaitable[_usage_service_pb2.GetBalanceResponse]],
     ) -> _abc.Awaitable[_usage_service_pb2.GetBalanceResponse]:
         """Returns what the tenant used in its current billing cycle and what may still come. Reads only; what was answered before it was asked is in it.
-        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer.
+        Errors: UNAVAILABLE DEPENDENCY_UNAVAILABLE when the tenant service, which knows the cycle, does not answer; OUT_OF_RANGE SUM_OUT_OF_RANGE when a
+        unit's quantity is beyond an int64.
         """
 
 def add_UsageServiceServicer_to_server(servicer: UsageServiceServicer, server: _aio.Server) -> None: ...
