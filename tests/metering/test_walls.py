@@ -199,12 +199,17 @@ async def test_without_a_tenant_the_service_role_sees_nothing_at_all(ledger_dsn:
             await connection.close()
 
 
-async def test_service_role_cannot_write_into_another_tenant(mesh: Mesh) -> None:
+@pytest.mark.parametrize(
+    "insert",
+    ["INSERT INTO metering.tenant_epochs (tenant_id, epoch) VALUES ($1, 9)", PLANT_CUSTOMER, PLANT_EXPORT],
+    ids=lambda sql: sql.split()[2],
+)
+async def test_service_role_cannot_write_into_another_tenant(mesh: Mesh, insert: str) -> None:
     """The policy checks what is written, too."""
     one, other = mesh.new_tenant(), mesh.new_tenant()
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         async with mesh.app.database.transaction(TenantId(other.id)) as connection:
-            await connection.execute("INSERT INTO metering.tenant_epochs (tenant_id, epoch) VALUES ($1, 9)", one.id)
+            await connection.execute(insert, one.id)
 
 
 async def test_jobs_role_cannot_prolong_or_settle(mesh: Mesh) -> None:
