@@ -18,7 +18,9 @@ from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
 from services.kernel.rpc import metadata as keys
 from services.kernel.rpc.wire_status import decode_rpc_error
+from services.metering.adapters import postgres_reconciliation_ledger
 from services.metering.adapters.postgres_reconciliations import PostgresReconciliations
+from services.metering.reconciliation import comparing
 from services.metering.reconciliation.bucket import BucketWidth
 from services.metering.settings import MeteringSettings
 from tests.metering.feeds import HOUSE, KEY, TENANTS_KEY, RequestLedger, cut_at, opened_at, served
@@ -377,3 +379,16 @@ def test_what_is_configured_for_no_feed_does_not_matter() -> None:
     assert MeteringSettings().reconciliation_feed == "none"
     report = MeteringSettings.model_validate({"reconciliation_feed": "anthropic", "reconciliation_api_key": "k"})
     assert report.reconciliation_bucket is BucketWidth.HOUR
+
+
+async def test_a_bucket_that_does_not_fit_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared is held in memory: of too many calls or requests it is said what to set instead."""
+    mesh, tenant = world.mesh, world.mesh.new_tenant()
+    for _ in range(2):
+        world.feed.bill(await cut_at(mesh, tenant, world.hour, provider_account=ACCOUNT), TOKENS)
+    for limit in (postgres_reconciliation_ledger, "MOST_CALLS"), (comparing, "MOST_REQUESTS"):
+        with monkeypatch.context() as patched:
+            patched.setattr(*limit, 1)
+            with pytest.raises(MeshError, match="TENANTRY_RECONCILIATION_BUCKET"):
+                await world.reconcile()
+    assert (await world.reconcile()).reconciled_count == 2

@@ -1,6 +1,6 @@
 """The rules of reconciliation as functions: which request is which call's, what that concludes, and what a difference amounts to."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from services.kernel.errors import Unavailable
 from services.kernel.telemetry.metrics import Counter, otlp_counters
 from services.metering.call import CallState, PriceKey, TokenUsage
+from services.metering.outbox import CallEnd
 from services.metering.price_book import PriceVersion
 from services.metering.price_catalog import PriceCatalog
 from services.metering.rating import ClassPrices, cost_nano_usd
 from services.metering.reconciliation import by_requests_report, by_sums
 from services.metering.reconciliation.bucket import Bucket, BucketWidth, bucket_count, buckets
 from services.metering.reconciliation.by_requests import MARGIN, Requests, closings, match
-from services.metering.reconciliation.comparing import Outcome, Terms
-from services.metering.reconciliation.feed import Accounts, BilledRequest, FeedSum
+from services.metering.reconciliation.comparing import Outcome, RequestsComparison, Terms
+from services.metering.reconciliation.feed import Accounts, BilledRequest, FeedSum, RequestPage
 from services.metering.reconciliation.job import ReconciliationJob
-from services.metering.reconciliation.ledger_call import LedgerCall, LedgerSum
+from services.metering.reconciliation.ledger_call import LedgerCall, LedgerSum, RatedClosing
 from services.metering.reconciliation.reconciler import Reconciler
 from services.metering.reconciliation.report import Counts, Rates, Report, Thresholds
 
@@ -304,3 +305,36 @@ async def test_the_job_does_what_has_no_complete_report() -> None:
     )
     assert await job.round() == 2
     assert scripted.asked == day[2:]
+
+
+class Quicker:
+    """A feed and a ledger whose calls another replica closes first; and whoever is told of ends."""
+
+    def __init__(self, *calls: LedgerCall) -> None:
+        self._calls = list(calls)
+        self.told: list[CallEnd] = []
+
+    async def requests(self, start: datetime, end: datetime) -> AsyncIterator[RequestPage]:
+        yield RequestPage([request(1)], FOREVER)
+
+    async def calls(self, provider: str, reserved: Bucket) -> Sequence[LedgerCall]:
+        return list(self._calls)
+
+    async def sums(self, provider: str, bucket: Bucket) -> Sequence[LedgerSum]:
+        raise AssertionError
+
+    async def close(self, found: Sequence[RatedClosing]) -> Sequence[CallEnd]:
+        self._calls = [call(1, CallState.RECONCILED, provider_request_id="req_1")]
+        return []
+
+    def send(self, ends: Iterable[CallEnd]) -> None:
+        self.told += ends
+
+
+async def test_what_another_replica_closed_is_reported_as_closed() -> None:
+    """And not told, logged or counted twice."""
+    both = Quicker(call(1))
+    terms = Terms("anthropic", ONE, PriceCatalog(Behind()), STRICT)
+    outcome = await RequestsComparison(both, both, terms, both).compare(BUCKET, NOON)
+    (report,) = outcome.reports
+    assert (outcome.closed_count, both.told, report.counts) == (0, [], Counts(reconciled=1))
