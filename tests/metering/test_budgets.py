@@ -15,9 +15,10 @@ from mesh.metering.v1.event_service_pb2 import AGGREGATION_MAX
 from services.kernel.errors import MeshError
 from tests.metering import budgets, events
 from tests.metering.budgets import COST, CYCLE, DAY, MONTH, TOKENS, UNIT, ask, fired, looked_at, new_tenant, put, stands, use, wait_fired
-from tests.metering.mesh import Mesh, Tenant, bill, unknown
+from tests.metering.mesh import Mesh, bill, unknown
 from tests.metering.peers import OPERATOR
 from tests.metering.usage import fold
+from tests.support.waiting import eventually
 
 
 async def test_each_threshold_fires_once_as_use_rises(mesh: Mesh) -> None:
@@ -250,19 +251,30 @@ async def test_alerts_page_newest_first(mesh: Mesh) -> None:
     assert refused.value.metadata["field"] == "page_token"
 
 
+SETTLE_BY_HAND = """
+UPDATE metering.calls SET state = 2, settled_epoch = 0, entry_id = gen_random_uuid(), cost_nano_usd = 0, end_time = clock_timestamp(),
+    input_tokens = 100, output_tokens = 0, cache_read_tokens = 0, cache_write_5m_tokens = 0, cache_write_1h_tokens = 0
+WHERE tenant_id = $1
+"""
+WAITS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+
+
 async def test_a_settlement_beside_a_new_budget_is_never_overlooked(mesh: Mesh) -> None:
-    """Whoever records usage while a budget is being put is either counted when it is first looked at, or marks it."""
-    tenants = [new_tenant(mesh) for _ in range(12)]
+    """Usage that was written before a budget was there and is committed after it was asked for: the budget waits, and then counts it."""
+    tenant = new_tenant(mesh)
+    await mesh.opened(tenant)
+    async with mesh.admin.acquire() as writer, asyncio.TaskGroup() as group, writer.transaction():
+        # As whoever records usage does: the tenant's lock, shared, and then the rows.
+        await writer.execute("SELECT pg_advisory_xact_lock_shared(metering.tenant_lock($1))", tenant.id)
+        await writer.execute(SETTLE_BY_HAND, tenant.id)
+        putting = group.create_task(put(mesh, tenant, amount=100, thresholds_percent=[100]))
 
-    async def race(tenant: Tenant) -> None:
-        call = await mesh.opened(tenant)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(put(mesh, tenant, amount=100, thresholds_percent=[100]))
-            group.create_task(mesh.settle(bill(call.ref, input_tokens=100, output_tokens=0)))
+        async def waits_or_is_looked_at() -> bool:
+            if not putting.done():
+                return await mesh.admin.fetchval(WAITS) > 0
+            await looked_at(mesh, tenant)
+            return True
 
-    async with asyncio.TaskGroup() as group:
-        for tenant in tenants:
-            group.create_task(race(tenant))
-    for tenant in tenants:
-        await wait_fired(mesh, tenant, [100])
-        assert UUID((await budgets.alerts(mesh, tenant))[0].alert_id).version == 7
+        await eventually(waits_or_is_looked_at, within_seconds=budgets.WAIT_SECONDS)
+    await wait_fired(mesh, tenant, [100])
+    assert UUID((await budgets.alerts(mesh, tenant))[0].alert_id).version == 7

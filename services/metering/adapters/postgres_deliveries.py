@@ -8,18 +8,16 @@ from services.kernel.tenant_database import JobsDatabase
 from services.metering.adapters.postgres_webhooks import delivery_of
 from services.metering.webhooks.endpoint import Delivery, DueDelivery
 
-# One a receiver: who hangs holds up itself alone. Two replicas that look at once may each take one; that is no harm.
+# The head of each receiver's line alone, which stays the head while somebody sends it: who hangs holds up itself and nobody else.
 TAKE_DUE = """
-WITH due AS (
-    SELECT DISTINCT ON (d.tenant_id, d.endpoint_id) d.tenant_id, d.endpoint_id, d.delivery_id, d.due_time FROM metering.webhook_deliveries d
-    WHERE d.state = 1 AND d.due_time <= clock_timestamp() AND NOT EXISTS (
-        SELECT FROM metering.webhook_deliveries o
-        WHERE o.tenant_id = d.tenant_id AND o.endpoint_id = d.endpoint_id AND o.state = 1 AND o.lease_end_time > clock_timestamp())
-    ORDER BY d.tenant_id, d.endpoint_id, d.due_time
+WITH heads AS (
+    SELECT DISTINCT ON (tenant_id, endpoint_id) tenant_id, delivery_id, due_time, lease_end_time FROM metering.webhook_deliveries
+    WHERE state = 1 ORDER BY tenant_id, endpoint_id, due_time, delivery_id
 ), chosen AS (
     SELECT d.tenant_id, d.delivery_id
-    FROM due w JOIN metering.webhook_deliveries d ON d.tenant_id = w.tenant_id AND d.delivery_id = w.delivery_id
-    ORDER BY w.due_time LIMIT $1 FOR UPDATE OF d SKIP LOCKED
+    FROM heads h JOIN metering.webhook_deliveries d ON d.tenant_id = h.tenant_id AND d.delivery_id = h.delivery_id
+    WHERE h.due_time <= clock_timestamp() AND (h.lease_end_time IS NULL OR h.lease_end_time <= clock_timestamp())
+    ORDER BY h.due_time LIMIT $1 FOR UPDATE OF d SKIP LOCKED
 ), taken AS (
     UPDATE metering.webhook_deliveries d SET attempts = d.attempts + 1, lease_end_time = clock_timestamp() + interval '30 seconds'
     FROM chosen c

@@ -89,7 +89,7 @@ CREATE TABLE webhook_deliveries (
     CONSTRAINT ended_unless_pending CHECK ((state = 1) = (end_time IS NULL))
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX webhook_deliveries_by_time ON webhook_deliveries (tenant_id, create_time DESC, delivery_id DESC);
-CREATE INDEX webhook_deliveries_waiting ON webhook_deliveries (tenant_id, endpoint_id, due_time) WHERE state = 1;
+CREATE INDEX webhook_deliveries_waiting ON webhook_deliveries (tenant_id, endpoint_id, due_time, delivery_id) WHERE state = 1;
 CREATE INDEX webhook_deliveries_ended ON webhook_deliveries (tenant_id, end_time) WHERE state <> 1;
 
 -- Marks are left where the log of use is written, which is where every change of calls and units passes.
