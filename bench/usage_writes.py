@@ -29,7 +29,7 @@ from devstack.ports import free_port
 from services.kernel.ids import new_uuid7
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.metering.adapters.postgres_ledger import PostgresLedger
-from services.metering.app import migrate_schema
+from services.metering.app.loading import migrate_schema
 from services.metering.call import Opening, RatedSettlement, Settlement, TokenUsage
 from services.metering.settings import MeteringSettings
 

@@ -1,7 +1,8 @@
 """`python -m services.metering [serve|migrate|preview-billing-plans|preview-price-book]`."""
 
 from services.kernel.command import main
-from services.metering.app import build, migrate_schema, preview_billing_plans, preview_price_book
+from services.metering.app import build
+from services.metering.app.loading import migrate_schema, preview_billing_plans, preview_price_book
 from services.metering.settings import MeteringSettings
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.kernel.settings import ServiceSettings
 from services.kernel.tenant_context import TenantContext
-from services.metering.app import MeteringApp, build, migrate_schema
+from services.metering.app import MeteringApp, build
+from services.metering.app.loading import migrate_schema
 from services.metering.settings import MeteringSettings
 from tests.metering.peers import Peers
 

@@ -12,7 +12,7 @@ import yaml
 from services.kernel.migrate import MigrationRefused
 from services.kernel.tenant_database import JobsDatabase
 from services.metering.adapters.postgres_billing_plans import billing_plan_changes, load_billing_plans
-from services.metering.app import migrate_schema, preview_billing_plans
+from services.metering.app.loading import migrate_schema, preview_billing_plans
 from services.metering.billing.plan_file import BillingPlansRefused, parse_billing_plans
 from services.metering.billing.terms import BillingTerms, PlanVersion
 from services.metering.billing.tiers import Graduated, Package, PerUnit, Tier, Volume

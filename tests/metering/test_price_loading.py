@@ -11,7 +11,7 @@ import pytest
 from mesh.metering.v1 import price_service_pb2 as pb
 from services.kernel.errors import MeshError
 from services.kernel.migrate import MigrationRefused
-from services.metering.app import migrate_schema, preview_price_book
+from services.metering.app.loading import migrate_schema, preview_price_book
 from services.metering.price_book import parse_price_book
 from services.metering.rating import BatchPrices
 from services.metering.settings import PACKAGED_PRICE_BOOK

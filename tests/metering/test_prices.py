@@ -11,7 +11,7 @@ from services.kernel.migrate import MigrationRefused
 from services.kernel.rpc import metadata as keys
 from services.kernel.tenant_database import JobsDatabase
 from services.metering.adapters.postgres_prices import load_price_book
-from services.metering.app import migrate_schema
+from services.metering.app.loading import migrate_schema
 from services.metering.price_book import PriceBookRefused, parse_price_book
 from services.metering.settings import PACKAGED_PRICE_BOOK
 from tests.metering.mesh import MODEL, Mesh, bill, running_mesh, settings_for

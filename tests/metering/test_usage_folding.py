@@ -9,7 +9,7 @@ import asyncpg
 from services.kernel.errors import Unavailable
 from services.kernel.ids import new_uuid7
 from services.kernel.migrate import migrate
-from services.metering.app import MIGRATIONS
+from services.metering.app.loading import MIGRATIONS
 from services.metering.usage_folder import UsageFolder
 from services.metering.usage_plan import Grain
 from tests.metering.mesh import Mesh, bill
