@@ -27,6 +27,7 @@ from services.kernel.rpc.policy import PolicyInterceptor, policies_of
 from services.kernel.rpc.status import StatusInterceptor
 from services.kernel.rpc.trace import TraceInterceptor
 from services.kernel.rpc.validation import ValidationInterceptor
+from services.kernel.rpc.wakes import woken_once
 from services.kernel.settings import ServiceSettings
 from services.kernel.telemetry.logging import configure_logging
 from services.kernel.telemetry.tracing import configure_tracing, shutdown_tracing
@@ -234,11 +235,12 @@ def _settle_garbage_collector() -> None:
 async def _run(build: Callable[[], Awaitable[App]], settings: ServiceSettings) -> None:
     configure_tracing(settings)
     try:
-        app = await build()
-        _settle_garbage_collector()
-        try:
-            await app.server.serve_until_signal()
-        finally:
-            await app.close()
+        with woken_once():
+            app = await build()
+            _settle_garbage_collector()
+            try:
+                await app.server.serve_until_signal()
+            finally:
+                await app.close()
     finally:
         shutdown_tracing()
