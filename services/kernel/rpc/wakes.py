@@ -7,6 +7,7 @@ it gets here gives up all it holds at once. An event whose byte comes later is s
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
@@ -38,11 +39,11 @@ def _emptied_pairs() -> Iterator[None]:
     # grpc takes its pair from here, keeps it to itself, and makes it when the engine begins.
     make_pair = socket.socketpair
 
-    def pair() -> tuple[socket.socket, socket.socket]:
-        reader, writer = make_pair()
+    def pair(*arguments: Any, **named: Any) -> tuple[socket.socket, socket.socket]:
+        reader, writer = make_pair(*arguments, **named)
         return _EmptiedSocket(fileno=reader.detach()), writer
 
-    socket.socketpair = pair  # type: ignore[assignment] # grpc gives it no arguments
+    socket.socketpair = pair
     try:
         yield
     finally:
