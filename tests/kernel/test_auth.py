@@ -121,6 +121,21 @@ async def test_an_id_that_is_no_uuid_is_refused(mesh: Mesh, key: str, value: str
     assert (error.reason_name, error.metadata) == ("INVALID_METADATA", {"key": key})
 
 
+async def test_a_tenant_may_be_named_in_either_case(mesh: Mesh) -> None:
+    """The id that the token proves, in capital letters, is the same tenant."""
+    assert str(mesh.tenant.tenant_id).upper() != str(mesh.tenant.tenant_id)
+    shouted = {"x-tenant-context": mesh.tenant.token, "x-tenant-id": str(mesh.tenant.tenant_id).upper()}
+    await mesh.raw_call(PROVISION, b"", SERVICE | shouted)
+
+
+async def test_an_operators_token_does_not_stand_for_an_empty_id(mesh: Mesh) -> None:
+    """A token that proves no tenant agrees with no text, also not with an empty one."""
+    token = mesh.keys.token(operator=True)
+    error = await refusal(mesh, SERVICE | {"x-tenant-context": token, "x-tenant-id": ""})
+    assert error.metadata == {"key": "x-tenant-id"}
+    assert "must be a UUID" in error.message
+
+
 async def test_a_key_sent_twice_is_refused(mesh: Mesh) -> None:
     """A proxy may look at the first value and the server at the last: neither is believed."""
     pairs = (*SERVICE.items(), ("x-tenant-id", str(mesh.tenant.tenant_id)), ("x-tenant-id", str(new_uuid7())))

@@ -73,6 +73,18 @@ def test_any_other_spelling_is_refused(text: str) -> None:
     assert refused.value.metadata["field"] == "document_id"
 
 
+@given(st.uuids(), st.integers(0, 35), st.one_of(st.characters(), st.sampled_from("_ +\uff11\u0663gG\n")))
+def test_one_other_character_is_refused(value: UUID, place: int, character: str) -> None:
+    """Every place takes what belongs there: one of 16 digits in either case, or a dash. Other scripts' digits are none."""
+    text = str(value)
+    changed = text[:place] + character + text[place + 1 :]
+    if text[place] == character or (text[place] != "-" and character in "0123456789abcdefABCDEF"):
+        assert str(parse_uuid(changed, "id")) == changed.lower()
+    else:
+        with pytest.raises(InvalidRequest):
+            parse_uuid(changed, "id")
+
+
 @given(st.binary(max_size=40).filter(lambda raw: len(raw) != 16))
 def test_an_id_is_sixteen_bytes(raw: bytes) -> None:
     """Bytes of any other length are no id."""

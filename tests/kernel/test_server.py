@@ -49,6 +49,14 @@ async def test_handlers_are_wrapped_once(mesh: Mesh) -> None:
     assert [interceptor._handlers[PROVISION] for interceptor in mesh.server.interceptors] == first
 
 
+async def test_calls_are_waited_for_by_no_name(mesh: Mesh) -> None:
+    """However many methods there are, grpc keeps one request at hand for the next call, so that no call pays for the number of methods."""
+    await mesh.provision()
+    waiting = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    assert [name for name in waiting if name.endswith("_request_call")]
+    assert not [name for name in waiting if name.endswith("_request_registered_call")]
+
+
 async def test_health_and_reflection_need_no_identity(mesh: Mesh) -> None:
     """Probes and grpcurl work without credentials; each servicer has its own health."""
     health = health_pb2_grpc.HealthStub(mesh.raw)

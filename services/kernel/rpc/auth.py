@@ -9,7 +9,7 @@ from services.kernel.cell import Cell
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import CredentialResolver
 from services.kernel.errors import Forbidden, Unauthenticated
-from services.kernel.ids import TenantId
+from services.kernel.ids import TenantId, uuid_text
 from services.kernel.request_context import EXTERNAL, RequestScope, required_scope
 from services.kernel.rpc import metadata as keys
 from services.kernel.rpc.identity import ServiceIdentity, peer_host
@@ -80,7 +80,8 @@ class AuthInterceptor(MeshInterceptor):
         call.caller = service
         if token is not None:
             tenant = await self._verifier.verify(token)
-            _refuse_mismatch(tenant, _claimed_tenant(call))
+            if tenant.tenant_id is None or call.metadata.get(keys.TENANT_ID) != uuid_text(tenant.tenant_id):
+                _refuse_mismatch(tenant, _claimed_tenant(call))
             self._cell.refuse_elsewhere(tenant.region)
             call.tenant = tenant
 

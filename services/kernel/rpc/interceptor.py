@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from inspect import isasyncgenfunction
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
 Behavior = Callable[[Any, Any], Awaitable[Any]]
 Deserializer = Callable[[bytes], Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
 # Answered by libraries, needed by probes and tools that have no identity: exempt from every interceptor.
 EXEMPT_SERVICES = frozenset(
@@ -45,13 +47,9 @@ class MeshInterceptor(grpc.aio.ServerInterceptor, ABC):
     """One concern around every handler."""
 
     def __init__(self) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._handlers: dict[str, Handler] = {}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
         """Returns the wrapped handler; from the second call on without asking the inner interceptors again."""
         path = handler_call_details.method
         cached = self._handlers.get(path)
@@ -75,11 +73,11 @@ class MeshInterceptor(grpc.aio.ServerInterceptor, ABC):
         """Returns what turns bytes into the request before this interceptor; the inner one's unless this one does it itself."""
         return current
 
-    def _rebuild(self, method: Method, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    def _rebuild(self, method: Method, handler: Handler) -> Handler:
         inner, make = _parts(handler)
         current: Deserializer | None = handler.request_deserializer
         behavior = self.wrap(method, _as_coroutine(inner), current)
-        rebuilt: grpc.RpcMethodHandler[Any, Any] = make(behavior, self.deserializer(current), handler.response_serializer)
+        rebuilt: Handler = make(behavior, self.deserializer(current), handler.response_serializer)
         return rebuilt
 
 

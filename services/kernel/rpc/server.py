@@ -13,7 +13,7 @@ import grpc
 import structlog
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from services.kernel.cell import cell_of
 from services.kernel.context_token import ContextTokenVerifier
@@ -27,6 +27,7 @@ from services.kernel.rpc.policy import PolicyInterceptor, policies_of
 from services.kernel.rpc.status import StatusInterceptor
 from services.kernel.rpc.trace import TraceInterceptor
 from services.kernel.rpc.validation import ValidationInterceptor
+from services.kernel.rpc.wakes import woken_once
 from services.kernel.settings import ServiceSettings
 from services.kernel.telemetry.logging import configure_logging
 from services.kernel.telemetry.tracing import configure_tracing, shutdown_tracing
@@ -60,10 +61,12 @@ class MeshServer:
         self._port = 0
         self.interceptors = build_interceptors(settings, self._names, resolver, verifier)
         self._server = grpc.aio.server(interceptors=self.interceptors, options=_server_options(settings))
+        handlers: Any = _NamedHandlers(self._server)
         for add, servicer, _ in servicers:
-            add(servicer, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+            add(servicer, handlers)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
+        reflected = reflection.aio.ReflectionServicer([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME])
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, handlers)
 
     @property
     def settings(self) -> ServiceSettings:
@@ -126,6 +129,19 @@ class MeshServer:
         if not self._settings.tls_enabled:
             return self._server.add_insecure_port(self._settings.listen_address)
         return self._server.add_secure_port(self._settings.listen_address, server_credentials(CertificateFiles.of(self._settings)))
+
+
+class _NamedHandlers:
+    """What generated code adds handlers to. They are found by their name, and none is registered with grpc.
+
+    For each registered method grpc.aio keeps a request of its own at hand and waits for all of them anew with each call.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: object) -> None:
+        """Leaves them unregistered: the generic handlers are the same."""
 
 
 def build_interceptors(
@@ -219,11 +235,12 @@ def _settle_garbage_collector() -> None:
 async def _run(build: Callable[[], Awaitable[App]], settings: ServiceSettings) -> None:
     configure_tracing(settings)
     try:
-        app = await build()
-        _settle_garbage_collector()
-        try:
-            await app.server.serve_until_signal()
-        finally:
-            await app.close()
+        with woken_once():
+            app = await build()
+            _settle_garbage_collector()
+            try:
+                await app.server.serve_until_signal()
+            finally:
+                await app.close()
     finally:
         shutdown_tracing()

@@ -3,6 +3,9 @@
 A span is made only when spans are exported; the trace's identity is carried on in every case. No tenant id in baggage, ever.
 """
 
+# grpc is generic in its stubs only: subscripting it at run time fails.
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +17,8 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from services.kernel.request_context import RequestScope, enter_scope, scope
-from services.kernel.rpc.interceptor import Behavior, Deserializer, MeshInterceptor, Method
+from services.kernel.request_context import RequestScope, enter_scope, required_scope, scope
+from services.kernel.rpc.interceptor import Behavior, Continuation, Deserializer, Handler, MeshInterceptor, Method
 from services.kernel.rpc.metadata import TRACEPARENT
 from services.kernel.telemetry import names
 from services.kernel.telemetry.trace_parent import TraceParent, new_trace_parent, parse_trace_parent
@@ -45,15 +48,24 @@ class TraceInterceptor(MeshInterceptor):
         super().__init__()
         self._log_calls = log_calls
 
+    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        """Opens the scope, which the handler's task is in already, and returns the wrapped handler.
+
+        Here and not in the behaviour: grpc builds the metadata anew each time that a context is asked for it.
+        """
+        # `Any`: only values of keys that end in -bin are bytes, and none of those is read.
+        raw: Any = handler_call_details.invocation_metadata
+        pairs = dict(raw)
+        parent = parse_trace_parent(value) if (value := pairs.get(TRACEPARENT)) else None
+        enter_scope(RequestScope(handler_call_details.method, pairs, raw, trace=parent))
+        return await super().intercept_service(continuation, handler_call_details)
+
     def wrap(self, method: Method, inner: Behavior, deserialize: Deserializer | None) -> Behavior:
         """Returns the behaviour inside a scope and a span."""
 
         async def traced(request: Any, context: Any) -> Any:
-            raw = context.invocation_metadata()
-            pairs = dict(raw)
-            parent = parse_trace_parent(value) if (value := pairs.get(TRACEPARENT)) else None
-            call = RequestScope(method.path, pairs, raw, trace=parent)
-            enter_scope(call)
+            call = required_scope()
+            parent = call.trace
             # The caller's decision holds for the whole trace: unsampled, there is no span to make.
             if is_recording() and (parent is None or parent.sampled):
                 with _server_span(method, call, context):

@@ -8,7 +8,7 @@ from uuid import UUID
 from redis.exceptions import NoScriptError
 
 from services.kernel.errors import Unavailable
-from services.kernel.ids import TenantId
+from services.kernel.ids import TenantId, uuid_text
 from services.ratelimit.adapters.redis_link import Link
 from services.ratelimit.adapters.scripts import NAMES, load_script
 
@@ -65,7 +65,7 @@ async def each_tenant(tenant_ids: Sequence[TenantId], at_most: int, work: ForTen
 
 def prefix_of(tenant_id: TenantId) -> str:
     """What every key of the tenant begins with."""
-    return f"{{{tenant_id}}}:"
+    return f"{{{uuid_text(tenant_id)}}}:"
 
 
 def tenant_of_key(key: bytes) -> TenantId | None:
