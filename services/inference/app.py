@@ -24,6 +24,7 @@ from services.inference.audit_relay import AuditRelay
 from services.inference.call_audit import CallAudit
 from services.inference.finishing import Finishing
 from services.inference.gathering import Gathering
+from services.inference.holds_ahead import HoldsAhead
 from services.inference.input_counting import InputCounting
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.overrun import StreamGuard
@@ -75,6 +76,7 @@ class InferenceApp:
     server: MeshServer
     leases: LeaseKeeper
     gate: AdmissionGate
+    ahead: HoldsAhead
     closing: AsyncExitStack
 
     async def close(self) -> None:
@@ -105,6 +107,9 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         # Closed before everything it settles with.
         finishing = Finishing()
         stack.push_async_callback(finishing.close)
+        ahead = _holds_ahead(settings, limits, leases, finishing, feed)
+        background.start("holds_ahead", ahead.run)
+        stack.push_async_callback(ahead.close)
         gate = AdmissionGate(settings.max_concurrent_provider_calls, settings.max_waiting_calls)
         gathering = Gathering(RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval")), memory)
         counting, guard = _counters(settings, AnthropicCounter(provider.clients), gathering, limits, ledger)
@@ -117,6 +122,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             gate=gate,
             leases=leases,
             settlement=Settlement(ledger, limits, memory, leases, finishing, audit),
+            ahead=ahead,
             audit=audit,
             spare_tokens=spare_tokens(settings.provider_in_flight_tokens),
         )
@@ -126,7 +132,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         inference = InferenceService(pipeline, configs, provider_keys, prices, deadline_seconds, settings.provider_account)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
-        return InferenceApp(server, leases, gate, stack.pop_all())
+        return InferenceApp(server, leases, gate, ahead, stack.pop_all())
 
 
 def _counters(
@@ -135,6 +141,19 @@ def _counters(
     # Questions and answers differ in density: each learns by itself.
     guard = StreamGuard(limits, ledger, counter, TokenDensities(), settings.provider_in_flight_tokens)
     return InputCounting(gathering, counter, TokenDensities()), guard
+
+
+def _holds_ahead(settings: InferenceSettings, limits: Limits, leases: LeaseKeeper, finishing: Finishing, feed: ChangeFeed) -> HoldsAhead:
+    ahead = HoldsAhead(
+        limits,
+        leases,
+        finishing,
+        is_fresh=lambda: feed.is_fresh,
+        hot_calls_per_second=settings.ahead_calls_per_second,
+        most_holds=settings.max_holds_ahead,
+    )
+    feed.subscribe(ahead.hear)
+    return ahead
 
 
 def _start_loops(
