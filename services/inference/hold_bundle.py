@@ -11,8 +11,8 @@ from services.kernel.tenant_context import TenantContext
 # Over how long calls are counted, and for how long they must have come at their pace: what comes all at once is no pace.
 RATE_SECONDS = 1.0
 _IDLE_SECONDS = 1.0
-# How much of the demand a full bundle covers.
-COVERED_SECONDS = 0.4
+# How much of the demand a full bundle covers. Calls come in bursts, as their answers do; what is left over grows too old to be used.
+COVERED_SECONDS = 0.7
 # Fewer than this at once save nothing.
 LEAST_HOLDS = 4
 

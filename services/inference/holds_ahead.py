@@ -31,6 +31,7 @@ PAUSE_SECONDS = 2.0
 LOOK_SECONDS = 0.25
 TELL_SECONDS = 60.0
 MOST_AT_ONCE = 250
+RELEASES_AT_ONCE = 8
 MOST_KINDS = 10_000
 
 
@@ -246,9 +247,10 @@ class HoldsAhead:
 
     async def _release(self, holds: Sequence[HoldAhead]) -> None:
         self.counts.unused += len(holds)
-        async with asyncio.TaskGroup() as group:
-            for held in holds:
-                group.create_task(self._release_one(held))
+        for start in range(0, len(holds), RELEASES_AT_ONCE):
+            async with asyncio.TaskGroup() as group:
+                for held in holds[start : start + RELEASES_AT_ONCE]:
+                    group.create_task(self._release_one(held))
 
     async def _release_one(self, held: HoldAhead) -> None:
         self._leases.end(held.lease)

@@ -258,7 +258,7 @@ async def test_a_hold_whose_lease_was_lost_is_not_used(desk: Desk) -> None:
 
 @pytest.mark.parametrize("whose", [ACME, None])
 async def test_no_hold_is_used_after_a_change_was_heard(desk: Desk, whose: TenantId | None) -> None:
-    """A suspension, a changed plan, or a feed that cannot say what was missed: what lay ahead is released, what is on its way as it comes."""
+    """A suspension, or a feed that cannot say what was missed: what lies ahead is released, what is on its way as it comes."""
     await desk.heat()
     on_its_way = await desk.until_some_are_on_their_way()
     lying = desk.lying()
