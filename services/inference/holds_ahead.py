@@ -197,15 +197,18 @@ class HoldsAhead:
             bundle.asked = 0
         held = [outcome for outcome in outcomes if isinstance(outcome, Reservation)]
         taken = [self._begin(question, bundle.hold, reservation, asked_at) for reservation in held]
+        useless: list[HoldAhead] = []
         if len(held) < count or not all(_is_whole(bundle.hold, reservation) for reservation in held):
             self._pause(question.tenant_id)
-            self._let_go([*taken, *self._take_all(question.tenant_id)])
+            useless = [*taken, *self._take_all(question.tenant_id)]
         elif bundle.is_over:
-            self._let_go(taken)
+            useless = taken
         else:
             bundle.holds.extend(taken)
             self._learn(question.tenant_id, bundle, held[-1])
         self._settle_lying(question.tenant_id)
+        # Here and not as work of its own: who waits for what is on its way waits for this too.
+        await self._release(useless)
 
     def _begin(self, question: Question, hold: Hold, reservation: Reservation, asked_at: float) -> HoldAhead:
         lease = self._leases.begin(CallRef(question.tenant_id, reservation.reservation_id))

@@ -303,6 +303,17 @@ async def test_nothing_lies_ahead_near_an_edge(desk: Desk) -> None:
     assert set(lying) == set(desk.limits.released)
 
 
+async def test_all_kinds_of_a_tenants_calls_share_one_part(desk: Desk) -> None:
+    """With room for 160 calls ten lie ahead, whatever the kinds are, and another tenant's are its own."""
+    desk.limits.left = 160
+    for feature in ("chat", "search", "summary"):
+        await desk.heat(feature=feature, calls=52)
+        assert desk.ahead.lying <= 10
+    assert desk.ahead.lying > 4
+    await desk.heat(OTHER, calls=51)
+    assert desk.ahead.lying > 10
+
+
 async def test_a_refused_call_gets_what_lay_ahead_back(desk: Desk) -> None:
     """What this process keeps is free before the refused call asks again, and nothing lies ahead for a while."""
     await desk.heat()
@@ -358,4 +369,6 @@ async def test_closing_releases_what_lies_ahead_and_what_comes_later(desk: Desk)
     await desk.until_some_are_on_their_way()
     assert desk.ahead.lying > len(desk.lying()) > 0
     await desk.ahead.close()
-    assert desk.take() is None
+    batches = len(desk.limits.batches)
+    assert not await desk.heat()
+    assert len(desk.limits.batches) == batches
