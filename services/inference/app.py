@@ -104,12 +104,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         leases, background = LeaseKeeper(limits, ledger), BackgroundTasks()
         stack.push_async_callback(background.close)
         audit = _start_loops(stack, background, leases, feed, database, jobs, AuditClient(to_tenant))
-        # Closed before everything it settles with.
-        finishing = Finishing()
-        stack.push_async_callback(finishing.close)
-        ahead = _holds_ahead(settings, limits, leases, finishing, feed)
-        background.start("holds_ahead", ahead.run)
-        stack.push_async_callback(ahead.close)
+        finishing, ahead = _holds(stack, settings, background, limits, leases, feed)
         gate = AdmissionGate(settings.max_concurrent_provider_calls, settings.max_waiting_calls)
         gathering = Gathering(RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval")), memory)
         counting, guard = _counters(settings, AnthropicCounter(provider.clients), gathering, limits, ledger)
@@ -143,7 +138,17 @@ def _counters(
     return InputCounting(gathering, counter, TokenDensities()), guard
 
 
-def _holds_ahead(settings: InferenceSettings, limits: Limits, leases: LeaseKeeper, finishing: Finishing, feed: ChangeFeed) -> HoldsAhead:
+def _holds(
+    stack: AsyncExitStack,
+    settings: InferenceSettings,
+    background: BackgroundTasks,
+    limits: Limits,
+    leases: LeaseKeeper,
+    feed: ChangeFeed,
+) -> tuple[Finishing, HoldsAhead]:
+    # Closed before everything it settles with.
+    finishing = Finishing()
+    stack.push_async_callback(finishing.close)
     ahead = HoldsAhead(
         limits,
         leases,
@@ -153,7 +158,9 @@ def _holds_ahead(settings: InferenceSettings, limits: Limits, leases: LeaseKeepe
         most_holds=settings.max_holds_ahead,
     )
     feed.subscribe(ahead.hear)
-    return ahead
+    background.start("holds_ahead", ahead.run)
+    stack.push_async_callback(ahead.close)
+    return finishing, ahead
 
 
 def _start_loops(
