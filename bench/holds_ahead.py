@@ -142,7 +142,7 @@ async def _tenant(stack: Stack, client: MeshClient, number: int) -> DemoTenant:
     tenant = await create_tenant(stack, client, company)
     operator = operator_credentials(stack.state.secrets.operator_key, "a hot tenant")
     request = configuration_service_pb2.UpdateConfigurationRequest(
-        overrides=configuration_service_pb2.ConfigurationOverrides(limits=LIMITS),
+        overrides=configuration_service_pb2.ConfigurationOverrides(limits=configuration_service_pb2.LimitOverrides(**LIMITS)),
         update_mask=FieldMask(paths=[f"limits.{term}" for term in LIMITS]),
     )
     await client.configuration.UpdateConfiguration(request, metadata=(*operator, ("x-tenant-id", tenant.tenant_id)), timeout=20)
