@@ -3,13 +3,25 @@
 import sys
 from collections.abc import Callable
 
-from bench import budget_alerts, call_overhead, kernel_overhead, revocation, sealing, slices, tenants, usage_query, usage_writes
+from bench import (
+    budget_alerts,
+    call_overhead,
+    holds_ahead,
+    kernel_overhead,
+    revocation,
+    sealing,
+    slices,
+    tenants,
+    usage_query,
+    usage_writes,
+)
 from bench.ingest import run as ingest
 from bench.limits import run as limits
 
 BENCHES: dict[str, Callable[[list[str]], None]] = {
     "budget_alerts": budget_alerts.main,
     "call_overhead": call_overhead.main,
+    "holds_ahead": holds_ahead.main,
     "ingest": ingest.main,
     "kernel_overhead": kernel_overhead.main,
     "limits": limits.main,

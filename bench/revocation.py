@@ -24,13 +24,12 @@ import asyncpg
 import grpc
 
 from devstack.addresses import Ports
-from devstack.environment import DATABASE, service_environment
+from devstack.environment import DATABASE
 from devstack.handbook import Company
-from devstack.managed_process import ManagedProcess
 from devstack.mesh_client import MeshClient, credentials
-from devstack.ports import LOOPBACK, free_port
 from devstack.provisioning import create_tenant
-from devstack.stack import HEALTH_SERVICE_NAMES, SERVICE_READY_SECONDS, Stack, is_serving_at, running_stack
+from devstack.replica import start_replica
+from devstack.stack import Stack, running_stack
 from devstack.state import DemoTenant
 from mesh.retrieval.v1 import document_service_pb2, document_service_pb2_grpc
 from mesh.tenant.v1 import api_key_service_pb2, api_key_service_pb2_grpc
@@ -217,17 +216,8 @@ class Bench:
 
 
 async def _start_replica(stack: Stack, number: int, closing: contextlib.AsyncExitStack) -> str:
-    address = f"{LOOPBACK}:{free_port()}"
-    environment = service_environment(SERVICE, stack.state, stack.ports, stack.provider, trace_sample_ratio=0.0)
-    process = ManagedProcess(
-        f"{SERVICE} {number}",
-        [sys.executable, "-m", f"services.{SERVICE}", "serve"],
-        log_path=stack.state.log_path(f"{SERVICE}-{number}"),
-        env=environment | {"TENANTRY_LISTEN_ADDRESS": address},
-    )
-    await process.start()
+    process, address = await start_replica(stack, SERVICE, f"{SERVICE}-{number}")
     closing.push_async_callback(process.stop)
-    await process.wait_ready(lambda: is_serving_at(address, HEALTH_SERVICE_NAMES[SERVICE]), timeout_seconds=SERVICE_READY_SECONDS)
     return address
 
 

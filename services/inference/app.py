@@ -24,6 +24,7 @@ from services.inference.audit_relay import AuditRelay
 from services.inference.call_audit import CallAudit
 from services.inference.finishing import Finishing
 from services.inference.gathering import Gathering
+from services.inference.holds_ahead import HoldsAhead
 from services.inference.input_counting import InputCounting
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.overrun import StreamGuard
@@ -76,6 +77,7 @@ class InferenceApp:
     server: MeshServer
     leases: LeaseKeeper
     gate: AdmissionGate
+    ahead: HoldsAhead
     closing: AsyncExitStack
 
     async def close(self) -> None:
@@ -95,20 +97,14 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         feed.forget_on(KEY_CHANGES, provider_keys.forget)
         memory = PostgresMemory(database, cipher)
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
-        ledger = MeteringLedger(to_metering)
-        stack.push_async_callback(ledger.close)
+        ledger = _ledger(stack, to_metering)
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         stack.push_async_callback(limits.close)
         provider = _provider(stack, settings, provider_keys)
         leases, background = LeaseKeeper(limits, ledger), BackgroundTasks()
         stack.push_async_callback(background.close)
         audit = _start_loops(stack, background, leases, feed, database, jobs, AuditClient(to_tenant))
-        refusals = RefusalTally(ledger)
-        background.start("refusal_tally", refusals.run)
-        stack.push_async_callback(refusals.close)
-        # Closed before everything it settles with.
-        finishing = Finishing()
-        stack.push_async_callback(finishing.close)
+        finishing, ahead = _holds(stack, settings, background, limits, leases, feed)
         gate = AdmissionGate(settings.max_concurrent_provider_calls, settings.max_waiting_calls)
         gathering = Gathering(RetrievalDocuments(_channel(stack, settings, settings.retrieval_address, "retrieval")), memory)
         counting, guard = _counters(settings, AnthropicCounter(provider.clients), gathering, limits, ledger)
@@ -121,8 +117,9 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             gate=gate,
             leases=leases,
             settlement=Settlement(ledger, limits, memory, leases, finishing, audit),
+            ahead=ahead,
             audit=audit,
-            refusals=refusals,
+            refusals=_count_refusals(stack, background, ledger),
             spare_tokens=spare_tokens(settings.provider_in_flight_tokens),
         )
         configs = TenantConfigCache(to_tenant, feed=feed)
@@ -131,7 +128,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         inference = InferenceService(pipeline, configs, provider_keys, prices, deadline_seconds, settings.provider_account)
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         server = MeshServer(settings, servicers=_registrations(inference, memory, lifecycle), resolver=resolver, verifier=verifier)
-        return InferenceApp(server, leases, gate, stack.pop_all())
+        return InferenceApp(server, leases, gate, ahead, stack.pop_all())
 
 
 def _counters(
@@ -140,6 +137,44 @@ def _counters(
     # Questions and answers differ in density: each learns by itself.
     guard = StreamGuard(limits, ledger, counter, TokenDensities(), settings.provider_in_flight_tokens)
     return InputCounting(gathering, counter, TokenDensities()), guard
+
+
+def _ledger(stack: AsyncExitStack, to_metering: MeshChannel) -> MeteringLedger:
+    ledger = MeteringLedger(to_metering)
+    stack.push_async_callback(ledger.close)
+    return ledger
+
+
+def _count_refusals(stack: AsyncExitStack, background: BackgroundTasks, ledger: MeteringLedger) -> RefusalTally:
+    refusals = RefusalTally(ledger)
+    background.start("refusal_tally", refusals.run)
+    stack.push_async_callback(refusals.close)
+    return refusals
+
+
+def _holds(
+    stack: AsyncExitStack,
+    settings: InferenceSettings,
+    background: BackgroundTasks,
+    limits: Limits,
+    leases: LeaseKeeper,
+    feed: ChangeFeed,
+) -> tuple[Finishing, HoldsAhead]:
+    # Closed before everything it settles with.
+    finishing = Finishing()
+    stack.push_async_callback(finishing.close)
+    ahead = HoldsAhead(
+        limits,
+        leases,
+        finishing,
+        is_fresh=lambda: feed.is_fresh,
+        hot_calls_per_second=settings.ahead_calls_per_second,
+        most_holds=settings.max_holds_ahead,
+    )
+    feed.subscribe(ahead.hear)
+    background.start("holds_ahead", ahead.run)
+    stack.push_async_callback(ahead.close)
+    return finishing, ahead
 
 
 def _start_loops(

@@ -86,17 +86,21 @@ class LimitLeft:
 
 @dataclass(frozen=True, slots=True)
 class HoldToTake:
-    """What the limits are asked to hold for one attempt; `attempt` counts from 1."""
+    """What the limits are asked to hold for one attempt; `attempt` counts from 1. `whole`: not to be shortened."""
 
     reservation_id: ReservationId
     question: Question
     hold: Hold
     attempt: int
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What the limits hold: `tokens` and `cost_nano_usd` in all, `output_tokens` of them for the answer."""
+    """What the limits hold: `tokens` and `cost_nano_usd` in all, `output_tokens` of them for the answer.
+
+    `degraded`: admitted without their store, so that `limits` say nothing.
+    """
 
     reservation_id: ReservationId
     epoch: int
@@ -106,6 +110,7 @@ class Reservation:
     cost_nano_usd: int
     output_tokens: int
     waited_seconds: float = 0.0
+    degraded: bool = False
 
 
 @dataclass(slots=True)
@@ -185,12 +190,16 @@ class Stage(Enum):
 
 @dataclass(slots=True)
 class Attempt:
-    """The one attempt at the provider that a reservation stands for; `number` is which of the call, from 1."""
+    """The one attempt at the provider that a reservation stands for; `number` is which of the call, from 1.
+
+    `input_tokens` is the most input it is put together with; what is held for it may be more.
+    """
 
     question: Question
     hold: Hold
     reservation: Reservation
     lease: Lease
+    input_tokens: int
     number: int = 1
     stage: Stage = Stage.RESERVED
     received: Received = field(default_factory=Received)

@@ -1,4 +1,4 @@
-"""A call, from the validated question to the settled answer: reserve, open and gather, admit, dispatch, settle.
+"""A call, from the validated question to the settled answer: reserve, or take what is held ahead, open and gather, admit, dispatch, settle.
 
 One attempt at the provider a call: nothing is ever sent to it twice. Only an attempt that was not dispatched may start again, once,
 with a reservation of its own. Nothing is dispatched before the ledger acknowledged the open.
@@ -14,6 +14,7 @@ from services.inference.admission import AdmissionGate
 from services.inference.call import Attempt, CallRef, Found, HoldToTake, Memory, Question, Ready, Report, Stage
 from services.inference.call_audit import CallAudit
 from services.inference.gathering import Gathering, least_needed, put_together
+from services.inference.holds_ahead import HoldsAhead
 from services.inference.input_counting import Counted, InputCounting
 from services.inference.lease_keeper import LeaseKeeper
 from services.inference.opening import StartAgain, refuse_unopened
@@ -27,6 +28,8 @@ from services.inference.settlement import Settlement
 from services.inference.worst_case import Hold, granted_hold, make_hold
 from services.kernel.errors import DeadlineExceeded, MeshError, ReservationLost, Unavailable
 from services.kernel.ids import ReservationId, new_uuid7
+from services.kernel.telemetry import names
+from services.kernel.telemetry.tracing import annotate
 
 _PHASES = {Stage.RESERVED: "open", Stage.OPENING: "open", Stage.OPENED: "queue", Stage.DISPATCHED: "answer", Stage.ANSWERED: "settle"}
 
@@ -45,6 +48,7 @@ class AnswerPipeline:
         gate: AdmissionGate,
         leases: LeaseKeeper,
         settlement: Settlement,
+        ahead: HoldsAhead,
         audit: CallAudit,
         refusals: RefusalTally,
         spare_tokens: int,
@@ -57,6 +61,7 @@ class AnswerPipeline:
         self._gate = gate
         self._leases = leases
         self._settlement = settlement
+        self._ahead = ahead
         self._audit = audit
         self._refusals = refusals
         self._spare_tokens = spare_tokens
@@ -66,7 +71,8 @@ class AnswerPipeline:
         try:
             return await self._attempt(question, sink)
         except StartAgain:
-            pass
+            # Whatever made this hold useless did so with those beside it.
+            self._ahead.drop(question.tenant_id)
         try:
             return await self._attempt(question, sink)
         except StartAgain as again:
@@ -123,11 +129,25 @@ class AnswerPipeline:
     def _hold(self, question: Question, input_tokens: int) -> Hold:
         return make_hold(input_tokens, question.max_output_tokens, question.price, spare_tokens=self._spare_tokens)
 
-    async def _take(self, question: Question, hold: Hold, number: int = 1) -> Attempt:
+    async def _take(self, question: Question, hold: Hold) -> Attempt:
+        # From here on it is this attempt's, and nothing is awaited before whatever ends the attempt ends it too.
+        if (held := self._ahead.take(question, hold)) is not None:
+            annotate(names.HOLD, "ahead")
+            return Attempt(question, held.hold, held.reservation, held.lease, hold.input_tokens)
+        try:
+            return await self._ask(question, hold)
+        except MeshError as refusal:
+            if refusal.code.name != "RESOURCE_EXHAUSTED" or not await self._ahead.give_way(question.tenant_id):
+                raise
+        # Refused beside what this process keeps for calls that may not come: nobody is, for that.
+        return await self._ask(question, hold)
+
+    async def _ask(self, question: Question, hold: Hold, number: int = 1) -> Attempt:
         reservation_id = ReservationId(new_uuid7())
         reservation = await self._settlement.reserve(HoldToTake(reservation_id, question, hold, number))
+        self._ahead.asked(question, hold, reservation)
         lease = self._leases.begin(CallRef(question.tenant_id, reservation_id))
-        return Attempt(question, hold, reservation, lease, number)
+        return Attempt(question, hold, reservation, lease, hold.input_tokens, number)
 
     async def _open_and_gather(self, attempt: Attempt) -> Ready:
         question = attempt.question
@@ -135,7 +155,9 @@ class AnswerPipeline:
             found, memory = await self._at_once(self._gathering.search(question), self._recall_and_open(attempt))
         else:
             found, memory = Found(), await self._recall_and_open(attempt)
-        return _ready(attempt, put_together(question, memory, found, attempt.hold.input_tokens), memory, found)
+        # What is held ahead may be more than the call's own worst case. What the provider is sent does not depend on it.
+        room = max(attempt.input_tokens, least_needed(question, memory))
+        return _ready(attempt, put_together(question, memory, found, room), memory, found)
 
     async def _open_counted(self, attempt: Attempt, counted: Counted) -> Ready:
         await self._open(attempt, counted.memory)

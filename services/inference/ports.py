@@ -9,6 +9,7 @@ from typing import Protocol
 from services.inference.call import CallRef, Found, HoldToTake, Memory, Question, Ready, Received, Reservation, Settled, Usage
 from services.inference.prompt_assembly import AssembledPrompt, Turn
 from services.inference.worst_case import Hold, Price
+from services.kernel.errors import MeshError
 from services.kernel.ids import CallId, ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
 
@@ -68,6 +69,10 @@ class Limits(Protocol):
 
     async def reserve(self, wanted: HoldToTake) -> Reservation:
         """Holds the worst case, or less output where the rules shorten it; repeatable by reservation id."""
+        ...
+
+    async def reserve_ahead(self, wanted: Sequence[HoldToTake]) -> Sequence[Reservation | MeshError]:
+        """Holds several of one tenant, each by itself and whole or not at all. Raises: MeshError when it is not known of any."""
         ...
 
     async def extend(self, tenant: TenantContext, reservation: Reservation, hold: Hold) -> None:

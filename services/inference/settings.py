@@ -51,6 +51,10 @@ class InferenceSettings(ServiceSettings):
     provider_in_flight_tokens: int = Field(
         default=192, ge=0, le=100_000, description="output a stream may bring between the decision to end it and its end at the provider"
     )
+    ahead_calls_per_second: float = Field(
+        default=20.0, ge=0.0, description="pace of like calls of a tenant, from which on their holds are taken before they come; 0: never"
+    )
+    max_holds_ahead: int = Field(default=1024, ge=0, description="holds of this process, of all tenants, that may lie ahead of calls")
     max_concurrent_provider_calls: int = Field(
         default=256, ge=1, description="provider calls under way in this process; others wait their turn"
     )

@@ -75,6 +75,8 @@ class Script:
     tenants: dict[str, Tenant] = field(default_factory=dict)
     settled: dict[bytes, Any] = field(default_factory=dict)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    # What the feed of changes tells; None: the tenant service has no feed.
+    feed: asyncio.Queue[auth_pb.Change] | None = None
 
     def names(self, *ignored: str) -> list[str]:
         """The events in order, immediate repetitions once, housekeeping left out."""
@@ -157,6 +159,14 @@ class Trust(
     async def GetContextKeys(self, request: Any, context: Any) -> Any:
         public = self.signing.private_key.public_key().public_bytes_raw()
         return auth_pb.GetContextKeysResponse(keys=[auth_pb.ContextKey(key_id="k1", public_key=public)])
+
+    async def WatchChanges(self, request: Any, context: Any) -> Any:
+        if self.script.feed is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no feed")
+        while (feed := self.script.feed) is not None:
+            changes = [] if feed.empty() else [feed.get_nowait()]
+            yield auth_pb.WatchChangesResponse(change_id=1, changes=changes)
+            await asyncio.sleep(0.05)
 
     async def GetTenantConfig(self, request: Any, context: Any) -> Any:
         config = self.named(context).config

@@ -98,6 +98,28 @@ def test_free_choices_are_free_for_two_calls(ahead: Ahead, world: Protocol) -> N
     assert ahead.explored(world).broken is None
 
 
+def test_a_hold_may_lie_unopened_for_as_long_as_it_likes() -> None:
+    """Between the answer to a Reserve and the Open everything else may happen; whatever did, I may open, release or die."""
+    x = Protocol(calls=1, flushes=1)
+    lying = [s for s in _reached(x, reduced=False) if s.i[0] == "reserving" and any(m.kind == "reserve_ok" for m in s.net)]
+    happening: set[str] = set()
+    for s in lying:
+        labels = {label for label, _, _ in successors(s, x)}
+        assert labels >= {"I0 sends Open", "I0 cancels before Open", "I0 is killed"}
+        happening |= labels
+    assert happening >= {
+        "R: lease of call 0 ends, asks M",
+        "M answers: call 0 is void",
+        "R lets go of call 0",
+        "Reserve of call 0 expires",
+        "R forgets call 0",
+        "R loses its data",
+        "R asks M for a snapshot",
+        "M begins an epoch, sends a snapshot",
+        "R loads the snapshot of epoch 1",
+    }
+
+
 @cache
 def _reached(x: Protocol, *, reduced: bool) -> frozenset[State]:
     alike = quiet if reduced else as_it_is

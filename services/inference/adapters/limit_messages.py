@@ -26,7 +26,7 @@ def reserve_request(wanted: HoldToTake, max_wait_seconds: float) -> pb.ReserveRe
         attempt=wanted.attempt,
         shorten=pb.Shorten(
             max_output_tokens=hold.max_output_tokens,
-            min_output_tokens=min(question.min_output_tokens, hold.max_output_tokens),
+            min_output_tokens=hold.max_output_tokens if wanted.whole else min(question.min_output_tokens, hold.max_output_tokens),
             output_nano_usd_per_million=question.price.output,
         ),
         provider_account=question.provider_account,
@@ -54,6 +54,7 @@ def reservation(reservation_id: ReservationId, request: pb.ReserveRequest, respo
         cost_nano_usd=granted.cost_nano_usd,
         output_tokens=response.granted_output_tokens or request.shorten.max_output_tokens,
         waited_seconds=_seconds(response.waited),
+        degraded=response.degraded,
     )
 
 

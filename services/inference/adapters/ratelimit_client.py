@@ -56,6 +56,10 @@ class RatelimitLimits:
             # The channel repeats what a whole rpc did not reach; an item that alone was not decided is asked again the same way.
             return await self._reserve_alone(wanted, 0.0)
 
+    async def reserve_ahead(self, wanted: Sequence[HoldToTake]) -> Sequence[Reservation | MeshError]:
+        """Holds several of one tenant in one rpc, for calls that nobody waits with. Raises: MeshError when it is not known of any."""
+        return await self._reserve_batch(wanted)
+
     async def extend(self, tenant: TenantContext, reservation: Reservation, hold: Hold) -> None:
         """Raises a living hold. Raises: as reserve."""
         request = pb.ExtendRequest(reservation_id=str(reservation.reservation_id), epoch=reservation.epoch, amounts=amounts(hold))
@@ -91,7 +95,7 @@ class RatelimitLimits:
         )
         return reservation(wanted.reservation_id, request, response)
 
-    async def _reserve_batch(self, wanted: list[HoldToTake]) -> Sequence[Reservation | Exception]:
+    async def _reserve_batch(self, wanted: Sequence[HoldToTake]) -> Sequence[Reservation | MeshError]:
         # A batch runs in the task of whoever came first: neither its deadline nor its tenant may reach the others' items.
         enter_scope(RequestScope())
         requests = [reserve_request(one, 0.0) for one in wanted]

@@ -51,6 +51,12 @@ def is_recording() -> bool:
     return _Installed.recording
 
 
+def annotate(name: str, value: str) -> None:
+    """Adds an attribute to the span of the work at hand; nothing where there is none."""
+    if _Installed.recording:
+        trace.get_current_span().set_attribute(name, value)
+
+
 def shutdown_tracing() -> None:
     """Flushes what is waiting and stops exporting."""
     if _Installed.provider is not None:
