@@ -95,17 +95,13 @@ async def build(settings: InferenceSettings) -> InferenceApp:
         feed.forget_on(KEY_CHANGES, provider_keys.forget)
         memory = PostgresMemory(database, cipher)
         to_metering = _channel(stack, settings, settings.metering_address, "metering")
-        ledger = MeteringLedger(to_metering)
-        stack.push_async_callback(ledger.close)
+        ledger = _ledger(stack, to_metering)
         limits = RatelimitLimits(_channel(stack, settings, settings.ratelimit_address, "ratelimit"))
         stack.push_async_callback(limits.close)
         provider = _provider(stack, settings, provider_keys)
         leases, background = LeaseKeeper(limits, ledger), BackgroundTasks()
         stack.push_async_callback(background.close)
         audit = _start_loops(stack, background, leases, feed, database, jobs, AuditClient(to_tenant))
-        refusals = RefusalTally(ledger)
-        background.start("refusal_tally", refusals.run)
-        stack.push_async_callback(refusals.close)
         # Closed before everything it settles with.
         finishing = Finishing()
         stack.push_async_callback(finishing.close)
@@ -122,7 +118,7 @@ async def build(settings: InferenceSettings) -> InferenceApp:
             leases=leases,
             settlement=Settlement(ledger, limits, memory, leases, finishing, audit),
             audit=audit,
-            refusals=refusals,
+            refusals=_count_refusals(stack, background, ledger),
             spare_tokens=spare_tokens(settings.provider_in_flight_tokens),
         )
         configs = TenantConfigCache(to_tenant, feed=feed)
@@ -159,6 +155,19 @@ def _start_loops(
     background.start("audit_relay", AuditRelay(PostgresAuditRelay(jobs), log.record, set_aside).run)
     stack.push_async_callback(audit.close)
     return audit
+
+
+def _ledger(stack: AsyncExitStack, to_metering: MeshChannel) -> MeteringLedger:
+    ledger = MeteringLedger(to_metering)
+    stack.push_async_callback(ledger.close)
+    return ledger
+
+
+def _count_refusals(stack: AsyncExitStack, background: BackgroundTasks, ledger: MeteringLedger) -> RefusalTally:
+    refusals = RefusalTally(ledger)
+    background.start("refusal_tally", refusals.run)
+    stack.push_async_callback(refusals.close)
+    return refusals
 
 
 async def _databases(stack: AsyncExitStack, settings: InferenceSettings) -> tuple[TenantDatabase, JobsDatabase]:
