@@ -6,7 +6,7 @@ Not part of `make ci`: `make mutation ONLY='call protocol'`. Where another wall 
 from tests.isolation.mutations import Edit, Mutation
 
 _RUN = "tests/protocol/test_runs.py::test_the_invariants_hold_in_the_run_that_needs_the_rule[{}]"
-_OPEN = "services/metering/migrations/0003_open_and_settle.sql"
+_OPEN = "services/metering/migrations/0015_reconciliation.sql"
 _ENDS = "services/metering/migrations/0004_ends_without_a_bill.sql"
 _EPOCHS = "services/metering/migrations/0008_counted_periods.sql"
 _COMMIT = "services/ratelimit/adapters/scripts/commit.lua"
