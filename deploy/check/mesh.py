@@ -19,7 +19,7 @@ PREFIX = "TENANTRY_"
 # Bearers of services are for loopback; with TLS they would only be secrets to lose.
 LOOPBACK_ONLY = frozenset({"service_token", "peer_token_hashes"})
 MIGRATIONS_ONLY = frozenset({"postgres_admin_dsn", "key_store_admin_dsn", "silo_migration_dsn"})
-# A mesh is whole without sinks of events and exports, front ends that ask for tenants, read replicas, and the provider's own account of usage.
+# A mesh is whole without sinks of events and exports, front ends that ask for tenants, read replicas, and the provider's account of usage.
 READ_REPLICAS = frozenset({"postgres_read_dsn", "postgres_jobs_read_dsn"})
 OPTIONAL = READ_REPLICAS | {
     "event_webhook_url",
