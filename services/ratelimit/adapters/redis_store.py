@@ -53,7 +53,7 @@ class RedisStore:
 
     async def reserve(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
         """Takes holds in their order, each by itself: what is refused changes nothing."""
-        if len(asks) == 1 and not asks[0].together:
+        if len(asks) == 1 and not asks[0].together and not asks[0].gathered:
             return [await self._queue.submit(tenant_id, terms, asks[0])]
         return await self._reserve_some(tenant_id, terms, asks)
 
