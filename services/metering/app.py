@@ -322,7 +322,7 @@ def _of_budgets(
 ) -> Registration:
     store = PostgresBudgets(database)
     # On the primary: what is committed is counted.
-    spending = UsageSpending(PostgresUsageQueries(database, database, jobs), store)
+    spending = UsageSpending(PostgresUsageQueries(database, database, jobs))
     keeper = BudgetKeeper(PostgresBudgetMarks(jobs), store, spending, calendars, poll_seconds=settings.budget_poll_seconds)
     background.start("budget_keeper", keeper.run)
     desk = BudgetDesk(store, spending, TenantCalendars(configs), TenantRules(configs), clock=clock)
