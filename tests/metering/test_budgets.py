@@ -62,7 +62,7 @@ async def test_what_a_budget_counts_is_what_it_names(mesh: Mesh) -> None:
 
 
 async def test_units_are_those_of_the_limits_and_of_events(mesh: Mesh) -> None:
-    """Both ways of recording a unit add up, each event once, folded or not; a reversal takes its event back; another unit counts nothing."""
+    """Both ways of recording a unit add up, each event once; a reversal takes its event back; another unit counts nothing."""
     tenant = new_tenant(mesh)
     await put(mesh, tenant, amount=10, measure=UNIT, product_unit="budgeted_unit")
     await events.register(mesh, "used", product="budgeting", unit="budgeted_unit")
