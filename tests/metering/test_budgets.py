@@ -62,17 +62,18 @@ async def test_what_a_budget_counts_is_what_it_names(mesh: Mesh) -> None:
 
 
 async def test_units_are_those_of_the_limits_and_of_events(mesh: Mesh) -> None:
-    """Both ways of recording a unit add up; a reversal takes its event back; another unit and a highest level count nothing."""
+    """Both ways of recording a unit add up, each event once; a reversal takes its event back; another unit counts nothing."""
     tenant = new_tenant(mesh)
     await put(mesh, tenant, amount=10, measure=UNIT, product_unit="budgeted_unit")
     await events.register(mesh, "used", product="budgeting", unit="budgeted_unit")
-    await events.register(mesh, "level", product="budgeting", unit="budgeted_unit", aggregation=AGGREGATION_MAX)
     await mesh.record(mesh.use(tenant, product_unit="budgeted_unit", quantity=2), mesh.use(tenant, product_unit="another_unit", quantity=9))
     await looked_at(mesh, tenant)
     assert await fired(mesh, tenant) == []
     one = events.event(product="budgeting", type="used", quantity=3)
-    await events.record(mesh, tenant, [one, events.event(product="budgeting", type="level", quantity=99)])
+    await events.record(mesh, tenant, [one])
     await wait_fired(mesh, tenant, [50])
+    assert (await stands(mesh, tenant)).used == 5
+    await fold(mesh)
     assert (await stands(mesh, tenant)).used == 5
     await events.reverse(mesh, tenant, one)
     await looked_at(mesh, tenant)
@@ -83,6 +84,42 @@ async def test_units_are_those_of_the_limits_and_of_events(mesh: Mesh) -> None:
     await looked_at(mesh, tenant)
     assert (await stands(mesh, tenant)).used == 6
     assert await fired(mesh, tenant) == [50]
+
+
+async def test_of_levels_the_highest_of_the_period_counts(mesh: Mesh) -> None:
+    """As usage has it: a lower one adds nothing, one that is taken back counts no more, and a user has the highest of its own."""
+    tenant = new_tenant(mesh)
+    await events.register(mesh, "level", product="budgeting", unit="budgeted_level", aggregation=AGGREGATION_MAX)
+    await put(mesh, tenant, amount=10, measure=UNIT, product_unit="budgeted_level")
+    await put(mesh, tenant, "ada", amount=10, measure=UNIT, product_unit="budgeted_level", user="ada")
+    high = events.event(product="budgeting", type="level", quantity=9, subject="ben")
+    await events.record(mesh, tenant, [high, events.event(product="budgeting", type="level", quantity=6, subject="ada")])
+    await wait_fired(mesh, tenant, [50, 80])
+    await wait_fired(mesh, tenant, [50], "ada")
+    await fold(mesh)
+    assert [(await stands(mesh, tenant, name)).used for name in ("budget", "ada")] == [9, 6]
+    await events.reverse(mesh, tenant, high)
+    assert (await stands(mesh, tenant)).used == 6
+
+
+MARKED = "SELECT use_quarter FROM metering.budget_marks WHERE tenant_id = $1"
+
+
+async def test_only_what_a_budget_counts_is_marked(mesh: Mesh) -> None:
+    """An event is marked by the quarter of an hour it happened in and by no other; what the limits refused, not at all."""
+    tenant = new_tenant(mesh)
+    await events.register(mesh, "used", product="budgeting", unit="budgeted_unit")
+    async with mesh.admin.acquire() as looker, looker.transaction():
+        # As whoever looks at marks does: they stay where they are meanwhile.
+        await eventually(lambda: looker.fetchval("SELECT pg_try_advisory_xact_lock(7405, 1)"), within_seconds=budgets.WAIT_SECONDS)
+        await put(mesh, tenant, "units", amount=10, measure=UNIT, product_unit="budgeted_unit")
+        await put(mesh, tenant, "cost", amount=10, measure=COST)
+        await mesh.admin.execute("DELETE FROM metering.budget_marks WHERE tenant_id = $1", tenant.id)
+        last_quarter = datetime.now(UTC).replace(minute=52, second=0, microsecond=0) - timedelta(hours=1)
+        await events.record(mesh, tenant, [events.event(product="budgeting", type="used", quantity=1, time=last_quarter)])
+        await mesh.refuse(mesh.refusals(tenant))
+        found = [row["use_quarter"] for row in await mesh.admin.fetch(MARKED, tenant.id)]
+    assert found == [last_quarter.replace(minute=45)]
 
 
 async def test_late_use_fires_in_its_own_period(mesh: Mesh) -> None:

@@ -2,19 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from services.kernel.ids import TenantId
 from services.metering.budgets.budget import BudgetMeasure, BudgetTerms, Span
 from services.metering.usage_query import Dimension, GroupUse, UsageFilter, UsageQueries, UsageQuery
-
-
-class EventUnits(Protocol):
-    """Units that events count."""
-
-    async def event_units(self, tenant_id: TenantId, terms: BudgetTerms, span: Span) -> int:
-        """Returns what the tenant's events add to the unit of the terms."""
-        ...
 
 
 class _Question(NamedTuple):
@@ -30,11 +22,10 @@ Asked = tuple[BudgetTerms, Span]
 
 
 class UsageSpending:
-    """Adds up sums of use, and events beside them for units of the product."""
+    """Adds up sums of use."""
 
-    def __init__(self, queries: UsageQueries, events: EventUnits) -> None:
+    def __init__(self, queries: UsageQueries) -> None:
         self._queries = queries
-        self._events = events
 
     async def of(self, tenant_id: TenantId, wanted: Collection[Asked]) -> dict[Asked, int]:
         """Returns what each pair's terms count in its span, with all that is committed."""
@@ -46,8 +37,6 @@ class UsageSpending:
             groups = await self._queries.of_tenant(tenant_id, _query(question, asked), None, len(asked) ** 2)
             for terms in asked:
                 found[terms, question.span] = sum(_counted(terms, group) for group in groups if _is_of(terms, group))
-                if terms.measure is BudgetMeasure.PRODUCT_UNIT:
-                    found[terms, question.span] += await self._events.event_units(tenant_id, terms, question.span)
         return found
 
 
