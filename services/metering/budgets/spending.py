@@ -62,7 +62,8 @@ def _query(question: _Question, asked: Sequence[BudgetTerms]) -> UsageQuery:
         question.span.start,
         question.span.end,
         group_by=frozenset(told_apart),
-        filter=UsageFilter(users=users, features=features, product_units=units),
+        # What the limits recorded is of no type of event; what events add is asked for apart, without the levels that the sums have.
+        filter=UsageFilter(users=users, features=features, product_units=units, event_types=[""] if units else []),
     )
 
 
