@@ -13,6 +13,7 @@ from mesh.common.v1 import limit_rule_pb2 as rules_pb
 from mesh.metering.v1 import budget_service_pb2 as pb
 from mesh.metering.v1.event_service_pb2 import AGGREGATION_MAX
 from services.kernel.errors import MeshError
+from services.metering.budgets.keeper import MOST_MARKS
 from tests.metering import budgets, events
 from tests.metering.budgets import COST, CYCLE, DAY, MONTH, TOKENS, UNIT, ask, fired, looked_at, new_tenant, put, stands, use, wait_fired
 from tests.metering.mesh import Mesh, bill, unknown
@@ -249,6 +250,27 @@ async def test_alerts_page_newest_first(mesh: Mesh) -> None:
     with pytest.raises(MeshError) as refused:
         await ask(mesh, new_tenant(mesh), "ListAlerts", pb.ListAlertsRequest(page_token=first.next_page_token))
     assert refused.value.metadata["field"] == "page_token"
+
+
+MARK = """
+INSERT INTO metering.budget_marks (tenant_id, use_quarter, product_unit) SELECT $1, '2026-11-01', '' FROM generate_series(1, $2::integer)
+"""
+
+
+async def test_a_tenant_that_cannot_be_looked_at_keeps_nobody_from_it(mesh: Mesh) -> None:
+    """More marks than are taken at once, of tenants whose calendar is not known: another's thresholds fire, and theirs once it is."""
+    stuck, tenant = new_tenant(mesh), new_tenant(mesh)
+    assert stuck.id < tenant.id
+    mesh.peers.tenants.unknown_plans.add(stuck.id)
+    await put(mesh, stuck, amount=100, thresholds_percent=[100])
+    await use(mesh, stuck, 100)
+    await mesh.admin.execute(MARK, stuck.id, MOST_MARKS + 1)
+    await put(mesh, tenant, amount=100, thresholds_percent=[100])
+    await use(mesh, tenant, 100)
+    await wait_fired(mesh, tenant, [100])
+    assert await fired(mesh, stuck) == []
+    mesh.peers.tenants.unknown_plans.remove(stuck.id)
+    await wait_fired(mesh, stuck, [100])
 
 
 SETTLE_BY_HAND = """
