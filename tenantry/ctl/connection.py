@@ -15,6 +15,7 @@ from tenantry.ctl.wrong_use import WrongUse
 
 DEFAULT_ADDRESS = "127.0.0.1:7405"
 API_KEY, OPERATOR_KEY = "TENANTRY_API_KEY", "TENANTRY_OPERATOR_KEY"
+_LONGEST_SECONDS = 86_400.0
 _LARGEST_MESSAGE = 64 * 1024 * 1024
 _ADVICE: Mapping[str, str] = {
     "CREDENTIAL_INVALID": f"check {API_KEY} or {OPERATOR_KEY}",
@@ -57,7 +58,7 @@ def add_connection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's private key, PEM")
     parser.add_argument("--tenant", default="", metavar="ID", help="operators: the tenant that the command is about")
     parser.add_argument("--reason", default="", metavar="TEXT", help="operators: why, for the audit log")
-    parser.add_argument("--timeout", type=float, default=90.0, metavar="SECONDS", help="for each call (default: %(default)s)")
+    parser.add_argument("--timeout", type=_seconds, default=90.0, metavar="SECONDS", help="for each call (default: %(default)s)")
 
 
 @asynccontextmanager
@@ -89,8 +90,23 @@ def explain(error: grpc.aio.AioRpcError, options: argparse.Namespace) -> str:
     return f"{reason or error.code().name}: {details}{advice}"
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST_SECONDS:
+        msg = f"{text!r} is no time: seconds, above 0 and at most {_LONGEST_SECONDS:.0f}"
+        raise argparse.ArgumentTypeError(msg)
+    return seconds
+
+
 def _proof(options: argparse.Namespace) -> tuple[Sequence[tuple[str, str]], bool]:
     operator_key, api_key = os.environ.get(OPERATOR_KEY, ""), os.environ.get(API_KEY, "")
+    for name, text in ((OPERATOR_KEY, operator_key), (API_KEY, api_key), ("--tenant", options.tenant)):
+        if not (text.isascii() and text.isprintable()):
+            msg = f"{name} holds what no such text has: a line break, or a letter beyond ASCII"
+            raise WrongUse(msg)
     if operator_key and api_key:
         msg = f"{API_KEY} and {OPERATOR_KEY} are both set: unset the one that is not meant"
         raise WrongUse(msg)

@@ -35,6 +35,7 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
         self.credentials: dict[str, UUID] = {}
         self.readers: set[str] = set()
         self.admins: set[str] = set()
+        self.unknown_plans: set[UUID] = set()
         self.tiers: dict[UUID, str] = {}
 
     def token(
@@ -77,6 +78,8 @@ class ScriptedTenantService(auth_grpc.AuthenticationServiceServicer, plan_grpc.P
         return auth_pb.AuthenticateResponse(context_token=self.token(tenant_id, scopes=scopes))
 
     async def GetTenantPlan(self, request: plan_pb.GetTenantPlanRequest, context: Any) -> plan_pb.GetTenantPlanResponse:
+        if UUID(bytes=request.tenant_id) in self.unknown_plans:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the plan cannot be read now")
         tier = self.tiers.get(UUID(bytes=request.tenant_id))
         if tier is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such tenant")

@@ -13,6 +13,7 @@ from mesh.common.v1 import limit_rule_pb2 as rules_pb
 from mesh.metering.v1 import budget_service_pb2 as pb
 from mesh.metering.v1.event_service_pb2 import AGGREGATION_MAX
 from services.kernel.errors import MeshError
+from services.metering.budgets.keeper import MOST_MARKS
 from tests.metering import budgets, events
 from tests.metering.budgets import COST, CYCLE, DAY, MONTH, TOKENS, UNIT, ask, fired, looked_at, new_tenant, put, stands, use, wait_fired
 from tests.metering.mesh import Mesh, bill, unknown
@@ -120,6 +121,30 @@ async def test_only_what_a_budget_counts_is_marked(mesh: Mesh) -> None:
         await mesh.refuse(mesh.refusals(tenant))
         found = [row["use_quarter"] for row in await mesh.admin.fetch(MARKED, tenant.id)]
     assert found == [last_quarter.replace(minute=45)]
+
+
+COPY_EVENT = """
+INSERT INTO metering.events (tenant_id, event_id, product, source, id, event_type, quantity, occurred_at, record_time, user_name, feature,
+    metadata)
+SELECT tenant_id, uuidv7(), product, source, id || n, event_type, 9000000000000000000, occurred_at, record_time, user_name, feature,
+    metadata
+FROM metering.events, generate_series(1, 2) n WHERE tenant_id = $1
+"""
+
+
+async def test_units_beyond_an_integer_fire_and_are_told_as_the_largest(mesh: Mesh) -> None:
+    """Quantities are what a tenant says they are: a sum that no integer holds ends nobody's looks, and nobody's answer."""
+    tenant = new_tenant(mesh)
+    await put(mesh, tenant, amount=10**13, measure=UNIT, product_unit="endless_unit", period=MONTH)
+    await put(mesh, tenant, "ben", amount=10**13, measure=UNIT, product_unit="endless_unit", period=MONTH, user="ben")
+    await put(mesh, tenant, "cost", amount=10**13, measure=COST, period=MONTH)
+    await events.register(mesh, "used", product="endless", unit="endless_unit")
+    await events.record(mesh, tenant, [events.event(product="endless", type="used", quantity=10**12)])
+    await mesh.admin.execute(COPY_EVENT, tenant.id)
+    await wait_fired(mesh, tenant, [50, 80, 100])
+    standing = await stands(mesh, tenant)
+    assert {standing.used, standing.forecast_by_period, standing.forecast_by_week} == {2**63 - 1}
+    assert [(await stands(mesh, tenant, name)).used for name in ("ben", "cost")] == [0, 0]
 
 
 async def test_late_use_fires_in_its_own_period(mesh: Mesh) -> None:
@@ -286,6 +311,27 @@ async def test_alerts_page_newest_first(mesh: Mesh) -> None:
     with pytest.raises(MeshError) as refused:
         await ask(mesh, new_tenant(mesh), "ListAlerts", pb.ListAlertsRequest(page_token=first.next_page_token))
     assert refused.value.metadata["field"] == "page_token"
+
+
+MARK = """
+INSERT INTO metering.budget_marks (tenant_id, use_quarter, product_unit) SELECT $1, '2026-11-01', '' FROM generate_series(1, $2::integer)
+"""
+
+
+async def test_a_tenant_that_cannot_be_looked_at_keeps_nobody_from_it(mesh: Mesh) -> None:
+    """More marks than are taken at once, of tenants whose calendar is not known: another's thresholds fire, and theirs once it is."""
+    stuck, tenant = new_tenant(mesh), new_tenant(mesh)
+    assert stuck.id < tenant.id
+    mesh.peers.tenants.unknown_plans.add(stuck.id)
+    await put(mesh, stuck, amount=100, thresholds_percent=[100])
+    await use(mesh, stuck, 100)
+    await mesh.admin.execute(MARK, stuck.id, MOST_MARKS + 1)
+    await put(mesh, tenant, amount=100, thresholds_percent=[100])
+    await use(mesh, tenant, 100)
+    await wait_fired(mesh, tenant, [100])
+    assert await fired(mesh, stuck) == []
+    mesh.peers.tenants.unknown_plans.remove(stuck.id)
+    await wait_fired(mesh, stuck, [100])
 
 
 SETTLE_BY_HAND = """

@@ -9,10 +9,11 @@ import asyncpg
 import pytest
 
 from mesh.metering.v1 import export_sink_service_pb2 as pb
+from services.kernel.errors import Unavailable
 from services.kernel.webhook_sender import WebhookSender
 from services.metering.adapters.export_endpoint import ExportEndpoint
 from services.metering.adapters.postgres_export_outbox import PostgresExportOutbox
-from services.metering.exports.outgoing import Sink, Teller
+from services.metering.exports.outgoing import Outgoing, Sink, Teller
 from tests.metering.billing import use_tokens, use_units
 from tests.metering.events import event, record, register, reverse
 from tests.metering.export_receivers import CUT, SIGNING_SECRET, SILENT, EndpointFake, served
@@ -126,6 +127,33 @@ async def test_whatever_fails_is_told_again_the_same(
     await tell(mesh, tellers)
     assert [item["data"]["quantity"] for item in endpoint.of(tenant.id)] == [1, 2, 3]
     assert set(endpoint.requests.values()) == {2} and all(len(bodies) == 1 for bodies in endpoint.bodies.values())
+
+
+class _Faltering(PostgresExportOutbox):
+    """Cannot read the first record that it is asked for, once."""
+
+    failures = 0
+
+    async def read(self, item: Outgoing) -> Mapping[str, object] | None:
+        self.failures += 1
+        if self.failures == 1:
+            raise Unavailable("postgres")
+        return await super().read(item)
+
+
+async def test_a_record_that_cannot_be_read_now_disturbs_no_other(mesh: Mesh, endpoint: EndpointFake) -> None:
+    """What is told beside it is told once and forgotten; it is told itself when its lease has ended."""
+    tenant = mesh.new_tenant()
+    for quantity in (1, 2, 3):
+        await use_units(mesh, tenant, datetime.now(UTC), quantity=quantity)
+    sender, outbox = WebhookSender(private_addresses=True), _Faltering(mesh.app.jobs)
+    tellers = {Sink.ENDPOINT: ExportEndpoint(sender, outbox, f"{endpoint.url}/", SIGNING_SECRET.encode(), region="eu-west")}
+    await tell(mesh, tellers, rounds=1)
+    assert len(endpoint.of(tenant.id)) == 2 and len(await waiting(mesh, tenant)) == 1
+    await mesh.admin.execute("UPDATE metering.export_outbox SET lease_until = now() WHERE tenant_id = $1", tenant.id)
+    await tell(mesh, tellers)
+    await sender.close()
+    assert sorted(item["data"]["quantity"] for item in endpoint.of(tenant.id)) == [1, 2, 3] and set(endpoint.requests.values()) == {1}
 
 
 async def test_an_endpoint_that_is_off_is_told_nothing(mesh: Mesh, endpoint: EndpointFake, tellers: Mapping[Sink, Teller]) -> None:

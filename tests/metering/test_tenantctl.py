@@ -94,6 +94,8 @@ async def test_verify_ends_with_one_when_anything_differs(mesh: Mesh) -> None:
         (["usage", "--group-by=colour"], {"TENANTRY_API_KEY": "a"}, 2, "prompt_version"),
         (["usage", "--period=2026-13"], {"TENANTRY_API_KEY": "a"}, 2, "2026-11"),
         (["--tls-cert=x", "usage"], {"TENANTRY_API_KEY": "a"}, 2, "--tls-ca"),
+        (["usage"], {"TENANTRY_API_KEY": "a\n"}, 2, "TENANTRY_API_KEY holds"),
+        (["--tenant=\u00fc", "--reason=r", "usage"], {"TENANTRY_OPERATOR_KEY": "b"}, 2, "--tenant holds"),
         (["--tls-ca=/nowhere/ca.pem", "usage"], {"TENANTRY_API_KEY": "a"}, 1, "/nowhere/ca.pem"),
         (["--address=127.0.0.1:1", "usage"], {"TENANTRY_API_KEY": "a"}, 1, "check --address"),
     ],

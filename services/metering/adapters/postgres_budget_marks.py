@@ -1,6 +1,6 @@
 """Marks of budgets to be looked at, over all tenants, as the jobs role."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 from services.kernel.ids import TenantId
@@ -10,7 +10,8 @@ from services.metering.budgets.ports import Marked, TakenMarks
 # Another process that looks at the same time would add up the same.
 LOCK_LOOKS = "SELECT pg_try_advisory_xact_lock(7405, 1)"
 TAKE = """
-SELECT tenant_id, mark_id, use_quarter, product_unit FROM metering.budget_marks ORDER BY tenant_id, mark_id LIMIT $1
+SELECT tenant_id, mark_id, use_quarter, product_unit FROM metering.budget_marks
+WHERE tenant_id <> ALL ($2::uuid[]) ORDER BY tenant_id, mark_id LIMIT $1
 """
 REMOVE = """
 DELETE FROM metering.budget_marks m USING unnest($1::uuid[], $2::bigint[]) AS d (tenant_id, mark_id)
@@ -25,10 +26,13 @@ class PostgresBudgetMarks:
         self._database = database
 
     @asynccontextmanager
-    async def take(self, most: int) -> AsyncIterator[TakenMarks]:
-        """Gives up to so many marks, none while another process looks; at the end of the block those that are done with are gone."""
+    async def take(self, most: int, passed_over: Collection[TenantId]) -> AsyncIterator[TakenMarks]:
+        """Gives up to so many marks, of other tenants than these, none while another process looks.
+
+        At the end of the block those that are done with are gone.
+        """
         async with self._database.transaction() as connection:
-            rows = await connection.fetch(TAKE, most) if await connection.fetchval(LOCK_LOOKS) else []
+            rows = await connection.fetch(TAKE, most, list(passed_over)) if await connection.fetchval(LOCK_LOOKS) else []
             tenants: dict[TenantId, Marked] = {}
             for row in rows:
                 marked = tenants.setdefault(row["tenant_id"], Marked(row["tenant_id"]))

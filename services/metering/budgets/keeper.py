@@ -6,6 +6,7 @@ no harm that a replica is killed meanwhile or that two look at once.
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from datetime import datetime
 from uuid import UUID
@@ -19,8 +20,9 @@ from services.metering.budgets.ports import BudgetMarks, BudgetStore, CalendarsO
 
 log = structlog.get_logger(__name__)
 
-# Few enough to be looked at well before the store gives up on who holds them.
 MOST_MARKS = 500
+# The store gives up on who holds marks for 15 s: the last tenant that is begun with ends before.
+_HOLDING_SECONDS, _TENANT_SECONDS = 3.0, 10.0
 
 
 class BudgetKeeper:
@@ -46,22 +48,33 @@ class BudgetKeeper:
 
     async def look(self) -> int:
         """Looks at whatever is marked, unless another process does; returns how many thresholds fired."""
-        fired = 0
+        fired, passed_over = 0, set[TenantId]()
         while True:
-            async with self._marks.take(MOST_MARKS) as taken:
+            until = time.monotonic() + _HOLDING_SECONDS
+            async with self._marks.take(MOST_MARKS, passed_over) as taken:
+                looked_at = 0
                 for marked in taken.tenants:
                     fired += await self._look_at(marked, taken.done.add)
-            if taken.count < MOST_MARKS:
+                    looked_at += 1
+                    if time.monotonic() > until:
+                        break
+            # Who cannot be looked at now keeps nobody else from it, and is looked at the next time.
+            passed_over |= {marked.tenant_id for marked in taken.tenants[:looked_at]} - taken.done
+            if taken.count < MOST_MARKS and looked_at == len(taken.tenants):
                 return fired
 
     async def _look_at(self, marked: Marked, done: Callable[[TenantId], None]) -> int:
         try:
-            fired = await self._fire(marked)
+            async with asyncio.timeout(_TENANT_SECONDS):
+                fired = await self._fire(marked)
         except NotFound:
             # Nobody's any more: whatever was kept of it goes by its erasure.
             fired = 0
         except MeshError as error:
             log.warning("budgets_not_looked_at", tenant_id=str(marked.tenant_id), reason=error.reason_name)
+            return 0
+        except TimeoutError:
+            log.warning("budgets_not_looked_at", tenant_id=str(marked.tenant_id), reason="DEADLINE_EXCEEDED")
             return 0
         done(marked.tenant_id)
         return fired

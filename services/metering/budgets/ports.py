@@ -85,8 +85,11 @@ class Marked:
 class BudgetMarks(Protocol):
     """Which budgets are to be looked at."""
 
-    def take(self, most: int) -> AbstractAsyncContextManager["TakenMarks"]:
-        """Gives up to so many marks, none while another process looks; at the end of the block those that are done with are gone."""
+    def take(self, most: int, passed_over: Collection[TenantId]) -> AbstractAsyncContextManager["TakenMarks"]:
+        """Gives up to so many marks, of other tenants than these, none while another process looks.
+
+        At the end of the block those that are done with are gone.
+        """
         ...
 
 

@@ -51,6 +51,10 @@ class ExportRelay:
         except TellFailed as error:
             await self._note(item, error)
             return None
+        except MeshError as error:
+            # The record could not be read: nothing was sent. What is told beside it goes on; its lease ends by itself.
+            log.warning("export_not_read", usage_id=str(item.key.usage_id), reason=error.reason_name)
+            return None
         return item.key
 
     async def _note(self, item: Outgoing, error: TellFailed) -> None:
