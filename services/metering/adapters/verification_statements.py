@@ -60,16 +60,24 @@ SELECT date_trunc('day', least(
         SELECT start_time FROM metering.usage_rollups
         WHERE tenant_id = $1 AND grain = g.grain AND start_time >= $2 ORDER BY start_time LIMIT 1) r)), 'UTC') AS day
 """  # noqa: S608 - made of the fragments here alone
-_NAMES = "provider, model, feature, user_name, prompt_version, tier, product_unit"
+_NAMES = "provider, model, feature, user_name, prompt_version, tier, product_unit, event_type"
 _COLUMNS = (
     f"sign, use_time, {_NAMES}, state, attempt, cause, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens, "
     "cache_write_1h_tokens, cost_nano_usd, quantity, first_token_ms, total_ms"
 )
-# What there is of a day, from $2 to before $3: as the calls have it, and, stored, as the log of use has it that is not folded yet.
+# Events of the day that are added up; levels are in none of these sums. The time of record of what is near its use is bounded: it
+# tells the months to look into.
+_EVENTS = """metering.counted_events
+    WHERE tenant_id = $1 AND use_time >= $2 AND use_time < $3 AND level IS NULL
+      AND (NOT is_near OR record_time BETWEEN $2::timestamptz - interval '1 day' AND $3::timestamptz + interval '1 day')
+"""
+# What there is of a day, from $2 to before $3: as calls and events have it, and, stored, as the log of use has it that is not folded yet.
 _DETAILED = f"""
     SELECT false AS is_stored, {_COLUMNS} FROM metering.counted_use WHERE tenant_id = $1 AND use_time >= $2 AND use_time < $3
     UNION ALL
-    SELECT true, {_COLUMNS} FROM metering.usage_pending WHERE tenant_id = $1 AND use_time >= $2 AND use_time < $3
+    SELECT false, {_COLUMNS} FROM {_EVENTS}
+    UNION ALL
+    SELECT true, {_COLUMNS} FROM metering.usage_pending WHERE tenant_id = $1 AND use_time >= $2 AND use_time < $3 AND level IS NULL
 """  # noqa: S608 - as above
 _FIGURES = {
     "settled_calls": "d.sign * (d.state = 2)::integer",
@@ -111,18 +119,22 @@ WITH detailed AS ({_DETAILED}
     SELECT d.is_stored, g.grain, g.start_time, {", ".join(f"g.{name}" for name in _NAMES.split(", "))},
            {", ".join(f"{value} AS {name}" for name, value in _FIGURES.items())}
     FROM detailed d CROSS JOIN LATERAL (VALUES
-        (1::smallint, date_trunc('hour', d.use_time, 'UTC'), d.provider, d.model, d.feature, '', d.prompt_version, d.tier, d.product_unit),
-        (2::smallint, $2::timestamptz, d.provider, d.model, d.feature, '', d.prompt_version, d.tier, d.product_unit),
-        (3::smallint, $2::timestamptz, d.provider, d.model, d.feature, d.user_name, d.prompt_version, d.tier, d.product_unit),
-        (4::smallint, $2::timestamptz, '', '', '', d.user_name, '', '', ''),
-        (5::smallint, $2::timestamptz, '', '', '', '', '', '', '')) AS g (grain, start_time, {_NAMES})
+        (1::smallint, date_trunc('hour', d.use_time, 'UTC'), d.provider, d.model, d.feature, '', d.prompt_version, d.tier, d.product_unit,
+         d.event_type),
+        (2::smallint, $2::timestamptz, d.provider, d.model, d.feature, '', d.prompt_version, d.tier, d.product_unit,
+         d.event_type),
+        (3::smallint, $2::timestamptz, d.provider, d.model, d.feature, d.user_name, d.prompt_version, d.tier, d.product_unit,
+         d.event_type),
+        (4::smallint, $2::timestamptz, '', '', '', d.user_name, '', '', '', ''),
+        (5::smallint, $2::timestamptz, '', '', '', '', '', '', '', '')) AS g (grain, start_time, {_NAMES})
     UNION ALL
     SELECT true, grain, start_time, {_NAMES}, {", ".join(_FIGURES)}
     FROM metering.usage_rollups WHERE tenant_id = $1 AND grain = ANY ({_GRAINS}) AND start_time >= $2 AND start_time < $3
 ), compared AS MATERIALIZED (
     SELECT concat_ws(' ', (ARRAY['hour', 'day', 'day of a user by names', 'day of a user', 'day of the tenant'])[grain],
                      to_char(start_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24"Z"'), nullif(provider, ''), nullif(model, ''),
-                     nullif(feature, ''), nullif(prompt_version, ''), nullif(tier, ''), nullif(product_unit, '')) AS subject,
+                     nullif(feature, ''), nullif(prompt_version, ''), nullif(tier, ''), nullif(product_unit, ''),
+                     nullif(event_type, '')) AS subject,
            ARRAY[{", ".join(f"'{name}'" for name in _FIGURES)}] AS figures, ARRAY[{_STORED}] AS stored, ARRAY[{_RECOMPUTED}] AS recomputed
     FROM summed GROUP BY grain, start_time, {_NAMES}
 )
@@ -144,7 +156,7 @@ WITH detailed AS ({_DETAILED}
     FROM summed GROUP BY kind, bucket
 )
 {_TOLD}"""  # noqa: S608 - as above
-# A balance adds up days by the product's unit, which is empty of calls; the entries are what was billed.
+# A balance adds up days by the product's unit, which is empty of calls; the entries and events are what was billed.
 _BALANCED = ("settled_calls", "input_tokens", "output_tokens", "cache_read_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens",
              "cost_nano_usd", "quantity")  # fmt: skip
 COMPARE_BALANCES = f"""
@@ -153,13 +165,15 @@ WITH summed AS (
     FROM metering.usage_rollups WHERE tenant_id = $1 AND grain = 2 AND start_time >= $2 AND start_time < $3
     UNION ALL
     SELECT true, product_unit, sign * (state IN (2, 5))::integer, {", ".join(f"sign * {name}" for name in _BALANCED[1:])}
-    FROM metering.usage_pending WHERE tenant_id = $1 AND use_time >= $2 AND use_time < $3
+    FROM metering.usage_pending WHERE tenant_id = $1 AND use_time >= $2 AND use_time < $3 AND level IS NULL
     UNION ALL
     SELECT false, '', (number = 1)::integer, {", ".join(_BALANCED[1:-1])}, 0
     FROM metering.entries WHERE tenant_id = $1 AND reserve_time >= $2 AND reserve_time < $3
     UNION ALL
     SELECT false, product_unit, 0, 0, 0, 0, 0, 0, 0, quantity
     FROM metering.unit_entries WHERE tenant_id = $1 AND reserve_time >= $2 AND reserve_time < $3
+    UNION ALL
+    SELECT false, product_unit, 0, 0, 0, 0, 0, 0, 0, quantity FROM {_EVENTS}
 ), compared AS MATERIALIZED (
     SELECT concat_ws(' ', to_char($2 AT TIME ZONE 'UTC', 'YYYY-MM-DD'), nullif(product_unit, '')) AS subject,
            ARRAY[{", ".join(f"'{name}'" for name in _BALANCED)}] AS figures,
