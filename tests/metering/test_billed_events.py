@@ -197,6 +197,18 @@ async def test_the_job_begins_with_the_first_event(mesh: Mesh) -> None:
     assert await recomputed(mesh, tenant) == []
 
 
+async def test_an_event_of_long_ago_begins_no_billing(mesh: Mesh) -> None:
+    """A mistyped year is late usage of its month, and no month of fees is closed for it."""
+    tenant = await provisioned(mesh, "starter")
+    await outcomes(mesh, tenant, event(type="billed.pages", time=datetime(1970, 1, 1, tzinfo=UTC)))
+    await job(mesh).round()
+    assert await closed_starts(mesh, tenant) == []
+    await outcomes(mesh, tenant, event(type="billed.pages", time=ended(2).end_time - timedelta(microseconds=1)))
+    await job(mesh).round()
+    assert await closed_starts(mesh, tenant) == [ended(2).start_time, ended(1).start_time]
+    assert await recomputed(mesh, tenant) == []
+
+
 async def old_rows(mesh: Mesh, tenant: Tenant, rows: list[tuple[str, int, datetime, datetime]]) -> None:
     """Puts events there as they would have been recorded long ago: type, quantity, time of use, time of record."""
     async with mesh.admin.acquire() as connection, connection.transaction():
