@@ -86,6 +86,27 @@ async def test_units_are_those_of_the_limits_and_of_events(mesh: Mesh) -> None:
     assert await fired(mesh, tenant) == [50]
 
 
+COPY_EVENT = """
+INSERT INTO metering.events (
+    tenant_id, event_id, product, source, id, event_type, quantity, occurred_at, record_time, user_name, feature, metadata)
+SELECT tenant_id, uuidv7(), product, source, id || n, event_type, 9000000000000000000, occurred_at, record_time, user_name, feature,
+       metadata
+FROM metering.events, generate_series(1, 2) n WHERE tenant_id = $1
+"""
+
+
+async def test_units_beyond_an_integer_fire_and_are_told_as_the_largest(mesh: Mesh) -> None:
+    """Quantities are what a tenant says they are: a sum that no integer holds ends nobody's looks, and nobody's answer."""
+    tenant = new_tenant(mesh)
+    await put(mesh, tenant, amount=10**13, measure=UNIT, product_unit="endless_unit", period=MONTH)
+    await events.register(mesh, "used", product="endless", unit="endless_unit")
+    await events.record(mesh, tenant, [events.event(product="endless", type="used", quantity=10**12)])
+    await mesh.admin.execute(COPY_EVENT, tenant.id)
+    await wait_fired(mesh, tenant, [50, 80, 100])
+    standing = await stands(mesh, tenant)
+    assert {standing.used, standing.forecast_by_period, standing.forecast_by_week} == {2**63 - 1}
+
+
 async def test_late_use_fires_in_its_own_period(mesh: Mesh) -> None:
     """A call of yesterday that is settled today fires yesterday's threshold, once, and leaves today's budget alone."""
     tenant = new_tenant(mesh)

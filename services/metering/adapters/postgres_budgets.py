@@ -13,6 +13,7 @@ from services.kernel.tenant_database import Connection, TenantDatabase
 from services.metering.adapters.postgres_ledger import run_again
 from services.metering.budgets.budget import (
     MAX_BUDGETS,
+    MOST_USED,
     Budget,
     BudgetAction,
     BudgetAlert,
@@ -143,11 +144,15 @@ class PostgresBudgets:
         return count
 
     async def event_units(self, tenant_id: TenantId, terms: BudgetTerms, span: Span) -> int:
-        """Returns what the tenant's events add to the unit of the terms."""
-        async with self._database.transaction(tenant_id) as connection:
-            units: int = await connection.fetchval(
-                SELECT_EVENT_UNITS, tenant_id, terms.product_unit, terms.user, terms.feature, span.start, span.end
-            )
+        """Returns what the tenant's events add to the unit of the terms, at most MOST_USED."""
+        try:
+            async with self._database.transaction(tenant_id) as connection:
+                units: int = await connection.fetchval(
+                    SELECT_EVENT_UNITS, tenant_id, terms.product_unit, terms.user, terms.feature, span.start, span.end
+                )
+        except asyncpg.NumericValueOutOfRangeError:
+            # Quantities are what tenants say they are; a reversal is of an event in the same period, so that sums are never below 0.
+            return MOST_USED
         return units
 
 

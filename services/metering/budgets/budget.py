@@ -11,6 +11,8 @@ from services.metering.billing.exact import round_half_even
 from services.metering.usage_calendar import TenantCalendar, cycle, day_of, month_of
 
 MAX_BUDGETS = 100
+# What the contract's and the store's integers hold; larger sums and forecasts are told as this.
+MOST_USED = 2**63 - 1
 DEFAULT_THRESHOLDS = (50, 80, 100)
 WEEK = timedelta(days=7)
 # Before, a second of use would be taken for a habit.
@@ -151,13 +153,13 @@ def forecast_by_period(span: Span, used: int, now: datetime) -> int | None:
     elapsed = min(now, span.end) - span.start
     if elapsed < _SHORTEST_PART:
         return None
-    return round_half_even(used * _micros(span.end - span.start), _micros(elapsed))
+    return min(MOST_USED, round_half_even(used * _micros(span.end - span.start), _micros(elapsed)))
 
 
 def forecast_by_week(span: Span, used: int, used_in_week: int, now: datetime) -> int:
     """Returns what the whole period uses if the rest of it is like the last 7 days."""
     rest = max(span.end - now, timedelta())
-    return used + round_half_even(used_in_week * _micros(rest), _micros(WEEK))
+    return min(MOST_USED, used + round_half_even(used_in_week * _micros(rest), _micros(WEEK)))
 
 
 def _micros(length: timedelta) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from services.kernel.ids import TenantId
-from services.metering.budgets.budget import BudgetMeasure, BudgetTerms, Span
+from services.metering.budgets.budget import MOST_USED, BudgetMeasure, BudgetTerms, Span
 from services.metering.usage_query import Dimension, GroupUse, UsageFilter, UsageQueries, UsageQuery
 
 
@@ -13,7 +13,7 @@ class EventUnits(Protocol):
     """Units that events count."""
 
     async def event_units(self, tenant_id: TenantId, terms: BudgetTerms, span: Span) -> int:
-        """Returns what the tenant's events add to the unit of the terms."""
+        """Returns what the tenant's events add to the unit of the terms, at most MOST_USED."""
         ...
 
 
@@ -47,7 +47,8 @@ class UsageSpending:
             for terms in asked:
                 found[terms, question.span] = sum(_counted(terms, group) for group in groups if _is_of(terms, group))
                 if terms.measure is BudgetMeasure.PRODUCT_UNIT:
-                    found[terms, question.span] += await self._events.event_units(tenant_id, terms, question.span)
+                    of_events = await self._events.event_units(tenant_id, terms, question.span)
+                    found[terms, question.span] = min(MOST_USED, found[terms, question.span] + of_events)
         return found
 
 
