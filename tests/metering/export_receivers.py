@@ -15,8 +15,8 @@ from devstack.event_receiver import is_signed
 
 SECRET_KEY = "sk_test_of_the_tests"
 SIGNING_SECRET = "a secret of the tests that is long enough"
-# What a fake may do with a request beside taking it, or answering with a status: take it and never answer, cut the connection, or answer with what
-# is no JSON, or no text.
+# What a fake may do with a request beside taking it, or answering with a status: take it and never answer, cut the connection, or answer
+# with what is no JSON, or no text.
 SILENT, CUT, NO_JSON, NO_TEXT = -1, -2, -3, -4
 
 
