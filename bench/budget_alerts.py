@@ -86,7 +86,7 @@ async def alert_lags(
 ) -> tuple[list[float], float]:
     """Returns how long each alert took, in seconds, and how many pairs a second were settled meanwhile."""
     store = PostgresBudgets(database)
-    spending = UsageSpending(PostgresUsageQueries(database, database, jobs), store)
+    spending = UsageSpending(PostgresUsageQueries(database, database, jobs))
     keeper = BudgetKeeper(PostgresBudgetMarks(jobs), store, spending, Utc(), poll_seconds=0.2)
     settled, lags = 0, []
 

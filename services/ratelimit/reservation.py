@@ -38,7 +38,7 @@ class Request:
     """One demand on the limits, by whom, and under which id.
 
     `account`: the provider's account it will use, for whose limits `input_tokens` of its tokens are input.
-    `max_wait_seconds`: how long it may wait; `stand`: how it stands in line meanwhile.
+    `max_wait_seconds`: how long it may wait; `stand`: how it stands in line meanwhile. `gathered`: it came with others in one message.
     """
 
     reservation_id: ReservationId
@@ -48,11 +48,15 @@ class Request:
     input_tokens: int = 0
     max_wait_seconds: float = 0.0
     stand: Stand | None = None
+    gathered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A demand as the store decides it. `at_once`: it is used at once and not held. `together`: only if all asked with it are."""
+    """A demand as the store decides it. `at_once`: it is used at once and not held. `together`: only if all asked with it are.
+
+    `gathered`: it came with others already, and waits for none to share its script call.
+    """
 
     reservation_id: ReservationId
     minted_us: int
@@ -61,6 +65,7 @@ class Ask:
     at_once: bool = False
     together: bool = False
     stand: Stand | None = None
+    gathered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +310,14 @@ class Reservations:
 
         async def question(terms: Terms) -> list[Answer]:
             asks = [
-                Ask(item.reservation_id, minted_us(item.reservation_id), terms.plan(item.subject), item.demand, stand=item.stand)
+                Ask(
+                    item.reservation_id,
+                    minted_us(item.reservation_id),
+                    terms.plan(item.subject),
+                    item.demand,
+                    stand=item.stand,
+                    gathered=item.gathered,
+                )
                 for item in requests
             ]
             return await self._store.reserve(tenant_id, terms, asks)

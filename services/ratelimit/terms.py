@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from itertools import chain
+from struct import Struct
 
 from services.ratelimit.calendar_periods import Boundaries, Calendar
 from services.ratelimit.counter import Family, families_of
-from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window, applicable
+from services.ratelimit.limit_rule import CALENDAR, LimitRule, Scope, Unit, Window, applicable
 from services.ratelimit.limits import Subject
 from services.ratelimit.packing import Packable, packed
 
@@ -19,6 +20,9 @@ _RECENT_SECONDS = 60
 # The order in which scripts take calendars; 0 is no calendar.
 _CALENDAR_NUMBERS = {Window.DAY: 1, Window.MONTH: 2, Window.CYCLE: 3}
 _RUNNING_BESIDE_USES, _RUNNING, _SINGLE = -2, -1, 0
+_SHADED = 10
+# Where days, months and cycles begin, and the last of each ends.
+_CALENDARS = Struct(">12q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +184,7 @@ class Terms:
             return cached
         days, months, cycles = (self.calendar.boundaries(window, now_us) for window in CALENDAR)
         # A day that ends is not always a month that does, but cycles and months begin with days.
-        made = ((days[1], days[2]), packed([_with_suffixes(bounds) for bounds in (days, months, cycles)]), (days, months, cycles))
+        made = ((days[1], days[2]), _CALENDARS.pack(*days, *months, *cycles), (days, months, cycles))
         self._calendars = made
         return made
 
@@ -209,20 +213,17 @@ class Terms:
         running = _RUNNING_BESIDE_USES if any(self.is_durable(unit) for unit in self.product_units) else _RUNNING
         has_shadow = any(rule.shadow for rule in rules)
         content: Packable = (
-            tuple(chain.from_iterable(map(_of_family, families))),
+            *_of_families(families),
             tuple(chain.from_iterable(_of_rule(rule, places, running, volatile=volatile) for rule in rules)),
             int(has_shadow),
         )
         return PlanForm(rules, families, has_shadow, packed(content))
 
 
-def _with_suffixes(bounds: Boundaries) -> tuple[Packable, ...]:
-    """The bounds of three periods, and what the names of counters end with in each: see `Family.of_period`."""
-    return (*bounds, *(f"@{start // SECOND_US}" for start in bounds[:-1]))
-
-
-def _of_family(family: Family) -> tuple[int, int, int, int]:
-    return family.unit, _CALENDAR_NUMBERS.get(family.window, 0), family.window_us, int(family.shadow)
+def _of_families(families: Sequence[Family]) -> tuple[list[int], list[int], list[int]]:
+    """Counters for scripts, by columns: units, calendars, windows. Counters of rules in shadow have units of their own: see common.lua."""
+    units = [family.unit + (_SHADED if family.shadow else 0) for family in families]
+    return units, [_CALENDAR_NUMBERS.get(family.window, 0) for family in families], [family.window_us for family in families]
 
 
 def _of_rule(rule: LimitRule, places: dict[Family, int], running: int, *, volatile: bool) -> tuple[Packable, ...]:

@@ -80,9 +80,10 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "usage": (
         Column("day", Kind.TIME, lambda row: _moment(row.bucket_start_time)),
         *map(_text, ("user", "feature", "model", "prompt_version", "provider", "tier", "product_unit")),
+        *map(_text, ("event_type", "refusal_reason", "refusal_rule")),
         *map(_integer, ("settled_count", "void_count", "unresolved_count", "reconciled_count", "retry_count")),
         *_ALL_TOKENS,
         _COST,
-        _integer("quantity"),
+        *map(_integer, ("quantity", "refusal_count")),
     ),
 }

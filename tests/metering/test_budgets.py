@@ -63,17 +63,18 @@ async def test_what_a_budget_counts_is_what_it_names(mesh: Mesh) -> None:
 
 
 async def test_units_are_those_of_the_limits_and_of_events(mesh: Mesh) -> None:
-    """Both ways of recording a unit add up; a reversal takes its event back; another unit and a highest level count nothing."""
+    """Both ways of recording a unit add up, each event once; a reversal takes its event back; another unit counts nothing."""
     tenant = new_tenant(mesh)
     await put(mesh, tenant, amount=10, measure=UNIT, product_unit="budgeted_unit")
     await events.register(mesh, "used", product="budgeting", unit="budgeted_unit")
-    await events.register(mesh, "level", product="budgeting", unit="budgeted_unit", aggregation=AGGREGATION_MAX)
     await mesh.record(mesh.use(tenant, product_unit="budgeted_unit", quantity=2), mesh.use(tenant, product_unit="another_unit", quantity=9))
     await looked_at(mesh, tenant)
     assert await fired(mesh, tenant) == []
     one = events.event(product="budgeting", type="used", quantity=3)
-    await events.record(mesh, tenant, [one, events.event(product="budgeting", type="level", quantity=99)])
+    await events.record(mesh, tenant, [one])
     await wait_fired(mesh, tenant, [50])
+    assert (await stands(mesh, tenant)).used == 5
+    await fold(mesh)
     assert (await stands(mesh, tenant)).used == 5
     await events.reverse(mesh, tenant, one)
     await looked_at(mesh, tenant)
@@ -86,11 +87,47 @@ async def test_units_are_those_of_the_limits_and_of_events(mesh: Mesh) -> None:
     assert await fired(mesh, tenant) == [50]
 
 
+async def test_of_levels_the_highest_of_the_period_counts(mesh: Mesh) -> None:
+    """As usage has it: a lower one adds nothing, one that is taken back counts no more, and a user has the highest of its own."""
+    tenant = new_tenant(mesh)
+    await events.register(mesh, "level", product="budgeting", unit="budgeted_level", aggregation=AGGREGATION_MAX)
+    await put(mesh, tenant, amount=10, measure=UNIT, product_unit="budgeted_level")
+    await put(mesh, tenant, "ada", amount=10, measure=UNIT, product_unit="budgeted_level", user="ada")
+    high = events.event(product="budgeting", type="level", quantity=9, subject="ben")
+    await events.record(mesh, tenant, [high, events.event(product="budgeting", type="level", quantity=6, subject="ada")])
+    await wait_fired(mesh, tenant, [50, 80])
+    await wait_fired(mesh, tenant, [50], "ada")
+    await fold(mesh)
+    assert [(await stands(mesh, tenant, name)).used for name in ("budget", "ada")] == [9, 6]
+    await events.reverse(mesh, tenant, high)
+    assert (await stands(mesh, tenant)).used == 6
+
+
+MARKED = "SELECT use_quarter FROM metering.budget_marks WHERE tenant_id = $1"
+
+
+async def test_only_what_a_budget_counts_is_marked(mesh: Mesh) -> None:
+    """An event is marked by the quarter of an hour it happened in and by no other; what the limits refused, not at all."""
+    tenant = new_tenant(mesh)
+    await events.register(mesh, "used", product="budgeting", unit="budgeted_unit")
+    async with mesh.admin.acquire() as looker, looker.transaction():
+        # As whoever looks at marks does: they stay where they are meanwhile.
+        await eventually(lambda: looker.fetchval("SELECT pg_try_advisory_xact_lock(7405, 1)"), within_seconds=budgets.WAIT_SECONDS)
+        await put(mesh, tenant, "units", amount=10, measure=UNIT, product_unit="budgeted_unit")
+        await put(mesh, tenant, "cost", amount=10, measure=COST)
+        await mesh.admin.execute("DELETE FROM metering.budget_marks WHERE tenant_id = $1", tenant.id)
+        last_quarter = datetime.now(UTC).replace(minute=52, second=0, microsecond=0) - timedelta(hours=1)
+        await events.record(mesh, tenant, [events.event(product="budgeting", type="used", quantity=1, time=last_quarter)])
+        await mesh.refuse(mesh.refusals(tenant))
+        found = [row["use_quarter"] for row in await mesh.admin.fetch(MARKED, tenant.id)]
+    assert found == [last_quarter.replace(minute=45)]
+
+
 COPY_EVENT = """
-INSERT INTO metering.events (
-    tenant_id, event_id, product, source, id, event_type, quantity, occurred_at, record_time, user_name, feature, metadata)
+INSERT INTO metering.events (tenant_id, event_id, product, source, id, event_type, quantity, occurred_at, record_time, user_name, feature,
+    metadata)
 SELECT tenant_id, uuidv7(), product, source, id || n, event_type, 9000000000000000000, occurred_at, record_time, user_name, feature,
-       metadata
+    metadata
 FROM metering.events, generate_series(1, 2) n WHERE tenant_id = $1
 """
 
@@ -99,12 +136,15 @@ async def test_units_beyond_an_integer_fire_and_are_told_as_the_largest(mesh: Me
     """Quantities are what a tenant says they are: a sum that no integer holds ends nobody's looks, and nobody's answer."""
     tenant = new_tenant(mesh)
     await put(mesh, tenant, amount=10**13, measure=UNIT, product_unit="endless_unit", period=MONTH)
+    await put(mesh, tenant, "ben", amount=10**13, measure=UNIT, product_unit="endless_unit", period=MONTH, user="ben")
+    await put(mesh, tenant, "cost", amount=10**13, measure=COST, period=MONTH)
     await events.register(mesh, "used", product="endless", unit="endless_unit")
     await events.record(mesh, tenant, [events.event(product="endless", type="used", quantity=10**12)])
     await mesh.admin.execute(COPY_EVENT, tenant.id)
     await wait_fired(mesh, tenant, [50, 80, 100])
     standing = await stands(mesh, tenant)
     assert {standing.used, standing.forecast_by_period, standing.forecast_by_week} == {2**63 - 1}
+    assert [(await stands(mesh, tenant, name)).used for name in ("ben", "cost")] == [0, 0]
 
 
 async def test_late_use_fires_in_its_own_period(mesh: Mesh) -> None:

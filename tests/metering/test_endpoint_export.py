@@ -21,6 +21,7 @@ from tests.metering.export_receivers import CUT, SECRET_KEY, SIGNING_SECRET, SIL
 from tests.metering.mesh import MODEL, Mesh, migrated, running_mesh, unknown
 from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
+from tests.metering.rerating import RIGHT, as_operator, load_versions, order, seen
 from tests.metering.telling import ENDPOINT, ask, customer, tell, waiting
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
@@ -96,6 +97,23 @@ async def test_whatever_is_recorded_is_told_as_a_cloud_event(mesh: Mesh, endpoin
     assert (settled["model"], settled["output_tokens"], settled["feature"], settled["number"]) == (MODEL, 120, "chat", 1)
     back, there = sorted((item["data"] for item in told if "event_id" in item["data"]), key=lambda data: data["quantity"])
     assert back["reverses"] == there["event_id"] and there["id"] == "told-1" and await waiting(mesh, None) == []
+
+
+async def test_a_corrected_price_is_an_adjustment_without_tokens(
+    mesh: Mesh, endpoint: EndpointFake, tellers: Mapping[Sink, Teller]
+) -> None:
+    """It has the right version, the difference of the cost and the id of the re-rating; calls that were not rated anew have none."""
+    await load_versions(mesh)
+    tenant = mesh.new_tenant()
+    await use_tokens(mesh, tenant, datetime.now(UTC), [120])
+    wanted = await seen(mesh, tenant, order())
+    answer = await as_operator(mesh, tenant, "RerateUsage", wanted)
+    await tell(mesh, tellers)
+    (settled, adjusted) = sorted(endpoint.of(tenant.id), key=lambda item: item["data"]["number"])
+    assert (settled["type"], adjusted["type"]) == ("call.settled", "call.adjusted") and "rerating_id" not in settled["data"]
+    data = adjusted["data"]
+    assert (data["rerating_id"], data["price_version"], data["cost_nano_usd"]) == (wanted.rerating_id, RIGHT, answer.difference.nano_usd)
+    assert {data[name] for name in data if name.endswith("_tokens")} == {0} and data["reservation_id"] == settled["data"]["reservation_id"]
 
 
 @pytest.mark.parametrize("outcome", [500, 404, CUT, SILENT])

@@ -23,7 +23,7 @@ from services.kernel.rpc import metadata as keys
 from services.kernel.rpc.wire_status import decode_rpc_error
 from tests.metering.billing import ended, use_tokens, use_units
 from tests.metering.command_line import TENANTCTL, as_tenant, environment
-from tests.metering.events import event, record, register, reverse
+from tests.metering.events import PRODUCT, TYPE, event, record, register, reverse
 from tests.metering.mesh import MODEL, Mesh, Tenant, bill
 from tests.metering.replicas import environment_of
 from tests.metering.usage import fold
@@ -32,6 +32,7 @@ from tests.support.waiting import eventually
 ENTRIES, EVENTS, USAGE = pb.EXPORT_KIND_ENTRIES, pb.EXPORT_KIND_EVENTS, pb.EXPORT_KIND_USAGE
 # A cursor belongs to the request it came of: all ask for the same period.
 END = datetime.now(UTC) + timedelta(hours=1)
+TYPE_NAME = f"{PRODUCT}/{TYPE}"
 MANY = """
 INSERT INTO metering.unit_entries (tenant_id, reservation_id, entry_id, product_unit, quantity, reserve_time, record_time, epoch)
 SELECT $1, uuidv7(), uuidv7(), 'ai_interviews', n, $2, now() - interval '1 minute', 0 FROM generate_series(1, $3) AS n
@@ -68,7 +69,7 @@ async def exported(mesh: Mesh, tenant: Tenant, request: pb.ExportUsageRequest) -
 
 
 async def used(mesh: Mesh) -> Tenant:
-    """A tenant with calls, uses of units, and events near and far from when they were recorded, one of them taken back."""
+    """A tenant with calls, uses of units, refusals, and events near and far from when they were recorded, one of them taken back."""
     tenant = mesh.new_tenant()
     await use_tokens(mesh, tenant, ended(2).start_time, [100, 200, 300])
     await mesh.settle(bill((await mesh.opened(tenant, user="user-2")).ref))
@@ -77,6 +78,7 @@ async def used(mesh: Mesh) -> Tenant:
     gone = event("gone", quantity=1)
     await record(mesh, tenant, [event("far", time=ended(2).start_time, quantity=5), event("near", quantity=6), gone])
     await reverse(mesh, tenant, gone)
+    await mesh.refuse(mesh.refusals(tenant, 3))
     await fold(mesh)
     return tenant
 
@@ -99,12 +101,20 @@ async def test_an_export_has_every_row_once_whatever_the_size_of_its_pages(mesh:
         ("far", 5, False), ("near", 6, False), ("gone", 1, False), ("gone", -1, True),
     ]  # fmt: skip
     sums = await exported(mesh, tenant, asking(USAGE))
-    assert sum(row.cost.nano_usd for row in sums) == sum(row.cost.nano_usd for row in entries) and sum(row.quantity for row in sums) == 7
+    assert sum(row.cost.nano_usd for row in sums) == sum(row.cost.nano_usd for row in entries)
+    assert sorted((row.product_unit, row.event_type, row.quantity, row.refusal_reason, row.refusal_count) for row in sums) == [
+        ("", "", 0, "", 0), ("", "", 0, "", 0), ("", "", 0, "PLAN_LIMIT", 3),
+        ("ai_interviews", "", 7, "", 0), ("ai_interviews", TYPE_NAME, 5, "", 0), ("ai_interviews", TYPE_NAME, 6, "", 0),
+    ]  # fmt: skip
 
 
 async def test_an_export_that_is_cut_off_goes_on_as_it_would_have(mesh: Mesh) -> None:
     """After any page its cursor gives the rest, in the same order; what is recorded meanwhile, wherever it belongs, is in neither."""
     tenant = await used(mesh)
+    sums = [page async for page in pages(mesh.outside.channel, tenant, asking(USAGE, size=1))]
+    for number, page in enumerate(sums[:-1]):
+        rest = await exported(mesh, tenant, asking(USAGE, size=1, cursor=page.cursor))
+        assert rest == [row for later in sums[number + 1 :] for row in rows_of(later)]
     for kind in (ENTRIES, EVENTS):
         whole = [page async for page in pages(mesh.outside.channel, tenant, asking(kind, size=1))]
         assert [bool(page.cursor) for page in whole] == [True] * (len(whole) - 1) + [False]

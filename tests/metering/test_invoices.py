@@ -253,6 +253,18 @@ async def test_a_tenant_without_a_subscription_is_on_the_plan_of_its_tier(mesh: 
     assert await recomputed(mesh, tenant) == []
 
 
+async def test_a_tenant_of_a_tier_is_not_billed_for_what_ended_before_its_first_use(mesh: Mesh) -> None:
+    """Without a subscription a mistyped year would be years of fees as well; nothing is closed, and its first period can be."""
+    tenant = mesh.new_tenant()
+    mesh.peers.tenants.tiers[tenant.id] = "starter"
+    await use_units(mesh, tenant, ended(1).start_time, quantity=1)
+    for early in (ended(600), ended(2)):
+        with pytest.raises(MeshError) as refused:
+            await close(mesh, tenant, early)
+        assert (refused.value.reason_name, refused.value.metadata["state"]) == ("WRONG_STATE", "NOT_NEXT")
+    assert (await close(mesh, tenant, ended(1))).number == 1
+
+
 async def test_draft_says_what_the_invoice_will(mesh: Mesh) -> None:
     """At any moment; a draft writes nothing, and of a closed period there is none."""
     tenant = await used_starter(mesh)

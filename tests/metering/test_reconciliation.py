@@ -26,6 +26,7 @@ from services.metering.settings import MeteringSettings
 from tests.metering.feeds import HOUSE, KEY, TENANTS_KEY, RequestLedger, cut_at, opened_at, served
 from tests.metering.mesh import Mesh, Tenant, bill, migrated, running_mesh
 from tests.metering.peers import DONE, OPERATOR, RETRY, Peers
+from tests.metering.rerating import load_versions, order, rerated, total
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
 
@@ -263,6 +264,20 @@ async def test_late_settlement_of_a_reconciled_call_is_an_adjustment(world: Worl
     assert late.outcome == pb.SETTLE_OUTCOME_ADJUSTED
     await world.reconcile()
     assert ((await world.report()).differing_count, (await world.report()).drift.nano_usd) == (1, 10_000)
+
+
+async def test_a_call_that_was_rated_anew_is_no_drift(world: World) -> None:
+    """Both sides are weighed with the prices that the call is rated by now, not with those of its open."""
+    mesh, tenant = world.mesh, world.mesh.new_tenant()
+    call = await opened_at(mesh, tenant, world.hour, provider_account=ACCOUNT)
+    settled = bill(call.ref, input_tokens=1_000_000, output_tokens=0)
+    settled.provider_request_id = world.feed.bill(call, (1_000_000, 0, 0, 0, 0))
+    await mesh.settle(settled)
+    await load_versions(mesh)
+    await rerated(mesh, tenant, order(start=world.hour, end=world.hour + HOUR))
+    assert (await world.reconcile()).drifting_count == 0
+    report, cost = await world.report(), await total(mesh, tenant)
+    assert (report.settled.nano_usd, report.feed.nano_usd, report.drift.nano_usd, report.differing_count) == (cost, cost, 0, 0)
 
 
 async def test_a_feed_that_breaks_leaves_what_was_done_and_is_gone_on_with(world: World) -> None:

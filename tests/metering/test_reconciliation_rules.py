@@ -20,7 +20,7 @@ from services.metering.rating import ClassPrices, cost_nano_usd
 from services.metering.reconciliation import by_requests_report, by_sums
 from services.metering.reconciliation.bucket import Bucket, BucketWidth, bucket_count, buckets
 from services.metering.reconciliation.by_requests import MARGIN, Requests, closings, match
-from services.metering.reconciliation.comparing import Outcome, RequestsComparison, Terms
+from services.metering.reconciliation.comparing import Outcome, RequestsComparison, Terms, too_many
 from services.metering.reconciliation.feed import Accounts, BilledRequest, FeedSum, RequestPage
 from services.metering.reconciliation.job import ReconciliationJob
 from services.metering.reconciliation.ledger_call import LedgerCall, LedgerSum, RatedClosing
@@ -270,12 +270,15 @@ async def test_a_price_that_is_not_loaded_yet_is_waited_for() -> None:
 class Scripted:
     """A comparison that remembers what it was asked, and the reports that are there."""
 
-    def __init__(self, complete: Sequence[Bucket]) -> None:
+    def __init__(self, complete: Sequence[Bucket], too_large: Sequence[Bucket] = ()) -> None:
         self.asked: list[Bucket] = []
         self._complete = complete
+        self._too_large = too_large
 
     async def compare(self, bucket: Bucket, now: datetime) -> Outcome:
         self.asked.append(bucket)
+        if bucket in self._too_large:
+            raise too_many(1)
         return Outcome([], 0)
 
     async def put(self, report: Report) -> bool:
@@ -288,12 +291,10 @@ class Scripted:
         return self._complete
 
 
-async def test_the_job_does_what_has_no_complete_report() -> None:
-    """As far back as it was told, oldest first, the running bucket too."""
-    day = list(buckets(NOON, NOON + timedelta(hours=4), BucketWidth.HOUR))
-    scripted = Scripted(day[:2])
+def job_of(scripted: Scripted) -> ReconciliationJob:
+    """A job at half past three that looks back to noon, in hours."""
     counter: Counter = otlp_counters("metering", "").counter("tenantry.test", "none")
-    job = ReconciliationJob(
+    return ReconciliationJob(
         Reconciler(scripted, scripted, counter),
         scripted,
         "anthropic",
@@ -303,8 +304,22 @@ async def test_the_job_does_what_has_no_complete_report() -> None:
         poll_seconds=1.0,
         clock=lambda: NOON + timedelta(hours=3, minutes=30),
     )
-    assert await job.round() == 2
+
+
+async def test_the_job_does_what_has_no_complete_report() -> None:
+    """As far back as it was told, oldest first, the running bucket too."""
+    day = list(buckets(NOON, NOON + timedelta(hours=4), BucketWidth.HOUR))
+    scripted = Scripted(day[:2])
+    assert await job_of(scripted).round() == 2
     assert scripted.asked == day[2:]
+
+
+async def test_a_bucket_that_does_not_fit_keeps_none_after_it_waiting() -> None:
+    """It would be refused in every round, and the job would never come to the others."""
+    day = list(buckets(NOON, NOON + timedelta(hours=4), BucketWidth.HOUR))
+    scripted = Scripted([], too_large=day[1:2])
+    assert await job_of(scripted).round() == 3
+    assert scripted.asked == day
 
 
 class Quicker:

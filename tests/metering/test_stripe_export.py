@@ -21,6 +21,7 @@ from tests.metering.export_receivers import CUT, NO_JSON, NO_TEXT, SECRET_KEY, S
 from tests.metering.mesh import Mesh, migrated, running_mesh
 from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
+from tests.metering.rerating import load_versions, order, rerated
 from tests.metering.telling import METERS, STRIPE, ask, customer, tell, waiting
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
@@ -106,6 +107,26 @@ async def test_what_is_taken_back_is_told_as_less(mesh: Mesh, stripe: StripeFake
     await tell(mesh, tellers)
     told = sorted((item["event_name"], int(item["payload[value]"])) for item in stripe.of(name))
     assert told == [("counted", -1), ("counted", 1), ("interviews", -4), ("interviews", 4), ("level", 12)]
+
+
+async def test_a_corrected_price_is_told_as_cost_alone(mesh: Mesh, stripe: StripeFake, tellers: Mapping[Sink, Teller]) -> None:
+    """The difference of the cost, under the adjustment's own id: neither a call nor a token more."""
+    await load_versions(mesh)
+    tenant, name = await customer(mesh)
+    await ask(mesh, None, "SetStripeMeter", pb.SetStripeMeterRequest(meter="calls.cost_nano_usd", event_name="cost"))
+    try:
+        await use_tokens(mesh, tenant, datetime.now(UTC), [120])
+        await tell(mesh, tellers)
+        before = {item["identifier"] for item in stripe.of(name)}
+        answer = await rerated(mesh, tenant, order())
+        await tell(mesh, tellers)
+    finally:
+        await ask(mesh, None, "SetStripeMeter", pb.SetStripeMeterRequest(meter="calls.cost_nano_usd"))
+    told = [item for item in stripe.of(name) if item["identifier"] not in before]
+    assert len(before) == 3
+    assert [(item["event_name"], int(item["payload[value]"])) for item in told] == [("cost", answer.difference.nano_usd)]
+    (adjusted,) = await mesh.admin.fetch("SELECT entry_id FROM metering.entries WHERE tenant_id = $1 AND kind = 3", tenant.id)
+    assert told[0]["identifier"] == f"{adjusted['entry_id']}.calls.cost_nano_usd"
 
 
 @pytest.mark.parametrize("outcome", [500, 503, 429, 401, CUT, SILENT])

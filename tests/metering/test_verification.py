@@ -74,7 +74,7 @@ SPOILT = {
     "a line": ("UPDATE metering.invoice_lines SET amount_nano_usd = 1 WHERE tenant_id = $1 AND line_number = 1", {(INVOICE, "digest")}),
     "a digest": ("UPDATE metering.invoices SET digest = sha256('') WHERE tenant_id = $1", {(INVOICE, "digest")}),
     "an event that is billed": ("UPDATE metering.events SET quantity = 50 WHERE tenant_id = $1",
-                                {(INVOICE, "charges_nano_usd"), (INVOICE, "due_nano_usd")}),
+                                {(SUM, "quantity"), (BALANCE, "quantity"), (INVOICE, "charges_nano_usd"), (INVOICE, "due_nano_usd")}),
 }  # fmt: skip
 
 

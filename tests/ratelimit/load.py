@@ -195,7 +195,8 @@ class Load:
             return
         call = LedgerCall(ledger.CALL_STATE_OPEN, asked.reserve_us, amounts.tokens, amounts.cost_nano_usd, epoch=1)
         if dice > 0.04 + 0.1:
-            self.peer.ledger.of(asked.tenant_id).calls[asked.id.bytes] = call
+            # A fence may have voided it meanwhile, as in the ledger.
+            self.peer.ledger.of(asked.tenant_id).calls.setdefault(asked.id.bytes, call)
         await asyncio.sleep(self.random.expovariate(1 / 0.08))
         if self.random.random() < 0.3:
             amounts = await self._extend(asked, tenant, amounts)

@@ -32,5 +32,5 @@ class SetClockScripts(TenantScripts):
 
     def _text(self, name: str) -> str:
         text = load_script(name).text
-        assert text.count(_OWN_TIME) == 1, "a script reads its time in one place"
+        assert text.count(_OWN_TIME) == text.count("'TIME'") <= 1, "a script that reads the time does so in one place"
         return text.replace(_OWN_TIME, _SET_TIME % self._key)

@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from services.kernel.errors import Unavailable
 from services.kernel.ids import ReservationId, TenantId, new_uuid7
 from services.ratelimit.adapters.decision_queue import DecisionQueue
+from services.ratelimit.adapters.redis_store import RedisStore
+from services.ratelimit.adapters.tenant_scripts import TenantScripts
 from services.ratelimit.limits import Demand, Subject
 from services.ratelimit.reservation import Ask
 from services.ratelimit.standing import Answer, Verdict
@@ -100,3 +103,32 @@ async def test_a_failed_decision_fails_those_it_was_for_and_no_later_one() -> No
         assert all(isinstance(task.exception(), Unavailable) for task in tasks)
     store.fails = False
     assert (await queue.submit(tenant_id, TERMS, ask(1))).epoch == 1
+
+
+class SentError(Exception):
+    """A command reached the link."""
+
+
+class Reached:
+    """A link that tells when it is asked, by failing."""
+
+    async def send(self, *command: str | bytes | int) -> object:
+        """Raises."""
+        raise SentError
+
+    async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
+        """Finds nothing."""
+        return None, []
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_what_came_with_others_in_one_message_waits_for_no_more() -> None:
+    """A lone demand lets those in that have arrived with it; one of a batch is sent at once."""
+    store = RedisStore(TenantScripts(Reached(), Reached()))
+    alone = store.reserve(TenantId(new_uuid7()), TERMS, [ask(1)])
+    alone.send(None)
+    alone.close()
+    with pytest.raises(SentError):
+        store.reserve(TenantId(new_uuid7()), TERMS, [replace(ask(1), gathered=True)]).send(None)

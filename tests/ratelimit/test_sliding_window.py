@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.ratelimit.adapters.redis_link import PipelinedLink
-from services.ratelimit.adapters.scripts import load_script
+from services.ratelimit.adapters.scripts import make_script, read_part
 from services.ratelimit.adapters.tenant_scripts import KINDS
 from services.ratelimit.packing import unpacked
 from services.ratelimit.sliding_window import MOST_ENTRIES, SlidingWindow
@@ -101,7 +101,7 @@ _HARNESS = """
 for i = 1, #ARGV, 4 do
   local now = tonumber(ARGV[i + 1])
   book.log = nil
-  read({ 'log', 1000000 }, now)
+  read({ 'log' }, { 1000000 }, now)
   if ARGV[i] == 'add' then
     add(book.log, now, tonumber(ARGV[i + 2]))
   else
@@ -110,9 +110,18 @@ for i = 1, #ARGV, 4 do
   write()
 end
 book.log = nil
-read({ 'log', 1000000 }, tonumber(ARGV[#ARGV - 2]))
-return { book.log.used, frees_us(book.log, 100) }
+read({ 'log' }, { 1000000 }, tonumber(ARGV[#ARGV - 2]))
+return { book.log[USED], frees_us(book.log, 100) }
 """
+
+
+async def test_a_log_is_written_without_what_has_left_it(link: PipelinedLink) -> None:
+    """Its times are distances from the first that is left, and it is as short as if the others had never been."""
+    entries = ((1_000_000, 5), (1_400_000, 6), (1_500_000, 7), (2_450_000, 8))
+    await _run_on_log(link, prefix := f"{{{uuid4()}}}:", [argument for time, amount in entries for argument in ("add", time, amount, 0)])
+    packed = await link.send("HGET", f"{prefix}counters", "log")
+    assert isinstance(packed, bytes)
+    assert unpacked(packed) == [1_500_000, 0, 7, 950_000, 8]
 
 
 @settings(max_examples=60, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -128,9 +137,8 @@ async def test_the_scripts_keep_the_same_log(link: PipelinedLink, run: list[list
             arguments += [name, taken[1], taken[2], reserve_us or 0]
     if not arguments:
         return
-    head = load_script("release").text.rpartition("-- Lets a hold go")[0]
     prefix = f"{{{uuid4()}}}:"
-    told = await link.send("EVAL", head + _HARNESS, len(KINDS), *(prefix + kind for kind in KINDS), *arguments)
+    told = await _run_on_log(link, prefix, arguments)
     packed = await link.send("HGET", f"{prefix}counters", "log")
     first, *rest = cast("list[int]", unpacked(packed) if isinstance(packed, bytes) else [0])
     last_us = int(arguments[-3])
@@ -138,3 +146,9 @@ async def test_the_scripts_keep_the_same_log(link: PipelinedLink, run: list[list
     entries = [(first + rest[i], rest[i + 1]) for i in range(0, len(rest), 2) if first + rest[i] > last_us - WINDOW_US]
     assert told == [both.at_last.used(last_us), both.at_last.frees_us(last_us, 100)]
     assert entries == list(zip(both.at_last.times, both.at_last.amounts, strict=True))
+
+
+async def _run_on_log(link: PipelinedLink, prefix: str, arguments: list[str | int]) -> object:
+    """Makes the steps, by fours, in a script of its own; returns what is used then, and when 100 are free."""
+    counting = make_script("counting", "\n".join((read_part("common"), read_part("book"), _HARNESS)))
+    return await link.send("EVAL", counting.text, len(KINDS), *(prefix + kind for kind in KINDS), *arguments)

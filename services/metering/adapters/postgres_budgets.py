@@ -1,4 +1,4 @@
-"""Budgets, alerts and units of events in Postgres, as the service role, each in a transaction of its tenant."""
+"""Budgets and alerts in Postgres, as the service role, each in a transaction of its tenant."""
 
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
@@ -13,7 +13,6 @@ from services.kernel.tenant_database import Connection, TenantDatabase
 from services.metering.adapters.postgres_ledger import run_again
 from services.metering.budgets.budget import (
     MAX_BUDGETS,
-    MOST_USED,
     Budget,
     BudgetAction,
     BudgetAlert,
@@ -60,11 +59,10 @@ SELECT_FIRED = """
 SELECT budget_id, period_start, threshold FROM metering.budget_alerts WHERE tenant_id = $1 AND budget_id = ANY ($2::uuid[])
 """
 FIRE = "SELECT metering.fire_budgets($1, $2::uuid[], $3::timestamptz[], $4::timestamptz[], $5::integer[], $6::bigint[], $7::uuid[])"
-SELECT_EVENT_UNITS = "SELECT metering.event_units($1, $2, $3, $4, $5, $6)"
 
 
 class PostgresBudgets:
-    """Implements BudgetStore and EventUnits."""
+    """Implements BudgetStore."""
 
     def __init__(self, database: TenantDatabase) -> None:
         self._database = database
@@ -142,18 +140,6 @@ class PostgresBudgets:
         )
         count: int = await run_again(lambda: self._database.fetch_value(tenant_id, FIRE, tenant_id, *columns))
         return count
-
-    async def event_units(self, tenant_id: TenantId, terms: BudgetTerms, span: Span) -> int:
-        """Returns what the tenant's events add to the unit of the terms, at most MOST_USED."""
-        try:
-            async with self._database.transaction(tenant_id) as connection:
-                units: int = await connection.fetchval(
-                    SELECT_EVENT_UNITS, tenant_id, terms.product_unit, terms.user, terms.feature, span.start, span.end
-                )
-        except asyncpg.NumericValueOutOfRangeError:
-            # Quantities are what tenants say they are; a reversal is of an event in the same period, so that sums are never below 0.
-            return MOST_USED
-        return units
 
 
 def _too_many() -> LimitExceeded:

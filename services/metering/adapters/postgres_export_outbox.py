@@ -38,7 +38,7 @@ WHERE tenant_id = $1 AND sink = $2 AND usage_id = $3 AND meter = $4
 SELECT_CALL = """
 SELECT n.kind, n.entry_id, n.reservation_id, k.call_id, n.number, n.reserve_time AS use_time, n.provider, n.model, n.price_version,
        k.feature, k.prompt_version, k.tier, n.input_tokens, n.output_tokens, n.cache_read_tokens, n.cache_write_5m_tokens,
-       n.cache_write_1h_tokens, n.cost_nano_usd
+       n.cache_write_1h_tokens, n.cost_nano_usd, n.rerating_id
 FROM metering.entries n JOIN metering.calls k ON k.tenant_id = n.tenant_id AND k.reservation_id = n.reservation_id
 WHERE n.tenant_id = $1 AND n.reservation_id = $2 AND n.entry_id = $3
 """

@@ -32,10 +32,13 @@ WITH RECURSIVE found AS (
 )
 SELECT tenant_id FROM found WHERE tenant_id IS NOT NULL LIMIT $2
 """
+# A billed call is rated by the version of its last entry, which is another one than that of its open once it was rated anew.
 SELECT_CALLS = """
 SELECT k.* FROM unnest($1::uuid[]) AS t (tenant_id) CROSS JOIN LATERAL (
-    SELECT c.tenant_id, c.reservation_id, c.call_id, c.state, c.provider_account, c.bills_tenant_account, c.price_version, c.provider,
-           c.model, c.reserve_time, c.dispatch_deadline, c.provider_request_id, c.input_tokens, c.output_tokens, c.cache_read_tokens,
+    SELECT c.tenant_id, c.reservation_id, c.call_id, c.state, c.provider_account, c.bills_tenant_account, c.provider, c.model,
+           coalesce((SELECT n.price_version FROM metering.entries n WHERE n.tenant_id = c.tenant_id AND n.reservation_id = c.reservation_id
+                     ORDER BY n.record_time DESC, n.number DESC LIMIT 1), c.price_version) AS price_version,
+           c.reserve_time, c.dispatch_deadline, c.provider_request_id, c.input_tokens, c.output_tokens, c.cache_read_tokens,
            c.cache_write_5m_tokens, c.cache_write_1h_tokens, c.cost_nano_usd, c.bound_nano_usd
     FROM metering.calls c
     WHERE c.tenant_id = t.tenant_id

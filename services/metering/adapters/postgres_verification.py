@@ -15,7 +15,9 @@ from services.metering.adapters.verification_statements import (
     COMPARE_BALANCES,
     COMPARE_CALLS,
     COMPARE_LATENCIES,
+    COMPARE_LEVELS,
     COMPARE_SUMS,
+    COMPARE_WEEKS,
     NEXT_DAY,
     NEXT_TENANT,
     SELECT_CALLS,
@@ -30,6 +32,12 @@ _ALLOW_LONG = f"SET LOCAL statement_timeout = '{int(SUM_SECONDS)}s'"
 _CALLS, _INVOICES = 5_000, 20
 _AFTER_ALL = UUID(int=(1 << 128) - 1)
 _DAY = timedelta(hours=24)
+_OF_A_DAY = (
+    (Check.USAGE_SUM, COMPARE_SUMS),
+    (Check.USAGE_SUM, COMPARE_LEVELS),
+    (Check.LATENCY, COMPARE_LATENCIES),
+    (Check.BALANCE, COMPARE_BALANCES),
+)
 # A closing gets its invoice in the next moment, or from the next round of the job that finishes what a crash left.
 _UNFINISHED = timedelta(minutes=15)
 
@@ -57,20 +65,22 @@ class PostgresVerification:
         return Part(page["calls"], differences, rows[0]["found"] - len(differences), following)
 
     async def use(self, tenant_id: TenantId, start: datetime) -> Part:
-        """Compares the sums of one day."""
+        """Compares the sums of one day; on the first day of a week that has any use, those of the week too."""
         async with self._snapshot(tenant_id) as connection:
             day = await connection.fetchval(NEXT_DAY, tenant_id, start, timeout=SUM_SECONDS)
             if day is None:
                 return Part(0, (), 0, None)
-            within = (tenant_id, day, day + _DAY, MOST_TOLD)
-            rows = {
-                Check.USAGE_SUM: await connection.fetch(COMPARE_SUMS, *within, timeout=SUM_SECONDS),
-                Check.LATENCY: await connection.fetch(COMPARE_LATENCIES, *within, timeout=SUM_SECONDS),
-                Check.BALANCE: await connection.fetch(COMPARE_BALANCES, *within, timeout=SUM_SECONDS),
-            }
-        found = [item for check, answered in rows.items() for item in _differences(check, answered)]
-        differing = sum(answered[0]["found"] for answered in rows.values())
-        compared = sum(answered[0]["compared"] for answered in rows.values())
+            answers = [
+                (check, await connection.fetch(statement, tenant_id, day, day + _DAY, MOST_TOLD, timeout=SUM_SECONDS))
+                for check, statement in _OF_A_DAY
+            ]
+            week = day - day.weekday() * _DAY
+            if week >= start or await connection.fetchval(NEXT_DAY, tenant_id, week, timeout=SUM_SECONDS) == day:
+                rows = await connection.fetch(COMPARE_WEEKS, tenant_id, week, week + 7 * _DAY, MOST_TOLD, timeout=SUM_SECONDS)
+                answers.append((Check.USAGE_SUM, rows))
+        found = [item for check, rows in answers for item in _differences(check, rows)]
+        differing = sum(rows[0]["found"] for _, rows in answers)
+        compared = sum(rows[0]["compared"] for _, rows in answers)
         return Part(compared, found[:MOST_TOLD], differing - len(found[:MOST_TOLD]), (day + _DAY).isoformat())
 
     async def invoices(self, tenant_id: TenantId, after_number: int) -> Part:
@@ -120,5 +130,5 @@ def _differences(check: Check, rows: Sequence[asyncpg.Record]) -> list[Differenc
     return [Difference(check, row["subject"], row["figure"], _text(row["stored"]), _text(row["recomputed"])) for row in told]
 
 
-def _text(figure: int | None) -> str:
+def _text(figure: int | str | None) -> str:
     return "" if figure is None else str(figure)

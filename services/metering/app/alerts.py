@@ -27,7 +27,7 @@ def build_budgets(parts: Parts, configs: TenantConfigCache, calendars: Remembere
     """Builds budgets and starts the loop that looks at them."""
     store = PostgresBudgets(parts.database)
     # On the primary: what is committed is counted.
-    spending = UsageSpending(PostgresUsageQueries(parts.database, parts.database, parts.jobs), store)
+    spending = UsageSpending(PostgresUsageQueries(parts.database, parts.database, parts.jobs))
     poll_seconds = parts.settings.budget_poll_seconds
     keeper = BudgetKeeper(PostgresBudgetMarks(parts.jobs), store, spending, calendars, poll_seconds=poll_seconds)
     parts.background.start("budget_keeper", keeper.run)

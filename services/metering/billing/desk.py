@@ -17,6 +17,7 @@ from services.metering.billing.proration import Subscription, UnknownBillingPlan
 log = structlog.get_logger(__name__)
 
 _CLOSE_ATTEMPTS = 5
+_END_OF_TIME = datetime(9998, 1, 1, tzinfo=UTC)
 
 
 class InvoiceDesk:
@@ -85,7 +86,7 @@ class InvoiceDesk:
             tier_plan = "" if subscriptions else tier
             # Whether it can be billed at all, before anything is written.
             await _content(reader, Target(period, None, tier_plan, closings, takes_late=True))
-            if subscriptions and not closings:
+            if not closings:
                 await _refuse_before_all(reader, period, subscriptions)
         number = subscriptions[-1].number if subscriptions else 0
         answer = await self._closing.close(tenant_id, new_uuid7(), period, tier_plan, number)
@@ -105,6 +106,9 @@ async def _refuse_before_all(reader: BillingReader, period: BillingPeriod, subsc
     # The first closing cannot be taken back, and every period after it is closed: a mistyped year would be years of fees.
     end = period.end_time
     if any(item.effective_time < end for item in subscriptions) or await reader.late_days(end, None, None):
+        return
+    if not subscriptions and not await reader.late_days(_END_OF_TIME, None, None):
+        # Nothing here says when the tenant began: the operator's word is all there is.
         return
     why = f"the tenant neither used anything nor was on a plan before {end.isoformat()}: begin with the period of its first use or plan"
     raise WrongState("billing_period", "NOT_NEXT", why)

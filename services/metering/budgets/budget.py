@@ -153,13 +153,13 @@ def forecast_by_period(span: Span, used: int, now: datetime) -> int | None:
     elapsed = min(now, span.end) - span.start
     if elapsed < _SHORTEST_PART:
         return None
-    return round_half_even(used * _micros(span.end - span.start), _micros(elapsed))
+    return min(MOST_USED, round_half_even(used * _micros(span.end - span.start), _micros(elapsed)))
 
 
 def forecast_by_week(span: Span, used: int, used_in_week: int, now: datetime) -> int:
     """Returns what the whole period uses if the rest of it is like the last 7 days."""
     rest = max(span.end - now, timedelta())
-    return used + round_half_even(used_in_week * _micros(rest), _micros(WEEK))
+    return min(MOST_USED, used + round_half_even(used_in_week * _micros(rest), _micros(WEEK)))
 
 
 def _micros(length: timedelta) -> int:

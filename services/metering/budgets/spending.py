@@ -2,19 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from services.kernel.errors import SumOutOfRange
 from services.kernel.ids import TenantId
 from services.metering.budgets.budget import MOST_USED, BudgetMeasure, BudgetTerms, Span
 from services.metering.usage_query import Dimension, GroupUse, UsageFilter, UsageQueries, UsageQuery
-
-
-class EventUnits(Protocol):
-    """Units that events count."""
-
-    async def event_units(self, tenant_id: TenantId, terms: BudgetTerms, span: Span) -> int:
-        """Returns what the tenant's events add to the unit of the terms, at most MOST_USED."""
-        ...
 
 
 class _Question(NamedTuple):
@@ -30,11 +23,10 @@ Asked = tuple[BudgetTerms, Span]
 
 
 class UsageSpending:
-    """Adds up sums of use, and events beside them for units of the product."""
+    """Adds up sums of use."""
 
-    def __init__(self, queries: UsageQueries, events: EventUnits) -> None:
+    def __init__(self, queries: UsageQueries) -> None:
         self._queries = queries
-        self._events = events
 
     async def of(self, tenant_id: TenantId, wanted: Collection[Asked]) -> dict[Asked, int]:
         """Returns what each pair's terms count in its span, with all that is committed."""
@@ -43,28 +35,35 @@ class UsageSpending:
             questions[_Question(span, terms.product_unit, bool(terms.user), bool(terms.feature))].append(terms)
         found: dict[Asked, int] = {}
         for question, asked in questions.items():
-            groups = await self._queries.of_tenant(tenant_id, _query(question, asked), None, len(asked) ** 2)
-            for terms in asked:
-                found[terms, question.span] = sum(_counted(terms, group) for group in groups if _is_of(terms, group))
-                if terms.measure is BudgetMeasure.PRODUCT_UNIT:
-                    of_events = await self._events.event_units(tenant_id, terms, question.span)
-                    found[terms, question.span] = min(MOST_USED, found[terms, question.span] + of_events)
+            for terms, used in (await self._used(tenant_id, question, asked)).items():
+                found[terms, question.span] = used
         return found
 
+    async def _used(self, tenant_id: TenantId, question: _Question, asked: Sequence[BudgetTerms]) -> dict[BudgetTerms, int]:
+        # Cost and tokens are those of calls, which use no unit: what units add up to is not asked for with them.
+        units = [question.product_unit]
+        try:
+            groups = await self._queries.of_tenant(tenant_id, _query(question, asked, units), None, len(asked) ** 2)
+        except SumOutOfRange:
+            # Quantities are what tenants say they are. Whose sum it is, is found by asking for each alone.
+            if len(asked) == 1:
+                return {asked[0]: MOST_USED}
+            apart = [await self._used(tenant_id, question, [terms]) for terms in asked]
+            return {terms: used for answer in apart for terms, used in answer.items()}
+        return {terms: min(MOST_USED, sum(_counted(terms, group) for group in groups if _is_of(terms, group))) for terms in asked}
 
-def _query(question: _Question, asked: Sequence[BudgetTerms]) -> UsageQuery:
+
+def _query(question: _Question, asked: Sequence[BudgetTerms], units: Sequence[str]) -> UsageQuery:
     users = sorted({terms.user for terms in asked}) if question.by_user else []
     features = sorted({terms.feature for terms in asked}) if question.by_feature else []
     told_apart = {Dimension.USER} if users else set()
     if features:
         told_apart.add(Dimension.FEATURE)
-    units = [question.product_unit] if question.product_unit else []
     return UsageQuery(
         question.span.start,
         question.span.end,
         group_by=frozenset(told_apart),
-        # What the limits recorded is of no type of event; what events add is asked for apart, without the levels that the sums have.
-        filter=UsageFilter(users=users, features=features, product_units=units, event_types=[""] if units else []),
+        filter=UsageFilter(users=users, features=features, product_units=units),
     )
 
 

@@ -119,27 +119,6 @@ $$;
 CREATE TRIGGER budgets_are_marked AFTER INSERT ON events REFERENCING NEW TABLE AS rows_added
     FOR EACH STATEMENT EXECUTE FUNCTION mark_budgets_of_events();
 
--- What events of types that sum or count add to a unit from p_start to before p_end, of one user and feature where they are named. As in 0013, what is
--- near its use is found by the key and the rest by its index.
-CREATE FUNCTION event_units(p_tenant uuid, p_unit text, p_user text, p_feature text, p_start timestamptz, p_end timestamptz) RETURNS bigint
-LANGUAGE sql STABLE SECURITY INVOKER
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
-AS $$
-    SELECT coalesce(sum(CASE WHEN t.aggregation = 1 THEN e.quantity WHEN e.reverses IS NULL THEN 1 ELSE -1 END), 0)::bigint
-    FROM (
-        SELECT n.product, n.event_type, n.quantity, n.reverses, n.user_name, n.feature FROM metering.events n
-        WHERE n.tenant_id = p_tenant AND n.occurred_at >= p_start AND n.occurred_at < p_end
-          AND n.record_time >= p_start - interval '1 day' AND n.record_time < p_end + interval '1 day'
-          AND n.record_time - n.occurred_at <= interval '1 day' AND n.record_time - n.occurred_at >= interval '-1 day'
-        UNION ALL
-        SELECT f.product, f.event_type, f.quantity, f.reverses, f.user_name, f.feature FROM metering.events f
-        WHERE f.tenant_id = p_tenant AND f.occurred_at >= p_start AND f.occurred_at < p_end
-          AND (f.record_time - f.occurred_at > interval '1 day' OR f.record_time - f.occurred_at < interval '-1 day')
-    ) e
-    JOIN metering.event_types t ON t.product = e.product AND t.event_type = e.event_type
-    WHERE t.unit = p_unit AND t.aggregation <> 3 AND (p_user = '' OR e.user_name = p_user) AND (p_feature = '' OR e.feature = p_feature)
-$$;
-
 -- Fires what has not fired yet, and puts a delivery to each receiver beside each alert; returns how many fired. A budget that was changed meanwhile fires
 -- nothing. An erasure takes the lock exclusive: what fires is there to be blanked, or there is no budget any more.
 CREATE FUNCTION fire_budgets(
@@ -216,6 +195,6 @@ GRANT SELECT ON budgets, webhook_endpoints TO :jobs;
 GRANT SELECT, INSERT, DELETE ON budget_marks TO :jobs;
 GRANT SELECT, UPDATE, DELETE ON webhook_deliveries TO :jobs;
 
-REVOKE ALL ON FUNCTION mark_budgets, mark_budgets_of_events, event_units, fire_budgets FROM PUBLIC;
+REVOKE ALL ON FUNCTION mark_budgets, mark_budgets_of_events, fire_budgets FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION mark_budgets TO :service, :jobs;
-GRANT EXECUTE ON FUNCTION mark_budgets_of_events, event_units, fire_budgets TO :service;
+GRANT EXECUTE ON FUNCTION mark_budgets_of_events, fire_budgets TO :service;

@@ -5,7 +5,7 @@ from dataclasses import astuple, dataclass
 from datetime import datetime
 
 from services.metering.call import TokenUsage
-from services.metering.rating import ClassPrices, line_nano_usd
+from services.metering.rating import ClassPrices, cost_nano_usd
 from services.metering.reconciliation.bucket import Bucket
 from services.metering.reconciliation.feed import Accounts, FeedSum
 from services.metering.reconciliation.ledger_call import LedgerSum
@@ -65,5 +65,5 @@ def report(compared: ComparedSums, account: str, accounts: Accounts, rates: Rate
 
 def _more(tokens: TokenUsage, than: TokenUsage, prices: ClassPrices) -> int:
     """Returns what the tokens cost that the one has more of than the other, class by class."""
-    rows = zip(astuple(tokens), astuple(than), astuple(prices), strict=True)
-    return sum(line_nano_usd(max(0, count - other), price) for count, other, price in rows)
+    more = TokenUsage(*(max(0, count - other) for count, other in zip(astuple(tokens), astuple(than), strict=True)))
+    return cost_nano_usd(more, prices)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from services.kernel.errors import MeshError
+from services.kernel.errors import InvalidRequest, MeshError
 from services.metering.reconciliation.bucket import Bucket, BucketWidth, buckets
 from services.metering.reconciliation.feed import Accounts
 from services.metering.reconciliation.ledger_call import ReportStore
@@ -49,10 +49,16 @@ class ReconciliationJob:
             await asyncio.sleep(self._poll_seconds)
 
     async def round(self) -> int:
-        """Reconciles what has no complete report, oldest first; returns how many buckets."""
-        now = self._clock()
+        """Reconciles what has no complete report, oldest first; returns how many buckets. One that does not fit is passed over."""
+        now, count = self._clock(), 0
         done = set(await self._store.complete(self._provider, self._accounts.names, now - self._lookback - self._width.length, now))
-        return (await self._reconciler.run(self._open(now, done))).bucket_count
+        for bucket in self._open(now, done):
+            try:
+                count += (await self._reconciler.run([bucket])).bucket_count
+            except InvalidRequest as error:
+                # It is refused in every round: those after it would never come.
+                log.warning("reconciliation_bucket_passed_over", start_time=bucket.start.isoformat(), why=error.message)
+        return count
 
     def _open(self, now: datetime, done: set[Bucket]) -> Iterator[Bucket]:
         return (bucket for bucket in buckets(now - self._lookback, now, self._width) if bucket not in done)

@@ -30,12 +30,12 @@ from services.metering.usage_export import (
     place_of_use,
     use_position,
 )
-from services.metering.usage_query import UsageQueries
+from services.metering.usage_query import Dimension, UsageQueries
 from services.metering.usage_report import refuse_bad_period
 
 _SINCE_EVER, _FOR_EVER = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
-# What a position of each kind holds after the span's three moments.
-_LENGTHS = {ExportKind.ENTRIES: 2, ExportKind.EVENTS: 2, ExportKind.USAGE: 8}
+# What a position of each kind holds after the span's three moments; of use a bucket, and all names but the tenant's.
+_LENGTHS = {ExportKind.ENTRIES: 2, ExportKind.EVENTS: 2, ExportKind.USAGE: len(Dimension)}
 _MOST_BUCKETS = 2**31 - 1
 # A thousand events whose metadata is as long as may be do not fit a message.
 _MOST_METADATA_CHARACTERS = 500_000

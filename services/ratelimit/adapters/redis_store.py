@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from struct import Struct
 from typing import cast
 from uuid import UUID
 
@@ -33,6 +34,9 @@ _SETTLEMENTS_A_SCRIPT = 50
 _LEASES_A_SCRIPT = 200
 _SIGNALS = {b"rebuild": Verdict.REBUILD, b"lost": Verdict.LOST, b"behind": Verdict.BEHIND, b"whose": Verdict.ANOTHERS}
 _NO_SHORTENING = (0, 1, 0)
+# As reserve.lua reads them.
+_HEAD = Struct(">4q")
+_ITEM = Struct(">16s10q")
 
 
 class RedisStore:
@@ -49,22 +53,24 @@ class RedisStore:
 
     async def reserve(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
         """Takes holds in their order, each by itself: what is refused changes nothing."""
-        if len(asks) == 1 and not asks[0].together:
+        if len(asks) == 1 and not asks[0].together and not asks[0].gathered:
             return [await self._queue.submit(tenant_id, terms, asks[0])]
         return await self._reserve_some(tenant_id, terms, asks)
 
     async def look(self, tenant_id: TenantId, terms: Terms, plan: Plan, demand: Demand) -> Answer:
         """Says what is used and whether the demand would be held. Writes nothing."""
         amounts = demand.amounts
+        before = (terms.version, terms.families_digest)
         after = (plan.packed, demand.attempt, amounts.tokens, amounts.cost_nano_usd, demand.quantity)
-        return (await self._decided("look", tenant_id, terms, (), after, 1))[0]
+        return (await self._decided("look", tenant_id, terms, before, after, 1))[0]
 
     async def extend(
         self, tenant_id: TenantId, terms: Terms, plan: Plan, reservation_id: ReservationId, epoch: int, amounts: Amounts
     ) -> Answer:
         """Raises what a living hold holds to these totals, or says why not and changes nothing."""
+        before = (terms.version, terms.families_digest)
         after = (plan.packed, reservation_id.bytes, epoch, amounts.tokens, amounts.cost_nano_usd)
-        return (await self._decided("extend", tenant_id, terms, (), after, 1))[0]
+        return (await self._decided("extend", tenant_id, terms, before, after, 1))[0]
 
     async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> bool:
         """Lets a hold of this epoch go; ignores any other. Tells whether it went."""
@@ -138,7 +144,7 @@ class RedisStore:
 
     async def _reserve_some(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
         answers: list[Answer] = []
-        before = (self._lease_us, self._forget_us, LARGEST_ID_AGE_SECONDS * SECOND_US)
+        before = (_HEAD.pack(self._lease_us, self._forget_us, LARGEST_ID_AGE_SECONDS * SECOND_US, terms.version), terms.families_digest)
         for start in range(0, len(asks), _DECISIONS_A_SCRIPT):
             some = asks[start : start + _DECISIONS_A_SCRIPT]
             after = _reserve_arguments(some)
@@ -153,7 +159,7 @@ class RedisStore:
             clock_us = microseconds(datetime.now(UTC))
             now_us = clock_us + self._ahead_us
             calendars = terms.packed_calendars(now_us)
-            reply = await self._scripts.run(name, tenant_id, *before, terms.version, terms.families_digest, calendars, *after)
+            reply = await self._scripts.run(name, tenant_id, *before, calendars, *after)
             head, *rest = cast("list[object]", reply)
             if head == b"ok":
                 return _answers(rest, terms.boundaries(now_us))
@@ -170,9 +176,11 @@ def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
     plans: dict[int, int] = {}
     form_texts: list[Argument] = []
     plan_texts: list[Argument] = []
-    items: list[Argument] = []
+    items = []
+    stands = False
     for ask in asks:
         plan = ask.plan
+        stands = stands or ask.stand is not None
         place = plans.get(id(plan))
         if place is None:
             form = plan.form
@@ -183,13 +191,12 @@ def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
             place = plans[id(plan)] = len(plans) + 1
             plan_texts += (form_place, plan.own)
         demand, amounts, short = ask.demand, ask.demand.amounts, ask.demand.shortening
-        items += (ask.reservation_id.bytes, ask.minted_us, demand.attempt, amounts.tokens, amounts.cost_nano_usd, demand.quantity, place)
-        if short is None:
-            items += _NO_SHORTENING
-        else:
-            items += (short.max_output_tokens, short.min_output_tokens, short.output_nano_usd_per_million)
-        items += (int(ask.at_once) + 2 * int(ask.together), _standing(ask))
-    return [len(forms), *form_texts, len(plans), *plan_texts, *items]
+        fitting = _NO_SHORTENING if short is None else (short.max_output_tokens, short.min_output_tokens, short.output_nano_usd_per_million)
+        how = ask.at_once + 2 * ask.together
+        of_call = (ask.minted_us, demand.attempt, amounts.tokens, amounts.cost_nano_usd, demand.quantity)
+        items.append(_ITEM.pack(ask.reservation_id.bytes, *of_call, place, *fitting, how))
+    standing = [_standing(ask) for ask in asks] if stands else ()
+    return [b"".join(items), len(forms), *form_texts, len(plans), *plan_texts, *standing]
 
 
 def _standing(ask: Ask) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 from uuid import UUID
 
@@ -29,8 +30,7 @@ class TenantScripts:
         """Returns a script's reply. Raises: Unavailable."""
         script = self._scripts[name]
         link = self.bulk if bulk else self.link
-        prefix = prefix_of(tenant_id)
-        keys = [prefix + kind for kind in KINDS]
+        keys = _keys_of(tenant_id)
         try:
             return await link.send("EVALSHA", script.sha, len(keys), *keys, *arguments)
         except NoScriptError:
@@ -61,6 +61,13 @@ async def each_tenant(tenant_ids: Sequence[TenantId], at_most: int, work: ForTen
                 group.create_task(work(tenant_id, own))
     except* Unavailable as failed:
         raise Unavailable("redis") from failed.exceptions[0]
+
+
+# As many as a process keeps the rules of: a few hundred bytes each.
+@lru_cache(maxsize=10_000)
+def _keys_of(tenant_id: TenantId) -> tuple[str, ...]:
+    prefix = prefix_of(tenant_id)
+    return tuple(prefix + kind for kind in KINDS)
 
 
 def prefix_of(tenant_id: TenantId) -> str:

@@ -119,8 +119,8 @@ def _fill(limits: Iterable[messages.LimitStatus], prepared: _Prepared, answer: A
         place += 3
 
 
-def request_of(message: messages.ReserveRequest) -> Request:
-    """What a Reserve asks for."""
+def request_of(message: messages.ReserveRequest, *, gathered: bool = False) -> Request:
+    """What a Reserve asks for. `gathered`: it came with others in one message."""
     shorten = message.shorten if message.HasField("shorten") else None
     demand = Demand(
         amounts_of(message.amounts),
@@ -129,7 +129,8 @@ def request_of(message: messages.ReserveRequest) -> Request:
     )
     reservation_id = ReservationId(parse_uuid(message.reservation_id, "reservation_id"))
     subject = subject_of(message.user, message.feature)
-    return Request(reservation_id, demand, subject, message.provider_account, message.input_tokens, seconds_of(message.max_wait))
+    max_wait_seconds = seconds_of(message.max_wait)
+    return Request(reservation_id, demand, subject, message.provider_account, message.input_tokens, max_wait_seconds, gathered=gathered)
 
 
 def ids_of(ref: messages.ReservationRef) -> tuple[TenantId, ReservationId]:

@@ -39,7 +39,7 @@ class ReserveBatches:
         for place, item in enumerate(items):
             try:
                 context = await self._verifier.verify(item.context_token)
-                request = request_of(item.request)
+                request = request_of(item.request, gathered=True)
                 by_tenant.setdefault(tenant_of(context), []).append((place, context, request))
             except MeshError as error:
                 outcomes[place] = error

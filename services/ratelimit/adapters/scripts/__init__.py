@@ -4,15 +4,17 @@ EVALSHA first, the text when the store does not know it.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
+from textwrap import indent
 
 _COUNTING = ("common", "book")
 _WAKING = (*_COUNTING, "waiting")
 _DECIDING = (*_COUNTING, "deciding")
 _HEADS = {
-    "reserve": (*_WAKING, "deciding", "turns"),
+    "reserve": _DECIDING,
     "look": _DECIDING,
     "extend": _DECIDING,
     "commit": _WAKING,
@@ -24,6 +26,10 @@ _HEADS = {
     "take_slice": (*_WAKING, "deciding"),
     "return_slices": _WAKING,
 }
+# Parts that few demands need, made only for those: what a script names here is a function that defines what they hold.
+_LATE = {"reserve": ("stand_in_line", ("waiting", "turns"))}
+_FUNCTION = re.compile(r"^local function (\w+)\(.*?^end$", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"--[^\n]*")
 _CONSTANTS = re.compile(r"^local ((?:[A-Z][A-Z0-9_]*, )*[A-Z][A-Z0-9_]*) = ((?:\d+, )*\d+)(?: *--.*)?$", re.MULTILINE)
 NAMES = (*_HEADS, "renew", "sweep", "begin", "drop", "erase", "export", "guard", "lift_guard")
 
@@ -39,9 +45,44 @@ class Script:
 
 def load_script(name: str) -> Script:
     """Reads a script of this package."""
-    folder = files(__name__)
-    text = "\n".join((folder / f"{part}.lua").read_text("utf-8") for part in (*_HEADS.get(name, ("common",)), name))
-    return make_script(name, text)
+    own = read_part(name)
+    parts = [read_part(part) for part in _HEADS.get(name, ("common",))]
+    if name in _LATE:
+        caller, late = _LATE[name]
+        parts.append(made_late(caller, "\n".join(map(read_part, late)), own))
+    return make_script(name, without_unused("\n".join((*parts, own))))
+
+
+def read_part(part: str) -> str:
+    """Reads the text of one part."""
+    return (files(__name__) / f"{part}.lua").read_text("utf-8")
+
+
+def without_unused(text: str) -> str:
+    """Leaves out the functions of the outermost level that nothing calls.
+
+    Each run of a script makes all of its functions anew, and what they capture: those that it has no use for were a tenth of a decision.
+    """
+    words, unused = _words(text), list[str]()
+    for found in _FUNCTION.finditer(text):
+        if words[found[1]] == _words(found[0])[found[1]]:
+            unused.append(found[0])
+    for function in unused:
+        text = text.replace(function, "", 1)
+    # Those that only these called are unused now.
+    return without_unused(text) if unused else text
+
+
+def _words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", _COMMENT.sub("", text)))
+
+
+def made_late(caller: str, text: str, used_in: str) -> str:
+    """Makes the functions of a text when `caller` is called; until then those that `used_in` names are nothing."""
+    words = set(re.findall(r"\w+", used_in))
+    names = [found[1] for found in _FUNCTION.finditer(text) if found[1] in words]
+    inner = re.sub(rf"^local function (?=(?:{'|'.join(names)})\()", "function ", text, flags=re.MULTILINE)
+    return f"local {', '.join(names)}\nlocal function {caller}()\n{indent(inner, '  ')}\nend\n"
 
 
 def with_constants(text: str) -> str:

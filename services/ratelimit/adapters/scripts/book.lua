@@ -2,76 +2,88 @@
 local MOST_ENTRIES = 128
 local book = {} -- name -> counter
 
-local function sliding(packed, window_us, now)
-  local c = { window = window_us, times = {}, amounts = {}, count = 0, used = 0 }
-  if packed then
-    local flat, start = cmsgpack.unpack(packed), now - window_us
-    local first, times, amounts, count, used = flat[1], c.times, c.amounts, 0, 0
-    for i = 2, #flat, 2 do
-      local time = first + flat[i]
-      if time > start then
-        count = count + 1
-        times[count], amounts[count] = time, flat[i + 1]
-        used = used + flat[i + 1]
-      end
-    end
-    c.count, c.used = count, used
+-- Fields of a counter. WINDOW is 0 for a calendar's. LOG is as it lies in the store: the time that distances are from, then by twos an entry's
+-- distance and amount; nothing where there are no entries. FROM and UPTO are where the first and the last that counts are in it.
+local WINDOW, USED, DIRTY, LOG, FROM, UPTO = 1, 2, 3, 4, 5, 6
+
+local function counter_from(value, window_us, now)
+  if window_us == 0 then
+    return { 0, value and tonumber(value) or 0, false }
+  elseif not value then
+    return { window_us, 0, false, false, 2, 0 }
   end
-  return c
+  local log = cmsgpack.unpack(value)
+  local from, upto, used, over = 2, #log - 1, 0, now - window_us - log[1]
+  while from <= upto and log[from] <= over do
+    from = from + 2
+  end
+  for i = from + 1, upto + 1, 2 do
+    used = used + log[i]
+  end
+  return { window_us, used, false, log, from, upto }
 end
 
--- Reads those counters that are not in the book. `wanted`: names and windows by turns, window 0 for a calendar's.
-local function read(wanted, now)
-  local names, windows = {}, {}
-  for i = 1, #wanted, 2 do
-    if not book[wanted[i]] then
-      book[wanted[i]] = true
-      names[#names + 1], windows[#windows + 1] = wanted[i], wanted[i + 1]
+-- Reads those counters that are not in the book, with as many windows.
+local function read(names, windows, now)
+  if next(book) then
+    local unknown, theirs = {}, {}
+    for i, name in ipairs(names) do
+      if not book[name] then
+        unknown[#unknown + 1], theirs[#theirs + 1] = name, windows[i]
+      end
     end
+    names, windows = unknown, theirs
   end
-  local found = fetch(counters, names)
-  for i, name in ipairs(names) do
-    local value = found[i]
-    book[name] = windows[i] > 0 and sliding(value, windows[i], now) or { window = 0, used = tonumber(value or 0) }
+  for i, value in ipairs(fetch(counters, names)) do
+    book[names[i]] = counter_from(value, windows[i], now)
   end
 end
 
 local function quantum(c, us)
-  return math.floor(us / (c.window / MOST_ENTRIES))
+  return math.floor(us / (c[WINDOW] / MOST_ENTRIES))
+end
+
+local function is_full(c)
+  return c[UPTO] - c[FROM] >= 2 * MOST_ENTRIES - 2
 end
 
 local function add(c, now, amount)
   if amount == 0 then
     return
   end
-  c.dirty, c.used = true, c.used + amount
-  if c.window == 0 then
+  c[DIRTY], c[USED] = true, c[USED] + amount
+  if c[WINDOW] == 0 then
     return
   end
-  local count = c.count
-  local last = c.times[count]
-  if last and last >= now then
-    c.amounts[count] = c.amounts[count] + amount
-  elseif count >= MOST_ENTRIES and quantum(c, last) == quantum(c, now) then
-    c.times[count], c.amounts[count] = now, c.amounts[count] + amount
+  local upto = c[UPTO]
+  if upto < c[FROM] then
+    c[LOG], c[FROM], c[UPTO] = { now, 0, amount }, 2, 2
+    return
+  end
+  local log = c[LOG]
+  local since = now - log[1]
+  if log[upto] >= since then
+    log[upto + 1] = log[upto + 1] + amount
+  elseif is_full(c) and quantum(c, log[1] + log[upto]) == quantum(c, now) then
+    log[upto], log[upto + 1] = since, log[upto + 1] + amount
   else
-    c.count = count + 1
-    c.times[count + 1], c.amounts[count + 1] = now, amount
+    log[upto + 2], log[upto + 3], c[UPTO] = since, amount, upto + 2
   end
 end
 
 local function take(c, place, amount)
-  while amount > 0 and place <= c.count do
-    local taken = math.min(amount, c.amounts[place])
+  local log = c[LOG]
+  while amount > 0 and place <= c[UPTO] do
+    local taken = math.min(amount, log[place + 1])
     amount = amount - taken
-    c.used = c.used - taken
-    c.amounts[place] = c.amounts[place] - taken
-    if c.amounts[place] > 0 then
-      place = place + 1
+    c[USED] = c[USED] - taken
+    log[place + 1] = log[place + 1] - taken
+    if log[place + 1] > 0 then
+      place = place + 2
     else
-      table.remove(c.times, place)
-      table.remove(c.amounts, place)
-      c.count = c.count - 1
+      table.remove(log, place)
+      table.remove(log, place)
+      c[UPTO] = c[UPTO] - 2
     end
   end
 end
@@ -80,57 +92,76 @@ end
 local function adjust(c, reserve_us, now, difference)
   if difference == 0 then
     return
-  elseif c.window == 0 then
-    c.used, c.dirty = math.max(0, c.used + difference), true
+  elseif c[WINDOW] == 0 then
+    c[USED], c[DIRTY] = math.max(0, c[USED] + difference), true
     return
-  elseif reserve_us <= now - c.window then
+  elseif reserve_us <= now - c[WINDOW] then
+    return
+  elseif c[UPTO] < c[FROM] then
+    add(c, reserve_us, math.max(0, difference))
     return
   end
-  local place = c.count + 1
-  while place > 1 and c.times[place - 1] >= reserve_us do
-    place = place - 1
+  local log, place = c[LOG], c[UPTO] + 2
+  local since = reserve_us - log[1]
+  while place > c[FROM] and log[place - 2] >= since do
+    place = place - 2
   end
-  c.dirty = true
+  c[DIRTY] = true
   if difference < 0 then
     take(c, place, -difference)
-  elseif place <= c.count and (c.times[place] == reserve_us or c.count >= MOST_ENTRIES) then
-    c.amounts[place], c.used = c.amounts[place] + difference, c.used + difference
-  elseif c.count < MOST_ENTRIES then
-    table.insert(c.times, place, reserve_us)
-    table.insert(c.amounts, place, difference)
-    c.count, c.used = c.count + 1, c.used + difference
-  else
+  elseif place <= c[UPTO] and (log[place] == since or is_full(c)) then
+    log[place + 1], c[USED] = log[place + 1] + difference, c[USED] + difference
+  elseif is_full(c) then
     add(c, reserve_us, difference)
+  else
+    table.insert(log, place, since)
+    table.insert(log, place + 1, difference)
+    c[UPTO], c[USED] = c[UPTO] + 2, c[USED] + difference
   end
+end
+
+-- When the first entry leaves the window; 0 where there is none.
+local function resets_us(c)
+  return c[UPTO] >= c[FROM] and c[LOG][1] + c[LOG][c[FROM]] + c[WINDOW] or 0
 end
 
 -- When as much as `excess` has left the window; 0 when that much never does.
 local function frees_us(c, excess)
-  for i = 1, c.count do
-    excess = excess - c.amounts[i]
+  for i = c[FROM], c[UPTO], 2 do
+    excess = excess - c[LOG][i + 1]
     if excess <= 0 then
-      return c.times[i] + c.window
+      return c[LOG][1] + c[LOG][i] + c[WINDOW]
     end
   end
   return 0
 end
 
+-- Leaves out of a log what has left its window, and writes its times as distances from the first, which are short.
+local function shortened(c)
+  local log, gone = c[LOG], c[FROM] - 2
+  local first = log[c[FROM]]
+  if gone > 0 or first ~= 0 then
+    for i = c[FROM], c[UPTO], 2 do
+      log[i - gone], log[i - gone + 1] = log[i] - first, log[i + 1]
+    end
+    for i = c[UPTO] + 1, c[UPTO] + 2 - gone, -1 do
+      log[i] = nil
+    end
+    log[1], c[FROM], c[UPTO] = log[1] + first, 2, c[UPTO] - gone
+  end
+  return log
+end
+
 -- Writes what has changed. A counter of nothing is none.
 local function write()
-  local set, gone = {}, {}
+  local set, gone, size = {}, {}, 0
   for name, c in pairs(book) do
-    if c.dirty then
-      if c.used == 0 then
+    if c[DIRTY] then
+      if c[USED] == 0 then
         gone[#gone + 1] = name
-      elseif c.window == 0 then
-        set[#set + 1], set[#set + 2] = name, integer(c.used)
       else
-        -- Times are written as distances from the first, which are short.
-        local first, flat = c.times[1], { c.times[1] }
-        for i = 1, c.count do
-          flat[2 * i], flat[2 * i + 1] = c.times[i] - first, c.amounts[i]
-        end
-        set[#set + 1], set[#set + 2] = name, cmsgpack.pack(flat)
+        set[size + 1], set[size + 2] = name, c[WINDOW] == 0 and integer(c[USED]) or cmsgpack.pack(shortened(c))
+        size = size + 2
       end
     end
   end
@@ -157,9 +188,9 @@ local function charged(r, unit)
 end
 
 -- The counters of a record's charges, for `read`.
-local function counters_of(r, wanted)
+local function counters_of(r, names, windows)
   for i = 1, #(r[CHARGES] or {}), 3 do
-    wanted[#wanted + 1], wanted[#wanted + 2] = r[CHARGES][i], r[CHARGES][i + 2]
+    names[#names + 1], windows[#windows + 1] = r[CHARGES][i], r[CHARGES][i + 2]
   end
 end
 

@@ -18,15 +18,15 @@ local DONE, RETRY, OVER, OTHER = 1, 2, 3, 4
 local records, kept, over_by, freed, gone = {}, {}, {}, {}, 0
 
 local function load_records()
-  local ids, wanted = {}, {}
+  local ids, names, windows = {}, {}, {}
   for i = 2, #ARGV, 5 do
     ids[#ids + 1] = ARGV[i]
   end
   for i, packed in ipairs(fetch(reservations, ids)) do
     records[ids[i]] = packed and cmsgpack.unpack(packed) or nil
-    counters_of(records[ids[i]] or {}, wanted)
+    counters_of(records[ids[i]] or {}, names, windows)
   end
-  read(wanted, now)
+  read(names, windows, now)
 end
 
 local function store_records()

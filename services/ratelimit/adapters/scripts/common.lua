@@ -14,14 +14,16 @@ local call = redis.call
 local CHUNK = 500 -- bounded arguments a command: unpack() has a stack limit
 
 local function integer(n)
-  return string.format('%.0f', n)
+  return string.format('%d', n)
 end
 
 -- The name of the history this server's data has had since it began to lead. It is drawn anew whenever data may have gone back in time: by a start
 -- (an older file may have been loaded) and by a promotion (the replica may have lagged), also of a server that led before and kept running.
 -- Asked here and not once a connection, because a server can be demoted and promoted again while a connection stays open.
 local function current_history()
-  return string.match(call('INFO', 'replication'), 'master_replid:(%x+)')
+  local told = call('INFO', 'replication')
+  local _, before = string.find(told, 'master_replid:', 1, true)
+  return string.sub(told, before + 1, before + 40)
 end
 
 -- Fields of meta, none if meta is of another history. Data that may have gone back counts as lost, because nothing else can be told of it: calls
@@ -96,6 +98,9 @@ end
 
 -- Values of a hash, in any number.
 local function fetch(key, names)
+  if #names <= CHUNK then
+    return #names > 0 and call('HMGET', key, unpack(names)) or {}
+  end
   local found = {}
   for from = 1, #names, CHUNK do
     local to = math.min(from + CHUNK - 1, #names)
@@ -107,6 +112,10 @@ local function fetch(key, names)
 end
 
 local function in_chunks(command, key, arguments)
+  if #arguments > 0 and #arguments <= CHUNK then
+    call(command, key, unpack(arguments))
+    return
+  end
   for from = 1, #arguments, CHUNK do
     call(command, key, unpack(arguments, from, math.min(from + CHUNK - 1, #arguments)))
   end
@@ -133,10 +142,8 @@ end
 -- An idle tenant's data may go: that is a loss of data, which the ledger makes good. meta goes first, as its epoch is what the rest hangs on.
 local IDLE_META_SECONDS, IDLE_REST_SECONDS = 40 * 86400, 41 * 86400
 
-local RESTING = { reservations, leases, counters, ended, uses }
-
 local function idle_rest()
-  for _, key in ipairs(RESTING) do
+  for _, key in ipairs({ reservations, leases, counters, ended, uses }) do
     call('EXPIRE', key, IDLE_REST_SECONDS)
   end
 end
@@ -147,8 +154,7 @@ local function idle()
 end
 
 local function busy()
-  call('PERSIST', meta)
-  for _, key in ipairs(RESTING) do
+  for _, key in ipairs({ meta, reservations, leases, counters, ended, uses }) do
     call('PERSIST', key)
   end
 end

@@ -15,55 +15,47 @@ local LONGEST_SLICE_US = 850000
 -- Until when nobody knows what a rule's window holds; 0 where it is known. A slice from before the loss is used on for as long as it may be, which is
 -- after the loading: a window is known again when even that has left it.
 local function blind_until(c, plan, i)
-  local until_us = plan.rules[i + 6] == 1 and loaded_us + LONGEST_SLICE_US + c.window or 0
+  local until_us = plan.rules[i + 6] == 1 and loaded_us + LONGEST_SLICE_US + c[WINDOW] or 0
   return until_us > now and until_us or 0
+end
+
+-- The end of counters' names in that of three periods, told by where they begin and the last ends, which is now.
+local function suffix_of(first, second, third, over)
+  if now < first or now >= over then
+    return nil
+  end
+  local start = now < second and first or now < third and second or third
+  return string.format('@%d', start / 1000000)
 end
 
 -- The ends of counters' names by calendar: day, month, cycle. Nothing when the caller's clock is so far off that its periods do not reach now.
 local function suffixes_of(packed)
-  local suffixes = {}
-  for place, bounds in ipairs(cmsgpack.unpack(packed)) do
-    for i = 1, 3 do
-      if bounds[i] <= now and now < bounds[i + 1] then
-        suffixes[place] = bounds[i + 4]
-      end
-    end
-    if not suffixes[place] then
-      return nil
-    end
-  end
-  return suffixes
+  local d1, d2, d3, d4, m1, m2, m3, m4, c1, c2, c3, c4 = struct.unpack('>i8i8i8i8i8i8i8i8i8i8i8i8', packed)
+  local day, month, cycle = suffix_of(d1, d2, d3, d4), suffix_of(m1, m2, m3, m4), suffix_of(c1, c2, c3, c4)
+  return day and month and cycle and { day, month, cycle } or nil
 end
 
--- What plans share: {by fours a counter: unit, calendar, window, 1 in shadow; rules; 1 if any is in shadow}.
-local function form_of(form)
-  local counters, count = form[1], 0
-  local units, calendars, windows = {}, {}, {}
-  for i = 1, #counters, 4 do
-    count = count + 1
-    units[count] = counters[i] + (counters[i + 3] == 1 and SHADED or 0)
-    calendars[count], windows[count] = counters[i + 1], counters[i + 2]
+-- What a subject is held to, and its counters, which are read. `form` is what plans share: {of each counter its unit (+ SHADED for one of shadow
+-- rules), its calendar and its window; rules; 1 if any is in shadow}. `own` is what the subject's is: {user, feature, unit of the product, stems of
+-- the counters' names}.
+local function plan_of(form, own, suffixes)
+  -- Tables that are made as long as they will be need not grow.
+  local stems, calendars = own[4], form[2]
+  local names, its_counters = { unpack(stems) }, { unpack(stems) }
+  for place = 1, #names do
+    local suffix = suffixes[calendars[place]]
+    if suffix then
+      names[place] = names[place] .. suffix
+    end
   end
-  return { units = units, calendars = calendars, windows = windows, rules = form[2], has_shadow = form[3] == 1 }
-end
-
--- What is a subject's own of it: {user, feature, unit of the product, stems of the counters' names}.
-local function own_plan(form, own, suffixes, wanted)
-  local names, stems, size = {}, own[4], #wanted
-  for place, stem in ipairs(stems) do
-    local name = stem .. (suffixes[form.calendars[place]] or '')
-    names[place], wanted[size + 1], wanted[size + 2] = name, name, form.windows[place]
-    size = size + 2
+  read(names, form[3], now)
+  for place = 1, #names do
+    its_counters[place] = book[names[place]]
   end
   return {
-    user = own[1], feature = own[2], product_unit = own[3],
-    names = names, stems = stems, units = form.units, rules = form.rules, has_shadow = form.has_shadow,
+    user = own[1], feature = own[2], product_unit = own[3], stems = stems, names = names, counters = its_counters,
+    units = form[1], windows = form[3], rules = form[4], has_shadow = form[5] == 1,
   }
-end
-
-local function plan_of(packed, suffixes, wanted)
-  local form, own = cmsgpack.unpack(packed)
-  return own_plan(form_of(form), own, suffixes, wanted)
 end
 
 -- What runs: the number of living leases, and where a rule needs it the records they stand for.
@@ -97,41 +89,31 @@ end
 
 local function counter_of(plan, i)
   local place = plan.rules[i]
-  return place > 0 and book[plan.names[place]] or nil
+  return place > 0 and plan.counters[place] or nil
 end
 
 local function used_by(plan, i)
   local place = plan.rules[i]
   if place > 0 then
-    local c = book[plan.names[place]]
-    return blind_until(c, plan, i) > 0 and math.max(c.used, plan.rules[i + 2]) or c.used
+    local c = plan.counters[place]
+    return loaded_us > 0 and blind_until(c, plan, i) > 0 and math.max(c[USED], plan.rules[i + 2]) or c[USED]
   elseif place == 0 then
     return 0
   end
   return running_for(plan.rules[i + 5], plan.rules[i + 3] == 1, plan.user, plan.feature, place == -2)
 end
 
--- How much a demand needs of a unit; nothing where it is not counted. Attempts: 0 a product's units, 1 a call, from 2 on a retry.
-local function need_of(item, unit)
-  if unit == PRODUCT then
-    return item.attempt == 0 and item.quantity or nil
-  elseif item.attempt == 0 then
-    return nil
-  elseif unit == TOKENS then
-    return item.tokens
-  elseif unit == COST then
-    return item.cost
-  elseif unit == REQUESTS then
-    return item.attempt == 1 and 1 or nil
-  elseif unit == RETRIES then
-    return item.attempt > 1 and 1 or nil
+-- By unit how much a demand needs; false where it is not counted. Attempts: 0 a product's units, 1 a call, from 2 on a retry.
+local function needs_of(attempt, tokens, cost, quantity)
+  if attempt == 0 then
+    return { false, false, false, false, false, quantity }
   end
-  return 1
+  return { attempt == 1 and 1, tokens, cost, 1, attempt > 1 and 1, false }
 end
 
 -- By how much a rule is too small for the demand. Compared with what is left of the limit: both sides stay below 2^53.
 local function over(plan, i, item)
-  local need = need_of(item, plan.rules[i + 1])
+  local need = item.needs[plan.rules[i + 1]]
   return need and need - (plan.rules[i + 2] - used_by(plan, i)) or 0
 end
 
@@ -158,12 +140,12 @@ end
 -- Whether the demand fits under the rules, `all` those in shadow included, and what may be granted: tokens, cost, output tokens.
 -- Shortened only where every rule in its way allows it.
 local function fitted(plan, item, all)
-  local cut, fewest = 0, item.fewest
-  for i = 1, #plan.rules, STRIDE do
-    if all or plan.rules[i + 3] == 0 then
+  local cut, fewest, rules = 0, item.fewest, plan.rules
+  for i = 1, #rules, STRIDE do
+    if all or rules[i + 3] == 0 then
       local excess = over(plan, i, item)
       if excess > 0 then
-        local unit, shortest = plan.rules[i + 1], plan.rules[i + 4]
+        local unit, shortest = rules[i + 1], rules[i + 4]
         if item.output == 0 or shortest == 0 or (unit ~= TOKENS and unit ~= COST) then
           return false
         end
@@ -188,7 +170,7 @@ local function frees(plan, item, shadow)
     local time = 0
     if excess > 0 then
       local c = counter_of(plan, i)
-      time = c and c.window > 0 and math.max(frees_us(c, excess), blind_until(c, plan, i)) or 0
+      time = c and c[WINDOW] > 0 and math.max(frees_us(c, excess), blind_until(c, plan, i)) or 0
       time = time > 0 and time or -1
     end
     times[#times + 1] = time
@@ -198,11 +180,13 @@ end
 
 -- The answer's figures, by threes a rule: used, when its log gives something back next (0: it is empty or has none), when it has room.
 local function figures(answer, plan, times)
+  local size = #answer
   for i = 1, #plan.rules, STRIDE do
     local c = counter_of(plan, i)
-    answer[#answer + 1] = used_by(plan, i)
-    answer[#answer + 1] = c and c.window > 0 and c.count > 0 and c.times[1] + c.window or 0
-    answer[#answer + 1] = times and times[(i - 1) / STRIDE + 1] or 0
+    answer[size + 1] = used_by(plan, i)
+    answer[size + 2] = c and c[WINDOW] > 0 and resets_us(c) or 0
+    answer[size + 3] = times and times[(i - 1) / STRIDE + 1] or 0
+    size = size + 3
   end
   return answer
 end

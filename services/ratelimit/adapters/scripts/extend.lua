@@ -19,16 +19,17 @@ local lease = call('ZSCORE', leases, id)
 if not r or r[STATE] ~= HELD or r[ATTEMPT] == 0 or not lease or tonumber(lease) <= now then
   return { 'lost' }
 end
-local wanted = {}
-local plan = plan_of(ARGV[4], suffixes, wanted)
+local form, subject = cmsgpack.unpack(ARGV[4])
+local plan = plan_of(form, subject, suffixes)
 if plan.user ~= r[USER] or plan.feature ~= r[FEATURE] then
   return { 'whose', r[USER], r[FEATURE] }
 end
 
 -- It counts where it was reserved, also when that day or month has ended meanwhile. A counter it was not charged to does not bind it, nor does a
 -- window that it has left: of those only the figures are told.
-counters_of(r, wanted)
-read(wanted, now)
+local charged_names, charged_windows = {}, {}
+counters_of(r, charged_names, charged_windows)
+read(charged_names, charged_windows, now)
 local own, binds = {}, {}
 for i = 1, #r[CHARGES], 3 do
   -- Only a calendar's counter has its period at its end: elsewhere a user's name may look like one.
@@ -37,8 +38,8 @@ for i = 1, #r[CHARGES], 3 do
 end
 for place, stem in ipairs(plan.stems) do
   local name = own[stem]
-  binds[place] = name and (book[name].window == 0 or r[RESERVED] > now - book[name].window)
-  plan.names[place] = name or plan.names[place]
+  binds[place] = name and (book[name][WINDOW] == 0 or r[RESERVED] > now - book[name][WINDOW])
+  plan.counters[place] = name and book[name] or plan.counters[place]
 end
 
 local tokens, cost = math.max(tonumber(ARGV[7]), r[R_TOKENS]), math.max(tonumber(ARGV[8]), r[R_COST])
@@ -55,7 +56,7 @@ local function in_the_way(shadow)
     local time = 0
     if excess > 0 and need > 0 then
       local c = counter_of(plan, i)
-      time = c and c.window > 0 and frees_us(c, excess) or 0
+      time = c and c[WINDOW] > 0 and frees_us(c, excess) or 0
       time, refused = time > 0 and time or -1, true
     end
     times[#times + 1] = time

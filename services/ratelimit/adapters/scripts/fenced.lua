@@ -4,7 +4,7 @@ local epoch = current_epoch()
 if not epoch or tonumber(epoch) ~= tonumber(ARGV[1]) then
   return 0
 end
-local now, wanted, ids, found = store_time(), {}, {}, {}
+local now, names, windows, ids, found = store_time(), {}, {}, {}, {}
 for i = 2, #ARGV, 2 do
   ids[#ids + 1] = ARGV[i]
 end
@@ -12,10 +12,10 @@ for i, packed in ipairs(fetch(reservations, ids)) do
   local r = packed and cmsgpack.unpack(packed)
   found[ids[i]] = r and r[STATE] == HELD and r or nil
   if found[ids[i]] then
-    counters_of(r, wanted)
+    counters_of(r, names, windows)
   end
 end
-read(wanted, now)
+read(names, windows, now)
 local kept, over_by, freed, gone = {}, {}, {}, 0
 for i = 2, #ARGV, 2 do
   local id, r = ARGV[i], found[ARGV[i]]

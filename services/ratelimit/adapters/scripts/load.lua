@@ -54,13 +54,13 @@ local last_sum = 9 + 2 * sums
 for i = 10, last_sum, 2 do
   call('HINCRBY', counters, ARGV[i], ARGV[i + 1])
 end
-local records, wanted = {}, {}
+local records, names, windows = {}, {}, {}
 for i = last_sum + 1, #ARGV, 2 do
   local r = cmsgpack.unpack(ARGV[i + 1])
   records[#records + 1] = r
-  counters_of(r, wanted)
+  counters_of(r, names, windows)
 end
-read(wanted, now)
+read(names, windows, now)
 local kept, leased, over_by, held_again, owed = {}, {}, {}, {}, 0
 for place, r in ipairs(records) do
   local id, holds = ARGV[last_sum + 2 * place - 1], r[STATE] <= PINNED
@@ -69,9 +69,9 @@ for place, r in ipairs(records) do
   for i = 1, #r[CHARGES], 3 do
     local c = book[r[CHARGES][i]]
     -- Of days, months and cycles the sums have what is settled.
-    if c.window == 0 and holds then
+    if c[WINDOW] == 0 and holds then
       add(c, now, charged(r, r[CHARGES][i + 1]))
-    elseif c.window > 0 and r[RESERVED] > now - c.window and not stays(r[CHARGES][i]) then
+    elseif c[WINDOW] > 0 and r[RESERVED] > now - c[WINDOW] and not stays(r[CHARGES][i]) then
       add(c, r[RESERVED], charged(r, r[CHARGES][i + 1]))
     end
   end

@@ -16,10 +16,10 @@ local suffixes = suffixes_of(ARGV[3])
 if not suffixes then
   return { 'periods', now }
 end
-local wanted = {}
-local plan = plan_of(ARGV[4], suffixes, wanted)
-read(wanted, now)
-local item = { attempt = tonumber(ARGV[5]), tokens = tonumber(ARGV[6]), cost = tonumber(ARGV[7]), quantity = tonumber(ARGV[8]), output = 0, fewest = 1 }
+local form, own = cmsgpack.unpack(ARGV[4])
+local plan = plan_of(form, own, suffixes)
+local item = { tokens = tonumber(ARGV[6]), cost = tonumber(ARGV[7]), output = 0, fewest = 1 }
+item.needs = needs_of(tonumber(ARGV[5]), item.tokens, item.cost, tonumber(ARGV[8]))
 local ok = fitted(plan, item, false)
 local times, shaded = frees(plan, item, false), frees(plan, item, true)
 for i, time in ipairs(shaded) do

@@ -7,9 +7,9 @@ local r = record(ARGV[1])
 if not r or r[STATE] ~= HELD then
   return 0
 end
-local now, wanted, kept, over_by = store_time(), {}, {}, {}
-counters_of(r, wanted)
-read(wanted, now)
+local now, names, windows, kept, over_by = store_time(), {}, {}, {}, {}
+counters_of(r, names, windows)
+read(names, windows, now)
 finish(ARGV[1], r, now, RELEASED, 0, 0, 0, false, kept, over_by)
 write()
 call('HSET', reservations, unpack(kept))

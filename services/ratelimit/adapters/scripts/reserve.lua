@@ -1,46 +1,51 @@
 -- Decides demands in their order, each against every rule at once, and takes their holds. What is refused writes nothing.
--- ARGV: lease, forget, largest age of an id, version and families of the configuration, calendars, number of forms, forms, number of plans, by twos
--- a plan's form and what is its own, then by twelves:
--- id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, how: a sum of 1 to be used at once
--- (no hold) and 2 to be taken only if all the others are, how it stands in line: see turns.lua.
+-- ARGV: lease, forget, largest age of an id, version of the configuration (8 bytes each), its families, calendars, demands (ITEM_BYTES each), number
+-- of forms, forms, number of plans, by twos a plan's form and what is its own, and if any of the demands stands in line, of each how: see turns.lua.
+-- A demand: id, its own time, attempt, tokens, cost, quantity, plan, output tokens, fewest of them, price of 10^6 of them, how: a sum of 1 to be used
+-- at once (no hold) and 2 to be taken only if all the others are.
 -- Answers {"rebuild"} | {"behind", version} | {"periods", now} | {"ok", now, epoch, items…};
 -- an item: {verdict, reserve_us, tokens, cost, output, expired holds, figures…}
+local ITEM_BYTES = 96
 local m = current('epoch', 'version', 'families', 'outstanding', 'loaded_us')
 local epoch = tonumber(m[1])
 loaded_us = tonumber(m[5]) or 0
 if not epoch then
   return { 'rebuild' }
 end
-local fits = fit(m[3], m[2], ARGV[5], ARGV[4])
+local lease_us, forget_us, age_us, version = struct.unpack('>i8i8i8i8', ARGV[1])
+local fits = fit(m[3], m[2], ARGV[2], version)
 if fits == 'others' then
   return { 'rebuild' }
 elseif fits == 'behind' then
   return { 'behind', tonumber(m[2]) }
 end
-local suffixes = suffixes_of(ARGV[6])
+local suffixes = suffixes_of(ARGV[3])
 if not suffixes then
   return { 'periods', now }
 end
-local lease_us, forget_us, age_us = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local forms, plans, wanted = {}, {}, {}
-local last_form = 7 + tonumber(ARGV[7])
-for i = 8, last_form do
-  forms[i - 7] = form_of(cmsgpack.unpack(ARGV[i]))
+local forms, plans = {}, {}
+local last_form = 5 + ARGV[5]
+for i = 6, last_form do
+  forms[i - 5] = cmsgpack.unpack(ARGV[i])
 end
-local last_plan = last_form + 1 + 2 * tonumber(ARGV[last_form + 1])
+local last_plan = last_form + 1 + 2 * ARGV[last_form + 1]
 for i = last_form + 2, last_plan, 2 do
-  plans[#plans + 1] = own_plan(forms[tonumber(ARGV[i])], cmsgpack.unpack(ARGV[i + 1]), suffixes, wanted)
+  plans[#plans + 1] = plan_of(forms[tonumber(ARGV[i])], cmsgpack.unpack(ARGV[i + 1]), suffixes)
 end
-read(wanted, now)
+if ARGV[last_plan + 1] then
+  stand_in_line()
+end
 
 local ids, items = {}, {}
-for i = last_plan + 1, #ARGV, 12 do
-  ids[#ids + 1] = ARGV[i]
-  items[#items + 1] = {
-    id = ARGV[i], minted_us = tonumber(ARGV[i + 1]), attempt = tonumber(ARGV[i + 2]), tokens = tonumber(ARGV[i + 3]), cost = tonumber(ARGV[i + 4]),
-    quantity = tonumber(ARGV[i + 5]), plan = plans[tonumber(ARGV[i + 6])], output = tonumber(ARGV[i + 7]), fewest = tonumber(ARGV[i + 8]),
-    price = tonumber(ARGV[i + 9]), at_once = tonumber(ARGV[i + 10]) % 2 == 1, together = tonumber(ARGV[i + 10]) >= 2,
-    standing = standing_of(ARGV[i + 11]),
+for at = 1, #ARGV[4], ITEM_BYTES do
+  local id, minted_us, attempt, tokens, cost, quantity, plan, output, fewest, price, how =
+    struct.unpack('>c16i8i8i8i8i8i8i8i8i8i8', ARGV[4], at)
+  local place = #ids + 1
+  ids[place] = id
+  items[place] = {
+    id = id, minted_us = minted_us, attempt = attempt, tokens = tokens, cost = cost, quantity = quantity, plan = plans[plan], output = output,
+    fewest = fewest, price = price, at_once = how % 2 == 1, together = how >= 2, needs = needs_of(attempt, tokens, cost, quantity),
+    standing = standing_of and standing_of(ARGV[last_plan + place]),
   }
 end
 local records = records_of(ids)
@@ -76,13 +81,15 @@ end
 
 -- Charges counters of the plan, those of rules in shadow only when `shaded` is there.
 local function charge(item, r, shaded)
-  local charges = {}
-  for place, name in ipairs(item.plan.names) do
-    local unit = item.plan.units[place]
-    local need = need_of(item, unit % SHADED)
-    if need and (unit < SHADED or shaded) then
-      add(book[name], now, charged(r, unit))
-      charges[#charges + 1], charges[#charges + 2], charges[#charges + 3] = name, unit, book[name].window
+  local plan, needs, charges, size = item.plan, item.needs, {}, 0
+  local names, counters_of_plan, units = plan.names, plan.counters, plan.units
+  for place = 1, #names do
+    local unit = units[place]
+    if needs[unit % SHADED] and (unit < SHADED or shaded) then
+      local c = counters_of_plan[place]
+      add(c, now, charged(r, unit))
+      charges[size + 1], charges[size + 2], charges[size + 3] = names[place], unit, c[WINDOW]
+      size = size + 3
     end
   end
   return charges
@@ -99,7 +106,7 @@ local function hold(item, tokens, cost, output)
   end
   local r = {
     HELD, epoch, now, tokens, cost, item.quantity, plan.user, plan.feature, item.attempt, plan.product_unit,
-    item.tokens, item.cost, output, shaded and shaded_tokens or -1, shaded and shaded_cost or -1,
+    item.tokens, item.cost, output, shaded and shaded_tokens or -1, shaded and shaded_cost or -1, false,
   }
   r[CHARGES] = charge(item, r, shaded)
   records[item.id] = r
@@ -123,12 +130,14 @@ end
 local expired
 
 local function decide(item)
-  if item.minted_us < now - age_us and not came_in_time(item) then
+  if item.minted_us < now - age_us and not (item.standing and came_in_time(item)) then
     return { V_OLD }
   elseif item.minted_us > now + age_us then
     return { V_AHEAD }
   elseif records[item.id] then
-    leave_line(item)
+    if item.standing then
+      leave_line(item)
+    end
     return again(item, records[item.id])
   end
   local ahead, lanes = 0, nil
@@ -137,7 +146,9 @@ local function decide(item)
   end
   local ok, tokens, cost, output = fitted(item.plan, item, false)
   if ok and ahead == 0 then
-    leave_line(item)
+    if item.standing then
+      leave_line(item)
+    end
     return hold(item, tokens, cost, output)
   end
   expired = expired or count_ended(now)
@@ -158,9 +169,10 @@ if spoilt then
   -- Nothing was written yet: what the others took is forgotten with this script.
   return answer
 end
-local until_us = {}
+local until_us, size = {}, 0
 for id, time in pairs(leased) do
-  until_us[#until_us + 1], until_us[#until_us + 2] = integer(time), id
+  until_us[size + 1], until_us[size + 2] = integer(time), id
+  size = size + 2
 end
 in_chunks('ZADD', leases, until_us)
 if #kept > 0 or #used_up > 0 then
@@ -174,5 +186,7 @@ if #kept > 0 or #used_up > 0 then
     idle()
   end
 end
-write_line()
+if write_line then
+  write_line()
+end
 return answer

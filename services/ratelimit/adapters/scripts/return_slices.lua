@@ -5,7 +5,7 @@ local epoch = tonumber(current_epoch())
 if not epoch then
   return 0
 end
-local now, ids, wanted, found = store_time(), {}, {}, {}
+local now, ids, names, windows, found = store_time(), {}, {}, {}, {}
 for i = 1, #ARGV, 3 do
   ids[#ids + 1] = ARGV[i]
 end
@@ -13,10 +13,10 @@ for i, packed in ipairs(fetch(reservations, ids)) do
   local r = packed and cmsgpack.unpack(packed)
   if r and r[STATE] == SLICED and r[CHARGES] and r[EPOCH] == epoch and epoch == tonumber(ARGV[3 * i - 1]) then
     found[ids[i]] = r
-    counters_of(r, wanted)
+    counters_of(r, names, windows)
   end
 end
-read(wanted, now)
+read(names, windows, now)
 local kept = {}
 for i, id in ipairs(ids) do
   local r = found[id]

@@ -18,11 +18,10 @@ if fits == 'others' then
 elseif fits == 'behind' then
   return { 'behind', tonumber(m[2]) }
 end
-local wanted = {}
-local plan = plan_of(ARGV[5], {}, wanted)
+local form, own = cmsgpack.unpack(ARGV[5])
+local plan = plan_of(form, own, {})
 local id, wanted_quantity = ARGV[6], tonumber(ARGV[8])
-local one = { attempt = 0, quantity = 1, tokens = 0, cost = 0, output = 0, fewest = 1 }
-read(wanted, now)
+local one = { needs = needs_of(0, 0, 0, 1), tokens = 0, cost = 0, output = 0, fewest = 1 }
 
 local function answer(verdict, granted, left_us, largest, times)
   return { 'ok', now, epoch, figures({ verdict, granted, left_us, largest }, plan, times) }
@@ -36,7 +35,7 @@ for i = 1, #plan.rules, STRIDE do
   if c then
     room = math.min(room, math.max(1, math.floor((limit - used_by(plan, i)) / tonumber(ARGV[10]))))
     -- The units leave the window so much later than if they were used at once: never by more than a part of it.
-    lease_us = math.min(lease_us, math.floor(c.window / 8))
+    lease_us = math.min(lease_us, math.floor(c[WINDOW] / 8))
   else
     largest = largest > 0 and math.min(largest, limit) or limit
   end
@@ -72,8 +71,8 @@ end
 local over_us = now + lease_us + MARGIN_US
 local charges = {}
 for place, name in ipairs(plan.names) do
-  adjust(book[name], over_us, now, room)
-  charges[#charges + 1], charges[#charges + 2], charges[#charges + 3] = name, plan.units[place], book[name].window
+  adjust(plan.counters[place], over_us, now, room)
+  charges[#charges + 1], charges[#charges + 2], charges[#charges + 3] = name, plan.units[place], plan.windows[place]
 end
 tidy(now, tonumber(ARGV[1]))
 write()

@@ -11,20 +11,18 @@ end
 
 -- Whether its place in line proves that it came in time, however old its id has become meanwhile.
 local function came_in_time(item)
-  return item.standing and ticket_of(item.id) ~= nil
+  return ticket_of(item.id) ~= nil
 end
 
 local function leave_line(item)
-  if item.standing then
-    tear_ticket(item.id)
-  end
+  tear_ticket(item.id)
 end
 
 -- Those before it who wait for a limit that counts it too: how many, and the lanes they share with it.
 local function before(item)
   local plan, own, shared, count = item.plan, {}, {}, 0
   for i = 1, #plan.rules, STRIDE do
-    local need = plan.rules[i + 3] == 0 and need_of(item, plan.rules[i + 1])
+    local need = plan.rules[i + 3] == 0 and item.needs[plan.rules[i + 1]]
     if need and need > 0 then
       own[item.standing.lanes[(i - 1) / STRIDE + 1]] = true
     end

@@ -33,7 +33,7 @@ class _BudgetMeasureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BudgetM
     BUDGET_MEASURE_TOKENS: _BudgetMeasure.ValueType  # 2
     """Tokens of calls, of every class."""
     BUDGET_MEASURE_PRODUCT_UNIT: _BudgetMeasure.ValueType  # 3
-    """A unit of the product, named by `product_unit`: what the limits recorded and events of types that sum or count. Highest levels (MAX) are not added."""
+    """A unit of the product, named by `product_unit`: what the limits recorded and what events count as in usage; of types of MAX the highest in the period."""
 
 class BudgetMeasure(_BudgetMeasure, metaclass=_BudgetMeasureEnumTypeWrapper):
     """What a budget adds up."""
@@ -45,7 +45,7 @@ BUDGET_MEASURE_COST_NANO_USD: BudgetMeasure.ValueType  # 1
 BUDGET_MEASURE_TOKENS: BudgetMeasure.ValueType  # 2
 """Tokens of calls, of every class."""
 BUDGET_MEASURE_PRODUCT_UNIT: BudgetMeasure.ValueType  # 3
-"""A unit of the product, named by `product_unit`: what the limits recorded and events of types that sum or count. Highest levels (MAX) are not added."""
+"""A unit of the product, named by `product_unit`: what the limits recorded and what events count as in usage; of types of MAX the highest in the period."""
 Global___BudgetMeasure: _TypeAlias = BudgetMeasure  # noqa: Y015
 
 class _BudgetPeriod:

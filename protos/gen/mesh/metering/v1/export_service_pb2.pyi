@@ -155,11 +155,11 @@ class ExportedEntry(_message.Message):
 
     @_builtins.property
     def tokens(self) -> _usage_service_pb2.UsageTokens:
-        """Tokens by class; negative in corrections."""
+        """Tokens by class; in corrections the difference, 0 where a price was corrected."""
 
     @_builtins.property
     def cost(self) -> _money_pb2.NanoUsd:
-        """What it cost; negative in corrections."""
+        """What it cost; in corrections the difference."""
 
     def __init__(
         self,

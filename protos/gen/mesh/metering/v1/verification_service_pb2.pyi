@@ -30,11 +30,13 @@ class _LedgerCheckEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LedgerChe
     LEDGER_CHECK_CALL: _LedgerCheck.ValueType  # 1
     """What a call or a use of units says it was billed, with the sum of its entries. The subject is the reservation's id."""
     LEDGER_CHECK_USAGE_SUM: _LedgerCheck.ValueType  # 2
-    """A stored sum of use, with the calls of its hour or day. The subject names the sum: grain, time and names but a user's."""
+    """A stored sum of use, with the calls, events and counts of refusals of its hour, day or week; of a level ("events"), how many events of it stand.
+    The subject names the sum: grain, time and names but a user's.
+    """
     LEDGER_CHECK_LATENCY: _LedgerCheck.ValueType  # 3
     """How many calls of a day took how long, with the calls. The subject is the day, which time is meant and the bucket of the scale."""
     LEDGER_CHECK_BALANCE: _LedgerCheck.ValueType  # 4
-    """What balances add up of a day, with the entries of that day. The subject is the day, and the unit where it is one of the product's."""
+    """What balances add up of a day, with the entries and events of that day. The subject is the day, and the unit where it is one of the product's."""
     LEDGER_CHECK_INVOICE: _LedgerCheck.ValueType  # 5
     """A closed invoice, with what plans, usage, credits and the invoice before make it. The subject is the invoice's number."""
 
@@ -46,11 +48,13 @@ LEDGER_CHECK_UNSPECIFIED: LedgerCheck.ValueType  # 0
 LEDGER_CHECK_CALL: LedgerCheck.ValueType  # 1
 """What a call or a use of units says it was billed, with the sum of its entries. The subject is the reservation's id."""
 LEDGER_CHECK_USAGE_SUM: LedgerCheck.ValueType  # 2
-"""A stored sum of use, with the calls of its hour or day. The subject names the sum: grain, time and names but a user's."""
+"""A stored sum of use, with the calls, events and counts of refusals of its hour, day or week; of a level ("events"), how many events of it stand.
+The subject names the sum: grain, time and names but a user's.
+"""
 LEDGER_CHECK_LATENCY: LedgerCheck.ValueType  # 3
 """How many calls of a day took how long, with the calls. The subject is the day, which time is meant and the bucket of the scale."""
 LEDGER_CHECK_BALANCE: LedgerCheck.ValueType  # 4
-"""What balances add up of a day, with the entries of that day. The subject is the day, and the unit where it is one of the product's."""
+"""What balances add up of a day, with the entries and events of that day. The subject is the day, and the unit where it is one of the product's."""
 LEDGER_CHECK_INVOICE: LedgerCheck.ValueType  # 5
 """A closed invoice, with what plans, usage, credits and the invoice before make it. The subject is the invoice's number."""
 Global___LedgerCheck: _TypeAlias = LedgerCheck  # noqa: Y015

@@ -47,8 +47,9 @@ class VerificationServiceServicer:
     """
 
     def VerifyLedger(self, request, context):
-        """Compares a part of one tenant's books: calls with their entries, sums of use with the calls, what balances add up with the entries, and
-        closed invoices with the usage behind them. Each page is of one moment, of one tenant and of a bounded part. Walks all tenants, or the one
+        """Compares a part of one tenant's books: calls with their entries, sums of use with calls, events and counts of refusals, what balances add up
+        with the entries and the events, and closed invoices with the usage behind them. Each page is of one moment, of one tenant and of a bounded
+        part. Walks all tenants, or the one
         that `x-tenant-id` names. For operators; audited. Reads only, so a page may be asked for again.
         Errors: INVALID_ARGUMENT for a page token of another walk; UNAVAILABLE DEPENDENCY_UNAVAILABLE when a page takes over a minute.
         """

@@ -17,8 +17,9 @@ class VerificationServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     VerifyLedger: _aio.UnaryUnaryMultiCallable[_verification_service_pb2.VerifyLedgerRequest, _verification_service_pb2.VerifyLedgerResponse]
-    """Compares a part of one tenant's books: calls with their entries, sums of use with the calls, what balances add up with the entries, and
-    closed invoices with the usage behind them. Each page is of one moment, of one tenant and of a bounded part. Walks all tenants, or the one
+    """Compares a part of one tenant's books: calls with their entries, sums of use with calls, events and counts of refusals, what balances add up
+    with the entries and the events, and closed invoices with the usage behind them. Each page is of one moment, of one tenant and of a bounded
+    part. Walks all tenants, or the one
     that `x-tenant-id` names. For operators; audited. Reads only, so a page may be asked for again.
     Errors: INVALID_ARGUMENT for a page token of another walk; UNAVAILABLE DEPENDENCY_UNAVAILABLE when a page takes over a minute.
     """
@@ -32,8 +33,9 @@ class VerificationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _verification_service_pb2.VerifyLedgerRequest,
         context: _aio.ServicerContext[_verification_service_pb2.VerifyLedgerRequest, _abc.Awaitable[_verification_service_pb2.VerifyLedgerResponse]],
     ) -> _abc.Awaitable[_verification_service_pb2.VerifyLedgerResponse]:
-        """Compares a part of one tenant's books: calls with their entries, sums of use with the calls, what balances add up with the entries, and
-        closed invoices with the usage behind them. Each page is of one moment, of one tenant and of a bounded part. Walks all tenants, or the one
+        """Compares a part of one tenant's books: calls with their entries, sums of use with calls, events and counts of refusals, what balances add up
+        with the entries and the events, and closed invoices with the usage behind them. Each page is of one moment, of one tenant and of a bounded
+        part. Walks all tenants, or the one
         that `x-tenant-id` names. For operators; audited. Reads only, so a page may be asked for again.
         Errors: INVALID_ARGUMENT for a page token of another walk; UNAVAILABLE DEPENDENCY_UNAVAILABLE when a page takes over a minute.
         """
