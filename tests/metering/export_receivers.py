@@ -15,8 +15,9 @@ from devstack.event_receiver import is_signed
 
 SECRET_KEY = "sk_test_of_the_tests"
 SIGNING_SECRET = "a secret of the tests that is long enough"
-# What a fake may do with a request beside taking it, or answering with a status: take it and never answer, or cut the connection.
-SILENT, CUT = -1, -2
+# What a fake may do with a request beside taking it, or answering with a status: take it and never answer, cut the connection, or answer
+# with what is no JSON, or no text.
+SILENT, CUT, NO_JSON, NO_TEXT = -1, -2, -3, -4
 
 
 class StripeFake:
@@ -55,6 +56,8 @@ class StripeFake:
             return _error(400, "invalid_request_error", f"An event already exists with identifier {identifier}.")
         self.taken[identifier] = event
         await _not_answering(request, outcome)
+        if outcome in (NO_JSON, NO_TEXT):
+            return web.Response(body=b"<html>" if outcome == NO_JSON else b"\xff\xfe{")
         return web.json_response({"object": "billing.meter_event", "identifier": identifier, "event_name": event["event_name"]})
 
 

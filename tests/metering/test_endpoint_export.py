@@ -7,6 +7,7 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from pydantic import SecretStr
 
 from mesh.metering.v1 import export_sink_service_pb2 as pb
 from services.kernel.errors import Unavailable
@@ -16,12 +17,12 @@ from services.metering.adapters.postgres_export_outbox import PostgresExportOutb
 from services.metering.exports.outgoing import Outgoing, Sink, Teller
 from tests.metering.billing import use_tokens, use_units
 from tests.metering.events import event, record, register, reverse
-from tests.metering.export_receivers import CUT, SIGNING_SECRET, SILENT, EndpointFake, served
+from tests.metering.export_receivers import CUT, SECRET_KEY, SIGNING_SECRET, SILENT, EndpointFake, StripeFake, served
 from tests.metering.mesh import MODEL, Mesh, migrated, running_mesh, unknown
 from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
 from tests.metering.rerating import RIGHT, as_operator, load_versions, order, seen
-from tests.metering.telling import ENDPOINT, ask, tell, waiting
+from tests.metering.telling import ENDPOINT, ask, customer, tell, waiting
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
 
@@ -154,6 +155,34 @@ async def test_a_record_that_cannot_be_read_now_disturbs_no_other(mesh: Mesh, en
     await tell(mesh, tellers)
     await sender.close()
     assert sorted(item["data"]["quantity"] for item in endpoint.of(tenant.id)) == [1, 2, 3] and set(endpoint.requests.values()) == {1}
+
+
+async def test_a_receiver_that_hangs_holds_up_itself_alone(mesh: Mesh, endpoint: EndpointFake, peers: Peers) -> None:
+    """Each receiver has a loop of its own: Stripe is told while the endpoint does not answer."""
+    tenant, name = await customer(mesh)
+    await ask(mesh, None, "SetStripeMeter", pb.SetStripeMeterRequest(meter="ai_interviews", event_name="interviews"))
+    endpoint.trouble = lambda identifier, number: SILENT
+    settings = {
+        "export_endpoint_url": f"{endpoint.url}/",
+        "export_endpoint_secret": SecretStr(SIGNING_SECRET),
+        "stripe_secret_key": SecretStr(SECRET_KEY),
+        "export_poll_seconds": 0.05,
+    }
+    async with served(stripe := StripeFake()):
+        two = await running_mesh(
+            str(mesh.settings.postgres_admin_dsn.get_secret_value()), peers, mesh.admin, stripe_url=stripe.url, **settings
+        )
+        try:
+            assert {"export_relay_stripe", "export_relay_endpoint"} <= set(two.app.background.running())
+            await use_units(mesh, tenant, datetime.now(UTC), quantity=5)
+            await eventually(lambda: _told(stripe, name), within_seconds=60)
+        finally:
+            await two.close()
+    await mesh.admin.execute("DELETE FROM metering.export_outbox WHERE tenant_id = $1", tenant.id)
+
+
+async def _told(stripe: StripeFake, name: str) -> bool:
+    return len(stripe.of(name)) == 1
 
 
 async def test_an_endpoint_that_is_off_is_told_nothing(mesh: Mesh, endpoint: EndpointFake, tellers: Mapping[Sink, Teller]) -> None:

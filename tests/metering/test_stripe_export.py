@@ -17,7 +17,7 @@ from services.metering.exports.outgoing import Outgoing, OutgoingKey, Sink, Sour
 from services.metering.exports.stripe_windows import refuse_out_of_window
 from tests.metering.billing import use_tokens, use_units
 from tests.metering.events import event, record, register, reverse
-from tests.metering.export_receivers import CUT, SECRET_KEY, SILENT, StripeFake, served
+from tests.metering.export_receivers import CUT, NO_JSON, NO_TEXT, SECRET_KEY, SILENT, StripeFake, served
 from tests.metering.mesh import Mesh, migrated, running_mesh
 from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
@@ -59,6 +59,17 @@ async def tellers(stripe: StripeFake) -> AsyncIterator[Mapping[Sink, Teller]]:
     teller = StripeMeterEvents(SECRET_KEY, stripe.url, timeout_seconds=1.0)
     yield {Sink.STRIPE: teller}
     await teller.close()
+
+
+@pytest.mark.parametrize("outcome", [NO_JSON, NO_TEXT, SILENT, CUT])
+async def test_what_stripe_may_have_taken_is_known_as_that(stripe: StripeFake, tellers: Mapping[Sink, Teller], outcome: int) -> None:
+    """Accepted, and answered with nothing that can be read: whoever tells it again has to mind how long Stripe knows it."""
+    stripe.trouble = lambda identifier, number: outcome
+    now = datetime.now(UTC)
+    key = OutgoingKey(TenantId(new_uuid7()), Sink.STRIPE, new_uuid7(), "ai_interviews")
+    with pytest.raises(TellFailed) as failed:
+        await tellers[Sink.STRIPE].tell(Outgoing(key, Source.UNIT, "interviews", "cus_1", 5, now, now, new_uuid7(), 1, None))
+    assert failed.value.may_have_arrived and not failed.value.is_final and list(stripe.taken) == [str(key.usage_id)]
 
 
 async def test_what_a_customer_used_is_told_on_the_meters_that_are_set(

@@ -46,12 +46,18 @@ class StripeMeterEvents:
                 raise TellFailed(_refused(error), may_have_arrived=False, is_final=True) from None
         except stripe.StripeError as error:
             raise _failure(error) from None
+        except ValueError:
+            # The library reads what is no text of any encoding with no error of its own.
+            msg = "Stripe's answer cannot be read"
+            raise TellFailed(msg, may_have_arrived=True) from None
 
 
 def _failure(error: stripe.StripeError) -> TellFailed:
     status = error.http_status
     if status is None:
         return TellFailed("Stripe did not answer", may_have_arrived=True)
+    if status < 400:
+        return TellFailed("Stripe's answer cannot be read", may_have_arrived=True)
     if status >= 500:
         return TellFailed(f"Stripe answered {status}", may_have_arrived=True)
     return TellFailed(_refused(error), may_have_arrived=False, pause_seconds=_retry_after(error) if status == 429 else None)

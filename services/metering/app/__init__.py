@@ -37,7 +37,7 @@ from services.metering.adapters.ratelimit_client import RemoteLimits
 from services.metering.adapters.tenant_calendars import RememberedCalendars, TenantCalendars
 from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
 from services.metering.app.alerts import build_budgets, build_webhooks, open_sender
-from services.metering.app.exporting import build_books, open_export_relay
+from services.metering.app.exporting import build_books, open_export_relays
 from services.metering.app.loading import price_book_text
 from services.metering.app.parts import Clock, Parts, utc_now
 from services.metering.app.reconciling import build_reconciliations, open_usage_feed
@@ -89,7 +89,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         to_limits = parts.channel(settings.ratelimit_address, "ratelimit")
         to_tenant = parts.channel(settings.tenant_address, "tenant")
         # What loops use is opened before them, and so closed after them.
-        usage_feed, sender, exports = open_usage_feed(parts), open_sender(parts), open_export_relay(parts)
+        usage_feed, sender, exports = open_usage_feed(parts), open_sender(parts), open_export_relays(parts)
         database, jobs, background = parts.database, parts.jobs, parts.background
         stack.push_async_callback(background.close)
         feed = ChangeFeed(to_tenant)
@@ -116,8 +116,8 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         ]
         server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
         await _keep_months(parts)
-        if exports is not None:
-            background.start("export_relay", exports.run)
+        for name, export_relay in exports.items():
+            background.start(name, export_relay.run)
         background.start("outbox_deleter", relay.run_deleter)
         background.start("outbox_sender", relay.run_sender)
         background.start("outbox_poller", relay.run_poller)

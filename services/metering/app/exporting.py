@@ -33,8 +33,8 @@ def build_books(parts: Parts, queries: PostgresUsageQueries) -> list[Registratio
     ]
 
 
-def open_export_relay(parts: Parts) -> ExportRelay | None:
-    """Opens what tells others of use; None where nobody is to be told."""
+def open_export_relays(parts: Parts) -> dict[str, ExportRelay]:
+    """Opens what tells others of use, by the name of its loop: one a receiver, so that who hangs holds up itself alone."""
     settings, stack, jobs = parts.settings, parts.stack, parts.jobs
     outbox, tellers = PostgresExportOutbox(jobs), dict[Sink, Teller]()
     if key := settings.stripe_secret_key.get_secret_value():
@@ -48,6 +48,8 @@ def open_export_relay(parts: Parts) -> ExportRelay | None:
         sender = WebhookSender(private_addresses=True)
         stack.push_async_callback(sender.close)
         tellers[Sink.ENDPOINT] = ExportEndpoint(sender, outbox, url, settings.export_signing_key(), region=settings.region)
-    if not tellers:
-        return None
-    return ExportRelay(outbox, tellers, poll_seconds=settings.export_poll_seconds, max_attempts=settings.export_max_attempts)
+    poll_seconds, max_attempts = settings.export_poll_seconds, settings.export_max_attempts
+    return {
+        f"export_relay_{sink.name.lower()}": ExportRelay(outbox, {sink: teller}, poll_seconds=poll_seconds, max_attempts=max_attempts)
+        for sink, teller in tellers.items()
+    }

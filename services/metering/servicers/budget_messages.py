@@ -5,6 +5,7 @@ from services.kernel.ids import TenantId, parse_uuid
 from services.kernel.paging import decode_page_token, encode_page_token, position_time
 from services.kernel.timestamps import to_timestamp
 from services.metering.budgets.budget import (
+    MOST_USED,
     Budget,
     BudgetAction,
     BudgetAlert,
@@ -60,8 +61,8 @@ def standing_message(budget: Budget, standing: Standing, *, is_blocked: bool) ->
         used=used,
         remaining=max(0, amount - max(0, used)),
         overage=max(0, used - amount),
-        forecast_by_period=standing.by_period,
-        forecast_by_week=standing.by_week,
+        forecast_by_period=None if standing.by_period is None else min(MOST_USED, standing.by_period),
+        forecast_by_week=min(MOST_USED, standing.by_week),
         fired_percent=standing.fired,
         blocks=is_blocked,
     )
