@@ -182,7 +182,7 @@ _FILTERS = (
     one(
         "Redis keys are not the tenant's own",
         "services/ratelimit/adapters/tenant_scripts.py",
-        'return f"{{{tenant_id}}}:"',
+        'return f"{{{uuid_text(tenant_id)}}}:"',
         'return "{shared}:"',
         "tests/isolation/test_key_stores.py::test_every_redis_key_is_a_known_tenants",
     ),
