@@ -41,6 +41,11 @@ PASSWORDS = {
 }
 TOKENS = {name: f"{name}-bearer" for name in ("inference", "ratelimit", "tenant", "metering")}
 HASHES = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in TOKENS.items())
+# Reference data and what operators keep: of no tenant.
+SHARED_TABLES = (
+    *("price_versions", "prices", "event_types", "billing_plan_versions"),
+    *("reconciliations", "reconciliation_lines", "export_sinks", "stripe_meters"),
+)
 MODEL = "claude-haiku-4-5-20251001"
 VERSION = "2026-01"
 

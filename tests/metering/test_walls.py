@@ -15,7 +15,7 @@ from services.kernel.ids import TenantId, new_uuid7
 from tests.metering import events
 from tests.metering.billing import USD, ask, close, ended, grant, subscribe
 from tests.metering.budgets import new_tenant, put, receiver_at, use, wait_fired
-from tests.metering.mesh import Mesh, Tenant, bill, dsn_of
+from tests.metering.mesh import SHARED_TABLES, Mesh, Tenant, bill, dsn_of
 from tests.metering.rerating import load_versions, order, rerated
 from tests.metering.usage import fold
 
@@ -78,17 +78,7 @@ async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) ->
     """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
     connection = await asyncpg.connect(ledger_dsn)
     try:
-        shared = (
-            "price_versions",
-            "prices",
-            "event_types",
-            "billing_plan_versions",
-            "reconciliations",
-            "reconciliation_lines",
-            "export_sinks",
-            "stripe_meters",
-        )
-        assert await violations(connection, "metering", shared_tables=shared) == []
+        assert await violations(connection, "metering", shared_tables=SHARED_TABLES) == []
     finally:
         await connection.close()
 
