@@ -3,11 +3,16 @@
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.sharing_out import Schedule, longest_first
 from tests.support.stores import PostgresStore, RedisStore, running_postgres, running_redis
+
+# What an example proves does not depend on the pace of a machine that has other things to do.
+settings.register_profile("at-any-pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("at-any-pace")
 
 
 @pytest.hookimpl(trylast=True)
