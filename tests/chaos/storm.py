@@ -29,6 +29,7 @@ from tests.chaos.bookkeeper import Bookkeeper
 from tests.chaos.books import SETTLED, UNRESOLVED, VOID, Ledger, Limits, read_holds, read_ledger, read_provider
 from tests.chaos.callers import UNIT, Caller, Diary
 from tests.chaos.chances import closings, deaths, orders
+from tests.chaos.faults import Faults
 from tests.chaos.killer import Killer
 from tests.ratelimit.rules import rule
 from tests.support.mesh import state_folder
@@ -58,15 +59,16 @@ class Storm:
 
 
 async def run(storm: Storm, state: Path | None = None) -> dict[str, Any]:
-    """Runs a storm and returns what happened; `differences` is empty when the guarantees held. `state` keeps its files."""
+    """Runs a storm and returns what happened; `differences` is empty when the guarantees held and no answer was INTERNAL. `state` keeps its files."""
     with contextlib.ExitStack() as folders:
         folder = state or folders.enter_context(state_folder())
         async with _mesh(folder) as (stack, client):
-            bookkeeper = Bookkeeper(stack, client)
+            faults = Faults()
+            bookkeeper = Bookkeeper(stack, client, faults)
             await bookkeeper.register()
             async with asyncio.TaskGroup() as group:
                 making = [group.create_task(_tenant(stack, client, bookkeeper, number)) for number in range(TENANTS)]
-            weather = _Weather(storm, stack, client, bookkeeper, dict(made.result() for made in making))
+            weather = _Weather(storm, stack, client, bookkeeper, faults, dict(made.result() for made in making))
             async with weather.killer.keeping_up():
                 await weather.rage()
                 return await weather.calm()
@@ -105,10 +107,16 @@ class _Weather:
     """One storm over one mesh."""
 
     def __init__(
-        self, storm: Storm, stack: Stack, client: MeshClient, bookkeeper: Bookkeeper, conversations: dict[DemoTenant, str]
+        self,
+        storm: Storm,
+        stack: Stack,
+        client: MeshClient,
+        bookkeeper: Bookkeeper,
+        faults: Faults,
+        conversations: dict[DemoTenant, str],
     ) -> None:
         self.killer = Killer(stack)
-        self._storm, self._stack, self._client, self._bookkeeper = storm, stack, client, bookkeeper
+        self._storm, self._stack, self._client, self._bookkeeper, self._faults = storm, stack, client, bookkeeper, faults
         self._conversations, self._tenants = conversations, list(conversations)
         self._diaries = {tenant.tenant_id: Diary() for tenant in conversations}
 
@@ -122,7 +130,7 @@ class _Weather:
                 at = [began + part * seconds for part in closings(self._storm.seed, number)]
                 group.create_task(self._bookkeeper.close(tenant, at))
                 for index in range(CALLERS_A_TENANT):
-                    caller = Caller(self._client, tenant, conversation_id, self._diaries[tenant.tenant_id])
+                    caller = Caller(self._client, tenant, conversation_id, self._diaries[tenant.tenant_id], self._faults)
                     group.create_task(caller.run(orders(self._storm.seed, number, index), until))
         await self.killer.all_up()
 
@@ -151,7 +159,8 @@ class _Weather:
             reports = {tenant.tenant_id: await self._report(tenant) for tenant in self._tenants}
             bills = {tenant.tenant_id: await self._bookkeeper.bills(tenant, _READ_SECONDS) for tenant in self._tenants}
         except grpc.aio.AioRpcError as error:
-            return [f"the mesh does not answer: {error.code().name} {error.details()}"], None
+            told = self._faults.read("reading", "the books", error)
+            return [f"the mesh does not answer: {told.code} {told.message}"], None
         ledger = await read_ledger(self._stack.postgres.dsn("tenantry"))
         provider = await asyncio.to_thread(read_provider, self._stack.state.folder / "provider-ledger.jsonl")
         budgets = {tenant.tenant_id: TIGHT_BUDGET_NANO_USD for tenant in self._tenants[-TIGHT_TENANTS:]}
@@ -195,5 +204,5 @@ class _Weather:
             "units_recorded": len(ledger.units) if ledger else 0,
             "events_recorded": len(ledger.events) if ledger else 0,
             "agreed_after_seconds": None if agreed_after_seconds is None else round(agreed_after_seconds, 2),
-            "differences": found,
+            "differences": [*found, *self._faults.said],
         }
