@@ -381,7 +381,7 @@ def _require_named(tenant_id: TenantId | None, args: Sequence[object]) -> None:
 
 def _is_gone(connection: Connection) -> bool:
     try:
-        return connection.is_closed()
+        return bool(connection.is_closed())
     except asyncpg.InterfaceError:
         # The pool took it back at the moment the server cut it: what it lent out says nothing any more, not even that.
         return True
