@@ -12,7 +12,6 @@ from tests.chaos.bookkeeper import Bills
 from tests.chaos.books import OPEN, SETTLED, UNRESOLVED, VOID, Billed, Call, Entry, Ledger, Limits, cost_nano_usd
 from tests.chaos.callers import UNIT, Diary
 
-
 # Ids, numbers, and what follows a bracket.
 _FIGURES = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|\d+|[(\[].*")
 

@@ -219,7 +219,7 @@ async def test_a_connection_that_the_pool_took_back_is_said_to_be_unavailable(da
 async def _taken_back(connection: Connection) -> None:
     async with asyncio.timeout(10):
         with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
-            while connection.is_closed() is not None:
+            while connection.is_closed() is not None:  # noqa: ASYNC110 - the pool has no event for it
                 await asyncio.sleep(0.01)
 
 

@@ -153,7 +153,7 @@ async def _fault_of(link: PipelinedLink, *command: str) -> str:
 
 @pytest.mark.parametrize("link_to", [PipelinedLink, ClusterLink])
 def test_a_connection_that_the_server_reset_is_no_fault_of_the_caller(link_to: Callable[..., Link]) -> None:
-    """On the services' own event loop a write to such a connection fails in other words; nobody hears them, and the next one is answered."""
+    """On the services' own event loop a write to it fails in other words; nobody hears them, and the next one is answered."""
 
     async def ask_again() -> None:
         async with resetting_redis() as redis:
