@@ -39,8 +39,9 @@ class LeaseSweeper:
         self._sweep_seconds = sweep_seconds
 
     async def run(self) -> None:
-        """Sweeps for ever, whenever a lease ends. Not before one whole lease after a start, or after the store was away: holders could not
-        renew meanwhile.
+        """Sweeps for ever, whenever a lease ends.
+
+        Not before one whole lease after a start, or after the store was away: holders could not renew meanwhile.
         """
         not_before = time.monotonic() + self._lease_seconds
         pause = self._sweep_seconds
