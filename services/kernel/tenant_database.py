@@ -348,7 +348,7 @@ def unreachable_is_unavailable(connection: Connection | None = None) -> Iterator
         raise Unavailable("postgres") from error
     except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         # The driver's own words for a connection that the server cut while it was idle.
-        if connection is None or connection.is_closed():
+        if connection is None or _is_gone(connection):
             raise Unavailable("postgres") from error
         raise
 
@@ -379,14 +379,23 @@ def _require_named(tenant_id: TenantId | None, args: Sequence[object]) -> None:
         raise ValueError(msg)
 
 
+def _is_gone(connection: Connection) -> bool:
+    try:
+        return bool(connection.is_closed())
+    except asyncpg.InterfaceError:
+        # The pool took it back at the moment the server cut it: what it lent out says nothing any more, not even that.
+        return True
+
+
 async def _rollback(connection: Connection) -> None:
-    if connection.is_closed():
+    if _is_gone(connection):
         return
     try:
         await connection.execute("ROLLBACK", timeout=_ROLLBACK_SECONDS)
     except (*_UNREACHABLE, asyncpg.InterfaceError):
-        # Cut rather than returned: a connection whose transaction may still be open must not reach another tenant.
-        connection.terminate()
+        if not _is_gone(connection):
+            # Cut rather than returned: a connection whose transaction may still be open must not reach another tenant.
+            connection.terminate()
 
 
 async def _keep_session(connection: Connection) -> None:

@@ -95,7 +95,9 @@ class MeteringSettings(ServiceSettings):
         default="", description="where counters are sent over OTLP/gRPC, such as http://127.0.0.1:4317; empty: nowhere"
     )
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
-    sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
+    sweep_seconds: float = Field(
+        default=1.0, gt=0.0, description="longest pause between looks for lapsed calls; a lease that ends sooner is looked at then"
+    )
     event_retention_days: int = Field(
         default=400, ge=62, description="how long a month is kept that has no events; one that has is kept for ever"
     )

@@ -1,6 +1,8 @@
 """A connection sees one tenant inside its transaction and none outside, and a store that is away is said to be away."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.migrate import migrate
 from services.kernel.placement import HOME
-from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
 from tests.support.stores import PostgresStore, running_postgres
 
 SCHEMA_SQL = """
@@ -200,6 +202,25 @@ async def test_an_exhausted_pool_answers_within_its_limit(databases: Databases, 
     async with databases.service.transaction(tenant()):
         with pytest.raises(Unavailable):
             await databases.service.call(None, "SELECT 1")
+
+
+@pytest.mark.parametrize("again", ["SELECT 1", ""], ids=("and is used", "and is only left"))
+async def test_a_connection_that_the_pool_took_back_is_said_to_be_unavailable(databases: Databases, again: str) -> None:
+    """The driver's pool takes a connection back at the moment it is cut; whoever still has it hears UNAVAILABLE, and the next one works."""
+    with pytest.raises(Unavailable):
+        async with databases.service.transaction(tenant()) as connection:
+            os.kill(await connection.fetchval("SELECT pg_backend_pid()"), signal.SIGTERM)
+            await _taken_back(connection)
+            if again:
+                await connection.fetchval(again)
+    assert await databases.service.fetch_value(None, "SELECT 2") == 2
+
+
+async def _taken_back(connection: Connection) -> None:
+    async with asyncio.timeout(10):
+        with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
+            while connection.is_closed() is not None:  # noqa: ASYNC110 - the pool has no event for it
+                await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("pooling", [False, True])

@@ -129,6 +129,21 @@ async def test_ends_the_limits_cannot_apply_yet_are_sent_again(lonely: Mesh) -> 
     await emptied(lonely, patient)
 
 
+async def test_ends_that_waited_for_a_rebuild_are_told_soon_after_it(lonely: Mesh) -> None:
+    """What was put off for a tenant while the limits had no counters of it is due when an epoch of it begins, and nobody else's is."""
+    rebuilt, other = lonely.new_tenant(), lonely.new_tenant()
+    lonely.limits.answer = lambda commit: RETRY
+    for tenant in (rebuilt, other):
+        await lonely.void(not_billed(ref(tenant)))
+        await lonely.limits.wait_for(tenant.id, 1)
+    # As late as nothing is put off by itself.
+    await lonely.admin.execute("UPDATE metering.outbox SET due_time = now() + interval '1 hour'")
+    lonely.limits.answer = lambda commit: DONE
+    await lonely.begin_epoch(rebuilt)
+    await emptied(lonely, rebuilt)
+    assert await lonely.outbox_kinds(other) == [2]
+
+
 async def test_unanswered_end_stays_in_the_table(lonely: Mesh) -> None:
     """A relay that sends and gets no answer deletes nothing and puts nothing off."""
     await lonely.app.background.close()

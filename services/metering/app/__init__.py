@@ -43,6 +43,7 @@ from services.metering.app.parts import Clock, Parts, utc_now
 from services.metering.app.reconciling import build_reconciliations, open_usage_feed
 from services.metering.billing.desk import InvoiceDesk
 from services.metering.billing.monthly_job import MonthlyJob
+from services.metering.epoch import Epochs
 from services.metering.event_log import EventLog
 from services.metering.event_months import EventMonths
 from services.metering.event_types import EventTypeCatalog
@@ -105,7 +106,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         queries = await _usage_queries(parts)
         usage = UsageServicer(PostgresUsage(database), queries, TenantCalendars(configs))
         servicers = [
-            *_of_calls(parts, ledger, RefusalBook(PostgresRefusals(database), proof), usage),
+            *_of_calls(parts, ledger, Epochs(PostgresEpochs(database), relay), RefusalBook(PostgresRefusals(database), proof), usage),
             _of_prices(parts, catalog),
             _of_events(parts),
             _of_invoices(parts, plans),
@@ -138,12 +139,12 @@ async def _usage_queries(parts: Parts) -> PostgresUsageQueries:
     return PostgresUsageQueries(database, reading, reading_all)
 
 
-def _of_calls(parts: Parts, ledger: Ledger, refusals: RefusalBook, usage: UsageServicer) -> list[Registration]:
+def _of_calls(parts: Parts, ledger: Ledger, epochs: Epochs, refusals: RefusalBook, usage: UsageServicer) -> list[Registration]:
     records = PostgresTenantRecords(parts.database, parts.jobs)
     return [
         (
             add_LedgerServiceServicer_to_server,
-            LedgerServicer(ledger, PostgresEpochs(parts.database), refusals),
+            LedgerServicer(ledger, epochs, refusals),
             "mesh.metering.v1.LedgerService",
         ),
         (add_UsageServiceServicer_to_server, usage, "mesh.metering.v1.UsageService"),
