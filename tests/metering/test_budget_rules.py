@@ -151,7 +151,7 @@ def offered_name(budget: str) -> str:
 
 
 def test_no_two_budgets_are_offered_one_rule() -> None:
-    """A rule's name is no longer than a budget's: what does not fit is told apart by a digest, and no shorter budget's rule looks like it."""
+    """A rule's name is no longer than a budget's: what does not fit is told apart by a digest, and no other budget's looks like it."""
     names = ["ada", "a" * 55, "a" * 56, "a" * 57, "a" * 63, "a" * 62 + "b", "a" * 56 + "b"]
     offered = [offered_name(name) for name in names]
     assert offered[:2] == ["budget_ada", "budget_" + "a" * 55] and len(set(offered)) == len(names)
