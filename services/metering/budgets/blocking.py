@@ -52,9 +52,10 @@ def _refuses(terms: BudgetTerms, rule: pb.LimitRule) -> bool:
 
 
 def _scope(terms: BudgetTerms) -> pb.LimitScope.ValueType:
-    if terms.user:
-        return pb.LIMIT_SCOPE_USER_FEATURE if terms.feature else pb.LIMIT_SCOPE_USER
-    return pb.LIMIT_SCOPE_FEATURE if terms.feature else pb.LIMIT_SCOPE_TENANT
+    of_feature = terms.feature or terms.each_feature
+    if terms.user or terms.each_user:
+        return pb.LIMIT_SCOPE_USER_FEATURE if of_feature else pb.LIMIT_SCOPE_USER
+    return pb.LIMIT_SCOPE_FEATURE if of_feature else pb.LIMIT_SCOPE_TENANT
 
 
 def _rule_name(budget: str) -> str:
