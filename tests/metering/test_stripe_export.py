@@ -167,6 +167,16 @@ async def test_what_stripe_will_never_take_is_given_up_listed_and_told_again_by_
     assert replayed.replayed_count == 3 and len(stripe.of(name)) == 3 and await waiting(mesh, tenant) == []
 
 
+async def test_what_waits_is_listed_of_the_tenant_that_is_named(mesh: Mesh, stripe: StripeFake, tellers: Mapping[Sink, Teller]) -> None:
+    """And of every tenant where none is: an operator who acts for one is told of no other."""
+    (one, _), (other, _) = await customer(mesh), await customer(mesh)
+    for tenant in (one, other):
+        await use_units(mesh, tenant, datetime.now(UTC))
+    assert {item.tenant_id for item in await waiting(mesh, one)} == {str(one.id)}
+    assert {item.tenant_id for item in await waiting(mesh, None)} >= {str(one.id), str(other.id)}
+    await tell(mesh, tellers)
+
+
 async def test_after_many_attempts_it_is_given_up(mesh: Mesh, stripe: StripeFake, tellers: Mapping[Sink, Teller]) -> None:
     """As many as are set, with a pause after each that grows; nothing is lost."""
     tenant, _ = await customer(mesh)
