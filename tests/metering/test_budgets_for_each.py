@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import grpc
 import pytest
@@ -211,3 +212,22 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield plan
     for part in plan.get("Plans", ()):
         yield from nodes(part)
+
+
+FIRE_AS_BEFORE = """
+SELECT metering.fire_budgets($1, ARRAY[$2::uuid], ARRAY[date_trunc('day', now(), 'UTC')],
+    ARRAY[date_trunc('day', now(), 'UTC') + interval '1 day'], ARRAY[100], ARRAY[1000::bigint], ARRAY[gen_random_uuid()])
+"""
+
+
+async def test_replicas_of_the_release_before_fire_what_they_know(mesh: Mesh) -> None:
+    """A budget of one name fires once through either function; of one for each the older knows nothing."""
+    tenant = new_tenant(mesh)
+    one = await put(mesh, tenant, "one", user="ada", thresholds_percent=[100])
+    each = await put(mesh, tenant, "each", each_user=True, thresholds_percent=[100])
+    told = [await mesh.app.database.fetch_value(TenantId(tenant.id), FIRE_AS_BEFORE, tenant.id, UUID(one.budget_id)) for _ in range(2)]
+    assert told == [1, 0]
+    assert await mesh.app.database.fetch_value(TenantId(tenant.id), FIRE_AS_BEFORE, tenant.id, UUID(each.budget_id)) == 0
+    await use(mesh, tenant, 1_000, user="ada")
+    await looked_at(mesh, tenant)
+    assert sorted(alert.budget_name for alert in await alerts(mesh, tenant)) == ["each", "one"]

@@ -7,15 +7,14 @@ from services.kernel.tenant_database import JobsDatabase
 _NAMED = """
 SELECT t.unit FROM metering.event_types t
 UNION
-SELECT c.charge ->> 0 FROM metering.billing_plan_versions v CROSS JOIN LATERAL jsonb_array_elements(v.terms -> 'charges') AS c (charge)
-WHERE c.charge ->> 0 NOT LIKE 'calls.%'
+SELECT jsonb_array_elements(v.terms -> 'charges') ->> 0 FROM metering.billing_plan_versions v
 """
 IS_NAMED = f"SELECT EXISTS (SELECT FROM ({_NAMED}) AS n (unit) WHERE n.unit = $1)"  # noqa: S608 - a constant
-SELECT_NAMED = f"SELECT n.unit FROM ({_NAMED}) AS n (unit) ORDER BY n.unit LIMIT $1"  # noqa: S608 - a constant
-# Reads the sums of use until it finds one: asked for what nothing names, which is rare.
+SELECT_NAMED = f"SELECT n.unit FROM ({_NAMED}) AS n (unit) WHERE n.unit NOT LIKE 'calls.%' ORDER BY n.unit LIMIT $1"  # noqa: S608 - a constant
+# Reads the sums of every tenant's use until it finds one: asked for what nothing names, which is rare.
 IS_USED = """
-SELECT EXISTS (SELECT FROM metering.usage_pending p WHERE p.product_unit = $1)
-    OR EXISTS (SELECT FROM metering.usage_rollups u WHERE u.product_unit = $1)
+SELECT EXISTS (SELECT p.tenant_id FROM metering.usage_pending p WHERE p.product_unit = $1)
+    OR EXISTS (SELECT u.tenant_id FROM metering.usage_rollups u WHERE u.product_unit = $1)
 """
 
 

@@ -45,8 +45,7 @@ BEGIN
 END
 $$;
 
--- As before; whose use it is comes with each threshold, because a budget for each does not say it.
-DROP FUNCTION fire_budgets;
+-- As the one before; whose use it is comes with each threshold, because a budget for each does not say it.
 CREATE FUNCTION fire_budgets(
     p_tenant uuid, p_budgets uuid[], p_starts timestamptz[], p_ends timestamptz[], p_users text[], p_features text[], p_thresholds integer[],
     p_used bigint[], p_alerts uuid[]
@@ -84,5 +83,17 @@ BEGIN
     RETURN v_count;
 END
 $$;
-REVOKE ALL ON FUNCTION fire_budgets FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION fire_budgets TO :service;
+-- How replicas of the release before fire, who know no budget for each: theirs is found when another looks again.
+CREATE OR REPLACE FUNCTION fire_budgets(
+    p_tenant uuid, p_budgets uuid[], p_starts timestamptz[], p_ends timestamptz[], p_thresholds integer[], p_used bigint[], p_alerts uuid[]
+) RETURNS integer
+LANGUAGE sql VOLATILE SECURITY INVOKER AS $$
+    SELECT set_config('app.tenant_id', p_tenant::text, true);
+    SELECT metering.fire_budgets(
+        p_tenant, array_agg(b.budget_id), array_agg(w.period_start), array_agg(w.period_end), array_agg(b.user_name), array_agg(b.feature),
+        array_agg(w.threshold), array_agg(w.used), array_agg(w.alert_id))
+    FROM unnest(p_budgets, p_starts, p_ends, p_thresholds, p_used, p_alerts) AS w (budget_id, period_start, period_end, threshold, used, alert_id)
+    JOIN metering.budgets b ON b.tenant_id = p_tenant AND b.budget_id = w.budget_id AND NOT b.each_user AND NOT b.each_feature
+$$;
+REVOKE ALL ON FUNCTION fire_budgets(uuid, uuid[], timestamptz[], timestamptz[], text[], text[], integer[], bigint[], uuid[]) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION fire_budgets(uuid, uuid[], timestamptz[], timestamptz[], text[], text[], integer[], bigint[], uuid[]) TO :service;
