@@ -179,7 +179,7 @@ class GroupKey:
 
 @dataclass(frozen=True, slots=True)
 class GroupUse:
-    """What a group used. `names` of the key stand in the order of Dimension, from USER on."""
+    """What a group used. `names` of the key stand in the order of Dimension, from USER on. A quantity that is cut is beyond an int64."""
 
     key: GroupKey
     rank: int
@@ -192,6 +192,7 @@ class GroupUse:
     usage: TokenUsage
     cost_nano_usd: int
     quantity: int
+    is_quantity_cut: bool
     refusals: int
     first_token: Latency | None
     total: Latency | None

@@ -206,6 +206,14 @@ async def test_what_was_recorded_cannot_be_changed(mesh: Mesh, table: str, attac
                     await connection.execute(sql)
 
 
+@pytest.mark.parametrize("table", ["metering.reconciliations", "metering.reconciliation_lines"])
+async def test_what_is_compared_over_all_tenants_is_closed_to_the_service(mesh: Mesh, admin: asyncpg.Connection, table: str) -> None:
+    """Reports hold sums of every tenant: the role that acts for one has no right to them."""
+    rights = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")
+    held = [right for right in rights if await admin.fetchval("SELECT has_table_privilege('metering_service', $1, $2)", table, right)]
+    assert held == []
+
+
 async def test_the_jobs_role_does_its_jobs_and_nothing_else(mesh: Mesh, attacked: list[Attacked], victim: Target) -> None:
     """Across tenants a jobs role reads and changes only the tables of its sweeps, and of them only what its policies name."""
     through: list[str] = []

@@ -94,6 +94,24 @@ async def test_entries_cannot_be_changed_even_by_an_administrator(mesh: Mesh, ta
         await mesh.admin.execute(change.format(table))
 
 
+async def test_an_alert_never_changes(mesh: Mesh, ledger_dsn: str) -> None:
+    """Neither role may remove one or change what it says; an administrator, who may, is stopped by the trigger."""
+    tenant = await budgeted(mesh)
+    changes = ("UPDATE metering.budget_alerts SET used = used + 1", "UPDATE metering.budget_alerts SET user_name = ''")
+    for change in (*changes, "DELETE FROM metering.budget_alerts", "TRUNCATE metering.budget_alerts"):
+        with pytest.raises(asyncpg.PostgresError, match="append-only"):
+            await mesh.admin.execute(change)
+    for role, may_forget in (("metering_service", True), ("metering_jobs", False)):
+        connection = await asyncpg.connect(dsn_of(ledger_dsn, role))
+        try:
+            for change in (changes[0], "DELETE FROM metering.budget_alerts", *(() if may_forget else changes[1:])):
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await connection.execute(change)
+        finally:
+            await connection.close()
+    assert await mesh.admin.fetchval("SELECT count(*) FROM metering.budget_alerts WHERE tenant_id = $1", tenant.id) == 1
+
+
 @pytest.mark.parametrize("table", [*BILLING, *RERATING, "billing_plan_versions"])
 @pytest.mark.parametrize("change", ["UPDATE metering.{0} SET {1} = {1}", "DELETE FROM metering.{0}", "TRUNCATE metering.{0} CASCADE"])
 async def test_what_was_billed_cannot_be_changed_by_anybody(mesh: Mesh, ledger_dsn: str, table: str, change: str) -> None:

@@ -20,6 +20,7 @@ INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 
 RECONCILIATION_DRIFTS = "tenantry.reconciliation.drifts"
+RECONCILIATION_ROWS_SET_ASIDE = "tenantry.reconciliation.rows_set_aside"
 
 LOG_TENANT_ID = "tenant_id"
 LOG_CALL_ID = "call_id"

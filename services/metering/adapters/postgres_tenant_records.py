@@ -215,7 +215,8 @@ SELECT r.record_time, r.event_id, row_to_json(r)::text AS record FROM (
 """
 EXPORT_BUDGETS = """
 SELECT r.budget_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
-    SELECT tenant_id, budget_id, name, measure, product_unit, user_name, feature, amount, period, action, thresholds, update_time
+    SELECT tenant_id, budget_id, name, measure, product_unit, user_name, feature, each_user, each_feature, amount, period, action,
+           thresholds, update_time
     FROM metering.budgets WHERE tenant_id = $1 AND (budget_id, 1::smallint) > ($2, $3::smallint) ORDER BY budget_id LIMIT $4
 ) r ORDER BY r.budget_id
 """

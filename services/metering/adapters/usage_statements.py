@@ -110,6 +110,14 @@ _SUMS = """
                            AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) u
      WHERE s.grain > 0)
 """
+# Of users that are named, one look for each of them: how many others there are does not matter.
+_SUMS_OF_USERS = """
+    (SELECT u.*, s.bucket FROM {segments} s CROSS JOIN asked a CROSS JOIN (SELECT DISTINCT unnest({users})) AS w (named)
+     CROSS JOIN LATERAL (SELECT * FROM metering.usage_rollups u
+                         WHERE u.tenant_id = a.tenant_id AND u.user_name = w.named AND u.user_name <> '' AND u.grain = s.grain
+                           AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) u
+     WHERE s.grain > 0)
+"""
 # Levels have names of their own alone.
 _LEVELS = """
     (SELECT v.*, s.bucket FROM level_segments s CROSS JOIN asked a
@@ -223,6 +231,7 @@ class UsageStatement:
         self._tenants = _EVERY_TENANT
         if tenant_ids:
             self._tenants = f"SELECT a.tenant_id FROM unnest({self._argument(list(tenant_ids), 'uuid[]')}) AS a (tenant_id)"  # noqa: S608
+        self._users = self._argument(list(query.filter.users), "text[]") if query.filter.users else ""
         self._filters = self._filter()
         grouped = self._grouped(query.segments(), query.level_segments())
         timed = self._timed(query.latency_segments()) if query.tells_latencies else ""
@@ -234,8 +243,8 @@ class UsageStatement:
 
     def _filter(self) -> str:
         wanted = self._query.filter
+        users = f" AND {{0}}.user_name = ANY ({self._users})" if self._users else ""
         lists = {
-            "user_name": wanted.users,
             "feature": wanted.features,
             "model": wanted.models,
             "prompt_version": wanted.prompt_versions,
@@ -246,7 +255,8 @@ class UsageStatement:
             "refusal_reason": wanted.refusal_reasons,
             "refusal_rule": wanted.refusal_rules,
         }
-        return "".join(f" AND {{0}}.{column} = ANY ({self._argument(list(names), 'text[]')})" for column, names in lists.items() if names)
+        others = (f" AND {{0}}.{column} = ANY ({self._argument(list(names), 'text[]')})" for column, names in lists.items() if names)
+        return users + "".join(others)
 
     def _segments(self, parts: Sequence[Segment]) -> dict[str, str]:
         return {
@@ -280,8 +290,8 @@ class UsageStatement:
             segments=_SEGMENTS.format(**segments),
             level_segments=_SEGMENTS.format(**level_segments),
             keys=", ".join(self._keys),
-            levels=self._branches(_STANDING, level_parts, levels=_LEVELS, **_read("level_segments", level_segments)),
-            branches=self._branches(_COUNTS, parts, **_read("segments", segments)),
+            levels=self._branches(_STANDING, level_parts, levels=_LEVELS, **self._read("level_segments", level_segments)),
+            branches=self._branches(_COUNTS, parts, **self._read("segments", segments)),
         )
 
     def _timed(self, parts: Sequence[Segment]) -> str:
@@ -289,10 +299,16 @@ class UsageStatement:
         return _TIMED.format(
             segments=_SEGMENTS.format(**segments),
             keys=", ".join(self._keys),
-            branches=self._branches(_TIMES, parts, **_read("latency_segments", segments)),
+            branches=self._branches(_TIMES, parts, **self._read("latency_segments", segments)),
             first_token=_latency("f", "first_token"),
             total=_latency("e", "total"),
         )
+
+    def _read(self, name: str, segments: dict[str, str]) -> dict[str, str]:
+        # What names nobody stands beside what everybody used: that is not found by name.
+        by_name = self._users and all(self._query.filter.users)
+        sums = _SUMS_OF_USERS.format(segments=name, users=self._users) if by_name else _SUMS.format(segments=name)
+        return {"sums": sums, "pending": _PENDING.format(**segments), "calls": _CALLS.format(segments=name)}
 
     def _page(self, after: RowPosition | None, size: int) -> str:
         """A rank rises along the rows; buckets and names decide between rows of one rank."""
@@ -314,10 +330,6 @@ SELECT * FROM (SELECT *, ({sign} * coalesce({_RANKS[query.order_by]}, -1))::bigi
             else:
                 values.append(self._argument(key.names[dimension - Dimension.USER], "text"))
         return f"WHERE (rank, {', '.join(self._keys)}) > ({', '.join(values)})"
-
-
-def _read(name: str, segments: dict[str, str]) -> dict[str, str]:
-    return {"sums": _SUMS.format(segments=name), "pending": _PENDING.format(**segments), "calls": _CALLS.format(segments=name)}
 
 
 def _latency(table: str, kind: str) -> str:

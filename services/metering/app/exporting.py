@@ -9,6 +9,7 @@ from services.metering.adapters.export_endpoint import ExportEndpoint
 from services.metering.adapters.postgres_export import PostgresExport
 from services.metering.adapters.postgres_export_outbox import PostgresExportOutbox
 from services.metering.adapters.postgres_export_settings import PostgresExportSettings
+from services.metering.adapters.postgres_known_units import PostgresKnownUnits
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
 from services.metering.adapters.postgres_verification import PostgresVerification
 from services.metering.app.parts import Parts
@@ -25,7 +26,7 @@ def build_books(parts: Parts, queries: PostgresUsageQueries) -> list[Registratio
     database, jobs = parts.database, parts.jobs
     verifying = VerificationServicer(Verifier(PostgresVerification(database, jobs)))
     exporting = ExportServicer(PostgresExport(database), queries)
-    telling = ExportSinkServicer(PostgresExportSettings(database, jobs))
+    telling = ExportSinkServicer(PostgresExportSettings(database, jobs), PostgresKnownUnits(jobs))
     return [
         (add_VerificationServiceServicer_to_server, verifying, "mesh.metering.v1.VerificationService"),
         (add_ExportServiceServicer_to_server, exporting, "mesh.metering.v1.ExportService"),

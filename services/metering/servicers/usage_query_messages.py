@@ -158,6 +158,7 @@ def _row(group: GroupUse, start: datetime, *, of_tenants: bool) -> pb.UsageRow:
         tokens=tokens_message(group.usage),
         cost=NanoUsd(nano_usd=group.cost_nano_usd),
         quantity=group.quantity,
+        is_quantity_cut=group.is_quantity_cut,
         cache_hit_share=group.cache_hit_share,
         first_token=_latency(group.first_token),
         total=_latency(group.total),
