@@ -43,7 +43,7 @@ TOKENS = {name: f"{name}-bearer" for name in ("inference", "ratelimit", "tenant"
 HASHES = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in TOKENS.items())
 # Reference data and what operators keep: of no tenant.
 SHARED_TABLES = (
-    *("price_versions", "prices", "event_types", "billing_plan_versions"),
+    *("price_versions", "prices", "event_types", "billing_plan_versions", "dropped_event_months"),
     *("reconciliations", "reconciliation_lines", "export_sinks", "stripe_meters"),
 )
 MODEL = "claude-haiku-4-5-20251001"
@@ -71,6 +71,8 @@ def settings_for(admin_dsn: str, peers: Peers, **overrides: object) -> MeteringS
         "lease_seconds": 60.0,
         "sweep_seconds": 3_600.0,
         "relay_poll_seconds": 0.1,
+        # What was left is gone on with when a test says so.
+        "rerating_resume_seconds": 3_600.0,
         # Periods are closed when a test says so.
         "invoice_grace_hours": 1_000_000.0,
         "drain_seconds": 0.0,

@@ -11,7 +11,7 @@ from tests.metering.test_lifecycle import erase
 from tests.metering.verifying import busy_tenant, differences, spoil, verified
 
 CALL, SUM, LATENCY = pb.LEDGER_CHECK_CALL, pb.LEDGER_CHECK_USAGE_SUM, pb.LEDGER_CHECK_LATENCY
-BALANCE, INVOICE = pb.LEDGER_CHECK_BALANCE, pb.LEDGER_CHECK_INVOICE
+BALANCE, INVOICE, PRICE = pb.LEDGER_CHECK_BALANCE, pb.LEDGER_CHECK_INVOICE, pb.LEDGER_CHECK_PRICE
 
 
 async def test_books_that_nobody_touched_agree(mesh: Mesh) -> None:
@@ -40,7 +40,7 @@ async def test_books_of_an_erased_tenant_agree(mesh: Mesh) -> None:
 SPOILT = {
     "an entry's cost": (
         "UPDATE metering.entries SET cost_nano_usd = cost_nano_usd + 5 WHERE tenant_id = $1 AND output_tokens = 500",
-        {(CALL, "cost_nano_usd"), (BALANCE, "cost_nano_usd")},
+        {(CALL, "cost_nano_usd"), (BALANCE, "cost_nano_usd"), (PRICE, "cost_nano_usd")},
     ),
     "a call's tokens": (
         "UPDATE metering.calls SET output_tokens = output_tokens + 1 WHERE tenant_id = $1 AND output_tokens = 500",
@@ -124,7 +124,8 @@ async def test_what_is_beyond_the_told_ones_is_counted(mesh: Mesh, monkeypatch: 
     monkeypatch.setattr(postgres_verification, "MOST_TOLD", 1)
     await spoil(mesh, "UPDATE metering.entries SET cost_nano_usd = cost_nano_usd + 1 WHERE tenant_id = $1", tenant.id)
     first = (await verified(mesh, tenant))[0]
-    assert (len(first.differences), first.untold_count) == (1, 1)
+    # Two calls, and the entry of each by its price.
+    assert (len(first.differences), first.untold_count) == (1, 3)
 
 
 async def test_a_walk_of_all_tenants_tells_whose_books_differ(mesh: Mesh) -> None:

@@ -15,16 +15,17 @@ from services.metering.adapters.postgres_verification import PostgresVerificatio
 from services.metering.app.parts import Parts
 from services.metering.exports.outgoing import Sink, Teller
 from services.metering.exports.relay import ExportRelay
+from services.metering.price_catalog import PriceCatalog
 from services.metering.servicers.export_sinks import ExportSinkServicer
 from services.metering.servicers.exports import ExportServicer
 from services.metering.servicers.verification import VerificationServicer
 from services.metering.verification import Verifier
 
 
-def build_books(parts: Parts, queries: PostgresUsageQueries) -> list[Registration]:
+def build_books(parts: Parts, queries: PostgresUsageQueries, catalog: PriceCatalog) -> list[Registration]:
     """Builds what reads whole books, and who is told of what."""
     database, jobs = parts.database, parts.jobs
-    verifying = VerificationServicer(Verifier(PostgresVerification(database, jobs)))
+    verifying = VerificationServicer(Verifier(PostgresVerification(database, jobs, catalog)))
     exporting = ExportServicer(PostgresExport(database), queries)
     telling = ExportSinkServicer(PostgresExportSettings(database, jobs), PostgresKnownUnits(jobs))
     return [
