@@ -2,12 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-import asyncpg
 import pytest
 import structlog
 from pydantic import ValidationError
@@ -24,7 +22,7 @@ from services.metering.reconciliation import comparing
 from services.metering.reconciliation.bucket import BucketWidth
 from services.metering.settings import MeteringSettings
 from tests.metering.feeds import HOUSE, KEY, TENANTS_KEY, RequestLedger, cut_at, opened_at, served
-from tests.metering.mesh import MODEL, Mesh, Tenant, bill, migrated, running_mesh
+from tests.metering.mesh import MODEL, Mesh, Tenant, bill, mesh_of_its_own
 from tests.metering.peers import DONE, OPERATOR, RETRY, Peers
 from tests.metering.rerating import load_versions, order, rerated, total
 from tests.support.stores import PostgresStore
@@ -72,17 +70,6 @@ async def asked(call, request, *, timeout: float = 30, reason: str = "monthly ch
         raise decode_rpc_error(error, "metering") from None
 
 
-@asynccontextmanager
-async def running(postgres: PostgresStore, peers: Peers, **settings: object) -> AsyncIterator[Mesh]:
-    """A service on a database of its own."""
-    dsn = await postgres.fresh_database()
-    await migrated(dsn, peers)
-    async with asyncpg.create_pool(dsn, min_size=1, max_size=4) as admin:
-        mesh = await running_mesh(dsn, peers, admin, **settings)
-        yield mesh
-        await mesh.close()
-
-
 @pytest.fixture(scope="module")
 async def service(postgres: PostgresStore, peers: Peers) -> AsyncIterator[tuple[Mesh, RequestLedger]]:
     """One service and its feed, for all tests of this file."""
@@ -95,7 +82,7 @@ async def service(postgres: PostgresStore, peers: Peers) -> AsyncIterator[tuple[
             "reconciliation_accounts": {ACCOUNT: (HOUSE,)},
             "reconciliation_drift_nano_usd": 100_000,
         }
-        async with running(postgres, peers, **settings) as mesh:
+        async with mesh_of_its_own(postgres, peers, **settings) as mesh:
             yield mesh, feed
 
 
@@ -400,7 +387,8 @@ async def test_the_job_closes_calls_by_itself(postgres: PostgresStore, peers: Pe
     feed.broken_from = datetime(1970, 1, 1, tzinfo=UTC)
     async with served(feed.answer) as url:
         settings = {"reconciliation_feed": "requests", "reconciliation_url": url, "reconciliation_api_key": KEY}
-        async with running(postgres, peers, reconciliation_poll_seconds=0.05, reconciliation_lookback_hours=5.0, **settings) as mesh:
+        pace = {"reconciliation_poll_seconds": 0.05, "reconciliation_lookback_hours": 5.0}
+        async with mesh_of_its_own(postgres, peers, **pace, **settings) as mesh:
             call = await cut_at(mesh, mesh.new_tenant(), hour)
             feed.bill(call, TOKENS)
             feed.broken_from = None

@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-import asyncpg
 import pytest
 
 from mesh.metering.v1 import event_service_pb2 as events_pb
@@ -19,7 +18,7 @@ from services.metering.exports.stripe_windows import refuse_out_of_window
 from tests.metering.billing import use_tokens, use_units
 from tests.metering.events import event, record, register, reverse
 from tests.metering.export_receivers import CUT, NO_JSON, NO_TEXT, SECRET_KEY, SILENT, StripeFake, served
-from tests.metering.mesh import Mesh, migrated, running_mesh
+from tests.metering.mesh import Mesh, mesh_of_its_own
 from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
 from tests.metering.rerating import load_versions, order, rerated
@@ -34,17 +33,13 @@ HOUR = timedelta(hours=1)
 @pytest.fixture(scope="module")
 async def mesh(postgres: PostgresStore, peers: Peers) -> AsyncIterator[Mesh]:
     """A service on a database of its own, whose exports the tests tell themselves; some of our meters are Stripe's."""
-    dsn = await postgres.fresh_database()
-    await migrated(dsn, peers)
-    async with asyncpg.create_pool(dsn, min_size=1, max_size=4) as admin:
-        running = await running_mesh(dsn, peers, admin)
+    async with mesh_of_its_own(postgres, peers) as running:
         await register(running)
         await register(running, "told.count", unit="told_counted", aggregation=events_pb.AGGREGATION_COUNT)
         await register(running, "told.level", unit="told_level", aggregation=events_pb.AGGREGATION_MAX)
         for meter, name in METERS.items():
             await ask(running, None, "SetStripeMeter", pb.SetStripeMeterRequest(meter=meter, event_name=name))
         yield running
-        await running.close()
 
 
 @pytest.fixture
