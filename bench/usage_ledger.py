@@ -29,12 +29,13 @@ WITH series AS MATERIALIZED (
         (ARRAY['chat', 'search', 'summary', 'mail'])[f] AS feature,
         (ARRAY['enterprise', 'free', 'starter', 'professional'])[1 + t % 4] AS tier) n
 ), made AS MATERIALIZED (
-    SELECT t, 1 + (h % 4)::integer AS f, 1 + (h / 4 % 2)::integer AS p, (h % CASE t WHEN 1 THEN $6 ELSE 20 END)::integer AS u,
-           uuidv7(m.time - now()) AS id, m.time, ((n - $3) * 24 / ($4 - $3 + 1))::integer AS hour, n % 51 <> 0 AS settled,
+    SELECT t, 1 + (h % 4)::integer AS f, 1 + (h / 4 % 2)::integer AS p, (h % CASE t WHEN 1 THEN $5::integer ELSE 20 END)::integer AS u,
+           uuidv7(m.time - now()) AS id, m.time, (us / 3600000000)::integer AS hour, n % 51 <> 0 AS settled,
            h % 40 = 0 AS is_retry, 100 + h % 3000 AS input, 10 + h % 700 AS output, h % 900 AS cached,
            (100 + h % 3000) * 1000 + (10 + h % 700) * 5000 + h % 900 * 100 AS cost, 200 + h % 900 AS first_ms, 900 + h % 9000 AS total_ms
     FROM generate_series($3::bigint, $4::bigint) n
-    CROSS JOIN LATERAL (SELECT abs(hashint8(n)::bigint) AS h, $2::timestamptz + (n - $3) * $5::interval AS time) m
+    CROSS JOIN LATERAL (SELECT abs(hashint8(n)::bigint) AS h, (n - $3) * 86400000000 / ($4 - $3 + 1) AS us) i
+    CROSS JOIN LATERAL (SELECT $2::timestamptz + us * interval '1 microsecond' AS time) m
     CROSS JOIN LATERAL (SELECT CASE WHEN n % 10 = 0 THEN 1 ELSE 2 + h % (cardinality($1::uuid[]) - 1) END::integer AS t) w
 ), called AS (
     INSERT INTO metering.calls (
@@ -217,7 +218,7 @@ async def _shared(sessions: Iterable[asyncpg.Connection], work: list[Work]) -> N
 
 def _filling(ids: list[UUID], begin: datetime, first: int, count: int, users: int) -> Work:
     async def work(session: asyncpg.Connection) -> None:
-        await session.execute(FILL_DAY, ids, begin, first, first + count - 1, _DAY / count, users, timeout=_STATEMENT_SECONDS)
+        await session.execute(FILL_DAY, ids, begin, first, first + count - 1, users, timeout=_STATEMENT_SECONDS)
 
     return work
 
