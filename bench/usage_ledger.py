@@ -164,9 +164,12 @@ async def fill(
         progress("sums of weeks")
         await admin.execute(WEEKS, ids, timeout=_STATEMENT_SECONDS)
         progress("indexes")
-        await _shared(sessions, [_indexing([each for each in indexes if each["table_name"] == table]) for table in TABLES])
+        await _shared(sessions, [_doing(index["definition"]) for index in indexes])
+        for index in indexes:
+            if index["is_key"]:
+                await admin.execute(f"ALTER TABLE metering.{index['table_name']} ADD PRIMARY KEY USING INDEX {index['name']}")
         progress("statistics")
-        await _shared(sessions, [_vacuuming(table) for table in TABLES])
+        await _shared(sessions, [_doing(f"VACUUM (ANALYZE) metering.{table}") for table in TABLES])
         await admin.execute("CHECKPOINT", timeout=_STATEMENT_SECONDS)
         return sum(process_cpu_seconds(session.get_server_pid()) for session in sessions)
 
@@ -223,19 +226,9 @@ def _filling(ids: list[UUID], begin: datetime, first: int, count: int, users: in
     return work
 
 
-def _indexing(indexes: list[asyncpg.Record]) -> Work:
+def _doing(statement: str) -> Work:
     async def work(session: asyncpg.Connection) -> None:
-        for index in indexes:
-            await session.execute(index["definition"], timeout=_STATEMENT_SECONDS)
-            if index["is_key"]:
-                await session.execute(f"ALTER TABLE metering.{index['table_name']} ADD PRIMARY KEY USING INDEX {index['name']}")
-
-    return work
-
-
-def _vacuuming(table: str) -> Work:
-    async def work(session: asyncpg.Connection) -> None:
-        await session.execute(f"VACUUM (ANALYZE) metering.{table}", timeout=_STATEMENT_SECONDS)
+        await session.execute(statement, timeout=_STATEMENT_SECONDS)
 
     return work
 
