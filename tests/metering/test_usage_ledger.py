@@ -9,7 +9,7 @@ import pytest
 from bench import usage_ledger
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.metering.adapters.postgres_verification import PostgresVerification
-from services.metering.verification import Difference, Position, Verifier
+from services.metering.verification import Difference, Verifier
 from tests.metering.mesh import migrated, settings_for
 from tests.metering.peers import Peers
 from tests.support.stores import PostgresStore
