@@ -89,15 +89,16 @@ async def _groups(
     rows = await connection.fetch(statement.text, *statement.arguments)
     if not may_cut and any(abs(row["quantity"]) > MAX_QUANTITY for row in rows):
         raise SumOutOfRange("quantity", "group by PRODUCT_UNIT, filter fewer units or ask for a shorter period")
-    return [_group(row, query) for row in rows]
-
-
-def _group(row: asyncpg.Record, query: UsageQuery) -> GroupUse:
     # What was not asked for has no column.
-    tenant_id = UUID(int=row["tenant_id"].int) if Dimension.TENANT in query.group_by else _NO_TENANT
-    names = tuple(row[COLUMNS[dimension]] if dimension in query.group_by else "" for dimension in _NAMED)
+    columns = [COLUMNS[dimension] if dimension in query.group_by else None for dimension in _NAMED]
+    of_tenants, timed = Dimension.TENANT in query.group_by, query.tells_latencies
+    return [_group(row, columns, of_tenants=of_tenants, timed=timed) for row in rows]
+
+
+def _group(row: asyncpg.Record, columns: Sequence[str | None], *, of_tenants: bool, timed: bool) -> GroupUse:
+    tenant_id = UUID(int=row["tenant_id"].int) if of_tenants else _NO_TENANT
     return GroupUse(
-        key=GroupKey(row["bucket"], tenant_id, names),
+        key=GroupKey(row["bucket"], tenant_id, tuple([row[column] if column else "" for column in columns])),
         rank=row["rank"],
         settled=row["settled"],
         void=row["void"],
@@ -110,8 +111,8 @@ def _group(row: asyncpg.Record, query: UsageQuery) -> GroupUse:
         quantity=max(-MAX_QUANTITY, min(MAX_QUANTITY, int(row["quantity"]))),
         is_quantity_cut=abs(row["quantity"]) > MAX_QUANTITY,
         refusals=row["refusals"],
-        first_token=_latency(row, "first_token") if query.tells_latencies else None,
-        total=_latency(row, "total") if query.tells_latencies else None,
+        first_token=_latency(row, "first_token") if timed else None,
+        total=_latency(row, "total") if timed else None,
     )
 
 
