@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-from grpc._cython import cygrpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined] # grpc types none of it
 
 from services.kernel.rpc.interceptor import Handler, MeshInterceptor
 
@@ -28,7 +28,7 @@ def accepting_server(interceptors: Sequence[MeshInterceptor], options: Sequence[
         return grpc.aio.server(interceptors=interceptors, options=options)
 
 
-class _AcceptingServer(cygrpc.AioServer):  # type: ignore[misc] # grpc types none of it
+class _AcceptingServer(cygrpc.AioServer):  # type: ignore[misc]
     """grpc's server with other requests for calls; what becomes of a call is its own code."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, thread_pool: Any, handlers: Any, interceptors: Any, *others: Any) -> None:

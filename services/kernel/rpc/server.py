@@ -6,7 +6,7 @@ Refuses to be built with a method that has no policy.
 import asyncio
 import gc
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -52,6 +52,7 @@ class MeshServer:
         servicers: Sequence[Registration],
         resolver: CredentialResolver,
         verifier: ContextTokenVerifier,
+        own_checks: Collection[str] = (),
     ) -> None:
         self._settings = settings
         self._names = [name for _, _, name in servicers]
@@ -60,7 +61,7 @@ class MeshServer:
         self._stopping = asyncio.Event()
         self._on_drain: list[Callable[[], None]] = []
         self._port = 0
-        self.interceptors = build_interceptors(settings, self._names, resolver, verifier)
+        self.interceptors = build_interceptors(settings, self._names, resolver, verifier, own_checks)
         self._server = accepting_server(self.interceptors, _server_options(settings))
         for add, servicer, _ in servicers:
             add(servicer, self._server)
@@ -135,6 +136,7 @@ def build_interceptors(
     services: Sequence[str],
     resolver: CredentialResolver,
     verifier: ContextTokenVerifier,
+    own_checks: Collection[str] = (),
 ) -> list[MeshInterceptor]:
     """Builds the six, outermost first.
 
@@ -149,7 +151,7 @@ def build_interceptors(
         StatusInterceptor(),
         AuthInterceptor(identity, resolver, verifier, cell_of(settings)),
         PolicyInterceptor(policies_of(services)),
-        ValidationInterceptor(),
+        ValidationInterceptor(own_checks),
     ]
 
 

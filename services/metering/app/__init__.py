@@ -47,7 +47,7 @@ from services.metering.ledger import Ledger
 from services.metering.outbox import OutboxRelay
 from services.metering.price_catalog import PriceCatalog
 from services.metering.refusal import RefusalBook
-from services.metering.servicers.events import EventServicer
+from services.metering.servicers.events import OWN_CHECKS, EventServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
 from services.metering.servicers.lifecycle import LifecycleServicer
@@ -107,7 +107,7 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
             build_webhooks(parts, sender),
             build_reconciliations(parts, usage_feed, catalog, relay),
         ]
-        server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
+        server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier, own_checks=OWN_CHECKS)
         await keep_months(parts)
         for name, export_relay in exports.items():
             background.start(name, export_relay.run)
