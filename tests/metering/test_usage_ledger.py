@@ -8,7 +8,9 @@ import pytest
 
 from bench import usage_ledger
 from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.metering.adapters.postgres_prices import PostgresPrices
 from services.metering.adapters.postgres_verification import PostgresVerification
+from services.metering.price_catalog import PriceCatalog
 from services.metering.verification import Difference, Verifier
 from tests.metering.mesh import migrated, settings_for
 from tests.metering.peers import Peers
@@ -45,7 +47,7 @@ async def _walk(dsn: str, peers: Peers) -> tuple[int, list[Difference]]:
     settings = settings_for(dsn, peers)
     database = await TenantDatabase.open(settings.postgres_dsn.get_secret_value(), max_size=1)
     jobs = await JobsDatabase.open(settings.postgres_jobs_dsn.get_secret_value(), max_size=1)
-    verifier, position = Verifier(PostgresVerification(database, jobs)), None
+    verifier, position = Verifier(PostgresVerification(database, jobs, PriceCatalog(PostgresPrices(database)))), None
     compared, differences = 0, []
     try:
         while True:

@@ -17,9 +17,9 @@ from services.metering.call import TokenUsage
 from services.metering.reconciliation.bucket import Bucket, BucketWidth
 from services.metering.reconciliation.feed import Accounts, FeedSum
 from tests.metering.feeds import KEY, Answers, cut_at, opened_at, served
-from tests.metering.mesh import bill
+from tests.metering.mesh import bill, mesh_of_its_own
 from tests.metering.peers import Peers
-from tests.metering.test_reconciliation import asked, running
+from tests.metering.test_reconciliation import asked
 from tests.support.stores import PostgresStore
 
 DAY = datetime(2026, 3, 1, tzinfo=UTC)
@@ -208,7 +208,7 @@ async def test_sums_agree_within_what_is_unresolved_and_close_nothing(postgres: 
             "reconciliation_api_key": KEY,
             "reconciliation_bucket": "1h",
         }
-        async with running(postgres, peers, reconciliation_drift_nano_usd=100_000, **settings) as mesh:
+        async with mesh_of_its_own(postgres, peers, reconciliation_drift_nano_usd=100_000, **settings) as mesh:
             tenant = mesh.new_tenant()
             await mesh.settle(bill((await opened_at(mesh, tenant, DAY)).ref))
             call = await cut_at(mesh, tenant, DAY)
