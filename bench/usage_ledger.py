@@ -18,8 +18,8 @@ SESSIONS = 2
 _DAY = timedelta(days=1)
 _STATEMENT_SECONDS = 1_800
 # Every tenth entry is the large tenant's; a feature has its model and two versions of its prompt, as in a product. What is 1, 2 or 9 below
-# is the hour, the day and the tenant's hour of services.metering.usage_plan.Grain, as metering.fold_usage adds them up; prices are those of version 2026-01, where a model's
-# classes are in one proportion: 1, 5 and 3 times the smallest model's.
+# is the hour, the day and the tenant's hour of services.metering.usage_plan.Grain, as metering.fold_usage adds them up. Prices are those of
+# version 2026-01: 1, 5 and 3 times the smallest model's.
 _FILL_DAY = """
 WITH series AS MATERIALIZED (
     SELECT t, f, p, 'anthropic' AS provider, n.model, n.feature, n.feature || '@' || p AS prompt_version, n.tier,
@@ -33,7 +33,8 @@ WITH series AS MATERIALIZED (
     SELECT t, 1 + (h % 4)::integer AS f, 1 + (h / 4 % 2)::integer AS p, (h % CASE t WHEN 1 THEN $5::integer ELSE 20 END)::integer AS u,
            uuidv7(m.time - now()) AS id, m.time, (us / 3600000000)::integer AS hour, n % 51 <> 0 AS settled,
            h % 40 = 0 AS is_retry, 100 + h % 3000 AS input, 10 + h % 700 AS output, h % 900 AS cached,
-           ((100 + h % 3000) * 1000 + (10 + h % 700) * 5000 + h % 900 * 100) * (ARRAY[1, 1, 5, 3])[1 + h % 4] AS cost, 200 + h % 900 AS first_ms, 900 + h % 9000 AS total_ms
+           ((100 + h % 3000) * 1000 + (10 + h % 700) * 5000 + h % 900 * 100) * (ARRAY[1, 1, 5, 3])[1 + h % 4] AS cost,
+           200 + h % 900 AS first_ms, 900 + h % 9000 AS total_ms
     FROM generate_series($3::bigint, $4::bigint) n
     CROSS JOIN LATERAL (SELECT abs(hashint8(n)::bigint) AS h, (n - $3) * 86400000000 / ($4 - $3 + 1) AS us) i
     CROSS JOIN LATERAL (SELECT $2::timestamptz + us * interval '1 microsecond' AS time) m
