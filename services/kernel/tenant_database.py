@@ -9,7 +9,7 @@ another client may have left on the server's connection.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from uuid import UUID
 
@@ -101,8 +101,17 @@ class Database:
         try:
             with unreachable_is_unavailable(connection):
                 yield connection
-        finally:
-            await self._pool.release(connection)
+        except BaseException:
+            await self._give_back(connection)
+            raise
+        await self._pool.release(connection)
+
+    async def _give_back(self, connection: Connection) -> None:
+        """Gives back a connection that may be broken: the pool cuts one that cannot be put right, which is all there is to do."""
+        given = asyncio.get_running_loop().create_task(self._pool.release(connection))
+        given.add_done_callback(lambda done: done.cancelled() or done.exception())
+        with suppress(*UNREACHABLE, asyncpg.InterfaceError):
+            await asyncio.shield(given)
 
     @asynccontextmanager
     async def _transaction(self, begin: str) -> AsyncIterator[Connection]:
