@@ -96,8 +96,8 @@ async def holders(tenant: AtService) -> AsyncIterator[Holders]:
 
 async def test_slices_are_the_same_on_three_masters(service: Service, cluster: Cluster) -> None:
     """Taken, refused and given back, for tenants on every master."""
-    places = set()
-    for _ in range(12):
+    places = set[int]()
+    while len(places) < 3:
         tenant = service.tenant_with(rule("searches", UNIT, 60, 8))
         places.add(cluster.owner_place(f"{{{tenant.tenant_id}}}"))
         slice_id = new_uuid7()
@@ -108,7 +108,6 @@ async def test_slices_are_the_same_on_three_masters(service: Service, cluster: C
         await give_back(tenant, (slice_id, 1))
         assert (await take(tenant, 1)).granted == 1
         assert (await tenant.limits())["searches"].used == 8
-    assert places == {0, 1, 2}
 
 
 @pytest.mark.slow

@@ -97,8 +97,8 @@ class Callers:
 
 async def test_a_tenants_life_is_the_same_on_three_masters(service: Service, cluster: Cluster) -> None:
     """Decisions, commits, uses, shadow rules and rebuilds, for tenants on every master."""
-    places = set()
-    for _ in range(12):
+    places = set[int]()
+    while len(places) < 3:
         tenant = service.tenant_with(
             rule("tokens", "tokens", "day", 100),
             rule("tried", "tokens", "day", 30, mode=SHADOW),
@@ -121,7 +121,6 @@ async def test_a_tenants_life_is_the_same_on_three_masters(service: Service, clu
         key = f"{{{tenant.tenant_id}}}:meta"
         await cluster.masters[cluster.owner_place(key)].link.send("DEL", key)
         assert (await tenant.reserve(1)).epoch == 2
-    assert places == {0, 1, 2}
 
 
 @pytest.mark.slow
