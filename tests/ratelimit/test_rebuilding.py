@@ -248,7 +248,7 @@ def replaced_terms(tenant: AtStore) -> Terms:
 async def test_a_loss_between_two_parts_of_a_batch_loses_no_call_of_it(
     at_store: Callable[..., AtStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than a script decides at a time: when the counters go in between, all of it is asked again and none is told that it has ended."""
+    """More than a script decides at a time: when the counters go in between, all of it is asked again and none is told it has ended."""
     tenant = await at_store().loaded()
     run, count = tenant.stores.scripts.run, 0
 
