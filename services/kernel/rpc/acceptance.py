@@ -8,9 +8,8 @@ grpc.aio reads it as UTF-8 in the task that serves, and one path of other bytes 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import grpc
@@ -78,27 +77,32 @@ class _AcceptingServer(cygrpc.AioServer):  # type: ignore[misc]
         raise cygrpc._RequestCallError
 
     async def _accept(self, method: bytes) -> None:
-        while await self._accepted(partial(self._request_registered_call, method), method.decode(), self._own_interceptors):
-            pass
+        path = method.decode()
+        while True:
+            try:
+                state = await self._request_registered_call(method)
+            except cygrpc._RequestCallError:
+                if not self.is_running():
+                    return
+                continue
+            self._begin(path, self._own_interceptors, state)
 
     async def _accept_unknown(self) -> None:
         # Every method of a generated servicer is registered: what comes here is none of them.
-        request = partial(super()._make_request_call_future, None)
-        while await self._accepted(request, _UNKNOWN, ()):
-            pass
-        raise cygrpc._RequestCallError
+        while True:
+            try:
+                state = await super()._make_request_call_future(None)
+            except cygrpc._RequestCallError:
+                if not self.is_running():
+                    raise
+                continue
+            self._begin(_UNKNOWN, (), state)
 
-    async def _accepted(self, request: Callable[[], Awaitable[Any]], path: str, interceptors: tuple[MeshInterceptor, ...]) -> bool:
-        """Begins the next call of the path; False when the server has stopped."""
-        try:
-            state = await request()
-        except cygrpc._RequestCallError:
-            return bool(self.is_running())
+    def _begin(self, path: str, interceptors: tuple[MeshInterceptor, ...], state: Any) -> None:
         handled = cygrpc._handle_rpc(path, self._resolver, interceptors, state, self._own_loop, False)
         task = self._own_loop.create_task(cygrpc._schedule_rpc_coro(handled, state, self._own_loop, path))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
-        return True
 
 
 @contextmanager
