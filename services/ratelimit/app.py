@@ -8,6 +8,7 @@ from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleService
 from mesh.ratelimit.v1.rate_limit_service_pb2_grpc import add_RateLimitServiceServicer_to_server
 from services.kernel.audit_client import AuditClient
 from services.kernel.background import BackgroundTasks
+from services.kernel.cell import cell_of
 from services.kernel.change_feed import ChangeFeed
 from services.kernel.credential_resolver import remote_trust
 from services.kernel.rpc.channel import MeshChannel
@@ -100,7 +101,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
             lease_seconds=settings.lease_seconds,
         )
         lifecycle = LifecycleServicer(RedisRecords(scripts, share_store, tuple(settings.provider_accounts)))
-        envoy = EnvoyServicer(consumptions, resolver, verifier)
+        envoy = EnvoyServicer(consumptions, resolver, verifier, cell_of(settings))
         server = MeshServer(settings, servicers=_registrations(limits, envoy, lifecycle), resolver=resolver, verifier=verifier)
         return RatelimitApp(server, stack.pop_all())
 

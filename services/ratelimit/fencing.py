@@ -58,7 +58,7 @@ class FenceStore(Protocol):
     """Keeps the leases."""
 
     async def expired(self, tenant_ids: Sequence[TenantId], at_most: int) -> list[ExpiredHolds]:
-        """Lists ended leases and forgets what no rule counts any more."""
+        """Lists ended leases and forgets what no rule counts any more. A store that does not answer leaves its tenants out."""
         ...
 
     async def apply_fences(self, tenant_id: TenantId, epoch: int, verdicts: Sequence[tuple[ReservationId, FenceVerdict]]) -> int:
@@ -111,9 +111,15 @@ class Fencing:
                 log.warning("fence_sweep_failed", reason=error.reason_name)
 
     async def sweep(self) -> None:
-        """Fences every ended lease of the watched tenants, and adds tenants that a lost replica left behind."""
-        for tenant_id in await self._store.tenants_with_leases():
-            self.watch(tenant_id)
+        """Fences every ended lease of the watched tenants, and adds tenants that a lost replica left behind.
+
+        A part of the store that is away keeps no hold of the others.
+        """
+        try:
+            for tenant_id in await self._store.tenants_with_leases():
+                self.watch(tenant_id)
+        except Unavailable:
+            log.warning("lease_scan_failed")
         now = time.monotonic()
         tenant_ids = [tenant_id for tenant_id, due in self._watched.items() if due <= now]
         for start in range(0, len(tenant_ids), _SWEEP_CHUNK):
@@ -127,15 +133,18 @@ class Fencing:
 
     async def _fence_tenant(self, tenant_id: TenantId) -> None:
         enter_scope(RequestScope())  # the first caller's deadline is not everyone's
-        await self._fence([tenant_id])
+        if not await self._fence([tenant_id]):
+            raise Unavailable("redis")
 
-    async def _fence(self, tenant_ids: Sequence[TenantId]) -> None:
+    async def _fence(self, tenant_ids: Sequence[TenantId]) -> int:
+        """Returns how many of the tenants the store answered for."""
         found = await self._store.expired(tenant_ids, MOST_FENCES)
         for holds in found:
             self._put_off(holds)
         asked = [(holds, reservation_id) for holds in found if holds.epoch is not None for reservation_id in holds.reservation_ids]
         for start in range(0, len(asked), MOST_FENCES):
             await self._ask(asked[start : start + MOST_FENCES])
+        return len(found)
 
     def _put_off(self, holds: ExpiredHolds) -> None:
         if holds.lease_count:

@@ -27,11 +27,21 @@ class Subject:
 NOBODY = Subject()
 
 
+# In characters, as every contract that names them has it.
+_LONGEST_NAMES = {"user": 200, "feature": 100}
+
+
+class UnkeepableName(InvalidRequest):
+    """A user or feature whose name the ledger could not keep."""
+
+
 def subject_of(user: str, feature: str) -> Subject:
-    """Whom a request serves. Raises: InvalidRequest for a name that the ledger could not keep, before anything is held for it."""
+    """Whom a request serves. Raises: UnkeepableName, before anything is held for it."""
     for field, name in (("user", user), ("feature", feature)):
         if "\x00" in name:
-            raise InvalidRequest(field, "must not contain NUL characters")
+            raise UnkeepableName(field, "must not contain NUL characters")
+        if len(name) > _LONGEST_NAMES[field]:
+            raise UnkeepableName(field, f"must be at most {_LONGEST_NAMES[field]} characters")
     return Subject(user, feature)
 
 

@@ -63,7 +63,10 @@ def limit_wish(paths: Sequence[str], rules: Sequence[Rule], settings: Mapping[st
 
 
 def with_limits(own: OwnLimits, wish: LimitWish, plans: Sequence[Plan], *, by_operator: bool) -> OwnLimits:
-    """Returns the tenant's own limits with the wish in them. Raises: InvalidRequest, Forbidden(SCOPE_MISSING)."""
+    """Returns the tenant's own limits with the wish in them.
+
+    Raises: InvalidRequest, also for a rule to take away that is not there; Forbidden(SCOPE_MISSING).
+    """
     for name, value in wish.settings.items():
         if not by_operator and value != getattr(own, name):
             raise _operators_alone(f"{GROUP}.{name}", "only an operator may set it")
@@ -77,6 +80,8 @@ def with_limits(own: OwnLimits, wish: LimitWish, plans: Sequence[Plan], *, by_op
     }
     for name, rule in wanted.items():
         before = kept.get(name)
+        if rule is None and before is None:
+            raise _nothing_named(name)
         if rule == (before and before.rule):
             continue
         if not by_operator:
@@ -91,6 +96,12 @@ def with_limits(own: OwnLimits, wish: LimitWish, plans: Sequence[Plan], *, by_op
             f"overrides.{RULES_PATH}", f"a tenant has at most {MAX_OWN_RULES} rules of its own, and would have {len(kept)}"
         )
     return replace(own, rules=tuple(kept[name] for name in sorted(kept)), **wish.settings)  # type: ignore[arg-type] # each setting has its field's type
+
+
+def _nothing_named(name: str) -> MeshError:
+    # A slip in a name must not look like a limit that was changed.
+    why = f"names {RULES_PATH}.{name}, and there is no such rule: `rules` gives none of that name, and the tenant has none of its own"
+    return InvalidRequest("update_mask", why)
 
 
 def refuse_senseless(rule: Rule) -> None:

@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from devstack.ports import free_port
 from mesh.common.v1 import lifecycle_service_pb2 as pb
 from services.kernel.errors import MeshError
 from services.kernel.rpc.auth import AuthInterceptor
@@ -81,6 +82,51 @@ async def test_an_unknown_method_is_unimplemented(mesh: Mesh) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await mesh.raw_call("/mesh.common.v1.TenantLifecycleService/Nothing", b"", {})
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("path", [b"/\xff\xfe/Nothing", b"/mesh.common.v1.TenantLifecycleService/\xff", b"\xc3", b""])
+async def test_a_path_that_is_no_text_is_unimplemented_and_the_service_lives(mesh: Mesh, path: bytes) -> None:
+    """Whoever reaches the port may send one: it ends that call and nothing else, unknown methods are answered as before."""
+    status, _ = await raw_http2(mesh.server.bound_port, [], path)
+    assert status == b"12"
+    await mesh.provision()
+    await test_an_unknown_method_is_unimplemented(mesh)
+
+
+async def test_a_path_that_is_no_text_ends_no_probe() -> None:
+    """The port of probes takes anybody's calls."""
+    port = free_port()
+    async with running_mesh(health_address=f"127.0.0.1:{port}"):
+        assert (await raw_http2(port, [], b"/\xff"))[0] == b"12"
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)  # type: ignore[misc] # untyped
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_server_that_ends_by_itself_ends_its_process() -> None:
+    """Also while calls are open that have no end of their own: what takes no calls must not be found healthy."""
+    failure, begun = RuntimeError("no request can be made"), asyncio.Event()
+
+    async def failing(method: bytes) -> object:
+        raise failure
+
+    async def endless(request: Any, context: Any) -> Any:
+        begun.set()
+        await asyncio.sleep(60)
+
+    async with running_mesh(drain_seconds=0.1) as mesh:
+        serving = asyncio.create_task(mesh.server.serve_until_signal())
+        await mesh.provision()
+        mesh.lifecycle.provision = endless
+        # The request that this call takes is the last: no other can be made.
+        mesh.server._server._server._request_registered_call = failing  # type: ignore[attr-defined] # grpc types none of it
+        async with asyncio.TaskGroup() as group:
+            calling = group.create_task(_fails(mesh))
+            await asyncio.wait_for(begun.wait(), 30)
+            with pytest.raises(ExceptionGroup) as told:
+                await asyncio.wait_for(serving, 30)
+        assert failure in told.value.exceptions
+        assert calling.result() in ("UNAVAILABLE", "INTERNAL")
 
 
 async def test_sigterm_lets_a_stream_finish_and_takes_no_new_call() -> None:
@@ -158,12 +204,12 @@ async def _fails(mesh: Mesh) -> str:
     return "OK"
 
 
-async def raw_http2(port: int, extra: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+async def raw_http2(port: int, extra: list[tuple[bytes, bytes]], path: bytes = PROVISION.encode()) -> tuple[bytes, bytes]:
     """Makes one unary call by hand and returns grpc-status and grpc-message; `rst` when the stream was reset."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None, validate_outbound_headers=False))
     connection.initiate_connection()
-    headers = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", PROVISION.encode()), (b":authority", b"localhost")]
+    headers = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", path), (b":authority", b"localhost")]
     headers += [(b"content-type", b"application/grpc"), (b"te", b"trailers")]
     headers += [(key.encode(), value.encode()) for key, value in SERVICE.items()]
     connection.send_headers(1, headers + extra)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import asyncpg
 import grpc
@@ -14,7 +15,10 @@ from mesh.common.v1 import lifecycle_service_pb2 as pb
 from services.kernel.errors import FieldViolation, InvalidRequest, LimitExceeded, MeshError, NotFound, QuotaViolation, Unavailable
 from services.kernel.request_context import required_scope
 from tests.kernel.mesh import Mesh
+from tests.kernel.test_auth import PROVISION, SERVICE
 
+# What trailers carry as it is.
+PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 SECRET = "postgres://user:hunter2@host/db"
 
 
@@ -117,6 +121,19 @@ async def test_an_error_text_in_any_script_arrives(mesh: Mesh) -> None:
     """Text outside ASCII survives the trailers."""
     mesh.lifecycle.provision = raising(InvalidRequest("naïve", "Größe überschritten: 超过"))
     assert (await failure(mesh)).field_violations[0] == FieldViolation("naïve", "Größe überschritten: 超过")
+
+
+@pytest.mark.parametrize("character", ["x", "%", "\x7f", "é", "超", "😀"])
+async def test_a_long_error_text_in_any_script_fits_the_trailers(mesh: Mesh, character: str) -> None:
+    """A peer that caps all trailers at 8 KiB sees the status itself, and not a transport's RESOURCE_EXHAUSTED in its place."""
+    mesh.lifecycle.provision = raising(InvalidRequest("name", character * 10_000))
+    metadata = {**SERVICE, "x-tenant-context": mesh.tenant.token}
+    for _ in range(8):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await mesh.raw_call(PROVISION, b"", metadata)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    trailers = sum(len(key) + len(value) * 4 // 3 + 32 for key, value in refused.value.trailing_metadata())
+    assert trailers + len(quote(refused.value.details() or "", safe=PRINTABLE)) < 8192
 
 
 async def test_a_timeout_that_is_the_calls_own_deadline_is_told_as_such(mesh: Mesh) -> None:

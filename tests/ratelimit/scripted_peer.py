@@ -171,6 +171,7 @@ class ScriptedTenants(
         limit_rules: rules.LimitRules | None = None,
         version: int = 1,
         features: Mapping[str, int] | None = None,
+        region: str = "local",
         **limits: int,
     ) -> TenantContext:
         """Registers a tenant with these rules or limits, or changes them under a higher version, and returns its proven context."""
@@ -183,13 +184,13 @@ class ScriptedTenants(
             features={name: tenant_service_pb2.FeatureTerms(enabled=True, limit=limit) for name, limit in (features or {}).items()},
         )
         now = datetime.now(UTC)
-        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="test", region="local", subject="mesh:inference", config_version=version)
+        claims = TenantClaims(tenant_id=tenant_id.bytes, tier="test", region=region, subject="mesh:inference", config_version=version)
         claims.issue_time.FromDatetime(now)
         claims.expire_time.FromDatetime(now + timedelta(seconds=300))
         return TenantContext(
             TenantId(tenant_id),
             "test",
-            "local",
+            region,
             "mesh:inference",
             frozenset(),
             version,
@@ -205,7 +206,7 @@ class ScriptedTenants(
     ) -> authentication_service_pb2.AuthenticateResponse:
         """Knows the credentials a test wrote down, and one operator."""
         if request.credential == OPERATOR_KEY:
-            return self._operator(request.claimed_tenant_id)
+            return self.operator(request.claimed_tenant_id)
         known = self.credentials.get((request.credential, request.peer_address))
         if known is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown")
@@ -223,7 +224,8 @@ class ScriptedTenants(
         tenant_id = str(dict(context.invocation_metadata() or ())["x-tenant-id"])
         return tenant_service_pb2.GetTenantConfigResponse(config=self._configs[tenant_id])
 
-    def _operator(self, tenant_id: bytes) -> authentication_service_pb2.AuthenticateResponse:
+    def operator(self, tenant_id: bytes = b"") -> authentication_service_pb2.AuthenticateResponse:
+        """What the operator's credential proves: acting for this tenant, or for none."""
         now = datetime.now(UTC)
         claims = TenantClaims(tenant_id=tenant_id, tier="test", region="local", subject="operator:1", operator=True)
         claims.scopes.append("operator:tenants")

@@ -190,3 +190,25 @@ async def test_a_question_with_a_slip_is_told_what_to_correct(
     look = limits_messages.ListLimitsRequest()
     response = await service.inference.unary(tenant.stub.ListLimits, look, timeout_seconds=5.0, tenant=tenant.context)
     assert response.limits[0].used == 0
+
+
+@pytest.mark.parametrize("entries", [{"user": "a" * 201}, {"feature": "é" * 101}, {"user": "a\0b"}], ids=["user", "feature", "NUL"])
+@pytest.mark.parametrize("unit", ["gateway_requests", "uploads"])
+async def test_a_name_that_no_ledger_keeps_is_over_its_limit_and_no_error(service: Service, entries: dict[str, str], unit: str) -> None:
+    """A caller may have chosen it, and an error lets a gateway's request pass: it is kept out, told why, and nothing of it is kept."""
+    tenant = service.tenant_with(PER_MINUTE, UPLOADS)
+    response = await ask(service, of(tenant, unit=unit, **entries), of(tenant))
+    assert (response.overall_code, [status.code for status in response.statuses]) == (OVER, [OVER, OVER])
+    assert response.raw_body.decode().startswith(f"{next(iter(entries))}: must")
+    assert await tenant.store.dump() == [None] * len(await tenant.store.dump())
+    assert (await ask(service, of(tenant, user="é" * 200, feature="f" * 100))).overall_code == OK
+
+
+async def test_a_tenant_of_another_region_is_counted_in_its_own_cell_alone(service: Service) -> None:
+    """As every other question about it: refused with the region, and nothing of it is kept here."""
+    tenant = service.tenant_with(PER_MINUTE)
+    elsewhere = service.peer.tenants.context(tenant.tenant_id, rules.LimitRules(rules=[PER_MINUTE]), region="elsewhere")
+    service.peer.tenants.credentials["ten_elsewhere", ""] = elsewhere
+    for proof in ({"tenant_context": elsewhere.token}, {"credential": "ten_elsewhere"}):
+        assert (await refused(service, proof)).reason_name == "WRONG_CELL"
+    assert await tenant.store.dump() == [None] * len(await tenant.store.dump())

@@ -5,10 +5,11 @@ import asyncio
 import pytest
 
 from mesh.metering.v1 import ledger_service_pb2 as ledger
-from services.kernel.errors import MeshError
-from services.kernel.ids import new_uuid7
+from services.kernel.errors import MeshError, Unavailable
+from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.ratelimit.adapters.metering_client import MeteringClient
+from services.ratelimit.adapters.redis_link import Link
 from services.ratelimit.fencing import Fencing
 from tests.ratelimit.callers import MeteringSettings, Service, Stores, eventually
 from tests.ratelimit.scripted_peer import LedgerCall
@@ -121,3 +122,39 @@ async def test_concurrent_fences_of_a_tenant_are_one_question(service: Service) 
         service.peer.ledger.gate.set()
     assert not [answer for answer in calls.result() if isinstance(answer, MeshError)]
     assert service.peer.ledger.fence_count <= 2
+
+
+class HalfAway:
+    """A store of which the node of some tenant's keys is away, and with it the scan that has come to it."""
+
+    def __init__(self, link: Link, gone: TenantId) -> None:
+        self._link = link
+        self._gone = f"{{{gone}}}:meta"
+
+    async def send(self, *command: str | bytes | int) -> object:
+        if self._gone in command:
+            raise Unavailable("redis")
+        return await self._link.send(*command)
+
+    async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
+        raise Unavailable("redis")
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_holds_on_a_node_that_is_away_keep_nobody_elses(service: Service) -> None:
+    """The sweep ends what the other nodes hold; a caller whose own store is away is not refused by what may be over."""
+    gone, other = service.tenant_with(tokens_per_day=100), service.tenant_with(tokens_per_day=100)
+    reservation_id = new_uuid7()
+    await other.reserve(10, id=reservation_id)
+    channel = MeshChannel(service.peer.address, settings=MeteringSettings(), target_service="metering")
+    fencing = Fencing(Stores(HalfAway(service.link, gone.tenant_id)).decisions, MeteringClient(channel))
+    for tenant_id in (gone.tenant_id, other.tenant_id):
+        fencing.watch(tenant_id)
+    await other.store.end_lease(reservation_id)
+    await fencing.sweep()
+    assert await other.store.state(reservation_id) == "released"
+    with pytest.raises(Unavailable):
+        await fencing.fence_expired(gone.tenant_id)
+    await channel.close()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from services.ratelimit.adapters.redis_snapshots import record_of
 from services.ratelimit.adapters.scripts import load_script
 from services.ratelimit.adapters.tenant_scripts import KINDS
 from services.ratelimit.limit_rule import SECOND_US
+from services.ratelimit.limits import Amounts, Demand
 from services.ratelimit.rebuild import Begin, CountedCall, CountedState
 from services.ratelimit.standing import Verdict
 from services.ratelimit.terms import Terms
@@ -241,3 +243,25 @@ def replaced_terms(tenant: AtStore) -> Terms:
     """The tenant's rules with one of another window: a newer configuration that needs other counters."""
     further = replace(tenant.terms.rules[0], name="further", window_us=7 * SECOND_US)
     return Terms((*tenant.terms.rules, further), version=tenant.terms.version + 1)
+
+
+async def test_a_loss_between_two_parts_of_a_batch_loses_no_call_of_it(
+    at_store: Callable[..., AtStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a script decides at a time: when the counters go in between, all of it is asked again and none is told it has ended."""
+    tenant = await at_store().loaded()
+    run, count = tenant.stores.scripts.run, 0
+
+    async def losing(name: str, *arguments: Any, **options: Any) -> object:
+        nonlocal count
+        count += 1
+        if count == 2:
+            await tenant.lose()
+        return await run(name, *arguments, **options)
+
+    monkeypatch.setattr(tenant.stores.scripts, "run", losing)
+    asks = [tenant.ask(new_uuid7(), Demand(Amounts(1, 0))) for _ in range(60)]
+    assert {answer.verdict for answer in await tenant.store.reserve(tenant.tenant_id, tenant.terms, asks)} == {Verdict.REBUILD}
+    monkeypatch.undo()
+    await tenant.loaded()
+    assert {answer.verdict for answer in await tenant.store.reserve(tenant.tenant_id, tenant.terms, asks)} == {Verdict.HELD}

@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta, tzinfo
 
+import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.status_pb2 import Status
 
 from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.metering.v1 import ledger_service_pb2 as ledger
@@ -195,6 +197,17 @@ async def test_an_item_that_makes_no_sense_fails_alone_in_a_batch(service: Servi
     items[0].request.user = "a\x00b"
     answer = await service.inference.unary(first.stub.ReserveBatch, messages.ReserveBatchRequest(items=items), timeout_seconds=5)
     assert [outcome.WhichOneof("outcome") for outcome in answer.outcomes] == ["error_status", "held"]
+
+
+async def test_a_token_that_proves_no_tenant_fails_alone_in_a_batch(service: Service) -> None:
+    """An operator's context acts for nobody here; the items beside it are decided."""
+    tenant = service.tenant_with(rule("rate", "tokens", 60, 10))
+    items = [batch_item(tenant, 1), batch_item(tenant, 1), batch_item(tenant, 1)]
+    items[1].context_token = service.peer.tenants.operator().context_token
+    answer = await service.inference.unary(tenant.stub.ReserveBatch, messages.ReserveBatchRequest(items=items), timeout_seconds=5)
+    assert [outcome.WhichOneof("outcome") for outcome in answer.outcomes] == ["held", "error_status", "held"]
+    assert Status.FromString(answer.outcomes[1].error_status).code == grpc.StatusCode.UNAUTHENTICATED.value[0]
+    assert (await tenant.limits())["rate"].used == 2
 
 
 def batch_item(tenant: AtService, tokens: int, id: str = "") -> messages.ReserveBatchItem:

@@ -141,7 +141,25 @@ async def test_a_tenants_admin_narrows_under_names_of_its_own(harness: Harness) 
     assert refused.metadata["field"] == "limit_rules.rules.theirs"
     gone = await update(harness, key, ["limit_rules.rules.ours"])
     assert "ours" not in in_force(gone.configuration)
-    assert list((await update(harness, key, ["limit_rules.rules.ours"])).changed_paths) == []
+
+
+@pytest.mark.parametrize("given", [[], [rule()], [rule("tokens_per_usr")]], ids=["none", "another's", "a slip"])
+async def test_a_mask_that_names_a_rule_that_is_nowhere_is_refused(harness: Harness, given: list[rules_pb2.LimitRule]) -> None:
+    """A slip in a name is told, whoever asks and whatever else is named, and nothing is changed; a plan's rule is none to take away."""
+    created = await harness.create()
+    key = with_key(created.api_key)
+    await put(harness, key, rule())
+    before = await configuration(harness, key)
+    for name in ("tokens_per_user", "tokens_per_month"):
+        for metadata in (key, harness.as_operator(created.tenant.tenant_id)):
+            paths = [f"limit_rules.rules.{name}", "ai.assistant_name", "limit_rules.rules.ours"]
+            error = await refusal(update(harness, metadata, paths, limit_rules={"rules": given}, ai={"assistant_name": "Bob"}))
+            assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, error_reason_pb2.ERROR_REASON_INVALID_REQUEST)
+            assert error.field_violations[0].field == "update_mask"
+            assert f"limit_rules.rules.{name}" in error.message
+    assert await configuration(harness, key) == before
+    await update(harness, key, ["limit_rules.rules.ours"])
+    assert (await refusal(update(harness, key, ["limit_rules.rules.ours"]))).field_violations[0].field == "update_mask"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ class MeshServer:
         self._on_drain: list[Callable[[], None]] = []
         self._port = 0
         self.interceptors = build_interceptors(settings, self._names, resolver, verifier, own_checks)
-        self._server = accepting_server(self.interceptors, _server_options(settings))
+        self._failure: BaseException | None = None
+        self._server = accepting_server(self.interceptors, _server_options(settings), self._failed)
         for add, servicer, _ in servicers:
             add(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -83,7 +84,7 @@ class MeshServer:
         self._port = self._bind()
         await self._server.start()
         if self._settings.health_address:
-            self._health_server = grpc.aio.server()
+            self._health_server = accepting_server([], [])
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
             self._health_server.add_insecure_port(self._settings.health_address)
             await self._health_server.start()
@@ -92,7 +93,10 @@ class MeshServer:
         log.info("server_started", address=self._settings.listen_address, port=self._port, tls=self._settings.tls_enabled)
 
     async def serve_until_signal(self) -> None:
-        """Serves until SIGTERM, SIGINT or `request_stop`, then drains and closes. Starts the server unless it is running."""
+        """Serves until SIGTERM, SIGINT or `request_stop`, then drains and closes. Starts the server unless it is running.
+
+        Raises: what ended a server that nobody stopped. It must end its process, or probes would find that healthy for ever.
+        """
         if not self._port:
             await self.start()
         loop = asyncio.get_running_loop()
@@ -104,6 +108,8 @@ class MeshServer:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
         await self.stop()
+        if self._failure is not None:
+            raise self._failure
 
     def request_stop(self) -> None:
         """Ends `serve_until_signal`, as a signal does."""
@@ -124,6 +130,10 @@ class MeshServer:
         if self._health_server is not None:
             await self._health_server.stop(None)
         log.info("server_stopped")
+
+    def _failed(self, failure: BaseException) -> None:
+        self._failure = failure
+        self.request_stop()
 
     def _bind(self) -> int:
         if not self._settings.tls_enabled:

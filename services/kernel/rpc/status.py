@@ -22,6 +22,8 @@ log = structlog.get_logger("rpc")
 # HTTP/2 peers commonly cap all trailers at 8 KiB; above it the caller would see a transport error instead of this one.
 _MAX_DETAILS_BYTES = 4096
 _MAX_MESSAGE_LENGTH = 1000
+# Of the message as it goes in the trailers: all but printable ASCII is three bytes a byte there.
+_MAX_MESSAGE_BYTES = 2000
 
 
 class StatusInterceptor(MeshInterceptor):
@@ -69,8 +71,17 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 async def _answer(context: Any, failure: MeshError) -> Any:
-    message = failure.message[:_MAX_MESSAGE_LENGTH]
+    message = _fitting(failure.message[:_MAX_MESSAGE_LENGTH])
     details = encode(failure)
     if len(details) > _MAX_DETAILS_BYTES:
         details = encode(MeshError(failure.code, failure.reason, message, retry_after_seconds=failure.retry_after_seconds))
     await context.abort(failure.code, message, ((DETAILS_KEY, details),))
+
+
+def _fitting(message: str) -> str:
+    left = _MAX_MESSAGE_BYTES
+    for place, character in enumerate(message):
+        left -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
+        if left < 0:
+            return message[:place]
+    return message

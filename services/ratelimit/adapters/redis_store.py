@@ -109,11 +109,14 @@ class RedisStore:
         return done
 
     async def expired(self, tenant_ids: Sequence[TenantId], at_most: int) -> list[ExpiredHolds]:
-        """Lists ended leases and forgets what no rule counts any more."""
+        """Lists ended leases and forgets what no rule counts any more. A store that does not answer leaves its tenants out."""
         found: list[ExpiredHolds] = []
 
         async def sweep(tenant_id: TenantId, _: Sequence[int]) -> None:
-            answer = await self._scripts.run("sweep", tenant_id, self._forget_us, at_most, bulk=True)
+            try:
+                answer = await self._scripts.run("sweep", tenant_id, self._forget_us, at_most, bulk=True)
+            except Unavailable:
+                return
             epoch, lease_count, later, *ids = cast("list[int | bytes]", answer)
             reservation_ids = [ReservationId(UUID(bytes=cast("bytes", item))) for item in ids]
             found.append(ExpiredHolds(tenant_id, None if epoch == -1 else int(epoch), int(lease_count), reservation_ids, later == 1))
@@ -149,6 +152,9 @@ class RedisStore:
             some = asks[start : start + _DECISIONS_A_SCRIPT]
             after = _reserve_arguments(some)
             decided = await self._decided("reserve", tenant_id, terms, before, after, len(some))
+            if decided[0].verdict in (Verdict.REBUILD, Verdict.BEHIND):
+                # Of all of them: what was held by now is held again, or the same, when all are asked again.
+                return decided[:1] * len(asks)
             answers += [_placed(ask, answer) for ask, answer in zip(some, decided, strict=True)]
         return answers
 

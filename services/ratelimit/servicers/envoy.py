@@ -9,9 +9,10 @@ from google.protobuf.duration_pb2 import Duration
 from envoy.config.core.v3.base_pb2 import HeaderValue
 from envoy.service.ratelimit.v3 import rls_pb2 as messages
 from envoy.service.ratelimit.v3 import rls_pb2_grpc
+from services.kernel.cell import Cell
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import CredentialResolver
-from services.kernel.errors import InvalidRequest, LimitExceeded
+from services.kernel.errors import InvalidRequest, LimitExceeded, MeshError
 from services.kernel.ids import ReservationId, new_uuid7
 from services.kernel.request_context import required_scope
 from services.kernel.tenant_context import TenantContext
@@ -19,6 +20,7 @@ from services.ratelimit.consumption import Consumptions, Use
 from services.ratelimit.decision import Refusal
 from services.ratelimit.descriptor import DOMAIN, MOST_DESCRIPTORS, GatewayUse, Proof, read_descriptor
 from services.ratelimit.limit_rule import SECOND_US, LimitRule, Window
+from services.ratelimit.limits import UnkeepableName
 from services.ratelimit.ready_counters import tenant_of
 from services.ratelimit.reservation import Held
 from services.ratelimit.standing import LimitStatus
@@ -33,10 +35,11 @@ _UNITS = {Window.DAY: Answer.RateLimit.DAY, Window.MONTH: Answer.RateLimit.MONTH
 class EnvoyServicer(rls_pb2_grpc.RateLimitServiceServicer):
     """Serves envoy.service.ratelimit.v3.RateLimitService."""
 
-    def __init__(self, consumptions: Consumptions, resolver: CredentialResolver, verifier: ContextTokenVerifier) -> None:
+    def __init__(self, consumptions: Consumptions, resolver: CredentialResolver, verifier: ContextTokenVerifier, cell: Cell) -> None:
         self._consumptions = consumptions
         self._resolver = resolver
         self._verifier = verifier
+        self._cell = cell
 
     async def ShouldRateLimit(self, request: messages.RateLimitRequest, context: object) -> messages.RateLimitResponse:
         """Counts all descriptors, or none when one is over a limit."""
@@ -44,14 +47,11 @@ class EnvoyServicer(rls_pb2_grpc.RateLimitServiceServicer):
             raise InvalidRequest("domain", f"must be {DOMAIN}: set it in the gateway's rate limit filter")
         if not 1 <= len(request.descriptors) <= MOST_DESCRIPTORS:
             raise InvalidRequest("descriptors", f"must be 1 to {MOST_DESCRIPTORS}")
-        read = [
-            read_descriptor(
-                place,
-                ((entry.key, entry.value) for entry in item.entries),
-                item.hits_addend.value if item.HasField("hits_addend") else request.hits_addend or 1,
-            )
-            for place, item in enumerate(request.descriptors)
-        ]
+        try:
+            read = [_read(request, place) for place in range(len(request.descriptors))]
+        except UnkeepableName as unkeepable:
+            # What a caller may have chosen must not lift its limits: see `_decided`.
+            return _kept_out(len(request.descriptors), unkeepable)
         tenant = await self._one_tenant([proof for proof, _ in read])
         return await self._decided(tenant, [use for _, use in read])
 
@@ -71,6 +71,7 @@ class EnvoyServicer(rls_pb2_grpc.RateLimitServiceServicer):
             context = await self._resolver.resolve(proof.credential, None)
         if context.tenant_id is None:
             raise InvalidRequest("descriptors", "prove no tenant: an operator's credential is no tenant's")
+        self._cell.refuse_elsewhere(context.region)
         return context
 
     async def _decided(self, tenant: TenantContext, asked: Sequence[GatewayUse]) -> messages.RateLimitResponse:
@@ -79,7 +80,7 @@ class EnvoyServicer(rls_pb2_grpc.RateLimitServiceServicer):
             outcome = await self._consumptions.decide_together(tenant, uses)
         except LimitExceeded as guarded:
             # An error is no refusal to a gateway: most let the request pass then, and the guard would lift every limit.
-            return _kept_out(asked, guarded)
+            return _kept_out(len(asked), guarded)
         if isinstance(outcome, Refusal):
             return _over(asked, outcome)
         limits = [_tightest(held) for held in outcome]
@@ -89,6 +90,12 @@ class EnvoyServicer(rls_pb2_grpc.RateLimitServiceServicer):
             statuses=[_status(_OK, limit) for limit in limits],
             response_headers_to_add=_headers(min(named, key=lambda limit: limit.remaining)) if named else [],
         )
+
+
+def _read(request: messages.RateLimitRequest, place: int) -> tuple[Proof, GatewayUse]:
+    item = request.descriptors[place]
+    hits = item.hits_addend.value if item.HasField("hits_addend") else request.hits_addend or 1
+    return read_descriptor(place, ((entry.key, entry.value) for entry in item.entries), hits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +125,12 @@ def _over(asked: Sequence[GatewayUse], refusal: Refusal) -> messages.RateLimitRe
     return Answer(overall_code=_OVER, statuses=statuses, response_headers_to_add=headers, raw_body=refusal.message.encode())
 
 
-def _kept_out(asked: Sequence[GatewayUse], guarded: LimitExceeded) -> messages.RateLimitResponse:
+def _kept_out(count: int, error: MeshError) -> messages.RateLimitResponse:
     return Answer(
         overall_code=_OVER,
-        statuses=[_status(_OVER, None) for _ in asked],
-        response_headers_to_add=_retry_after(guarded.retry_after_seconds),
-        raw_body=guarded.message.encode(),
+        statuses=[_status(_OVER, None)] * count,
+        response_headers_to_add=_retry_after(error.retry_after_seconds),
+        raw_body=error.message.encode(),
     )
 
 

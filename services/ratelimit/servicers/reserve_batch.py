@@ -8,7 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.context_token import ContextTokenVerifier
-from services.kernel.errors import MeshError
+from services.kernel.errors import MeshError, Unauthenticated
 from services.kernel.ids import TenantId
 from services.kernel.rpc.status import to_mesh_error
 from services.kernel.rpc.wire_status import encode
@@ -39,6 +39,9 @@ class ReserveBatches:
         for place, item in enumerate(items):
             try:
                 context = await self._verifier.verify(item.context_token)
+                if context.tenant_id is None:
+                    # An operator's, who acts for no tenant.
+                    raise Unauthenticated.context_missing()
                 request = request_of(item.request, gathered=True)
                 by_tenant.setdefault(tenant_of(context), []).append((place, context, request))
             except MeshError as error:

@@ -356,7 +356,8 @@ class UpdateConfigurationRequest(_message.Message):
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """Paths in `overrides`, such as "ai.default_model"; "limits", "ai" and "limit_rules" stand for everything in them. At least one.
-        "limit_rules.rules.<name>" puts the one rule of that name, or removes it where `rules` has none; "limit_rules.rules" replaces all.
+        "limit_rules.rules.<name>" puts the one rule of that name, or removes it where `rules` has none, and is refused where the tenant has none of its
+        own either; "limit_rules.rules" replaces all.
         """
 
     def __init__(

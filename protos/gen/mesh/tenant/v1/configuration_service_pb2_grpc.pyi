@@ -19,15 +19,15 @@ class ConfigurationServiceStub:
     GetConfiguration: _aio.UnaryUnaryMultiCallable[_configuration_service_pb2.GetConfigurationRequest, _configuration_service_pb2.GetConfigurationResponse]
     """Returns what is in force and what of it is the tenant's own. Reads only. Errors: NOT_FOUND when the tenant is gone."""
     UpdateConfiguration: _aio.UnaryUnaryMultiCallable[_configuration_service_pb2.UpdateConfigurationRequest, _configuration_service_pb2.UpdateConfigurationResponse]
-    """Sets or takes back the overrides that the mask names. Repeating it changes nothing more.
+    """Sets or takes back the overrides that the mask names. Repeating it changes nothing more; a rule that is gone is not removed again.
     Only an operator sets `limits`, `ai.dedicated_endpoint` and `encrypt_content`, allows models beyond the plan, raises
     `ai.max_output_tokens` or lengthens `data_retention_days` beyond it, and changes those three once an operator set them.
     Of `limit_rules` a tenant puts and removes rules under names of its own, which hold beside the plan's and so only narrow; an operator may
     put a rule in a plan's place, and alone sets time zone, billing anchor and guard.
-    Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a name given twice, more than 100 rules, or terms that make no sense
-    together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION
-    WRONG_STATE for another version; RESOURCE_EXHAUSTED PLAN_LIMIT with RetryInfo and the rule "limit_rule_changes_per_minute" when a tenant changes its
-    own limits more than 30 times in 60 s.
+    Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a rule to remove that is not there, a name given twice, more than 100 rules,
+    or terms that make no sense together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan;
+    FAILED_PRECONDITION WRONG_STATE for another version; RESOURCE_EXHAUSTED PLAN_LIMIT with RetryInfo and the rule "limit_rule_changes_per_minute"
+    when a tenant changes its own limits more than 30 times in 60 s.
     """
     ChangePlan: _aio.UnaryUnaryMultiCallable[_configuration_service_pb2.ChangePlanRequest, _configuration_service_pb2.ChangePlanResponse]
     """Puts the tenant, named by `x-tenant-id`, on another plan; its overrides stay, held to the new plan where no operator set them.
@@ -54,15 +54,15 @@ class ConfigurationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _configuration_service_pb2.UpdateConfigurationRequest,
         context: _aio.ServicerContext[_configuration_service_pb2.UpdateConfigurationRequest, _abc.Awaitable[_configuration_service_pb2.UpdateConfigurationResponse]],
     ) -> _abc.Awaitable[_configuration_service_pb2.UpdateConfigurationResponse]:
-        """Sets or takes back the overrides that the mask names. Repeating it changes nothing more.
+        """Sets or takes back the overrides that the mask names. Repeating it changes nothing more; a rule that is gone is not removed again.
         Only an operator sets `limits`, `ai.dedicated_endpoint` and `encrypt_content`, allows models beyond the plan, raises
         `ai.max_output_tokens` or lengthens `data_retention_days` beyond it, and changes those three once an operator set them.
         Of `limit_rules` a tenant puts and removes rules under names of its own, which hold beside the plan's and so only narrow; an operator may
         put a rule in a plan's place, and alone sets time zone, billing anchor and guard.
-        Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a name given twice, more than 100 rules, or terms that make no sense
-        together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan; FAILED_PRECONDITION
-        WRONG_STATE for another version; RESOURCE_EXHAUSTED PLAN_LIMIT with RetryInfo and the rule "limit_rule_changes_per_minute" when a tenant changes its
-        own limits more than 30 times in 60 s.
+        Errors: INVALID_ARGUMENT for an unknown path, model or time zone, a rule to remove that is not there, a name given twice, more than 100 rules,
+        or terms that make no sense together; PERMISSION_DENIED SCOPE_MISSING for what is an operator's to set, MODEL_TIER for a model beyond the plan;
+        FAILED_PRECONDITION WRONG_STATE for another version; RESOURCE_EXHAUSTED PLAN_LIMIT with RetryInfo and the rule "limit_rule_changes_per_minute"
+        when a tenant changes its own limits more than 30 times in 60 s.
         """
 
     @_abc_1.abstractmethod
