@@ -7,6 +7,7 @@ from zoneinfo import ZoneInfo
 
 import grpc
 import pytest
+import structlog
 
 from mesh.common.v1 import error_reason_pb2 as reasons
 from mesh.common.v1 import limit_rule_pb2 as rules_pb
@@ -213,8 +214,11 @@ async def test_a_budget_looks_back_and_a_changed_one_begins_anew(mesh: Mesh) -> 
     assert larger.budget_id != first.budget_id
     assert list(larger.thresholds_percent) == [50, 90, 100]
     await wait_fired(mesh, tenant, [50, 50, 80, 90])
-    await ask(mesh, tenant, "DeleteBudget", pb.DeleteBudgetRequest(name="budget"))
-    await ask(mesh, tenant, "DeleteBudget", pb.DeleteBudgetRequest(name="budget"))
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            await ask(mesh, tenant, "DeleteBudget", pb.DeleteBudgetRequest(name="budget"))
+    told = [line["budget_id"] for line in logs if line["event"] == "budget_deleted"]
+    assert told == [larger.budget_id], "which one, and once"
     assert not (await ask(mesh, tenant, "ListBudgets", pb.ListBudgetsRequest())).budgets
     assert await fired(mesh, tenant) == [50, 50, 80, 90]
     with pytest.raises(MeshError) as refused:
