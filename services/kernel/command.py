@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from services.kernel.errors import MeshError
 from services.kernel.migrate import MigrationRefused
 from services.kernel.rpc.certificates import CertificatesUnusable
 from services.kernel.rpc.server import App, run_service
@@ -23,7 +24,7 @@ def main(
     migrate: Callable[[Settings], Coroutine[None, None, None]] | None = None,
     others: Mapping[str, Callable[[Settings], str]] | None = None,
 ) -> None:
-    """Runs one command of a service and exits: 0 when done, 2 for wrong settings, unusable certificates or a refused migration.
+    """Runs one command of a service and exits: 0 when done, 2 for wrong settings, unusable certificates or a refused migration; else 1.
 
     `others` are commands of the service's own, which answer with what is printed.
     """
@@ -46,6 +47,11 @@ def main(
             name = "_".join(str(part) for part in problem["loc"]).upper()
             print(f"{'TENANTRY_' + name + ': ' if name else ''}{problem['msg']}", file=sys.stderr)  # noqa: T201 - for people
         sys.exit(2)
+    except MeshError as error:
+        if command == "serve":
+            raise
+        print(error, file=sys.stderr)  # noqa: T201 - for people
+        sys.exit(1)
     except MigrationRefused as error:
         print(f"migration refused: {error}", file=sys.stderr)  # noqa: T201 - for people
         sys.exit(2)

@@ -262,8 +262,10 @@ class Balance:
 class UsageQueries(Protocol):
     """Answers from the sums, and from what is not in them yet."""
 
-    async def of_tenant(self, tenant_id: TenantId, query: UsageQuery, after: RowPosition | None, size: int) -> Sequence[GroupUse]:
-        """Returns up to `size` groups of the tenant after the position."""
+    async def of_tenant(
+        self, tenant_id: TenantId, query: UsageQuery, after: RowPosition | None, size: int, *, may_cut: bool = False
+    ) -> Sequence[GroupUse]:
+        """Returns up to `size` groups of the tenant after the position; the largest number for a larger one, or raises SumOutOfRange."""
         ...
 
     async def of_tenants(self, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int) -> Sequence[GroupUse]:

@@ -10,6 +10,7 @@ import pytest
 from mesh.inference.v1 import inference_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2 as ledger_pb
 from services.kernel.ids import new_uuid7
+from services.kernel.rpc.wire_status import decode_rpc_error
 from tests.inference.conftest import World, credentials
 from tests.inference.peers import OPUS, Tenant, opened
 
@@ -40,13 +41,14 @@ async def test_bad_input_is_refused_before_anything_is_held(
     assert world.script.names() == []
 
 
-async def test_ten_megabytes_are_refused_by_the_transport(world: World, tenant: Tenant) -> None:
+async def test_ten_megabytes_are_refused_as_too_large(world: World, tenant: Tenant) -> None:
     """A request above the message size is refused before it is read."""
     request = pb.StreamGenerateRequest(messages=[pb.Message(role=USER, text="x" * 10_000_000)])
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in world.inference.StreamGenerate(request, metadata=credentials(tenant), timeout=10.0):
             pass
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    refusal = decode_rpc_error(caught.value, "inference")
+    assert (refusal.code, refusal.metadata["limit"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "4194304")
     assert world.script.names() == []
 
 

@@ -14,6 +14,7 @@ from mesh.tenant.v1 import authentication_service_pb2 as auth_pb
 from services.kernel.errors import MeshError
 from services.kernel.rpc.interceptor import Method
 from services.kernel.rpc.validation import ValidationInterceptor, parse_valid
+from services.kernel.rpc.wire_status import decode_rpc_error
 from tests.kernel.mesh import BEARERS, Mesh
 from tests.kernel.test_auth import PROVISION, SERVICE
 
@@ -83,13 +84,20 @@ async def test_a_stranger_makes_nobody_read_a_message(mesh: Mesh) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await mesh.raw_call(AUTHENTICATE, b"\xff\xff", {})
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-
-
-async def test_an_oversized_message_is_refused_and_the_service_lives(mesh: Mesh) -> None:
-    """Above the limit grpc itself answers RESOURCE_EXHAUSTED."""
+    # Also where it is too large.
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await mesh.raw_call(PROVISION, bytes(5 * 1024 * 1024), SERVICE)
-    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(("size", "limit"), [(4 * 1024 * 1024 + 1, "4194304"), (12 * 1024 * 1024, "4194304"), (12 * 1024 * 1024 + 1, None)])
+async def test_an_oversized_message_is_refused_and_the_service_lives(mesh: Mesh, size: int, limit: str | None) -> None:
+    """Above the limit the refusal says so, unread; above three times of it grpc itself answers, with the same code and no limit."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await mesh.raw_call(AUTHENTICATE, bytes(size), INFERENCE)
+    refused = decode_rpc_error(caught.value, "sample")
+    assert (refused.code, refused.reason_name) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")
+    assert (refused.metadata.get("limit"), refused.metadata.get("requested")) == (limit, limit and str(size))
     await mesh.provision()
 
 

@@ -1,6 +1,7 @@
 """Batches: concurrent requests share transactions, one bad request fails alone, and contracts are kept at the door."""
 
 import asyncio
+from uuid import UUID
 
 import asyncpg
 import grpc
@@ -148,3 +149,15 @@ async def test_answers_keep_the_order_of_their_items(mesh: Mesh) -> None:
     unknown_ones = [ref(tenant) for tenant in tenants]
     keys = [CallKey(item.tenant_id, item.reservation_id) for item in (unknown_ones[0], calls[4].ref, unknown_ones[2], calls[0].ref)]
     assert await mesh.app.ledger.renew(keys) == [keys[0], keys[2]]
+
+
+@pytest.mark.parametrize("causes", [("provider_529", "cancelled"), ("cancelled", "provider_529")])
+async def test_of_two_ends_of_one_call_the_first_is_written(mesh: Mesh, causes: tuple[str, str]) -> None:
+    """Neither says what was billed, so the call is unresolved, for the cause that was told first."""
+    call = await mesh.opened(mesh.new_tenant())
+    states = await mesh.void(*(pb.VoidCall(ref=call.ref, kind=pb.VOID_KIND_UNKNOWN, cause=cause) for cause in causes))
+    assert states == [pb.CALL_STATE_UNRESOLVED] * 2
+    found = await mesh.admin.fetchval(
+        "SELECT end_cause FROM metering.calls WHERE reservation_id = $1", UUID(bytes=bytes(call.ref.reservation_id))
+    )
+    assert found == causes[0]

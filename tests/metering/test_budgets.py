@@ -7,6 +7,7 @@ from zoneinfo import ZoneInfo
 
 import grpc
 import pytest
+import structlog
 
 from mesh.common.v1 import error_reason_pb2 as reasons
 from mesh.common.v1 import limit_rule_pb2 as rules_pb
@@ -137,13 +138,16 @@ async def test_units_beyond_an_integer_fire_and_are_told_as_the_largest(mesh: Me
     await put(mesh, tenant, "ben", amount=10**13, measure=UNIT, product_unit="endless_unit", period=MONTH, user="ben")
     await put(mesh, tenant, "cost", amount=10**13, measure=COST, period=MONTH)
     await events.register(mesh, "used", product="endless", unit="endless_unit")
-    used = [events.event(product="endless", type="used", quantity=1) for _ in range(2)]
+    used = [events.event(product="endless", type="used", quantity=1, subject="ada") for _ in range(2)]
     await events.record(mesh, tenant, used[:1])
     try:
         for sql in ENDLESS:
             await mesh.admin.execute(sql, tenant.id)
         await events.record(mesh, tenant, used[1:])
         await wait_fired(mesh, tenant, [50, 80, 100])
+        # One for each looks at everybody as soon as it is put.
+        await put(mesh, tenant, "each", amount=10**13, measure=UNIT, product_unit="endless_unit", period=MONTH, each_user=True)
+        await wait_fired(mesh, tenant, [50, 80, 100], "each")
         standing = await stands(mesh, tenant)
         assert {standing.used, standing.forecast_by_period, standing.forecast_by_week} == {2**63 - 1}
         assert [(await stands(mesh, tenant, name)).used for name in ("ben", "cost")] == [0, 0]
@@ -210,8 +214,11 @@ async def test_a_budget_looks_back_and_a_changed_one_begins_anew(mesh: Mesh) -> 
     assert larger.budget_id != first.budget_id
     assert list(larger.thresholds_percent) == [50, 90, 100]
     await wait_fired(mesh, tenant, [50, 50, 80, 90])
-    await ask(mesh, tenant, "DeleteBudget", pb.DeleteBudgetRequest(name="budget"))
-    await ask(mesh, tenant, "DeleteBudget", pb.DeleteBudgetRequest(name="budget"))
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            await ask(mesh, tenant, "DeleteBudget", pb.DeleteBudgetRequest(name="budget"))
+    told = [line["budget_id"] for line in logs if line["event"] == "budget_deleted"]
+    assert told == [larger.budget_id], "which one, and once"
     assert not (await ask(mesh, tenant, "ListBudgets", pb.ListBudgetsRequest())).budgets
     assert await fired(mesh, tenant) == [50, 50, 80, 90]
     with pytest.raises(MeshError) as refused:

@@ -109,9 +109,9 @@ class _Counting(PostgresUsageQueries):
 
     asked: list[UsageQuery]
 
-    async def of_tenant(self, tenant_id: TenantId, query: UsageQuery, *rest: object):  # type: ignore[no-untyped-def,override] # as the port's
+    async def of_tenant(self, tenant_id: TenantId, query: UsageQuery, *rest: object, **cut: bool):  # type: ignore[no-untyped-def,override] # as the port's
         self.asked.append(query)
-        return await super().of_tenant(tenant_id, query, *rest)  # type: ignore[arg-type] # as the port's
+        return await super().of_tenant(tenant_id, query, *rest, **cut)  # type: ignore[arg-type] # as the port's
 
 
 async def test_only_who_used_something_since_is_looked_at(mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ from mesh.metering.v1 import event_service_pb2 as pb
 from services.kernel.errors import MeshError
 from services.kernel.rpc import metadata as keys
 from services.kernel.rpc.validation import parse_valid
+from services.kernel.rpc.wire_status import decode_rpc_error
 from tests.metering.events import RECORDED, ask, event, listed, outcomes, record, register, reverse
 from tests.metering.mesh import Mesh
 
@@ -78,12 +79,14 @@ async def test_five_thousand_events_are_taken_and_one_more_is_not(mesh: Mesh) ->
 
 
 async def test_ten_megabytes_of_metadata_are_refused(mesh: Mesh) -> None:
-    """Beyond the largest message RESOURCE_EXHAUSTED, by the transport; where such a message is taken, INVALID_REQUEST."""
+    """Beyond the largest message RESOURCE_EXHAUSTED, and how large it may be; where such a message is taken, INVALID_REQUEST."""
     await register(mesh)
     tenant, huge = mesh.new_tenant(), pb.RecordEventsRequest(events=[event("one", metadata={"k": TEN_MEGABYTES})])
     with pytest.raises(grpc.aio.AioRpcError) as exhausted:
         await mesh.outside.events.RecordEvents(huge, metadata=((keys.AUTHORIZATION, f"Bearer key-{tenant.id}"),), timeout=20)
-    assert exhausted.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    told = decode_rpc_error(exhausted.value, "metering")
+    assert (told.code, told.reason_name) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")
+    assert told.metadata == {"rule": "max_message_bytes", "limit": "4194304", "requested": str(huge.ByteSize())}
     with pytest.raises(MeshError) as refused:
         parse_valid(huge.SerializeToString(), pb.RecordEventsRequest.FromString)
     assert (refused.value.reason_name, refused.value.metadata["field"]) == ("INVALID_REQUEST", "events[0].data.metadata['k']")

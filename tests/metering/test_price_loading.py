@@ -1,7 +1,12 @@
 """Loading the price book through the real service: seen first, then exactly that; a version that was loaded never changes."""
 
 import asyncio
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -236,3 +241,14 @@ async def test_command_tells_what_migrate_would_load(own: Mesh, path: Path) -> N
     finally:
         path.write_text(text)
     assert await names(own) == before
+
+
+def test_command_without_its_database_says_so_in_a_sentence() -> None:
+    """Whoever mistyped an address reads no traceback."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+    where = {"TENANTRY_POSTGRES_ADMIN_DSN": f"postgresql://nobody@127.0.0.1:{port}/none"}
+    command = [sys.executable, "-m", "services.metering", "preview-price-book"]
+    ended = subprocess.run(command, env={**os.environ, **where}, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "UNAVAILABLE DEPENDENCY_UNAVAILABLE: postgres does not answer; try again shortly\n"

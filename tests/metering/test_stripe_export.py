@@ -1,5 +1,6 @@
 """Use is told to Stripe's meters once, whatever fails on the way: by a fake of its endpoint over HTTP, which knows identifiers again."""
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from mesh.metering.v1 import event_service_pb2 as events_pb
 from mesh.metering.v1 import export_sink_service_pb2 as pb
 from services.kernel.errors import MeshError
 from services.kernel.ids import TenantId, new_uuid7
+from services.metering.adapters.postgres_export_outbox import BY_INDEX, TAKE_DUE, PostgresExportOutbox
 from services.metering.adapters.stripe_meter_events import StripeMeterEvents
 from services.metering.exports.meters import METERS_OF_CALLS
 from services.metering.exports.outgoing import Outgoing, OutgoingKey, Sink, Source, Teller, TellFailed
@@ -23,6 +25,7 @@ from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
 from tests.metering.rerating import load_versions, order, rerated
 from tests.metering.telling import METERS, STRIPE, ask, customer, tell, waiting
+from tests.metering.test_budgets_for_each import nodes
 from tests.metering.usage import fold
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
@@ -319,3 +322,37 @@ async def test_only_operators_set_and_see_exports(mesh: Mesh) -> None:
         with pytest.raises(MeshError) as refused:
             await ask(mesh, None, method, request)
         assert refused.value.reason_name == "INVALID_REQUEST"
+
+
+# Two tenants' backlog, of which the second's is tried again later.
+PLANT_BACKLOG = """
+INSERT INTO metering.export_outbox (tenant_id, sink, usage_id, meter, event_name, source, quantity, use_time, record_time, due_time)
+SELECT t.tenant_id, 1, gen_random_uuid(), 'calls.count', 'x', 3, 1, now(), now(), now() + t.later - n * interval '1 ms'
+FROM unnest($1::uuid[], ARRAY [interval '0', interval '1 hour']) AS t (tenant_id, later), generate_series(1, 3000) n
+"""
+
+
+async def test_what_a_look_reads_does_not_grow_with_what_waits(mesh: Mesh) -> None:
+    """Of a long backlog the first due are taken, oldest first, by the index of what is due; what is tried later is not read."""
+    tenants = [mesh.new_tenant().id for _ in range(2)]
+    outbox = PostgresExportOutbox(mesh.app.jobs)
+    await mesh.admin.execute(PLANT_BACKLOG, tenants)
+    try:
+        await mesh.admin.execute("ANALYZE metering.export_outbox")
+        async with mesh.admin.acquire() as connection, connection.transaction():
+            for setting in BY_INDEX.split("; "):
+                await connection.execute(setting)
+            (told,) = await connection.fetchrow(f"EXPLAIN (ANALYZE, FORMAT JSON) {TAKE_DUE}", int(Sink.STRIPE), 32)
+        read = [
+            (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+            for node in nodes(json.loads(told)[0]["Plan"])
+            if node.get("Relation Name") == "export_outbox" and "Scan" in node["Node Type"]
+        ]
+        assert 32 <= sum(read) <= 200, read
+        # What was explained was done: those are under a lease.
+        taken = [item for _ in range(2) for item in await outbox.take_due((Sink.STRIPE,), 32)]
+        oldest = "SELECT usage_id FROM metering.export_outbox WHERE tenant_id = $1 ORDER BY due_time OFFSET 32 LIMIT 64"
+        wanted = {row["usage_id"] for row in await mesh.admin.fetch(oldest, tenants[0])}
+        assert len(taken) == 64 and {item.key.usage_id for item in taken} == wanted
+    finally:
+        await mesh.admin.execute("DELETE FROM metering.export_outbox WHERE tenant_id = ANY ($1)", tenants)

@@ -1,4 +1,4 @@
-"""Reads the request and refuses what its contract does not allow: bytes that do not parse, unknown fields, broken rules.
+"""Reads the request and refuses what its contract does not allow: too many bytes, such that do not parse, unknown fields, broken rules.
 
 Reading happens here and not in grpc, which answers INTERNAL for text that is not UTF-8 and spends the work before the caller is known.
 """
@@ -6,6 +6,7 @@ Reading happens here and not in grpc, which answers INTERNAL for text that is no
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
+import grpc
 import protovalidate
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -24,9 +25,10 @@ class ValidationInterceptor(MeshInterceptor):
     `own_checks` are the paths of unary methods whose servicers hold the rules themselves while they read, and ask `refuse_broken` in doubt.
     """
 
-    def __init__(self, own_checks: Collection[str] = ()) -> None:
+    def __init__(self, own_checks: Collection[str] = (), *, max_bytes: int = 4 * 1024 * 1024) -> None:
         super().__init__()
         self._own_checks = own_checks
+        self._max_bytes = max_bytes
 
     def deserializer(self, current: Deserializer | None) -> Deserializer | None:
         """Takes the bytes as they are: this interceptor reads them itself."""
@@ -37,7 +39,13 @@ class ValidationInterceptor(MeshInterceptor):
         if deserialize is None:
             msg = f"{method.path} has no request type to validate"
             raise TypeError(msg)
-        read = deserialize
+
+        def read(raw: bytes) -> Message:
+            if len(raw) > self._max_bytes:
+                raise _too_large(len(raw), self._max_bytes)
+            message: Message = deserialize(raw)
+            return message
+
         parse = _parse_known if method.path in self._own_checks else parse_valid
 
         async def one(request: bytes, context: Any) -> Any:
@@ -71,6 +79,16 @@ def _parse_known(raw: bytes, read: Deserializer) -> Message:
     if raw:
         _refuse_unknown(message, raw, read)
     return message
+
+
+def _too_large(size: int, most: int) -> MeshError:
+    # The code is the transport's, for messages that are larger still.
+    return MeshError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        error_reason_pb2.ERROR_REASON_REQUEST_TOO_LARGE,
+        f"the message has {size} bytes and at most {most} are taken: send less at once",
+        metadata={"rule": "max_message_bytes", "limit": str(most), "requested": str(size)},
+    )
 
 
 async def _each(requests: AsyncIterator[bytes], read: Deserializer) -> AsyncIterator[Message]:

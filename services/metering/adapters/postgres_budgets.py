@@ -50,7 +50,7 @@ MARK_NOW = """
 INSERT INTO metering.budget_marks (tenant_id, use_quarter, product_unit)
 VALUES ($1, date_bin('15 minutes', clock_timestamp(), timestamptz 'epoch'), $2)
 """
-DELETE_BUDGET = "DELETE FROM metering.budgets WHERE tenant_id = $1 AND name = $2"
+DELETE_BUDGET = "DELETE FROM metering.budgets WHERE tenant_id = $1 AND name = $2 RETURNING budget_id"
 _ALERT = """
 SELECT alert_id, budget_id, coalesce(metadata ->> 'budget', '') AS name, threshold, measure, product_unit, user_name, feature, amount,
        action, period_start, period_end, used, fire_time
@@ -117,10 +117,11 @@ class PostgresBudgets:
         async with self._database.transaction(tenant_id) as connection:
             return [_budget(row) for row in await connection.fetch(SELECT_BUDGETS, tenant_id)]
 
-    async def delete(self, tenant_id: TenantId, name: str) -> None:
-        """Removes a budget, if it is there."""
+    async def delete(self, tenant_id: TenantId, name: str) -> UUID | None:
+        """Removes a budget and returns its id; None when there is none."""
         async with self._database.transaction(tenant_id) as connection:
-            await connection.execute(DELETE_BUDGET, tenant_id, name)
+            budget_id: UUID | None = await connection.fetchval(DELETE_BUDGET, tenant_id, name)
+            return budget_id
 
     async def alerts(self, tenant_id: TenantId, after: AlertPosition | None, size: int) -> Sequence[BudgetAlert]:
         """Returns up to `size` alerts, newest first, after the position."""

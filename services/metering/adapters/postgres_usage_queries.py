@@ -48,10 +48,12 @@ class PostgresUsageQueries:
         self._reading = reading
         self._reading_all = reading_all
 
-    async def of_tenant(self, tenant_id: TenantId, query: UsageQuery, after: RowPosition | None, size: int) -> Sequence[GroupUse]:
-        """Returns up to `size` groups of the tenant after the position."""
+    async def of_tenant(
+        self, tenant_id: TenantId, query: UsageQuery, after: RowPosition | None, size: int, *, may_cut: bool = False
+    ) -> Sequence[GroupUse]:
+        """Returns up to `size` groups of the tenant after the position; the largest number for a larger one, or raises SumOutOfRange."""
         async with self._reading.transaction(tenant_id, settings=PLAN_ONCE) as connection:
-            return await _groups(connection, [tenant_id], query, after, size)
+            return await _groups(connection, [tenant_id], query, after, size, may_cut=may_cut)
 
     async def of_tenants(self, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int) -> Sequence[GroupUse]:
         """As `of_tenant`, over these tenants; all where the list is empty."""

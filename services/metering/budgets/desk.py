@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Protocol
+from uuid import UUID
 
 from mesh.common.v1.limit_rule_pb2 import LimitRule
 from services.kernel.errors import NotFound
@@ -59,9 +60,9 @@ class BudgetDesk:
         """Returns all budgets by name."""
         return await self._store.list_all(tenant_id)
 
-    async def delete(self, tenant_id: TenantId, name: str) -> None:
-        """Removes a budget, if it is there."""
-        await self._store.delete(tenant_id, name)
+    async def delete(self, tenant_id: TenantId, name: str) -> UUID | None:
+        """Removes a budget and returns its id; None when there is none."""
+        return await self._store.delete(tenant_id, name)
 
     async def alerts(self, tenant_id: TenantId, after: AlertPosition | None, size: int) -> Sequence[BudgetAlert]:
         """Returns up to `size` alerts, newest first."""

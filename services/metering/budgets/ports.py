@@ -61,8 +61,8 @@ class BudgetStore(Protocol):
         """Returns all budgets by name."""
         ...
 
-    async def delete(self, tenant_id: TenantId, name: str) -> None:
-        """Removes a budget, if it is there."""
+    async def delete(self, tenant_id: TenantId, name: str) -> UUID | None:
+        """Removes a budget and returns its id; None when there is none."""
         ...
 
     async def alerts(self, tenant_id: TenantId, after: AlertPosition | None, size: int) -> Sequence[BudgetAlert]:

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import NamedTuple
 
-from services.kernel.errors import SumOutOfRange
 from services.kernel.ids import TenantId
 from services.metering.budgets.budget import MOST_USED, BudgetMeasure, BudgetTerms, Span
 from services.metering.usage_query import Dimension, GroupUse, Measure, RowPosition, UsageFilter, UsageQueries, UsageQuery
@@ -44,15 +43,9 @@ class UsageSpending:
 
     async def _used(self, tenant_id: TenantId, question: _Question, asked: Sequence[BudgetTerms]) -> dict[BudgetTerms, int]:
         # Cost and tokens are those of calls, which use no unit: what units add up to is not asked for with them.
+        # Quantities are what tenants say they are: a sum that no integer holds is told as the largest.
         units = [question.product_unit]
-        try:
-            groups = await self._queries.of_tenant(tenant_id, _query(question, asked, units), None, len(asked) ** 2)
-        except SumOutOfRange:
-            # Quantities are what tenants say they are. Whose sum it is, is found by asking for each alone.
-            if len(asked) == 1:
-                return {asked[0]: MOST_USED}
-            apart = [await self._used(tenant_id, question, [terms]) for terms in asked]
-            return {terms: used for answer in apart for terms, used in answer.items()}
+        groups = await self._queries.of_tenant(tenant_id, _query(question, asked, units), None, len(asked) ** 2, may_cut=True)
         by_names: defaultdict[tuple[str, str], list[GroupUse]] = defaultdict(list)
         for group in groups:
             by_names[_names(group)].append(group)
@@ -63,7 +56,7 @@ class UsageSpending:
     ) -> AsyncIterator[Sequence[tuple[BudgetTerms, int]]]:
         """Yields, in parts, whoever used at least so much of what the terms count for each, the most first."""
         query, after = _query_of_each(terms, span), None
-        while groups := await self._queries.of_tenant(tenant_id, query, after, _PART):
+        while groups := await self._queries.of_tenant(tenant_id, query, after, _PART, may_cut=True):
             found = [(terms.of(*_names(group)), _counted(terms, group)) for group in groups]
             yield [(own, used) for own, used in found if used >= least and _is_named(terms, own)]
             if len(groups) < _PART or found[-1][1] < least:

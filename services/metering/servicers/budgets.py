@@ -36,8 +36,9 @@ class BudgetServicer(budget_service_pb2_grpc.BudgetServiceServicer):
 
     async def DeleteBudget(self, request: pb.DeleteBudgetRequest, context: object) -> pb.DeleteBudgetResponse:
         """Removes a budget."""
-        await self._desk.delete(current_tenant_id(), request.name)
-        log.info("budget_deleted", subject=current_tenant().subject, reason=operator_reason())
+        budget_id = await self._desk.delete(current_tenant_id(), request.name)
+        if budget_id is not None:
+            log.info("budget_deleted", budget_id=str(budget_id), subject=current_tenant().subject, reason=operator_reason())
         return pb.DeleteBudgetResponse()
 
     async def ListAlerts(self, request: pb.ListAlertsRequest, context: object) -> pb.ListAlertsResponse:

@@ -80,7 +80,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNKNOWN_MODEL: _ErrorReason.ValueType  # 34
     """INVALID_ARGUMENT. No model of that name is known. {"model": "gpt-9"}"""
     ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 35
-    """INVALID_ARGUMENT. The request alone exceeds a cap of the plan. {"rule": "max_context_tokens", "limit": "8000", "requested": "90000"}"""
+    """INVALID_ARGUMENT. The request alone exceeds a cap of the plan. {"rule": "max_context_tokens", "limit": "8000", "requested": "90000"}
+    RESOURCE_EXHAUSTED where a message has more bytes than are taken, in any service. {"rule": "max_message_bytes", "limit": "4194304", "requested": "5000000"}
+    """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 36
     """RESOURCE_EXHAUSTED, with RetryInfo. The call could not start in time behind others, or a slice was asked for while others wait in line; nothing was
     held. {"expected_wait_ms": "1200"}
@@ -189,7 +191,9 @@ ERROR_REASON_MODEL_TIER: ErrorReason.ValueType  # 33
 ERROR_REASON_UNKNOWN_MODEL: ErrorReason.ValueType  # 34
 """INVALID_ARGUMENT. No model of that name is known. {"model": "gpt-9"}"""
 ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 35
-"""INVALID_ARGUMENT. The request alone exceeds a cap of the plan. {"rule": "max_context_tokens", "limit": "8000", "requested": "90000"}"""
+"""INVALID_ARGUMENT. The request alone exceeds a cap of the plan. {"rule": "max_context_tokens", "limit": "8000", "requested": "90000"}
+RESOURCE_EXHAUSTED where a message has more bytes than are taken, in any service. {"rule": "max_message_bytes", "limit": "4194304", "requested": "5000000"}
+"""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 36
 """RESOURCE_EXHAUSTED, with RetryInfo. The call could not start in time behind others, or a slice was asked for while others wait in line; nothing was
 held. {"expected_wait_ms": "1200"}

@@ -365,7 +365,7 @@ class RecordEventsRequest(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
-        """1–5,000 of the call's tenant; 4 MiB in all."""
+        """1–5,000 of the call's tenant; 4 MiB in all, and more is REQUEST_TOO_LARGE."""
 
     def __init__(
         self,

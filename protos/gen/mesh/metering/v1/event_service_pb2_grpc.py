@@ -88,7 +88,8 @@ class EventServiceServicer:
     def RecordEvents(self, request, context):
         """Records events. Each is answered by itself, once it is on disk. Idempotent for ever by (source, id): repeated with the same content, whatever its
         time, it is a DUPLICATE and the first one stands. Events may come late and in any order.
-        Errors: INVALID_ARGUMENT when any of them breaks a rule of this contract, and none is recorded then; UNAVAILABLE.
+        Errors: INVALID_ARGUMENT when any of them breaks a rule of this contract, and none is recorded then; RESOURCE_EXHAUSTED (REQUEST_TOO_LARGE);
+        UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,7 +28,8 @@ class EventServiceStub:
     RecordEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.RecordEventsRequest, _event_service_pb2.RecordEventsResponse]
     """Records events. Each is answered by itself, once it is on disk. Idempotent for ever by (source, id): repeated with the same content, whatever its
     time, it is a DUPLICATE and the first one stands. Events may come late and in any order.
-    Errors: INVALID_ARGUMENT when any of them breaks a rule of this contract, and none is recorded then; UNAVAILABLE.
+    Errors: INVALID_ARGUMENT when any of them breaks a rule of this contract, and none is recorded then; RESOURCE_EXHAUSTED (REQUEST_TOO_LARGE);
+    UNAVAILABLE.
     """
     ReverseEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.ReverseEventsRequest, _event_service_pb2.ReverseEventsResponse]
     """Takes events back: records the same quantity with the opposite sign, at the same time of use, once for each event and for ever. Each is answered by
@@ -70,7 +71,8 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_event_service_pb2.RecordEventsResponse]:
         """Records events. Each is answered by itself, once it is on disk. Idempotent for ever by (source, id): repeated with the same content, whatever its
         time, it is a DUPLICATE and the first one stands. Events may come late and in any order.
-        Errors: INVALID_ARGUMENT when any of them breaks a rule of this contract, and none is recorded then; UNAVAILABLE.
+        Errors: INVALID_ARGUMENT when any of them breaks a rule of this contract, and none is recorded then; RESOURCE_EXHAUSTED (REQUEST_TOO_LARGE);
+        UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
