@@ -8,7 +8,8 @@ from services.kernel.ids import TenantId
 from services.metering.budgets.budget import MOST_USED, BudgetMeasure, BudgetTerms, Span
 from services.metering.usage_query import Dimension, GroupUse, Measure, RowPosition, UsageFilter, UsageQueries, UsageQuery
 
-_PART = 1_000
+# Each part adds everybody up again.
+_PART = 10_000
 _ORDERS = {BudgetMeasure.COST: Measure.COST, BudgetMeasure.TOKENS: Measure.TOKENS, BudgetMeasure.PRODUCT_UNIT: Measure.QUANTITY}
 
 
