@@ -69,6 +69,15 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What the store is asked about one tenant: demands, by its rules, in their order."""
+
+    tenant_id: TenantId
+    terms: Terms
+    asks: Sequence[Ask]
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """A hold, with how the limits stand after it."""
 
@@ -115,6 +124,10 @@ class ReservationStore(Protocol):
 
     async def reserve(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
         """Takes holds in their order, each by itself: what is refused changes nothing."""
+        ...
+
+    async def reserve_each(self, demands: Sequence[Question]) -> list[list[Answer] | Exception]:
+        """Does the same for many tenants at once; what fails of one fails alone."""
         ...
 
     async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> bool:
@@ -169,14 +182,18 @@ class Reservations:
         await self._guard.admit(context, terms)
         room = self._room
         if room is None or not any(request.max_wait_seconds for request in requests):
-            outcomes = [_final(outcome) for outcome in await self._attempted(context, terms, requests)]
+            outcomes = [final(outcome) for outcome in await self._attempted(context, terms, requests)]
         else:
             outcomes = await self._in_turn(room, context, terms, requests)
+        await self.tell(context, terms, requests, outcomes)
+        return outcomes
+
+    async def tell(self, context: TenantContext, terms: Terms, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
+        """Tells the log and the guard what came of requests."""
         for request, outcome in zip(requests, outcomes, strict=True):
             _log(request, outcome)
             if isinstance(outcome, Refusal):
                 await self._guard.refused(context, terms, outcome)
-        return outcomes
 
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
@@ -219,9 +236,9 @@ class Reservations:
             return (await self._attempted(context, terms, [replace(request, stand=stand)]))[0]
 
         if request.stand is None:
-            return _final(first)
+            return final(first)
         try:
-            outcome = _final(await room.turn(tenant_of(context), request.reservation_id, until, first, attempt))
+            outcome = final(await room.turn(tenant_of(context), request.reservation_id, until, first, attempt))
         except MeshError as error:
             return error
         waited = isinstance(outcome, Held) and outcome is not first
@@ -260,8 +277,7 @@ class Reservations:
     async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | Queued | MeshError | Held | None:
         """Checks the request by itself and takes its part of its account; what keeps it out, or admits it without asking further."""
         try:
-            minted_us(request.reservation_id)
-            check_shortening(request.demand)
+            check_request(request)
             if request.account:
                 need = need_of(request.demand, request.input_tokens)
                 return await self._shares.take(
@@ -269,7 +285,7 @@ class Reservations:
                 )
         except Unavailable as error:
             # Asked again, a store that is away would cost the caller its time twice.
-            return self._allowed(context, terms, request, error) if error.metadata.get("dependency") == STORE else error
+            return self.allowed(context, terms, request, error) if error.metadata.get("dependency") == STORE else error
         except MeshError as error:
             return error
         return None
@@ -280,9 +296,10 @@ class Reservations:
         except Unavailable as error:
             if error.metadata.get("dependency") != STORE:
                 raise
-            return [self._allowed(context, terms, request, error) for request in requests]
+            return [self.allowed(context, terms, request, error) for request in requests]
 
-    def _allowed(self, context: TenantContext, terms: Terms, request: Request, error: Unavailable) -> Held | Unavailable:
+    def allowed(self, context: TenantContext, terms: Terms, request: Request, error: Unavailable) -> Held | Unavailable:
+        """Admits a request from the local allowance, as the store does not answer; the error where that does not allow it."""
         plan = terms.plan(request.subject)
         epoch = self._counters.allowance.admit(tenant_of(context), plan, request.demand)
         return error if epoch is None else Held.from_allowance(plan, request.demand, epoch)
@@ -290,18 +307,17 @@ class Reservations:
     async def _decided(self, context: TenantContext, requests: Sequence[Request]) -> list[Attempted]:
         tenant_id = tenant_of(context)
         terms, answers = await self._asked(context, requests)
-        outcomes = [_outcome(terms, request, answer) for request, answer in zip(requests, answers, strict=True)]
+        outcomes = [outcome_of(terms, request, answer) for request, answer in zip(requests, answers, strict=True)]
         doubtful = [
             place
             for place, (outcome, answer) in enumerate(zip(outcomes, answers, strict=True))
-            if isinstance(outcome, Refusal) and outcome.frees_us is not None and answer.expired_holds
+            if isinstance(outcome, Refusal) and is_doubtful(outcome, answer)
         ]
         if doubtful:
-            # What the holds of a dead caller are, only the ledger knows.
             await self._fencing.fence_expired(tenant_id)
             terms, answers = await self._asked(context, [requests[place] for place in doubtful])
             for place, answer in zip(doubtful, answers, strict=True):
-                outcomes[place] = _outcome(terms, requests[place], answer)
+                outcomes[place] = outcome_of(terms, requests[place], answer)
         self._fencing.watch(tenant_id)
         return outcomes
 
@@ -309,18 +325,7 @@ class Reservations:
         tenant_id = tenant_of(context)
 
         async def question(terms: Terms) -> list[Answer]:
-            asks = [
-                Ask(
-                    item.reservation_id,
-                    minted_us(item.reservation_id),
-                    terms.plan(item.subject),
-                    item.demand,
-                    stand=item.stand,
-                    gathered=item.gathered,
-                )
-                for item in requests
-            ]
-            return await self._store.reserve(tenant_id, terms, asks)
+            return await self._store.reserve(tenant_id, terms, [ask_of(terms, item) for item in requests])
 
         return await self._counters.ask(context, question)
 
@@ -333,6 +338,23 @@ def minted_us(reservation_id: UUID, field: str = "reservation_id") -> int:
         raise InvalidRequest(field, "must be a UUID of version 7, made for this attempt")
     # Its first 48 bits are milliseconds.
     return (number >> 80) * 1000
+
+
+def check_request(request: Request) -> None:
+    """Refuses what makes no sense whatever the limits are. Raises: InvalidRequest."""
+    minted_us(request.reservation_id)
+    check_shortening(request.demand)
+
+
+def ask_of(terms: Terms, request: Request) -> Ask:
+    """The request as the store decides it."""
+    minted, plan = minted_us(request.reservation_id), terms.plan(request.subject)
+    return Ask(request.reservation_id, minted, plan, request.demand, stand=request.stand, gathered=request.gathered)
+
+
+def is_doubtful(refusal: Refusal, answer: Answer) -> bool:
+    """Whether it may be for holds of a dead caller alone: what these are, only the ledger knows."""
+    return refusal.frees_us is not None and answer.expired_holds > 0
 
 
 def check_shortening(demand: Demand) -> None:
@@ -366,7 +388,8 @@ def lost_or_invalid(verdict: Verdict, reservation_id: UUID, field: str = "reserv
     return ReservationLost(reservation_id, f"{why}: start the {'call' if noun == 'reservation' else noun} again with a new one")
 
 
-def _outcome(terms: Terms, request: Request, answer: Answer) -> Attempted:
+def outcome_of(terms: Terms, request: Request, answer: Answer) -> Attempted:
+    """What the store's answer comes to."""
     plan = terms.plan(request.subject)
     if answer.verdict is Verdict.QUEUED and answer.place is not None:
         return Queued(answer.place)
@@ -381,7 +404,8 @@ def _outcome(terms: Terms, request: Request, answer: Answer) -> Attempted:
     return why
 
 
-def _final(outcome: Attempted) -> Outcome:
+def final(outcome: Attempted) -> Outcome:
+    """The outcome of a request that stands in no line."""
     if isinstance(outcome, Queued):
         msg = "who stands in no line cannot be behind others in it"
         raise RuntimeError(msg)
