@@ -5,6 +5,8 @@ INSTALLED := .venv/.installed
 PROTOS := $(shell find protos/mesh -name '*.proto' | sort)
 ENVOY := $(shell cd protos/third_party && find envoy -name '*.proto' | sort)
 CODE := services tenantry devstack bench deploy tests docs
+# Processes that share the tests out among them.
+WORKERS ?= 2
 TOOLS := $(CURDIR)/.tools
 GRPCURL_VERSION := v1.9.3
 KUBECONFORM_VERSION := v0.7.0
@@ -40,11 +42,11 @@ demo: $(INSTALLED) ## tell and verify the story of two tenants (JSON=1 for one J
 certs: $(INSTALLED) ## make the development certificates, or renew those near their end
 	@$(BIN)/python -m devstack certs
 
-test: $(INSTALLED) ## run the tests against real stores
-	@$(BIN)/python -m pytest -q -m "not slow"
+test: $(INSTALLED) ## run the tests against real stores, without the slow ones (WORKERS= processes, 2)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 test-all: $(INSTALLED) ## run the tests, the slow ones too
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n $(WORKERS)
 
 lint: $(INSTALLED) ## check the style of code and contracts
 	@$(BIN)/ruff check $(CODE)

@@ -26,10 +26,11 @@ WARM_EVENTS = 5_000
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run measures: rounds of every way, events of each, and how many are stored when the cost is compared."""
+    """What a run measures: rounds of every way, events of each, callers that send batches, and how many are stored in comparison."""
 
     rounds: int
     events: int
+    callers: int
     seconds: float
     stored: Sequence[int]
 
@@ -53,8 +54,8 @@ async def run(plan: Plan) -> dict[str, object]:
     """Starts a mesh of its own, measures and stops it; returns the result."""
     async with running_world() as world:
         for batch in BATCHES:
-            await in_batches(world, WARM_EVENTS, batch)
-        rounds = [await _round(world, plan.events) for _ in range(plan.rounds)]
+            await in_batches(world, WARM_EVENTS, batch, plan.callers)
+        rounds = [await _round(world, plan) for _ in range(plan.rounds)]
         single, p50, p99 = await one_by_one(world, plan.seconds, CONCURRENCY)
         pairs = await opened_and_settled(world, max(plan.events // 8, 1_024))
         stored = [await _with_stored(world, plan, count) for count in sorted(plan.stored)]
@@ -71,6 +72,7 @@ async def run(plan: Plan) -> dict[str, object]:
         "python": platform.python_version(),
         "rounds": plan.rounds,
         "events_a_way_and_round": plan.events,
+        "callers": plan.callers,
         "ways": figures,
         "ratios": ratios,
         "single": {"concurrency": CONCURRENCY, "p50_ms": round(p50, 2), "p99_ms": round(p99, 2)} | _figures([single]),
@@ -80,20 +82,20 @@ async def run(plan: Plan) -> dict[str, object]:
     return result | {"missed": _missed(rounds, pairs, stored)}
 
 
-async def _round(world: World, events: int) -> Round:
+async def _round(world: World, plan: Plan) -> Round:
     ways: dict[str, Measured] = {}
     for batch in BATCHES:
-        ways[f"unnest_{batch}"] = await by_unnest(world, events, batch)
-        ways[f"events_{batch}"] = await in_batches(world, events, batch)
-        ways[f"copy_{batch}"] = await by_copy(world, events, batch)
+        ways[f"unnest_{batch}"] = await by_unnest(world, plan.events, batch)
+        ways[f"events_{batch}"] = await in_batches(world, plan.events, batch, plan.callers)
+        ways[f"copy_{batch}"] = await by_copy(world, plan.events, batch)
     return Round(ways)
 
 
 async def _with_stored(world: World, plan: Plan, count: int) -> dict[str, float]:
     seconds = await fill_up_to(world, count)
     # The pages of the filling are not in memory as those of events that came one after the other are: first some that are not measured.
-    await in_batches(world, WARM_EVENTS, BATCHES[-1])
-    costs = [await in_batches(world, plan.events, BATCHES[-1]) for _ in range(plan.rounds)]
+    await in_batches(world, WARM_EVENTS, BATCHES[-1], plan.callers)
+    costs = [await in_batches(world, plan.events, BATCHES[-1], plan.callers) for _ in range(plan.rounds)]
     return {
         "events": count,
         "fill_seconds": round(seconds, 1),
@@ -138,9 +140,10 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench ingest", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often every way is measured, in turn")
     parser.add_argument("--events", type=int, default=50_000, help="events of each way in a round; a multiple of 1,000")
+    parser.add_argument("--callers", type=int, default=4, help="how many callers send batches at once")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long events are recorded one by one")
     parser.add_argument("--stored", type=int, nargs="*", default=[], help="numbers of stored events to compare, such as 1000000 20000000")
     options = parser.parse_args(arguments)
-    result = asyncio.run(run(Plan(options.rounds, options.events, options.seconds, options.stored)))
+    result = asyncio.run(run(Plan(options.rounds, options.events, options.callers, options.seconds, options.stored)))
     print(json.dumps(result))
     sys.exit(1 if result["missed"] else 0)

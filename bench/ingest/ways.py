@@ -17,8 +17,6 @@ from services.kernel.ids import new_uuid7
 
 RECORD_EVENTS = "/mesh.metering.v1.EventService/RecordEvents"
 SOURCE = "/interviews"
-# So many callers wait for a batch each: the service writes one while it reads the next.
-BATCHES_AT_ONCE = 4
 RAW_UNNEST = """
 INSERT INTO metering.events (tenant_id, event_id, product, source, id, event_type, quantity, occurred_at, record_time, user_name, feature)
 SELECT $1, e.event_id, e.product, e.source, e.id, e.event_type, e.quantity, metering.micros(e.occurred_us), clock_timestamp(), e.user_name,
@@ -86,8 +84,8 @@ def requests(count: int, batch: int) -> list[bytes]:
     return made
 
 
-async def in_batches(world: World, count: int, batch: int) -> Measured:
-    """Through gRPC, several batches at once."""
+async def in_batches(world: World, count: int, batch: int, callers: int) -> Measured:
+    """Through gRPC, by so many callers at once that wait for a batch each: the service writes some while it reads the next."""
     waiting = requests(count, batch)
 
     async with grpc.aio.insecure_channel(world.ports.address("metering")) as channel:
@@ -104,7 +102,7 @@ async def in_batches(world: World, count: int, batch: int) -> Measured:
 
         async def work() -> None:
             async with asyncio.TaskGroup() as group:
-                for _ in range(BATCHES_AT_ONCE):
+                for _ in range(callers):
                     group.create_task(send())
 
         return await measured(world, count, work)

@@ -8,16 +8,17 @@ another client may have left on the server's connection.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from uuid import UUID
 
 import asyncpg
 import structlog
 
-from services.kernel.errors import NotFound, Unavailable
+from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
+from services.kernel.lost_connection import UNREACHABLE, is_gone, unreachable_is_unavailable
 from services.kernel.placement import HOME, Place, PlaceDirectory, PlacementKind
 from services.kernel.request_context import remaining_seconds
 
@@ -41,18 +42,6 @@ _PLACE_MISSING = (
     asyncpg.InvalidSchemaNameError,
     asyncpg.InvalidCatalogNameError,
     asyncpg.InvalidAuthorizationSpecificationError,
-)
-# Raised by the triggers that keep rows of erased tenants out.
-_TENANT_ERASED = "TN001"
-_UNREACHABLE = (
-    OSError,
-    TimeoutError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.QueryCanceledError,
 )
 
 
@@ -112,8 +101,17 @@ class Database:
         try:
             with unreachable_is_unavailable(connection):
                 yield connection
-        finally:
-            await self._pool.release(connection)
+        except BaseException:
+            await self._give_back(connection)
+            raise
+        await self._pool.release(connection)
+
+    async def _give_back(self, connection: Connection) -> None:
+        """Gives back a connection that may be broken: the pool cuts one that cannot be put right, which is all there is to do."""
+        given = asyncio.get_running_loop().create_task(self._pool.release(connection))
+        given.add_done_callback(lambda done: done.cancelled() or done.exception())
+        with suppress(*UNREACHABLE, asyncpg.InterfaceError):
+            await asyncio.shield(given)
 
     @asynccontextmanager
     async def _transaction(self, begin: str) -> AsyncIterator[Connection]:
@@ -140,7 +138,7 @@ class Database:
             async with asyncio.timeout(_WARM_SECONDS):
                 for _ in range(count):
                     connections.append(await self._pool.acquire(timeout=_WARM_SECONDS))
-        except (*_UNREACHABLE, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
+        except (*UNREACHABLE, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
             log.warning("postgres_not_ready", error=type(error).__name__)
         finally:
             for connection in connections:
@@ -333,26 +331,6 @@ async def listening(dsn: str, channel: str, on_notice: Callable[[], None], *, ap
         connection.terminate()
 
 
-@contextmanager
-def unreachable_is_unavailable(connection: Connection | None = None) -> Iterator[None]:
-    """Turns the driver's ways of saying "no server" into Unavailable, and a row of an erased tenant into NotFound."""
-    try:
-        yield
-    except asyncpg.PostgresError as error:
-        if error.sqlstate == _TENANT_ERASED:
-            raise NotFound("tenant") from None
-        if isinstance(error, _UNREACHABLE):
-            raise Unavailable("postgres") from error
-        raise
-    except _UNREACHABLE as error:
-        raise Unavailable("postgres") from error
-    except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-        # The driver's own words for a connection that the server cut while it was idle.
-        if connection is None or connection.is_closed():
-            raise Unavailable("postgres") from error
-        raise
-
-
 def _pooled_begin(limits: Mapping[str, str]) -> str:
     # One visit in the simple protocol. What a faulty client has SET for the session is overruled until the end of this transaction:
     # above all a tenant, which would otherwise be lent to a statement that forgot its own.
@@ -380,13 +358,14 @@ def _require_named(tenant_id: TenantId | None, args: Sequence[object]) -> None:
 
 
 async def _rollback(connection: Connection) -> None:
-    if connection.is_closed():
+    if is_gone(connection):
         return
     try:
         await connection.execute("ROLLBACK", timeout=_ROLLBACK_SECONDS)
-    except (*_UNREACHABLE, asyncpg.InterfaceError):
-        # Cut rather than returned: a connection whose transaction may still be open must not reach another tenant.
-        connection.terminate()
+    except (*UNREACHABLE, asyncpg.InterfaceError):
+        if not is_gone(connection):
+            # Cut rather than returned: a connection whose transaction may still be open must not reach another tenant.
+            connection.terminate()
 
 
 async def _keep_session(connection: Connection) -> None:

@@ -7,6 +7,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.kernel.errors import InvalidRequest
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 
 @overload
 def to_timestamp(moment: datetime) -> Timestamp: ...
@@ -16,9 +18,9 @@ def to_timestamp(moment: datetime | None) -> Timestamp | None:
     """Returns the moment as a message; None stays absent."""
     if moment is None:
         return None
-    stamp = Timestamp()
-    stamp.FromDatetime(moment)
-    return stamp
+    # Timestamp.FromDatetime goes by way of the calendar, at three times the price.
+    since = moment - _EPOCH
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1_000)
 
 
 def from_timestamp(stamp: Timestamp) -> datetime:

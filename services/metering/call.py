@@ -3,9 +3,9 @@
 The numbers of the enumerations are those of the contract and of the database; a test holds them together.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 
 class CallState(IntEnum):
@@ -100,11 +100,11 @@ class CallKey:
     reservation_id: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """An attempt to record before anything is sent. Times are microseconds since 1970, UTC; the tier is known once the tenant is proven.
 
-    `provider_account` is the operator's account that is billed; where it is the tenant's own, `bills_tenant_account` says so.
+    A plain tuple, as `Settlement` is, because hundreds come at once. `provider_account` is the operator's account that is billed; where
+    it is the tenant's own, `bills_tenant_account` says so.
     """
 
     tenant_id: bytes
@@ -129,7 +129,7 @@ class Opening:
 
     def in_tier(self, tier: str) -> Self:
         """Returns the same attempt of a tenant in that tier."""
-        return replace(self, tier=tier)
+        return self._replace(tier=tier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,7 @@ class Opened:
     state: CallState
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """What an attempt was billed."""
 
     tenant_id: bytes
@@ -153,8 +152,7 @@ class Settlement:
     total_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class RatedSettlement:
+class RatedSettlement(NamedTuple):
     """A settlement with its cost and the id its entry will have. `cost_nano_usd` is None when no opened call was found to rate it by."""
 
     settlement: Settlement

@@ -86,3 +86,25 @@ class EpochStore(Protocol):
     async def begin_epoch(self, tenant_id: TenantId, periods: Sequence[CountedPeriod], recent_seconds: int) -> EpochSnapshot:
         """Raises the tenant's epoch and reads the snapshot in one transaction."""
         ...
+
+
+class WaitingEnds(Protocol):
+    """Ends of calls that the limits could not take while they had no counters."""
+
+    def rebuilt(self, tenant_id: bytes) -> None:
+        """Has them told soon."""
+        ...
+
+
+class Epochs:
+    """Begins epochs, and has the limits told what waits for one."""
+
+    def __init__(self, store: EpochStore, waiting: WaitingEnds) -> None:
+        self._store = store
+        self._waiting = waiting
+
+    async def begin_epoch(self, tenant_id: TenantId, periods: Sequence[CountedPeriod], recent_seconds: int) -> EpochSnapshot:
+        """Raises the tenant's epoch and returns the snapshot. Raises: Unavailable."""
+        snapshot = await self._store.begin_epoch(tenant_id, periods, recent_seconds)
+        self._waiting.rebuilt(tenant_id.bytes)
+        return snapshot

@@ -51,10 +51,10 @@ class Event(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """How one event went: the id that stands, and of a conflict the digest that stands."""
+    """How one event went: the id that stands, as text, and of a conflict the digest that stands."""
 
     outcome: RecordOutcome
-    event_id: bytes = b""
+    event_id: str = ""
     digest: bytes = b""
 
 

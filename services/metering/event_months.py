@@ -1,8 +1,8 @@
-"""The months of events: made ahead, and dropped once they are past their retention and no invoice needs them."""
+"""The months of events, made ahead of the events."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from datetime import UTC, date, datetime, timedelta
+from collections.abc import Callable
+from datetime import UTC, date, datetime
 from typing import Protocol
 
 import structlog
@@ -23,14 +23,6 @@ class MonthStore(Protocol):
         """Makes the month's partition unless it is there; tells whether it did."""
         ...
 
-    async def droppable(self, before: datetime) -> Sequence[date]:
-        """Returns the months that ended by then and whose events no invoice needs, first first."""
-        ...
-
-    async def drop(self, month: date) -> None:
-        """Removes the month's partition with everything in it, if it is there."""
-        ...
-
 
 def months_from(day: date) -> list[date]:
     """Returns the first days of the day's month and of those that are kept ahead of it."""
@@ -45,13 +37,12 @@ async def make_months(store: MonthStore, now: datetime) -> list[date]:
 class EventMonths:
     """One loop for `BackgroundTasks`: `run`."""
 
-    def __init__(self, store: MonthStore, *, retention_days: int, clock: Callable[[], datetime]) -> None:
+    def __init__(self, store: MonthStore, *, clock: Callable[[], datetime]) -> None:
         self._store = store
-        self._retention = timedelta(days=retention_days)
         self._clock = clock
 
     async def run(self) -> None:
-        """Keeps the months for ever: at once, then daily; sooner after a failure."""
+        """Makes months for ever: at once, then daily; sooner after a failure."""
         while True:
             try:
                 await self.keep()
@@ -62,10 +53,6 @@ class EventMonths:
             await asyncio.sleep(pause)
 
     async def keep(self) -> None:
-        """Makes what must be there and drops what may go."""
-        now = self._clock()
-        for month in await make_months(self._store, now):
+        """Makes what must be there."""
+        for month in await make_months(self._store, self._clock()):
             log.info("event_month_made", month=month.isoformat())
-        for month in await self._store.droppable(now - self._retention):
-            await self._store.drop(month)
-            log.info("event_month_dropped", month=month.isoformat())

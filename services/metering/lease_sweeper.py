@@ -13,6 +13,8 @@ from services.metering.outbox import CallEnd, OutboxRelay
 log = structlog.get_logger(__name__)
 
 MOST_PER_SWEEP = 1_000
+# Ends that lie closer together than this are swept together.
+_SHORTEST_PAUSE_SECONDS = 0.05
 
 
 class SweepStore(Protocol):
@@ -20,6 +22,10 @@ class SweepStore(Protocol):
 
     async def sweep(self, most: int) -> Sequence[CallEnd]:
         """Leaves lapsed calls unresolved, each with its PIN in the outbox, and returns those."""
+        ...
+
+    async def next_lapse_seconds(self) -> float | None:
+        """Returns in how many seconds the nearest lease ends, by the store's clock; negative when it has, None without any lease."""
         ...
 
 
@@ -33,14 +39,22 @@ class LeaseSweeper:
         self._sweep_seconds = sweep_seconds
 
     async def run(self) -> None:
-        """Sweeps for ever. Waits one whole lease first, and again after the store was away: holders could not renew meanwhile."""
+        """Sweeps for ever, whenever a lease ends.
+
+        Not before one whole lease after a start, or after the store was away: holders could not renew meanwhile.
+        """
         not_before = time.monotonic() + self._lease_seconds
+        pause = self._sweep_seconds
         while True:
-            await asyncio.sleep(max(self._sweep_seconds, not_before - time.monotonic()))
+            await asyncio.sleep(pause)
             try:
-                await self.sweep()
+                if time.monotonic() >= not_before:
+                    await self.sweep()
+                nearest = await self._store.next_lapse_seconds()
+                pause = self._pause(self._sweep_seconds if nearest is None else nearest, not_before)
             except MeshError as error:
-                not_before = time.monotonic() + self._lease_seconds
+                # Asked on and on: the lease that holders are given begins when the store is back.
+                not_before, pause = time.monotonic() + self._lease_seconds, self._sweep_seconds
                 log.warning("lease_sweep_failed", reason=error.reason_name)
 
     async def sweep(self) -> int:
@@ -55,3 +69,6 @@ class LeaseSweeper:
         if total:
             log.warning("leases_lapsed", calls=total)
         return total
+
+    def _pause(self, nearest_seconds: float, not_before: float) -> float:
+        return min(self._sweep_seconds, max(nearest_seconds, not_before - time.monotonic(), _SHORTEST_PAUSE_SECONDS))

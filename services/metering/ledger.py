@@ -10,7 +10,7 @@ from uuid import UUID
 import structlog
 
 from services.kernel.errors import Unavailable
-from services.kernel.ids import new_uuid7
+from services.kernel.ids import new_uuid7s
 from services.metering.call import (
     CallKey,
     CallState,
@@ -206,7 +206,8 @@ class Ledger:
 
     async def _settle_batch(self, items: Sequence[Settlement]) -> Sequence[Settled]:
         keys = await self._price_keys_of(items)
-        settled = await self._store.settle([await self._rate(item, key) for item, key in zip(items, keys, strict=True)])
+        minted = new_uuid7s(len(items))
+        settled = await self._store.settle([await self._rate(*each) for each in zip(items, keys, minted, strict=True)])
         self._ends.send(
             _settled_end(item, result.told_epoch, result.cost_nano_usd)
             for item, result in zip(items, settled, strict=True)
@@ -253,8 +254,7 @@ class Ledger:
                 keys[index] = key
         return keys
 
-    async def _rate(self, item: Settlement, key: PriceKey | None) -> RatedSettlement:
-        entry_id = new_uuid7().bytes
+    async def _rate(self, item: Settlement, key: PriceKey | None, entry_id: bytes) -> RatedSettlement:
         if key is None:
             return RatedSettlement(item, entry_id, None)
         prices = await self._prices.prices_of(key)

@@ -23,7 +23,9 @@ BATCH = 1_000
 _MAX_WAITING = 20_000
 _AWAY_SECONDS = 1.0
 _DELETE_GATHER_SECONDS = 0.05
-_MAX_BACKOFF_SECONDS = 5.0
+_MAX_BACKOFF_SECONDS = 2.0
+# What the limits take to load the snapshot that they have just been sent.
+_LOAD_SECONDS = 0.1
 
 
 class EndKind(IntEnum):
@@ -62,6 +64,10 @@ class OutboxStore(Protocol):
         """Removes ends that are done."""
         ...
 
+    async def hasten(self, tenant_ids: Sequence[bytes]) -> None:
+        """Makes what was put off for these tenants due now."""
+        ...
+
     async def relay_due(self, most: int, send: Callable[[Sequence[CallEnd]], Awaitable[Sequence[bool]]]) -> tuple[int, int]:
         """Sends due rows nobody else is sending, deletes those done and puts off the others. Returns how many were sent and done."""
         ...
@@ -78,6 +84,9 @@ class OutboxRelay:
         self._done: list[CallEnd] = []
         self._something_waits = asyncio.Event()
         self._something_done = asyncio.Event()
+        # Tenants whose limits were rebuilt since the last look at the table.
+        self._rebuilt: set[bytes] = set()
+        self._something_rebuilt = asyncio.Event()
         self._away_until = 0.0
         self._taken = self._told = 0
         self._telling = asyncio.Condition()
@@ -91,6 +100,11 @@ class OutboxRelay:
         self._taken += len(self._waiting) - before
         if self._waiting:
             self._something_waits.set()
+
+    def rebuilt(self, tenant_id: bytes) -> None:
+        """Has the limits told soon what they could not take while they had no counters of the tenant: they are being sent a snapshot."""
+        self._rebuilt.add(tenant_id)
+        self._something_rebuilt.set()
 
     async def told(self, *, within_seconds: float) -> None:
         """Returns when the limits answered all that was taken so far, or could not be told, or the time is over."""
@@ -129,8 +143,9 @@ class OutboxRelay:
         """Sends what is left in the table, backing off while the limits do not answer."""
         pause = self._poll_seconds
         while True:
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+            await self._rest(pause * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
             try:
+                await self._hasten()
                 sent, done = await self._store.relay_due(BATCH, self._limits.commit)
             except MeshError as error:
                 pause = min(max(pause, self._poll_seconds) * 2, _MAX_BACKOFF_SECONDS)
@@ -138,6 +153,19 @@ class OutboxRelay:
                 continue
             # A full batch means more is waiting; one that got nowhere must not spin.
             pause = 0.0 if sent == BATCH and done else self._poll_seconds
+
+    async def _rest(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._something_rebuilt.wait()
+                await asyncio.sleep(_LOAD_SECONDS)
+        self._something_rebuilt.clear()
+
+    async def _hasten(self) -> None:
+        if tenant_ids := tuple(self._rebuilt):
+            await self._store.hasten(tenant_ids)
+            # Only now: what failed is asked for again at the next look.
+            self._rebuilt.difference_update(tenant_ids)
 
     async def _send_now(self, batch: list[CallEnd]) -> None:
         try:

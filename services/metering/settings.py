@@ -21,6 +21,7 @@ from services.kernel.settings import (
     is_loopback,
 )
 from services.kernel.webhook_signing import read_webhook_secret
+from services.metering.billing.periods import LATE_USE
 from services.metering.reconciliation.bucket import BucketWidth
 from services.metering.webhooks.secrets import parse_seal_keys
 
@@ -95,9 +96,17 @@ class MeteringSettings(ServiceSettings):
         default="", description="where counters are sent over OTLP/gRPC, such as http://127.0.0.1:4317; empty: nowhere"
     )
     lease_seconds: LeaseSeconds = DEFAULT_LEASE_SECONDS
-    sweep_seconds: float = Field(default=1.0, gt=0.0, description="pause between looks for lapsed calls")
+    sweep_seconds: float = Field(
+        default=1.0, gt=0.0, description="longest pause between looks for lapsed calls; a lease that ends sooner is looked at then"
+    )
     event_retention_days: int = Field(
-        default=400, ge=62, description="how long a month is kept that has no events; one that has is kept for ever"
+        default=400,
+        ge=LATE_USE.days,
+        description="how long events of a month, and counts of refusals, are kept one by one after its end; their sums are kept for ever, "
+        "and a month until every tenant in it has closed it",
+    )
+    rerating_resume_seconds: float = Field(
+        default=60.0, gt=0.0, description="a re-rating that nobody went on with for so long is ended by the service; how often it looks"
     )
     usage_fold_seconds: float = Field(
         default=1.0, gt=0.0, description="pause between folds of changes into sums of use; answers have them all, folded or not"

@@ -10,6 +10,7 @@ CALLS = "postgres:metering.calls"
 ENTRIES = "postgres:metering.entries"
 UNITS = "postgres:metering.unit_entries"
 EVENTS = "postgres:metering.events"
+EVENT_SUMS = "postgres:metering.event_sums"
 EPOCHS = "postgres:metering.tenant_epochs"
 SUBSCRIPTIONS = "postgres:metering.subscriptions"
 CREDITS = "postgres:metering.credits"
@@ -45,6 +46,6 @@ class TenantRecords(Protocol):
     def export(self, tenant_id: TenantId) -> AsyncIterator[tuple[str, str]]:
         """Yields each record's kind and its JSON object.
 
-        Of calls, entries, re-ratings, units, events, plans, credits, whole invoices, budgets, alerts, receivers.
+        Of calls, entries, re-ratings, units, events and sums of dropped ones, plans, credits, whole invoices, budgets, alerts, receivers.
         """
         ...

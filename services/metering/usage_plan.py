@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
+from itertools import groupby
 
 # A Monday, on which weeks begin.
 _EPOCH = datetime(1970, 1, 5, tzinfo=UTC)
@@ -59,12 +60,27 @@ class Segment:
     grain: Grain
 
 
+@dataclass(frozen=True, slots=True)
+class Range:
+    """From `start` to before `end`, over any number of buckets, all of it read in one grain."""
+
+    start: datetime
+    end: datetime
+    grain: Grain
+
+
 def segments(starts: Sequence[datetime], end: datetime, grains: Sequence[Grain]) -> list[Segment]:
     """Cuts the buckets that begin at `starts`, the last of which ends at `end`, into segments: in order, without a gap or an overlap."""
     found: list[Segment] = []
     for bucket, (first, last) in enumerate(zip(starts, [*starts[1:], end], strict=True)):
         found += _cover(first, last, bucket, grains)
     return found
+
+
+def ranges(parts: Sequence[Segment]) -> list[Range]:
+    """Joins segments that follow each other in one grain: each range is one look into an index, however many buckets it feeds."""
+    joined = [list(group) for _, group in groupby(parts, key=lambda part: part.grain)]
+    return [Range(group[0].start, group[-1].end, group[0].grain) for group in joined]
 
 
 def _cover(first: datetime, last: datetime, bucket: int, grains: Sequence[Grain]) -> list[Segment]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import IntEnum
+from functools import lru_cache
 from typing import Protocol
 from uuid import UUID
 
@@ -20,12 +21,16 @@ from services.metering.usage_plan import (
     WITH_USERS,
     WITHOUT_USERS,
     Grain,
+    Range,
     Segment,
+    ranges,
     segments,
 )
 
 MAX_PERIOD = timedelta(days=400)
 MAX_PERIOD_OF_HOURS = timedelta(days=32)
+# The same periods are asked about again and again, by all tenants.
+_KEPT_PERIODS = 256
 # Whatever the zone, the calendar holds the buckets before and after.
 _EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 
@@ -104,13 +109,17 @@ class UsageQuery:
         """True when latencies are read."""
         return self.with_latencies or self.order_by in (Measure.FIRST_TOKEN_P95, Measure.TOTAL_P95)
 
-    def bucket_starts(self) -> list[datetime]:
+    def bucket_starts(self) -> Sequence[datetime]:
         """Returns where each bucket begins."""
-        return bucket_starts(self.bucket, self.start, self.end, self.zone)
+        return _starts(self.bucket, self.start, self.end, self.zone)
 
     def segments(self) -> list[Segment]:
         """Returns the parts of the period with the sums that answer for them."""
         return segments(self.bucket_starts(), self.end, self._grains())
+
+    def ranges(self) -> Sequence[Range]:
+        """Returns the same without the buckets."""
+        return _ranges(self.bucket, self.start, self.end, self.zone, self._grains())
 
     def _grains(self) -> Sequence[Grain]:
         others = self.group_by - {Dimension.TENANT, Dimension.USER} or self.filter != UsageFilter(users=self.filter.users)
@@ -118,14 +127,30 @@ class UsageQuery:
             return WITH_USERS if others else USERS_ALONE
         return WITHOUT_USERS if others else TENANTS_ALONE
 
-    def level_segments(self) -> list[Segment]:
-        """As `segments`, for levels of which the highest counts."""
-        return segments(self.bucket_starts(), self.end, USER_LEVELS if self.of_users else LEVELS)
+    def level_ranges(self) -> Sequence[Range]:
+        """As `ranges`, for levels of which the highest counts."""
+        return _ranges(self.bucket, self.start, self.end, self.zone, USER_LEVELS if self.of_users else LEVELS)
 
     def latency_segments(self) -> list[Segment]:
         """As `segments`, for latencies."""
-        grains: Sequence[Grain] = () if self.of_users else LATENCIES
-        return segments(self.bucket_starts(), self.end, grains)
+        return segments(self.bucket_starts(), self.end, self._latency_grains())
+
+    def latency_ranges(self) -> Sequence[Range]:
+        """As `ranges`, for latencies."""
+        return _ranges(self.bucket, self.start, self.end, self.zone, self._latency_grains())
+
+    def _latency_grains(self) -> Sequence[Grain]:
+        return () if self.of_users else LATENCIES
+
+
+@lru_cache(maxsize=_KEPT_PERIODS)
+def _starts(bucket: Bucket, start: datetime, end: datetime, zone: tzinfo) -> Sequence[datetime]:
+    return tuple(bucket_starts(bucket, start, end, zone))
+
+
+@lru_cache(maxsize=_KEPT_PERIODS)
+def _ranges(bucket: Bucket, start: datetime, end: datetime, zone: tzinfo, grains: Sequence[Grain]) -> Sequence[Range]:
+    return tuple(ranges(segments(_starts(bucket, start, end, zone), end, grains)))
 
 
 def period(start: datetime | None, end: datetime | None, bucket: Bucket, zone: tzinfo, now: datetime) -> tuple[datetime, datetime]:
@@ -179,7 +204,7 @@ class GroupKey:
 
 @dataclass(frozen=True, slots=True)
 class GroupUse:
-    """What a group used. `names` of the key stand in the order of Dimension, from USER on."""
+    """What a group used. `names` of the key stand in the order of Dimension, from USER on. A quantity that is cut is beyond an int64."""
 
     key: GroupKey
     rank: int
@@ -192,6 +217,7 @@ class GroupUse:
     usage: TokenUsage
     cost_nano_usd: int
     quantity: int
+    is_quantity_cut: bool
     refusals: int
     first_token: Latency | None
     total: Latency | None

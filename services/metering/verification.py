@@ -27,6 +27,7 @@ class Check(IntEnum):
     LATENCY = 3
     BALANCE = 4
     INVOICE = 5
+    PRICE = 6
 
 
 class Section(IntEnum):
@@ -54,12 +55,16 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What came of a part: `following` is where its section goes on, None at its end."""
+    """What came of a part: `following` is where its section goes on, None at its end.
+
+    `summed_months`, YYYY-MM, are those whose events, or counts of refusals, it knew by their sums alone.
+    """
 
     compared: int
     differences: Sequence[Difference]
     untold: int
     following: str | None
+    summed_months: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

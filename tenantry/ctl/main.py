@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import grpc
 
-from tenantry.ctl import invoices, ledger, usage
+from tenantry.ctl import invoices, ledger, reratings, usage
 from tenantry.ctl.connection import add_connection_options, connect, explain
 from tenantry.ctl.wrong_use import WrongUse
 
@@ -26,6 +26,7 @@ examples:
   tenantctl --tenant 01a22392-57e7-71c6-89b5-43733f4583ae --reason "ticket 4711" invoice list
   tenantctl invoice export 1 --format html --output november.html
   tenantctl --reason "monthly audit" ledger verify
+  tenantctl --reason "monthly audit" rerating list --undone
 """
 
 
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_connection_options(made)
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (usage, invoices, ledger):
+    for room in (usage, invoices, ledger, reratings):
         room.add_commands(commands)
     return made
 

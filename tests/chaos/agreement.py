@@ -1,5 +1,6 @@
 """Compares the books after a run: a pure function of what was read, whose answer is one sentence for each thing that differs."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from tests.chaos.billing import billing_differences
 from tests.chaos.bookkeeper import Bills
 from tests.chaos.books import OPEN, SETTLED, UNRESOLVED, VOID, Billed, Call, Entry, Ledger, Limits, cost_nano_usd
 from tests.chaos.callers import UNIT, Diary
+
+# Ids, numbers, and what follows a bracket.
+_FIGURES = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|\d+|[(\[].*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,11 @@ def differences(books: Books) -> list[str]:
         *(line for tenant_id, report in books.reports.items() for line in _report(books.ledger, tenant_id, report)),
         *(line for tenant_id, bills in books.bills.items() for line in billing_differences(books.ledger, tenant_id, bills, books.months)),
     ]
+
+
+def kind_of(difference: str) -> str:
+    """The sentence without its figures and names: what differences of one kind have in common."""
+    return _FIGURES.sub("…", difference)
 
 
 def _unfinished(ledger: Ledger) -> Iterator[str]:

@@ -19,6 +19,7 @@ from services.kernel.timestamps import to_timestamp
 from services.metering.adapters.postgres_closings import PostgresClosings
 from services.metering.billing.making import verify
 from tests.chaos.callers import EVENT_TYPE, PRODUCT, UNIT
+from tests.chaos.faults import Faults
 from tests.metering.billing import ended
 
 PLAN = "professional"
@@ -46,8 +47,8 @@ class Bills:
 class Bookkeeper:
     """The operator of one mesh who bills."""
 
-    def __init__(self, stack: Stack, client: MeshClient) -> None:
-        self._stack, self._client = stack, client
+    def __init__(self, stack: Stack, client: MeshClient, faults: Faults) -> None:
+        self._stack, self._client, self._faults = stack, client, faults
         self._operator = operator_credentials(stack.state.secrets.operator_key, "chaos")
         # As they are when the storm begins: it may last into another month.
         self.months = tuple(ended(ago) for ago in reversed(range(CLOSED + 1)))
@@ -75,7 +76,8 @@ class Bookkeeper:
                 try:
                     await self._client.invoices.CloseInvoice(request, metadata=self._as_operator(tenant), timeout=_TRY_SECONDS)
                     break
-                except grpc.aio.AioRpcError:
+                except grpc.aio.AioRpcError as error:
+                    self._faults.read("CloseInvoice", tenant.tenant_id, error)
                     if time.monotonic() > last:
                         break
                     await asyncio.sleep(_REPEAT_SECONDS)

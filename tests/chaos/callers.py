@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 
 import grpc
 
-from devstack.mesh_client import MeshClient, credentials, refusal
+from devstack.mesh_client import MeshClient, credentials
 from devstack.state import DemoTenant
 from mesh.inference.v1 import inference_service_pb2
 from mesh.metering.v1 import event_service_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2
 from services.kernel.ids import new_uuid7
 from tests.chaos.chances import MAX_OUTPUT_TOKENS, EventOrder, Order, UnitOrder
+from tests.chaos.faults import Faults
 from tests.metering.billing import ended
 
 UNIT = "ai_interviews"
@@ -58,8 +59,9 @@ class Diary:
 class Caller:
     """One caller of a tenant: one thing at a time."""
 
-    def __init__(self, client: MeshClient, tenant: DemoTenant, conversation_id: str, diary: Diary) -> None:
-        self._client, self._tenant, self._conversation_id, self._diary = client, tenant, conversation_id, diary
+    def __init__(self, client: MeshClient, tenant: DemoTenant, conversation_id: str, diary: Diary, faults: Faults) -> None:
+        self._client, self._tenant, self._conversation_id = client, tenant, conversation_id
+        self._diary, self._faults = diary, faults
 
     async def run(self, orders: Iterator[Order | UnitOrder | EventOrder], until: float) -> None:
         """Follows its orders until then, on time.monotonic(); what is under way at that time is brought to its end."""
@@ -96,7 +98,7 @@ class Caller:
         except TimeoutError:
             return "left"
         except grpc.aio.AioRpcError as error:
-            told = refusal(error)
+            told = self._faults.read("StreamGenerate" if order.streamed else "Generate", str(call_id), error)
             return told.reason or told.code
         self._diary.answered[str(call_id)] = Told(summary.usage.input_tokens, summary.usage.output_tokens, summary.cost.nano_usd)
         return "answered"
@@ -123,7 +125,7 @@ class Caller:
         self._diary.units_asked[use_id] = order.quantity
         request = rate_limit_service_pb2.ConsumeRequest(consumption_id=use_id, product_unit=UNIT, quantity=order.quantity)
         if await self._until_answered(
-            "unit", lambda metadata: self._client.limits.Consume(request, metadata=metadata, timeout=_UNIT_SECONDS)
+            "unit", use_id, lambda metadata: self._client.limits.Consume(request, metadata=metadata, timeout=_UNIT_SECONDS)
         ):
             self._diary.units_used.add(use_id)
 
@@ -132,7 +134,7 @@ class Caller:
         self._diary.events_asked[event.id] = order.quantity
         record = event_service_pb2.RecordEventsRequest(events=[event])
         if not await self._until_answered(
-            "event", lambda metadata: self._client.events.RecordEvents(record, metadata=metadata, timeout=_UNIT_SECONDS)
+            "event", event.id, lambda metadata: self._client.events.RecordEvents(record, metadata=metadata, timeout=_UNIT_SECONDS)
         ):
             return
         self._diary.events_recorded.add(event.id)
@@ -142,16 +144,16 @@ class Caller:
         back = event_service_pb2.EventReversal(id=event.id, source=event.source, reason="counted by mistake")
         reverse = event_service_pb2.ReverseEventsRequest(reversals=[back])
         if await self._until_answered(
-            "reversal", lambda metadata: self._client.events.ReverseEvents(reverse, metadata=metadata, timeout=_UNIT_SECONDS)
+            "reversal", event.id, lambda metadata: self._client.events.ReverseEvents(reverse, metadata=metadata, timeout=_UNIT_SECONDS)
         ):
             self._diary.events_reversed.add(event.id)
 
-    async def _until_answered(self, what: str, send: Callable[[tuple[tuple[str, str], ...]], Awaitable[object]]) -> bool:
+    async def _until_answered(self, what: str, about: str, send: Callable[[tuple[tuple[str, str], ...]], Awaitable[object]]) -> bool:
         for _ in range(_UNIT_TRIES):
             try:
                 await send(credentials(self._tenant.api_key))
             except grpc.aio.AioRpcError as error:
-                told = refusal(error)
+                told = self._faults.read(what, about, error)
                 self._diary.endings[f"{what}: {told.reason or told.code}"] += 1
                 if told.code not in _UNANSWERED:
                     return False

@@ -5,11 +5,11 @@ import contextlib
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -24,14 +24,17 @@ from mesh.inference.v1 import conversation_service_pb2
 from mesh.metering.v1 import usage_service_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2
 from mesh.tenant.v1 import configuration_service_pb2
-from tests.chaos.agreement import Books, Report, differences
+from tests.chaos.agreement import Books, Report, differences, kind_of
 from tests.chaos.bookkeeper import Bookkeeper
 from tests.chaos.books import SETTLED, UNRESOLVED, VOID, Ledger, Limits, read_holds, read_ledger, read_provider
 from tests.chaos.callers import UNIT, Caller, Diary
 from tests.chaos.chances import closings, deaths, orders
+from tests.chaos.faults import Faults, logged
 from tests.chaos.killer import Killer
 from tests.ratelimit.rules import rule
 from tests.support.mesh import state_folder
+
+T = TypeVar("T")
 
 TENANTS = 8
 CALLERS_A_TENANT = 2
@@ -58,15 +61,19 @@ class Storm:
 
 
 async def run(storm: Storm, state: Path | None = None) -> dict[str, Any]:
-    """Runs a storm and returns what happened; `differences` is empty when the guarantees held. `state` keeps its files."""
+    """Runs a storm and returns what happened. `state` keeps its files.
+
+    `differences` is empty when the guarantees held, no answer was INTERNAL and nothing failed in a way that nobody had foreseen.
+    """
     with contextlib.ExitStack() as folders:
         folder = state or folders.enter_context(state_folder())
         async with _mesh(folder) as (stack, client):
-            bookkeeper = Bookkeeper(stack, client)
+            faults = Faults()
+            bookkeeper = Bookkeeper(stack, client, faults)
             await bookkeeper.register()
             async with asyncio.TaskGroup() as group:
                 making = [group.create_task(_tenant(stack, client, bookkeeper, number)) for number in range(TENANTS)]
-            weather = _Weather(storm, stack, client, bookkeeper, dict(made.result() for made in making))
+            weather = _Weather(storm, stack, client, bookkeeper, faults, dict(made.result() for made in making))
             async with weather.killer.keeping_up():
                 await weather.rage()
                 return await weather.calm()
@@ -105,12 +112,19 @@ class _Weather:
     """One storm over one mesh."""
 
     def __init__(
-        self, storm: Storm, stack: Stack, client: MeshClient, bookkeeper: Bookkeeper, conversations: dict[DemoTenant, str]
+        self,
+        storm: Storm,
+        stack: Stack,
+        client: MeshClient,
+        bookkeeper: Bookkeeper,
+        faults: Faults,
+        conversations: dict[DemoTenant, str],
     ) -> None:
         self.killer = Killer(stack)
-        self._storm, self._stack, self._client, self._bookkeeper = storm, stack, client, bookkeeper
+        self._storm, self._stack, self._client, self._bookkeeper, self._faults = storm, stack, client, bookkeeper, faults
         self._conversations, self._tenants = conversations, list(conversations)
         self._diaries = {tenant.tenant_id: Diary() for tenant in conversations}
+        self._last_seen_seconds: dict[str, float] = {}
 
     async def rage(self) -> None:
         """Calls and kills for as long as the storm lasts, and returns once every part is up and every caller has done."""
@@ -122,7 +136,7 @@ class _Weather:
                 at = [began + part * seconds for part in closings(self._storm.seed, number)]
                 group.create_task(self._bookkeeper.close(tenant, at))
                 for index in range(CALLERS_A_TENANT):
-                    caller = Caller(self._client, tenant, conversation_id, self._diaries[tenant.tenant_id])
+                    caller = Caller(self._client, tenant, conversation_id, self._diaries[tenant.tenant_id], self._faults)
                     group.create_task(caller.run(orders(self._storm.seed, number, index), until))
         await self.killer.all_up()
 
@@ -133,6 +147,7 @@ class _Weather:
         while True:
             found, ledger = await self._compare()
             now = time.monotonic() - began
+            self._last_seen_seconds.update({kind_of(difference): round(now, 2) for difference in found})
             if found:
                 agreed_after_seconds = None
             elif agreed_after_seconds is None:
@@ -145,19 +160,28 @@ class _Weather:
         return self._told(found, ledger, agreed_after_seconds)
 
     async def _compare(self) -> tuple[list[str], Ledger | None]:
+        silent: list[grpc.aio.AioRpcError] = []
         # The limits first: a tenant whose counters are gone has them rebuilt by being asked, which begins an epoch at the ledger.
         try:
-            limits = {tenant.tenant_id: await self._limits(tenant) for tenant in self._tenants}
-            reports = {tenant.tenant_id: await self._report(tenant) for tenant in self._tenants}
-            bills = {tenant.tenant_id: await self._bookkeeper.bills(tenant, _READ_SECONDS) for tenant in self._tenants}
-        except grpc.aio.AioRpcError as error:
-            return [f"the mesh does not answer: {error.code().name} {error.details()}"], None
+            limits = await self._of_each_tenant(self._limits)
+            reports = await self._of_each_tenant(self._report)
+            bills = await self._of_each_tenant(lambda tenant: self._bookkeeper.bills(tenant, _READ_SECONDS))
+        except* grpc.aio.AioRpcError as failed:
+            silent = [error for error in failed.exceptions if isinstance(error, grpc.aio.AioRpcError)]
+        if silent:
+            told = [self._faults.read("reading", "the books", error) for error in silent]
+            return [f"the mesh does not answer: {answer.code} {answer.message}" for answer in told], None
         ledger = await read_ledger(self._stack.postgres.dsn("tenantry"))
         provider = await asyncio.to_thread(read_provider, self._stack.state.folder / "provider-ledger.jsonl")
         budgets = {tenant.tenant_id: TIGHT_BUDGET_NANO_USD for tenant in self._tenants[-TIGHT_TENANTS:]}
         runaways = frozenset(call_id for diary in self._diaries.values() for call_id in diary.runaways)
         months = self._bookkeeper.months
         return differences(Books(provider, ledger, limits, reports, self._diaries, budgets, runaways, bills, months)), ledger
+
+    async def _of_each_tenant(self, read: Callable[[DemoTenant], Coroutine[object, object, T]]) -> dict[str, T]:
+        async with asyncio.TaskGroup() as group:
+            reading = {tenant.tenant_id: group.create_task(read(tenant)) for tenant in self._tenants}
+        return {tenant_id: task.result() for tenant_id, task in reading.items()}
 
     async def _limits(self, tenant: DemoTenant) -> Limits:
         listed = await self._client.limits.ListLimits(
@@ -194,6 +218,7 @@ class _Weather:
             "void": states[VOID],
             "units_recorded": len(ledger.units) if ledger else 0,
             "events_recorded": len(ledger.events) if ledger else 0,
+            "waited_for_seconds": dict(sorted(self._last_seen_seconds.items(), key=lambda seen: -seen[1])),
             "agreed_after_seconds": None if agreed_after_seconds is None else round(agreed_after_seconds, 2),
-            "differences": found,
+            "differences": [*found, *self._faults.said, *logged(self._stack.state.folder / "logs")],
         }

@@ -3,7 +3,6 @@
 import base64
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from deploy.check.checks import K8S
 from deploy.check.manifests import Workload, by_name, parse, text, texts, tree
 from deploy.check.mesh import ROOT
 from deploy.check.tools import Tools
+from devstack.ports import free_port
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.common.v1.lifecycle_service_pb2 import EraseTenantRequest
 
@@ -68,13 +68,6 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (directory / "tls.key").write_bytes(key.private_bytes(*form))
     return directory
-
-
-def free_port() -> int:
-    """Returns a port of loopback nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(workload: Workload, certificate: Path, health_port: int) -> dict[str, str]:

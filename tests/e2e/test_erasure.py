@@ -38,7 +38,7 @@ KEPT = {
     "metering.usage_pending", "metering.usage_rollups", "metering.usage_latencies",
     "metering.reratings", "metering.rerating_ends",
     "metering.stripe_customers", "metering.export_outbox",
-    "metering.usage_levels", "metering.refusals",
+    "metering.usage_levels", "metering.refusals", "metering.event_sums", "metering.summed_event_months",
     *(f"metering.events_{month:%Y_%m}" for month in months_from(datetime.now(UTC).date())),
     *(f"metering.event_claims_{number}" for number in range(16)),
     "inference.erased_tenants", "retrieval.erased_tenants",

@@ -304,6 +304,7 @@ CASES: Mapping[str, Case] = {
     "/mesh.metering.v1.ExportSinkService/ReplayExports": lambda ids: {"sink": 1, "accept_repeats": True},
     "/mesh.metering.v1.PriceService/GetPriceBook": _nothing,
     "/mesh.metering.v1.PriceService/LoadPriceBook": lambda ids: {"validate_only": True},
+    "/mesh.metering.v1.PriceService/ListReratings": lambda ids: {"page_size": 1000},
     "/mesh.metering.v1.PriceService/RerateUsage": lambda ids: {
         "rerating_id": str(new_uuid7()),
         "start_time": in_seconds(-86_400),

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.isolation.identity_mutations import IDENTITY_MUTATIONS
+from tests.isolation.metering_mutations import METERING_MUTATIONS
 from tests.isolation.mutations import MUTATIONS, Mutation
 from tests.isolation.placement_mutations import PLACEMENT_MUTATIONS
 from tests.isolation.store_mutations import STORE_MUTATIONS
@@ -202,7 +203,7 @@ def main() -> int:
     chosen = parser.parse_args()
     mutations = [
         mutation
-        for mutation in (*MUTATIONS, *STORE_MUTATIONS, *IDENTITY_MUTATIONS, *PLACEMENT_MUTATIONS, *PROTOCOL_MUTATIONS)
+        for mutation in (*MUTATIONS, *STORE_MUTATIONS, *METERING_MUTATIONS, *IDENTITY_MUTATIONS, *PLACEMENT_MUTATIONS, *PROTOCOL_MUTATIONS)
         if re.search(chosen.only, mutation.name)
     ]
     try:

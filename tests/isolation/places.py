@@ -50,6 +50,7 @@ TRANSIENT = {
         "INSERT INTO metering.usage_levels (tenant_id, grain, start_time, series, level, feature, user_name, product_unit, event_type, "
         "events) VALUES ($1, 3, now(), uuidv7(), 1, '', 'planted', 'seats', 'screening/seats.open', 1)"
     ),
+    "metering.summed_event_months": "INSERT INTO metering.summed_event_months VALUES ($1, '1990-01-01', now(), 1)",
     "metering.refusals": (
         "INSERT INTO metering.refusals (tenant_id, minute, replica, series, reason, rule, model, feature, user_name, tier, refusals) "
         "VALUES ($1, now(), uuidv7(), uuidv7(), 'PLAN_LIMIT', '', '', '', 'planted', '', 1)"

@@ -40,6 +40,11 @@ PLANT_RERATING = (
     "INSERT INTO metering.reratings VALUES ($1, $1, 1, now() - interval '1 hour', now(), '{planted}', 'right', now(), sha256(''), now())",
     "INSERT INTO metering.rerating_ends VALUES ($1, $1, now(), NULL)",
 )
+# Of a month that is not dropped: it counts for nobody.
+PLANT_SUM = (
+    "INSERT INTO metering.event_sums (tenant_id, use_time, sum_id, month, record_time, begin_time, product, event_type, user_name, "
+    "feature, quantity, event_count) VALUES ($1, now(), uuidv7(), '1990-01-01', now(), now(), 'planted', 'planted', '', '', 1, 1)"
+)
 EVENT_TYPE = {"product": "planting", "type": "thing.planted"}
 
 
@@ -169,7 +174,7 @@ async def plant(mesh: Mesh, surface: Surface, plan: str = "enterprise", isolatio
     await _plant_settings(surface, metadata, canary)
     own_key = secret_service_pb2.PutProviderKeyRequest(api_key=TENANTS_OWN_KEYS[0])
     await _must(surface, "tenant", "SecretService/PutProviderKey", own_key, metadata)
-    await _plant_rerating(mesh, tenant.tenant_id)
+    await _plant_books(mesh, tenant.tenant_id)
     document = listed_documents[0]
     await eventually(lambda: _is_summed(mesh, tenant.tenant_id), within_seconds=ON_RECORD_SECONDS)
     ids = Ids(
@@ -310,11 +315,11 @@ async def _is_summed(mesh: Mesh, tenant_id: str) -> bool:
         await admin.close()
 
 
-async def _plant_rerating(mesh: Mesh, tenant_id: str) -> None:
-    """Leaves a re-rating that is done and changed nothing: the mesh has one price version, so no operator can ask for one."""
+async def _plant_books(mesh: Mesh, tenant_id: str) -> None:
+    """Leaves a re-rating that changed nothing, and a sum of events: the mesh has one price version, and no month that is old enough."""
     admin = await asyncpg.connect(mesh.stack.postgres.dsn(DATABASE))
     try:
-        for sql in PLANT_RERATING:
+        for sql in (*PLANT_RERATING, PLANT_SUM):
             await admin.execute(sql, uuid.UUID(tenant_id))
     finally:
         await admin.close()

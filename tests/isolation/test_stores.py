@@ -54,6 +54,7 @@ SHARED_TABLES = {
         "reconciliation_lines",
         "export_sinks",
         "stripe_meters",
+        "dropped_event_months",
     ),
     "tenant": (
         "plan_catalogs",
@@ -97,7 +98,11 @@ JOBS_MAY = {
     "metering.webhook_endpoints": {"SELECT"},
     "metering.webhook_deliveries": {"SELECT", "UPDATE"},
     "metering.usage_levels": {"SELECT", "INSERT", "UPDATE"},
-    "metering.refusals": {"SELECT"},
+    "metering.refusals": {"SELECT", "INSERT", "UPDATE", "DELETE"},
+    "metering.event_sums": {"SELECT", "INSERT"},
+    "metering.summed_event_months": {"SELECT", "INSERT", "UPDATE"},
+    "metering.reratings": {"SELECT"},
+    "metering.rerating_ends": {"SELECT"},
     "metering.outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "metering.export_outbox": {"SELECT", "INSERT", "UPDATE", "DELETE"},
     "metering.stripe_customers": {"SELECT"},
@@ -204,6 +209,14 @@ async def test_what_was_recorded_cannot_be_changed(mesh: Mesh, table: str, attac
             for sql in (f"UPDATE {table} SET {column} = {column}", f"DELETE FROM {table}"):
                 with pytest.raises(REFUSED):
                     await connection.execute(sql)
+
+
+@pytest.mark.parametrize("table", ["metering.reconciliations", "metering.reconciliation_lines"])
+async def test_what_is_compared_over_all_tenants_is_closed_to_the_service(mesh: Mesh, admin: asyncpg.Connection, table: str) -> None:
+    """Reports hold sums of every tenant: the role that acts for one has no right to them."""
+    rights = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")
+    held = [right for right in rights if await admin.fetchval("SELECT has_table_privilege('metering_service', $1, $2)", table, right)]
+    assert held == []
 
 
 async def test_the_jobs_role_does_its_jobs_and_nothing_else(mesh: Mesh, attacked: list[Attacked], victim: Target) -> None:

@@ -50,7 +50,7 @@ async def test_handlers_are_wrapped_once(mesh: Mesh) -> None:
 
 
 async def test_calls_are_waited_for_by_no_name() -> None:
-    """However many methods there are, grpc keeps one request at hand for the next call, so that no call pays for the number of methods."""
+    """Of grpc's own requests one alone is at hand, for calls of no known method: one of each would be waited for anew with every call."""
     others = asyncio.all_tasks()
     async with running_mesh() as own:
         await own.provision()

@@ -1,9 +1,13 @@
 """A connection sees one tenant inside its transaction and none outside, and a store that is away is said to be away."""
 
 import asyncio
+import gc
+import os
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -13,7 +17,7 @@ from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.migrate import migrate
 from services.kernel.placement import HOME
-from services.kernel.tenant_database import JobsDatabase, TenantDatabase
+from services.kernel.tenant_database import Connection, JobsDatabase, TenantDatabase
 from tests.support.stores import PostgresStore, running_postgres
 
 SCHEMA_SQL = """
@@ -200,6 +204,56 @@ async def test_an_exhausted_pool_answers_within_its_limit(databases: Databases, 
     async with databases.service.transaction(tenant()):
         with pytest.raises(Unavailable):
             await databases.service.call(None, "SELECT 1")
+
+
+@pytest.mark.parametrize("again", ["SELECT 1", ""], ids=("and is used", "and is only left"))
+async def test_a_connection_that_the_pool_took_back_is_said_to_be_unavailable(databases: Databases, again: str) -> None:
+    """The driver's pool takes a connection back at the moment it is cut; whoever still has it hears UNAVAILABLE, and the next one works."""
+    with pytest.raises(Unavailable):
+        async with databases.service.transaction(tenant()) as connection:
+            os.kill(await connection.fetchval("SELECT pg_backend_pid()"), signal.SIGTERM)
+            await _taken_back(connection)
+            if again:
+                await connection.fetchval(again)
+    assert await databases.service.fetch_value(None, "SELECT 2") == 2
+
+
+async def _taken_back(connection: Connection) -> None:
+    async with asyncio.timeout(10):
+        with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
+            while connection.is_closed() is not None:  # noqa: ASYNC110 - the pool has no event for it
+                await asyncio.sleep(0.01)
+
+
+async def test_nobody_hears_of_a_connection_that_cannot_be_put_right(databases: Databases) -> None:
+    """A caller that will not wait leaves a statement under way at a server that hangs: the pool cuts it, and the next one works."""
+    loop, told = asyncio.get_running_loop(), list[dict[str, Any]]()
+    backend: asyncio.Future[int] = loop.create_future()
+
+    async def ask() -> None:
+        async with databases.service.transaction(tenant()) as connection:
+            backend.set_result(await connection.fetchval("SELECT pg_backend_pid()"))
+            await connection.execute("SELECT pg_sleep(60)")
+
+    before, asking = asyncio.all_tasks(), asyncio.create_task(ask())
+    os.kill(await backend, signal.SIGSTOP)
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    try:
+        # Of the statement, of its rollback, of the way back to the pool.
+        for _ in range(3):
+            asking.cancel()
+            await asyncio.sleep(0.05)
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        while left := asyncio.all_tasks() - before:
+            _, slow = await asyncio.wait(left, timeout=30)
+            assert not slow
+        gc.collect()
+    finally:
+        loop.set_exception_handler(None)
+        os.kill(backend.result(), signal.SIGCONT)
+    assert told == []
+    assert await databases.service.fetch_value(None, "SELECT 2") == 2
 
 
 @pytest.mark.parametrize("pooling", [False, True])

@@ -26,9 +26,7 @@ async def pooled_dsn(postgres: PostgresStore, tmp_path: Path) -> AsyncIterator[s
     admin = await postgres.fresh_database()
     service = dsn_for(admin, "sample_service")
     await migrate(admin, "sample", tmp_path, {"service": service})
-    with_folder = tmp_path / "pooler"
-    with_folder.mkdir()
-    async with running_pgbouncer(with_folder, [service]) as (through_it,):
+    async with running_pgbouncer([service]) as (through_it,):
         yield through_it
 
 

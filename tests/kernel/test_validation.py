@@ -112,6 +112,31 @@ async def test_each_message_of_a_request_stream_is_held_to_the_contract() -> Non
     assert (got, refused.value.metadata) == (["good"], {"field": "credential"})
 
 
+async def test_a_servicer_that_checks_for_itself_gets_what_breaks_a_rule_and_nothing_unknown() -> None:
+    """Only the rules are left to it, and only for its own method: bytes that are no such message are refused before it."""
+    got: list[str] = []
+
+    async def servicer(request: auth_pb.AuthenticateRequest, context: Any) -> None:
+        got.append(request.credential)
+
+    interceptor = ValidationInterceptor(own_checks=("/a/Own",))
+    own, other = (
+        interceptor.wrap(Method(f"/a/{name}", "a", name, False, False), servicer, auth_pb.AuthenticateRequest.FromString)
+        for name in ("Own", "Other")
+    )
+    await own(b"", None)
+    assert got == [""]
+    for behavior, raw, reason in (
+        (other, b"", "INVALID_REQUEST"),
+        (own, b"\xff", "INVALID_REQUEST"),
+        (own, b"\xf8\x3f\x01", "UNKNOWN_FIELDS"),
+    ):
+        with pytest.raises(MeshError) as refused:
+            await behavior(raw, None)
+        assert refused.value.reason_name == reason
+    assert got == [""]
+
+
 def test_a_violation_inside_a_list_names_its_place() -> None:
     """The path has the index of the item, so that a caller with a batch knows which one."""
     good, bad = rate_pb.ReservationRef(tenant_id=bytes(16), reservation_id=bytes(16)), rate_pb.ReservationRef(tenant_id=b"x")

@@ -47,9 +47,9 @@ async def put(mesh: Mesh, tenant: Tenant, name: str = "budget", amount: int = 1_
     return (await ask(mesh, tenant, "PutBudget", pb.PutBudgetRequest(budget=budget))).budget
 
 
-async def stands(mesh: Mesh, tenant: Tenant, name: str = "budget") -> pb.GetBudgetResponse:
-    """How a budget stands."""
-    return await ask(mesh, tenant, "GetBudget", pb.GetBudgetRequest(name=name))
+async def stands(mesh: Mesh, tenant: Tenant, name: str = "budget", **names: str) -> pb.GetBudgetResponse:
+    """How a budget stands, of these names where it is for each."""
+    return await ask(mesh, tenant, "GetBudget", pb.GetBudgetRequest(name=name, **names))
 
 
 async def alerts(mesh: Mesh, tenant: Tenant) -> list[pb.BudgetAlert]:

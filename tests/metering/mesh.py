@@ -2,7 +2,8 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar
@@ -33,6 +34,7 @@ from services.metering.app import MeteringApp, build
 from services.metering.app.loading import migrate_schema
 from services.metering.settings import MeteringSettings
 from tests.metering.peers import Peers
+from tests.support.stores import PostgresStore
 
 PASSWORDS = {
     "metering_service": "service-password",
@@ -43,7 +45,7 @@ TOKENS = {name: f"{name}-bearer" for name in ("inference", "ratelimit", "tenant"
 HASHES = ",".join(f"{name}={hashlib.sha256(token.encode()).hexdigest()}" for name, token in TOKENS.items())
 # Reference data and what operators keep: of no tenant.
 SHARED_TABLES = (
-    *("price_versions", "prices", "event_types", "billing_plan_versions"),
+    *("price_versions", "prices", "event_types", "billing_plan_versions", "dropped_event_months"),
     *("reconciliations", "reconciliation_lines", "export_sinks", "stripe_meters"),
 )
 MODEL = "claude-haiku-4-5-20251001"
@@ -71,6 +73,8 @@ def settings_for(admin_dsn: str, peers: Peers, **overrides: object) -> MeteringS
         "lease_seconds": 60.0,
         "sweep_seconds": 3_600.0,
         "relay_poll_seconds": 0.1,
+        # What was left is gone on with when a test says so.
+        "rerating_resume_seconds": 3_600.0,
         # Periods are closed when a test says so.
         "invoice_grace_hours": 1_000_000.0,
         "drain_seconds": 0.0,
@@ -346,3 +350,14 @@ async def running_mesh(admin_dsn: str, peers: Peers, admin: asyncpg.Pool, **over
 async def migrated(admin_dsn: str, peers: Peers) -> None:
     """Brings the database forward and loads the packaged price book."""
     await migrate_schema(settings_for(admin_dsn, peers))
+
+
+@asynccontextmanager
+async def mesh_of_its_own(postgres: PostgresStore, peers: Peers, **overrides: object) -> AsyncIterator[Mesh]:
+    """A service on a database of its own, with the tenants of whoever asks for it and no others."""
+    dsn = await postgres.fresh_database()
+    await migrated(dsn, peers)
+    async with asyncpg.create_pool(dsn, min_size=1, max_size=4) as admin:
+        mesh = await running_mesh(dsn, peers, admin, **overrides)
+        yield mesh
+        await mesh.close()

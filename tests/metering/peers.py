@@ -124,7 +124,7 @@ class ScriptedLimits(limits_grpc.RateLimitServiceServicer):
         """The commits of a tenant, in the order they came."""
         return [commit for commit in self.commits if commit.reservation.tenant_id == tenant_id.bytes]
 
-    async def wait_for(self, tenant_id: UUID, count: int, seconds: float = 10.0) -> list[limits_pb.Commit]:
+    async def wait_for(self, tenant_id: UUID, count: int, seconds: float = 60.0) -> list[limits_pb.Commit]:
         """Waits until the tenant has that many commits."""
         async with asyncio.timeout(seconds), self.arrived:
             await self.arrived.wait_for(lambda: len(self.of(tenant_id)) >= count)

@@ -14,7 +14,7 @@ from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase
 from services.metering.adapters.postgres_billing_plans import load_billing_plans
 from services.metering.adapters.postgres_closings import PostgresClosings
-from services.metering.adapters.postgres_event_months import PostgresEventMonths
+from services.metering.adapters.postgres_retention import PostgresRetention
 from services.metering.billing.plan_file import parse_billing_plans
 from tests.metering.billing import ask, close, ended, lines_of, recomputed, subscribe
 from tests.metering.events import DUPLICATE, PRODUCT, RECORDED, event, outcomes, register, reverse
@@ -269,13 +269,18 @@ async def test_a_period_is_read_in_its_own_months_by_index(mesh: Mesh) -> None:
     assert sum(item["seq_tup_read"] for item in found) == 0
 
 
-async def test_a_month_that_an_invoice_was_made_of_is_never_dropped(mesh: Mesh) -> None:
-    """However old it is and whatever is closed: the invoice is made again from its rows."""
+async def test_a_month_that_an_invoice_is_still_made_of_is_held(mesh: Mesh) -> None:
+    """However old it is: only the invoice that is closed a day beyond its end lets it go."""
     tenant, time = mesh.new_tenant(), datetime(2022, 1, 15, tzinfo=UTC)
     await old_rows(mesh, tenant, [("billed.seats", 5, time, time)])
     await subscribe(mesh, tenant, "by-events", time.replace(day=1))
+    rows = PostgresRetention(mesh.app.jobs)
+
+    async def held() -> list[int]:
+        return [due.holding for due in await rows.due(datetime.now(UTC)) if due.month == OLD]
+
+    assert await held() == [1]
     invoice = await close(mesh, tenant, ended(1))
     assert lines_of(invoice) == [("seats", 1, 1, 1_200_000_000)]
-    store = PostgresEventMonths(mesh.app.jobs, mesh.app.jobs)
-    assert OLD not in await store.droppable(datetime.now(UTC))
+    assert await held() == [0]
     assert await recomputed(mesh, tenant) == []

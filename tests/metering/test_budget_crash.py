@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import asyncpg
 import pytest
 
 from mesh.metering.v1 import webhook_service_pb2 as pb
@@ -23,7 +22,7 @@ from tests.metering.budgets import (
     wait_fired,
     wait_received,
 )
-from tests.metering.mesh import Mesh, bill, migrated, running_mesh
+from tests.metering.mesh import Mesh, bill, mesh_of_its_own
 from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
 from tests.support.stores import PostgresStore
@@ -38,12 +37,8 @@ CALLS = 40
 @pytest.fixture(scope="module")
 async def idle(postgres: PostgresStore, peers: Peers) -> AsyncIterator[Mesh]:
     """A service with a database of its own that answers and neither looks at budgets nor delivers: its replicas do."""
-    dsn = await postgres.fresh_database()
-    await migrated(dsn, peers)
-    async with asyncpg.create_pool(dsn, min_size=1, max_size=4) as admin:
-        running = await running_mesh(dsn, peers, admin, **NEVER)
+    async with mesh_of_its_own(postgres, peers, **NEVER) as running:
         yield running
-        await running.close()
 
 
 async def test_two_processes_that_settle_at_once_fire_each_threshold_once(idle: Mesh, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Budgets as values: thresholds, periods, forecasts and the rule that a block needs, by hand and by hypothesis."""
 
+import json
+import re
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from uuid import uuid4
@@ -10,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.common.v1 import limit_rule_pb2 as rules_pb
-from services.metering.budgets.blocking import blocks
+from services.kernel.errors import WrongState
+from services.metering.budgets.blocking import blocks, refuse_unless_blocked
 from services.metering.budgets.budget import (
     MOST_USED,
     WEEK,
@@ -137,3 +140,21 @@ def test_what_a_rule_refuses_is_what_the_budget_counts(given_terms: BudgetTerms,
         {"product_unit": "words"},
     ):
         assert not blocks(given_terms, [rule(**(parts | spoiled))]), spoiled
+
+
+def offered_name(budget: str) -> str:
+    """The name of the rule that a blocking budget is refused with."""
+    with pytest.raises(WrongState) as refused:
+        refuse_unless_blocked(BudgetWish(budget, terms(), BudgetAction.BLOCK, (100,)), [])
+    name: str = json.loads(refused.value.message.partition("again: ")[2])["name"]
+    return name
+
+
+def test_no_two_budgets_are_offered_one_rule() -> None:
+    """A rule's name is no longer than a budget's: what does not fit is told apart by a digest, and no other budget's looks like it."""
+    names = ["ada", "a" * 55, "a" * 56, "a" * 57, "a" * 63, "a" * 62 + "b", "a" * 56 + "b"]
+    offered = [offered_name(name) for name in names]
+    assert offered[:2] == ["budget_ada", "budget_" + "a" * 55] and len(set(offered)) == len(names)
+    assert all(re.fullmatch("[a-z][a-z0-9_]{0,62}", name) for name in offered)
+    looks_alike = offered_name("a" * 63).removeprefix("budget_")
+    assert offered_name(looks_alike) not in offered

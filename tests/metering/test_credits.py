@@ -1,13 +1,17 @@
 """Prepaid credits and credit notes through the real service: once for their id, in their order, never more than there is."""
 
+from datetime import UTC, datetime
+from uuid import UUID
+
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.metering.v1 import invoice_service_pb2 as pb
 from services.kernel.errors import MeshError
-from services.kernel.ids import new_uuid7
+from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.timestamps import to_timestamp
+from services.metering.adapters.postgres_billing_reader import SELECT_NEXT_CREDITS
 from tests.metering.billing import (
     USD,
     ask,
@@ -43,6 +47,25 @@ async def test_credits_pay_by_priority_until_they_are_used_up(mesh: Mesh) -> Non
             break
     assert listed == [(later.credit_id, 0), (sooner.credit_id, 0), (expired.credit_id, 99 * USD)]
     assert await recomputed(mesh, tenant) == []
+
+
+async def test_a_page_of_credits_reads_that_page(mesh: Mesh) -> None:
+    """Of many credits a page fetches its own and one more, from the index; together the pages are all, in the order they were granted."""
+    tenant = mesh.new_tenant()
+    granted = [(await grant(mesh, tenant, USD + number)).credit_id for number in range(9)]
+    async with mesh.app.database.transaction(TenantId(tenant.id)) as connection:
+        await connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off; SET LOCAL enable_bitmapscan = off")
+        plan = await connection.fetch(f"EXPLAIN {SELECT_NEXT_CREDITS}", tenant.id, 3, datetime.now(UTC), UUID(int=0))
+    assert any("credits_by_record_time" in row[0] and "Index" in row[0] for row in plan) and not any("Sort" in row[0] for row in plan)
+    listed, token = [], ""
+    while True:
+        page = await ask(mesh, tenant, "ListCredits", pb.ListCreditsRequest(page_size=2, page_token=token))
+        assert len(page.credits) <= 2
+        listed += [credit.credit_id for credit in page.credits]
+        token = page.next_page_token
+        if not token:
+            break
+    assert listed == granted
 
 
 async def test_a_credit_is_granted_once_for_its_id(mesh: Mesh) -> None:

@@ -1,6 +1,7 @@
 """Ends without a bill: void, unresolved, tombstones, leases, fences and the sweep."""
 
 from datetime import timedelta
+from uuid import UUID
 
 import pytest
 
@@ -83,6 +84,23 @@ async def test_void_and_unknown_of_one_call_in_one_batch_ends_void(mesh: Mesh) -
     """Certainty wins over doubt within a batch."""
     call = await mesh.opened(mesh.new_tenant())
     assert await mesh.void(unknown(call.ref), not_billed(call.ref)) == [VOID, VOID]
+
+
+async def test_of_two_ends_of_one_call_in_one_batch_the_first_is_written(mesh: Mesh) -> None:
+    """The cause and the usage received that came first stand, wherever the batch has others between them."""
+    tenant = mesh.new_tenant()
+    voided, unresolved = await mesh.opened(tenant), await mesh.opened(tenant)
+    others = [not_billed((await mesh.opened(tenant)).ref) for _ in range(3)]
+    first, second = not_billed(voided.ref), not_billed(voided.ref)
+    first.cause, second.cause = "first", "second"
+    early, late = unknown(unresolved.ref), unknown(unresolved.ref)
+    early.received.CopyFrom(pb.TokenUsage(input_tokens=1))
+    late.received.CopyFrom(pb.TokenUsage(input_tokens=2))
+    assert await mesh.void(first, early, *others, second, late) == [VOID, UNRESOLVED, VOID, VOID, VOID, VOID, UNRESOLVED]
+    causes = "SELECT end_cause FROM metering.calls WHERE tenant_id = $1 AND reservation_id = $2"
+    received = "SELECT input_tokens FROM metering.calls WHERE tenant_id = $1 AND reservation_id = $2"
+    assert await mesh.admin.fetchval(causes, tenant.id, UUID(bytes=voided.ref.reservation_id)) == "first"
+    assert await mesh.admin.fetchval(received, tenant.id, UUID(bytes=unresolved.ref.reservation_id)) == 1
 
 
 async def test_renewal_prolongs_open_calls_and_names_the_others(mesh: Mesh) -> None:

@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-import asyncpg
 import pytest
 from pydantic import SecretStr
 
@@ -18,7 +17,7 @@ from services.metering.exports.outgoing import Outgoing, Sink, Teller
 from tests.metering.billing import use_tokens, use_units
 from tests.metering.events import event, record, register, reverse
 from tests.metering.export_receivers import CUT, SECRET_KEY, SIGNING_SECRET, SILENT, EndpointFake, StripeFake, served
-from tests.metering.mesh import MODEL, Mesh, migrated, running_mesh, unknown
+from tests.metering.mesh import MODEL, Mesh, mesh_of_its_own, running_mesh, unknown
 from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
 from tests.metering.rerating import RIGHT, as_operator, load_versions, order, seen
@@ -44,14 +43,10 @@ SELECT u.tenant_id, u.reservation_id, u.entry_id, u.product_unit, u.quantity, u.
 @pytest.fixture(scope="module")
 async def mesh(postgres: PostgresStore, peers: Peers) -> AsyncIterator[Mesh]:
     """A service on a database of its own, whose endpoint is turned on and told by the tests themselves."""
-    dsn = await postgres.fresh_database()
-    await migrated(dsn, peers)
-    async with asyncpg.create_pool(dsn, min_size=1, max_size=4) as admin:
-        running = await running_mesh(dsn, peers, admin)
+    async with mesh_of_its_own(postgres, peers) as running:
         await register(running)
         await ask(running, None, "SetEndpointExport", pb.SetEndpointExportRequest(is_on=True))
         yield running
-        await running.close()
 
 
 @pytest.fixture

@@ -16,12 +16,17 @@ from services.metering.event_months import EventMonths, months_from
 from tests.metering import events
 from tests.metering.mesh import SHARED_TABLES, Mesh, dsn_of, migrated, running_mesh
 from tests.metering.peers import Peers
+from tests.metering.retaining import retaining
 from tests.support.stores import PostgresStore
 
 MONTHS = (
     "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid WHERE i.inhparent = 'metering.events'::regclass ORDER BY 1"
 )
 OLD = date(2024, 1, 1)
+SUBSCRIBED = (
+    "INSERT INTO metering.subscriptions (tenant_id, number, subscription_id, plan, effective_time, anchor_day, record_time) "
+    "VALUES ($1, 1, uuidv7(), 'starter', '2024-01-01', 1, now())"
+)
 CLOSED = "CREATE OR REPLACE FUNCTION metering.closed_until(p_tenant uuid) RETURNS timestamptz LANGUAGE sql STABLE AS $$ SELECT {} $$"
 
 
@@ -106,7 +111,8 @@ class Months:
 
     async def keep(self, now: datetime, retention_days: int = 100) -> list[str]:
         """Does what is due at that time, and returns the months that are there."""
-        await EventMonths(self.store, retention_days=retention_days, clock=lambda: now).keep()
+        await EventMonths(self.store, clock=lambda: now).keep()
+        await retaining(self.mesh, self.store, now, retention_days).round()
         return await self.names()
 
     async def old_event(self) -> UUID:
@@ -130,7 +136,7 @@ async def months(postgres: PostgresStore, peers: Peers) -> AsyncIterator[Months]
     async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as admin:
         # The service's own loop lets the old month be: it would drop it while it is empty.
         mesh = await running_mesh(dsn, peers, admin, event_retention_days=10_000)
-        store = PostgresEventMonths(owners, mesh.app.jobs)
+        store = PostgresEventMonths(owners)
         await store.make(OLD)
         yield Months(mesh, store)
         await mesh.close()
@@ -162,9 +168,9 @@ def dsn_of_admin(months: Months) -> str:
 async def test_a_month_goes_when_it_is_old_and_closed_and_no_sooner(months: Months) -> None:
     """Not while it is younger than the retention, nor while one tenant with events in it has not closed a day beyond its end."""
     name, admin = "events_2024_01", months.mesh.admin
-    await months.old_event()
-    slow = await months.old_event()
-    # No invoice is closed: nothing is ever dropped.
+    for tenant in (await months.old_event(), slow := await months.old_event()):
+        await admin.execute(SUBSCRIBED, tenant)
+    # No invoice is closed: what is billed is never dropped.
     assert name in await months.keep(datetime(2030, 1, 1, tzinfo=UTC))
     await admin.execute(
         CLOSED.format(f"CASE WHEN p_tenant = '{slow}' THEN timestamptz '2024-02-01 23:59Z' ELSE timestamptz 'infinity' END")

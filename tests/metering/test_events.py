@@ -98,6 +98,18 @@ async def test_the_digest_is_what_anybody_can_compute(mesh: Mesh) -> None:
     assert conflict.sent_digest == hashlib.sha256("\x00".join(texts).encode()).digest()
 
 
+async def test_of_many_events_those_that_are_taken_are_told_and_the_others_recorded(mesh: Mesh) -> None:
+    """One that was recorded before, one with other content and one that comes twice do not keep the rest from being recorded, once each."""
+    await register(mesh)
+    tenant, now = mesh.new_tenant(), datetime.now(UTC)
+    many = [event(f"{index:03}", time=now) for index in range(100)]
+    assert await outcomes(mesh, tenant, many[50], event("070", time=now, quantity=2)) == [RECORDED, RECORDED]
+    wanted = [RECORDED] * 100 + [DUPLICATE]
+    wanted[50], wanted[70] = DUPLICATE, CONFLICT
+    assert await outcomes(mesh, tenant, *many, many[20]) == wanted
+    assert await totals(mesh, tenant) == [(PRODUCT, TYPE, "user-1", "hiring", 100, 101)]
+
+
 async def test_ids_are_of_their_source(mesh: Mesh) -> None:
     """Two sources, and two tenants, may use one id for different events."""
     tenant, other = mesh.new_tenant(), mesh.new_tenant()

@@ -323,6 +323,19 @@ async def test_no_period_before_the_first_use_and_the_first_plan_is_closed(mesh:
         assert (await close(mesh, tenant, ended(first))).number == 1
 
 
+async def test_an_idle_tenants_first_period_is_one_of_the_last_months(mesh: Mesh) -> None:
+    """Who used nothing and has no plan begins with a period that ended in the last 92 days: an older one is a mistyped year."""
+    tenant = mesh.new_tenant()
+    mistyped = period_of(ended(1).start_time - timedelta(days=360), 1)
+    for period in (ended(5), mistyped):
+        with pytest.raises(MeshError) as refused:
+            await close(mesh, tenant, period)
+        assert (refused.value.reason_name, refused.value.metadata["state"]) == ("WRONG_STATE", "NOT_NEXT")
+        assert "92 days" in refused.value.message
+    assert await rows_of(mesh, tenant) == [0] * 7
+    assert (await close(mesh, tenant, ended(2))).number == 1
+
+
 @pytest.mark.parametrize(
     ("method", "change", "reason", "value"),
     [

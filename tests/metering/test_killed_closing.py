@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +9,7 @@ from datetime import timedelta
 
 import grpc
 
+from devstack.ports import LOOPBACK, free_port
 from mesh.metering.v1 import invoice_service_pb2 as pb
 from mesh.metering.v1.invoice_service_pb2_grpc import InvoiceServiceStub
 from services.kernel.rpc import metadata as keys
@@ -28,9 +28,7 @@ SETTINGS = (
 @asynccontextmanager
 async def another_process(mesh: Mesh) -> AsyncIterator[tuple[asyncio.subprocess.Process, grpc.aio.Channel]]:
     """A second replica, in a process of its own, and a channel to it."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
+    address = f"{LOOPBACK}:{free_port()}"
     environment = os.environ | {"TENANTRY_LISTEN_ADDRESS": address}
     for name in SETTINGS:
         value = getattr(mesh.settings, name)

@@ -295,3 +295,15 @@ async def test_budgets_and_receivers_go_and_what_fired_stays_without_names(mesh:
             await late
         assert refused.value.metadata["resource"] == "tenant"
     assert len(await budgets.deliveries(mesh, other)) == 1
+
+
+async def test_alerts_of_many_users_lose_their_names_alike(mesh: Mesh) -> None:
+    """Nothing tells them apart afterwards but their ids: each keeps its amounts."""
+    tenant = budgets.new_tenant(mesh)
+    await budgets.put(mesh, tenant, amount=100, each_user=True, thresholds_percent=[100])
+    for user in ("ada", "ben"):
+        await budgets.use(mesh, tenant, 150, user=user)
+    await budgets.wait_fired(mesh, tenant, [100, 100])
+    await erase(mesh, tenant)
+    kept = await mesh.admin.fetch("SELECT user_name, used, metadata FROM metering.budget_alerts WHERE tenant_id = $1", tenant.id)
+    assert [tuple(row.values()) for row in kept] == [("", 150, None)] * 2

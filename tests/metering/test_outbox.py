@@ -70,7 +70,7 @@ async def test_an_end_tells_how_much_was_output(mesh: Mesh) -> None:
     tenant = mesh.new_tenant()
     await mesh.settle(bill((await mesh.opened(tenant)).ref, input_tokens=70, output_tokens=30, cache_read_tokens=9))
     await mesh.void(not_billed((await mesh.opened(tenant)).ref))
-    settled, void = mesh.limits.of(tenant.id)
+    void, settled = sorted(await mesh.limits.wait_for(tenant.id, 2), key=lambda commit: commit.HasField("output_tokens"))
     assert (settled.actual.tokens, settled.output_tokens) == (109, 30)
     assert not void.HasField("output_tokens")
 
@@ -127,6 +127,21 @@ async def test_ends_the_limits_cannot_apply_yet_are_sent_again(lonely: Mesh) -> 
     assert await lonely.outbox_kinds(patient) == [2]
     lonely.limits.answer = lambda commit: DONE
     await emptied(lonely, patient)
+
+
+async def test_ends_that_waited_for_a_rebuild_are_told_soon_after_it(lonely: Mesh) -> None:
+    """What was put off for a tenant while the limits had no counters of it is due when an epoch of it begins, and nobody else's is."""
+    rebuilt, other = lonely.new_tenant(), lonely.new_tenant()
+    lonely.limits.answer = lambda commit: RETRY
+    for tenant in (rebuilt, other):
+        await lonely.void(not_billed(ref(tenant)))
+        await lonely.limits.wait_for(tenant.id, 1)
+    # As late as nothing is put off by itself.
+    await lonely.admin.execute("UPDATE metering.outbox SET due_time = now() + interval '1 hour'")
+    lonely.limits.answer = lambda commit: DONE
+    await lonely.begin_epoch(rebuilt)
+    await emptied(lonely, rebuilt)
+    assert await lonely.outbox_kinds(other) == [2]
 
 
 async def test_unanswered_end_stays_in_the_table(lonely: Mesh) -> None:

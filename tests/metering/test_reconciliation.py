@@ -2,12 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-import asyncpg
 import pytest
 import structlog
 from pydantic import ValidationError
@@ -24,7 +22,7 @@ from services.metering.reconciliation import comparing
 from services.metering.reconciliation.bucket import BucketWidth
 from services.metering.settings import MeteringSettings
 from tests.metering.feeds import HOUSE, KEY, TENANTS_KEY, RequestLedger, cut_at, opened_at, served
-from tests.metering.mesh import Mesh, Tenant, bill, migrated, running_mesh
+from tests.metering.mesh import MODEL, Mesh, Tenant, bill, mesh_of_its_own
 from tests.metering.peers import DONE, OPERATOR, RETRY, Peers
 from tests.metering.rerating import load_versions, order, rerated, total
 from tests.support.stores import PostgresStore
@@ -72,17 +70,6 @@ async def asked(call, request, *, timeout: float = 30, reason: str = "monthly ch
         raise decode_rpc_error(error, "metering") from None
 
 
-@asynccontextmanager
-async def running(postgres: PostgresStore, peers: Peers, **settings: object) -> AsyncIterator[Mesh]:
-    """A service on a database of its own."""
-    dsn = await postgres.fresh_database()
-    await migrated(dsn, peers)
-    async with asyncpg.create_pool(dsn, min_size=1, max_size=4) as admin:
-        mesh = await running_mesh(dsn, peers, admin, **settings)
-        yield mesh
-        await mesh.close()
-
-
 @pytest.fixture(scope="module")
 async def service(postgres: PostgresStore, peers: Peers) -> AsyncIterator[tuple[Mesh, RequestLedger]]:
     """One service and its feed, for all tests of this file."""
@@ -95,7 +82,7 @@ async def service(postgres: PostgresStore, peers: Peers) -> AsyncIterator[tuple[
             "reconciliation_accounts": {ACCOUNT: (HOUSE,)},
             "reconciliation_drift_nano_usd": 100_000,
         }
-        async with running(postgres, peers, **settings) as mesh:
+        async with mesh_of_its_own(postgres, peers, **settings) as mesh:
             yield mesh, feed
 
 
@@ -296,6 +283,43 @@ async def test_a_feed_that_breaks_leaves_what_was_done_and_is_gone_on_with(world
     assert not done.HasField("next_start_time")
 
 
+@pytest.mark.parametrize("broken", [{"output_tokens": -1}, {"model": None}, {"api_key_hash": 7}], ids=str)
+async def test_a_row_that_cannot_be_read_is_set_aside(world: World, broken: dict[str, object]) -> None:
+    """It closes nothing: it is counted, logged and in the report, which stays provisional; the other rows and buckets go on."""
+    mesh, tenant = world.mesh, world.mesh.new_tenant()
+    calls = [await cut_at(mesh, tenant, world.hour + number * HOUR, provider_account=ACCOUNT) for number in (0, 0, 1)]
+    for call, changes in zip(calls, ({}, broken, {}), strict=True):
+        world.feed.bill(call, TOKENS, **changes)
+    with structlog.testing.capture_logs() as logs:
+        done = await world.reconcile(hours=2)
+    assert (done.bucket_count, done.reconciled_count, done.set_aside_count, done.drifting_count) == (2, 2, 1, 0)
+    states = [await mesh.state(call.ref) for call in calls]
+    assert states == [pb.CALL_STATE_RECONCILED, pb.CALL_STATE_UNRESOLVED, pb.CALL_STATE_RECONCILED]
+    (line,) = [line for line in logs if line["event"] == "provider_rows_set_aside"]
+    assert (line["count"], line["start_time"]) == (1, world.hour.isoformat()) and "cannot be read" in line["first_why"]
+    report = await world.report()
+    assert (report.set_aside_count, report.is_complete, report.reconciled_count, report.unresolved_count) == (1, False, 1, 1)
+    # The row is put right, and the call is closed as any other.
+    world.feed.lines[-2] |= {"output_tokens": TOKENS[1], "model": MODEL, "api_key_hash": HOUSE}
+    done = await world.reconcile()
+    assert (done.reconciled_count, done.set_aside_count, (await world.report()).is_complete) == (1, 0, True)
+
+
+async def test_buckets_of_the_future_are_left_out_and_counted(world: World) -> None:
+    """Nothing was billed there yet; a stretch that begins there is refused."""
+    now = datetime.now(UTC)
+    request = reports_pb.ReconcileProviderRequest()
+    request.start_time.FromDatetime(now - 2 * HOUR)
+    request.end_time.FromDatetime(now + 5 * HOUR)
+    done = await asked(world.mesh.outside.reconciliations.ReconcileProvider, request)
+    # The hour may have ended meanwhile.
+    assert done.future_bucket_count in (4, 5) and done.bucket_count + done.future_bucket_count == 8
+    request.start_time.FromDatetime(now + HOUR)
+    with pytest.raises(MeshError, match="future") as refused:
+        await asked(world.mesh.outside.reconciliations.ReconcileProvider, request)
+    assert refused.value.metadata["field"] == "start_time"
+
+
 async def test_a_short_deadline_is_told_where_to_go_on(world: World) -> None:
     """Of a long stretch as much is done as there is time for, one bucket at least."""
     done = await world.reconcile(hours=900, timeout=2)
@@ -363,7 +387,8 @@ async def test_the_job_closes_calls_by_itself(postgres: PostgresStore, peers: Pe
     feed.broken_from = datetime(1970, 1, 1, tzinfo=UTC)
     async with served(feed.answer) as url:
         settings = {"reconciliation_feed": "requests", "reconciliation_url": url, "reconciliation_api_key": KEY}
-        async with running(postgres, peers, reconciliation_poll_seconds=0.05, reconciliation_lookback_hours=5.0, **settings) as mesh:
+        pace = {"reconciliation_poll_seconds": 0.05, "reconciliation_lookback_hours": 5.0}
+        async with mesh_of_its_own(postgres, peers, **pace, **settings) as mesh:
             call = await cut_at(mesh, mesh.new_tenant(), hour)
             feed.bill(call, TOKENS)
             feed.broken_from = None

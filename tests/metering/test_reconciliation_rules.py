@@ -21,7 +21,7 @@ from services.metering.reconciliation import by_requests_report, by_sums
 from services.metering.reconciliation.bucket import Bucket, BucketWidth, bucket_count, buckets
 from services.metering.reconciliation.by_requests import MARGIN, Requests, closings, match
 from services.metering.reconciliation.comparing import Outcome, RequestsComparison, Terms, too_many
-from services.metering.reconciliation.feed import Accounts, BilledRequest, FeedSum, RequestPage
+from services.metering.reconciliation.feed import Accounts, BilledRequest, FeedSum, RequestPage, UnreadRow
 from services.metering.reconciliation.job import ReconciliationJob
 from services.metering.reconciliation.ledger_call import LedgerCall, LedgerSum, RatedClosing
 from services.metering.reconciliation.reconciler import Reconciler
@@ -64,17 +64,22 @@ def request(number: int, name: str = "", **changes: object) -> BilledRequest:
 
 
 def concluded(
-    calls: Sequence[LedgerCall], *requests: BilledRequest, until: datetime | None = FOREVER, accounts: Accounts = ONE
+    calls: Sequence[LedgerCall],
+    *requests: BilledRequest,
+    until: datetime | None = FOREVER,
+    accounts: Accounts = ONE,
+    unread: Sequence[UnreadRow] = (),
 ) -> dict[int, int]:
     """Which calls are closed, by number, and with how many tokens."""
-    matching = match(calls, requests, accounts)
-    found = closings(calls, matching, Requests(requests, until), BUCKET, accounts)
+    feed = Requests(requests, until, unread)
+    found = closings(calls, match(calls, feed, accounts), feed, BUCKET, accounts)
     return {int.from_bytes(item.call.reservation_id, "big"): item.usage.total for item in found}
 
 
 def reported(calls: Sequence[LedgerCall], *requests: BilledRequest, until: datetime | None = FOREVER, rates: Rates = RATES) -> Report:
     """The report of these."""
-    compared = by_requests_report.Compared("anthropic", BUCKET, calls, match(calls, requests, ONE), Requests(requests, until))
+    feed = Requests(requests, until)
+    compared = by_requests_report.Compared("anthropic", BUCKET, calls, match(calls, feed, ONE), feed)
     return by_requests_report.report(compared, "", ONE, rates, STRICT, NOON)
 
 
@@ -104,6 +109,19 @@ def test_two_requests_of_one_call_close_nothing() -> None:
     """A call is sent once; two requests with its id are a riddle, not a sum."""
     assert concluded([call(1)], request(1), request(1, "req_9")) == {}
     assert reported([call(1)], request(1), request(1, "req_9")).counts.ambiguous == 1
+
+
+def test_a_row_that_cannot_be_read_keeps_what_it_may_be_open() -> None:
+    """It may be any call's bill, so none was never billed; and nothing else is the bill of a call that it names."""
+    calls = [call(1), call(2), call(3, provider_request_id="req_x")]
+    anybodys = UnreadRow("no count", None, None)
+    assert concluded(calls, request(1), unread=[anybodys]) == {1: 150}
+    assert concluded(calls, request(1), request(2), unread=[UnreadRow("no count", "req_2", UUID(int=2))]) == {1: 150}
+    assert concluded(calls, request(3, "req_x"), unread=[UnreadRow("no model", "req_x", None), anybodys]) == {}
+    feed = Requests([], FOREVER, [anybodys])
+    compared = by_requests_report.Compared("anthropic", BUCKET, [call(1, CallState.SETTLED)], match([], feed, ONE), feed)
+    report = by_requests_report.report(compared, "", ONE, RATES, STRICT, NOON)
+    assert (report.set_aside_count, report.is_complete, report.counts.missing, report.is_drifting) == (1, False, 0, False)
 
 
 def test_a_call_that_outlives_the_margin_is_not_closed_to_nothing() -> None:
@@ -146,7 +164,8 @@ def test_whatever_the_feed_says_no_request_closes_two_calls(
         request(0, f"req_{index}", call_id=None if number is None else UUID(int=number), is_final=is_final)
         for index, (number, is_final) in enumerate(requests)
     ]
-    found = closings(ledger, match(ledger, feed, ONE), Requests(feed, FOREVER), BUCKET, ONE)
+    told = Requests(feed, FOREVER)
+    found = closings(ledger, match(ledger, told, ONE), told, BUCKET, ONE)
     used = [item.provider_request_id for item in found if item.provider_request_id]
     assert len(set(used)) == len(used)
     assert not {item.call.reservation_id for item in found} & {
@@ -167,7 +186,7 @@ def test_whatever_the_feed_says_no_request_closes_two_calls(
         else item
         for item in ledger
     ]
-    matching = match(after, feed, ONE)
+    matching = match(after, told, ONE)
     for item in after:
         if item.reservation_id in closed and not matching.is_ambiguous(item):
             assert sum(of.usage.total for of in matching.of(item)) == item.usage.total
@@ -295,7 +314,7 @@ def job_of(scripted: Scripted) -> ReconciliationJob:
     """A job at half past three that looks back to noon, in hours."""
     counter: Counter = otlp_counters("metering", "").counter("tenantry.test", "none")
     return ReconciliationJob(
-        Reconciler(scripted, scripted, counter),
+        Reconciler(scripted, scripted, counter, counter),
         scripted,
         "anthropic",
         ONE,

@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-import asyncpg
 import pytest
 
 from mesh.metering.v1 import event_service_pb2 as events_pb
@@ -13,16 +12,18 @@ from mesh.metering.v1 import export_sink_service_pb2 as pb
 from services.kernel.errors import MeshError
 from services.kernel.ids import TenantId, new_uuid7
 from services.metering.adapters.stripe_meter_events import StripeMeterEvents
+from services.metering.exports.meters import METERS_OF_CALLS
 from services.metering.exports.outgoing import Outgoing, OutgoingKey, Sink, Source, Teller, TellFailed
 from services.metering.exports.stripe_windows import refuse_out_of_window
 from tests.metering.billing import use_tokens, use_units
 from tests.metering.events import event, record, register, reverse
 from tests.metering.export_receivers import CUT, NO_JSON, NO_TEXT, SECRET_KEY, SILENT, StripeFake, served
-from tests.metering.mesh import Mesh, migrated, running_mesh
+from tests.metering.mesh import Mesh, mesh_of_its_own
 from tests.metering.peers import Peers
 from tests.metering.replicas import running_replicas
 from tests.metering.rerating import load_versions, order, rerated
 from tests.metering.telling import METERS, STRIPE, ask, customer, tell, waiting
+from tests.metering.usage import fold
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
 
@@ -32,17 +33,13 @@ HOUR = timedelta(hours=1)
 @pytest.fixture(scope="module")
 async def mesh(postgres: PostgresStore, peers: Peers) -> AsyncIterator[Mesh]:
     """A service on a database of its own, whose exports the tests tell themselves; some of our meters are Stripe's."""
-    dsn = await postgres.fresh_database()
-    await migrated(dsn, peers)
-    async with asyncpg.create_pool(dsn, min_size=1, max_size=4) as admin:
-        running = await running_mesh(dsn, peers, admin)
-        for meter, name in METERS.items():
-            await ask(running, None, "SetStripeMeter", pb.SetStripeMeterRequest(meter=meter, event_name=name))
+    async with mesh_of_its_own(postgres, peers) as running:
         await register(running)
         await register(running, "told.count", unit="told_counted", aggregation=events_pb.AGGREGATION_COUNT)
         await register(running, "told.level", unit="told_level", aggregation=events_pb.AGGREGATION_MAX)
+        for meter, name in METERS.items():
+            await ask(running, None, "SetStripeMeter", pb.SetStripeMeterRequest(meter=meter, event_name=name))
         yield running
-        await running.close()
 
 
 @pytest.fixture
@@ -165,6 +162,16 @@ async def test_what_stripe_will_never_take_is_given_up_listed_and_told_again_by_
     assert replayed.replayed_count == 3 and len(stripe.of(name)) == 3 and await waiting(mesh, tenant) == []
 
 
+async def test_what_waits_is_listed_of_the_tenant_that_is_named(mesh: Mesh, stripe: StripeFake, tellers: Mapping[Sink, Teller]) -> None:
+    """And of every tenant where none is: an operator who acts for one is told of no other."""
+    (one, _), (other, _) = await customer(mesh), await customer(mesh)
+    for tenant in (one, other):
+        await use_units(mesh, tenant, datetime.now(UTC))
+    assert {item.tenant_id for item in await waiting(mesh, one)} == {str(one.id)}
+    assert {item.tenant_id for item in await waiting(mesh, None)} >= {str(one.id), str(other.id)}
+    await tell(mesh, tellers)
+
+
 async def test_after_many_attempts_it_is_given_up(mesh: Mesh, stripe: StripeFake, tellers: Mapping[Sink, Teller]) -> None:
     """As many as are set, with a pause after each that grows; nothing is lost."""
     tenant, _ = await customer(mesh)
@@ -264,6 +271,33 @@ async def test_a_process_killed_while_it_tells_loses_nothing(
 
 async def _sent(stripe: StripeFake, count: int) -> bool:
     return len(stripe.taken) >= count
+
+
+async def test_a_meter_that_would_never_tell_anything_is_refused(mesh: Mesh) -> None:
+    """What is known is listed: meters of calls, units of events and of billing plans. One of the limits is known once a tenant used it."""
+    for meter in ("calls.tokns", "ai_interviews.count", "told_typo", "calls"):
+        with pytest.raises(MeshError) as refused:
+            request = pb.SetStripeMeterRequest(meter=meter, event_name="never", accept_unknown_unit="." in meter)
+            await ask(mesh, None, "SetStripeMeter", request)
+        known = refused.value.metadata["known"].split()
+        assert refused.value.reason_name == "INVALID_REQUEST" and refused.value.metadata["field"] == "meter"
+        assert known == [*METERS_OF_CALLS, "ai_interviews", "audio_seconds", "told_counted", "told_level"] and known[-1] in str(
+            refused.value
+        )
+    await set_and_ended(mesh, "audio_seconds")
+    await set_and_ended(mesh, "told_expected", accept_unknown_unit=True)
+    await use_units(mesh, mesh.new_tenant(), datetime.now(UTC), unit="told_used")
+    await set_and_ended(mesh, "told_used")
+    await fold(mesh)
+    await set_and_ended(mesh, "told_used")
+    kept = await ask(mesh, None, "GetExportSinks", pb.GetExportSinksRequest())
+    assert {meter.meter for meter in kept.stripe_meters} == set(METERS)
+
+
+async def set_and_ended(mesh: Mesh, meter: str, **parts: bool) -> None:
+    """Sets a meter, and ends it: nothing has to be known for that."""
+    await ask(mesh, None, "SetStripeMeter", pb.SetStripeMeterRequest(meter=meter, event_name="taken", **parts))
+    await ask(mesh, None, "SetStripeMeter", pb.SetStripeMeterRequest(meter=meter))
 
 
 async def test_only_operators_set_and_see_exports(mesh: Mesh) -> None:

@@ -1,4 +1,4 @@
-"""When the sweep runs: not before one whole lease after a start or an outage, then every second."""
+"""When the sweep runs: not before one whole lease after a start or an outage, then whenever a lease ends."""
 
 import asyncio
 from collections.abc import Sequence
@@ -26,10 +26,20 @@ class Sink:
 class ScriptedLeases:
     """Answers sweeps in turn: a number of lapsed calls, or an outage."""
 
-    def __init__(self, script: Sequence[int | Exception]) -> None:
+    def __init__(self, script: Sequence[int | Exception], lapses: Sequence[float | Exception] = ()) -> None:
         self.script = list(script)
+        self.lapses = list(lapses)
         self.times: list[float] = []
+        self.asked: list[float] = []
         self.over = asyncio.Event()
+
+    async def next_lapse_seconds(self) -> float | None:
+        """Plays the next line of its own script; there is no lease after it."""
+        self.asked.append(asyncio.get_running_loop().time())
+        step = self.lapses.pop(0) if self.lapses else None
+        if isinstance(step, Exception):
+            raise step
+        return step
 
     async def sweep(self, most: int) -> Sequence[CallEnd]:
         """Plays the next line."""
@@ -46,14 +56,19 @@ class ScriptedLeases:
 async def swept(script: Sequence[int | Exception]) -> tuple[list[float], Sink]:
     """Runs a sweeper through a script; the pauses before each sweep, and what it told."""
     leases, sink = ScriptedLeases(script), Sink()
-    sweeper = LeaseSweeper(leases, sink, lease_seconds=LEASE, sweep_seconds=SWEEP)
+    started = await _run(leases, sink, LEASE, SWEEP)
+    times = [started, *leases.times]
+    return [later - earlier for earlier, later in pairwise(times)], sink
+
+
+async def _run(leases: ScriptedLeases, sink: Sink, lease_seconds: float, sweep_seconds: float) -> float:
+    sweeper = LeaseSweeper(leases, sink, lease_seconds=lease_seconds, sweep_seconds=sweep_seconds)
     started = asyncio.get_running_loop().time()
     task = asyncio.ensure_future(sweeper.run())
     async with asyncio.timeout(10):
         await leases.over.wait()
     task.cancel()
-    times = [started, *leases.times]
-    return [later - earlier for earlier, later in pairwise(times)], sink
+    return started
 
 
 async def test_first_sweep_waits_one_lease() -> None:
@@ -75,3 +90,16 @@ async def test_sweep_goes_on_while_there_is_more() -> None:
     pauses, sink = await swept([1_000, 1_000, 5])
     assert max(pauses[1:]) < LEASE
     assert len(sink.ends) == 2_005
+
+
+async def test_sweep_comes_when_the_nearest_lease_ends() -> None:
+    """The pause between looks is the longest there is: a lease that ends before it is swept when it ends."""
+    sweeper = LeaseSweeper(ScriptedLeases([0]), Sink(), lease_seconds=0.0, sweep_seconds=1.0)
+    assert [sweeper._pause(nearest, 0.0) for nearest in (-1.0, 0.01, 0.1, 5.0)] == [0.05, 0.05, 0.1, 1.0]
+
+
+async def test_the_store_is_asked_while_nothing_is_swept() -> None:
+    """An outage during the wait is noticed, and a whole lease begins after the last time that the store was away."""
+    leases = ScriptedLeases([0], [1.0, Unavailable("postgres"), -1.0, Unavailable("postgres"), -1.0])
+    await _run(leases, Sink(), LEASE, SWEEP)
+    assert leases.times[0] - leases.asked[3] >= LEASE

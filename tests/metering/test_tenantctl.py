@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,8 +17,17 @@ from tenantry.ctl.periods import Period, period_of
 from tenantry.ctl.wrong_use import WrongUse
 from tests.metering.billing import ended, use_tokens
 from tests.metering.command_line import as_operator, as_tenant, run
-from tests.metering.mesh import MODEL, Mesh
+from tests.metering.mesh import MODEL, Mesh, mesh_of_its_own
+from tests.metering.peers import Peers
 from tests.metering.verifying import busy_tenant, spoil
+from tests.support.stores import PostgresStore
+
+
+@pytest.fixture(scope="module")
+async def mesh(postgres: PostgresStore, peers: Peers) -> AsyncIterator[Mesh]:
+    """A service with few tenants: a walk of all of them takes as long as there are tenants."""
+    async with mesh_of_its_own(postgres, peers) as running:
+        yield running
 
 
 async def test_usage_is_told_as_a_table_as_json_and_as_csv(mesh: Mesh) -> None:

@@ -195,7 +195,17 @@ async def test_a_sum_beyond_an_int64_is_refused_and_never_wrong(mesh: Mesh) -> N
                 await query(mesh, tenant, asked)
             assert (refused.value.code, refused.value.reason_name) == (grpc.StatusCode.OUT_OF_RANGE, "SUM_OUT_OF_RANGE")
             assert "shorter period" in refused.value.message
-        await fold(mesh)
+        other = mesh.new_tenant()
+        await record(mesh, other, [event(type="page.scored", quantity=3)])
+        for folded in (False, True):
+            if folded:
+                await fold(mesh)
+            asked = asking(TENANT, order_by=pb.USAGE_MEASURE_QUANTITY)
+            rows = (await query_tenants(mesh, asked, tenant, other)).rows
+            told = [(row.tenant_id, row.quantity, row.is_quantity_cut) for row in rows]
+            assert told == [(str(tenant.id), 2**63 - 1, True), (str(other.id), 3, False)], "one tenant's keeps nobody from the others'"
+            everyone = await query_tenants(mesh, asked)
+            assert {row.tenant_id for row in everyone.rows if row.is_quantity_cut} == {str(tenant.id)}
         with pytest.raises(MeshError, match="SUM_OUT_OF_RANGE"):
             await balance(mesh, tenant)
         calls_alone = asking(TENANT, filter=pb.UsageFilter(product_units=[""]))

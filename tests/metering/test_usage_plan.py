@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from services.kernel.errors import InvalidRequest
 from services.metering.usage_calendar import Bucket, bucket_starts, cycle, month_start, zone_of
-from services.metering.usage_plan import LATENCIES, LENGTHS, TENANTS_ALONE, USERS_ALONE, WITH_USERS, WITHOUT_USERS, Grain, segments
+from services.metering.usage_plan import (
+    LATENCIES,
+    LENGTHS,
+    TENANTS_ALONE,
+    USERS_ALONE,
+    WITH_USERS,
+    WITHOUT_USERS,
+    Grain,
+    ranges,
+    segments,
+)
 from services.metering.usage_query import Dimension, UsageFilter, UsageQuery, period
 
 ZONES = (
@@ -47,6 +57,19 @@ def test_segments_cover_a_period_once(
         if part.grain is not Grain.CALLS:
             assert part.grain in grains
             assert all((moment - MONDAY) % LENGTHS[part.grain] == timedelta() for moment in (part.start, part.end))
+
+
+@given(moments, lengths, zones, st.sampled_from(Bucket), st.sampled_from(EVERY_SUMS))
+def test_ranges_are_the_segments_of_a_grain_joined(
+    start: datetime, length: timedelta, zone: ZoneInfo, bucket: Bucket, grains: tuple[Grain, ...]
+) -> None:
+    """They follow each other without a gap, no two of one grain, and each segment lies in the one of its grain."""
+    parts = segments(bucket_starts(bucket, start, start + length, zone), start + length, grains)
+    joined = ranges(parts)
+    assert [joined[0].start, *(each.end for each in joined)] == [*(each.start for each in joined), start + length]
+    assert all(earlier.grain is not later.grain for earlier, later in pairwise(joined))
+    for part in parts:
+        assert [each.grain for each in joined if each.start <= part.start < part.end <= each.end] == [part.grain]
 
 
 @given(moments, lengths)

@@ -17,9 +17,9 @@ from services.metering.call import TokenUsage
 from services.metering.reconciliation.bucket import Bucket, BucketWidth
 from services.metering.reconciliation.feed import Accounts, FeedSum
 from tests.metering.feeds import KEY, Answers, cut_at, opened_at, served
-from tests.metering.mesh import bill
+from tests.metering.mesh import bill, mesh_of_its_own
 from tests.metering.peers import Peers
-from tests.metering.test_reconciliation import asked, running
+from tests.metering.test_reconciliation import asked
 from tests.support.stores import PostgresStore
 
 DAY = datetime(2026, 3, 1, tzinfo=UTC)
@@ -208,7 +208,7 @@ async def test_sums_agree_within_what_is_unresolved_and_close_nothing(postgres: 
             "reconciliation_api_key": KEY,
             "reconciliation_bucket": "1h",
         }
-        async with running(postgres, peers, reconciliation_drift_nano_usd=100_000, **settings) as mesh:
+        async with mesh_of_its_own(postgres, peers, reconciliation_drift_nano_usd=100_000, **settings) as mesh:
             tenant = mesh.new_tenant()
             await mesh.settle(bill((await opened_at(mesh, tenant, DAY)).ref))
             call = await cut_at(mesh, tenant, DAY)
@@ -223,6 +223,17 @@ async def test_sums_agree_within_what_is_unresolved_and_close_nothing(postgres: 
                 (report,) = listed.reconciliations
                 drifts.append((report.drift.nano_usd, report.is_drifting, done.reconciled_count))
             assert await mesh.state(call.ref) == pb.CALL_STATE_UNRESOLVED
+            # A sum without one of its rows is none: its bucket has no report, and the next has one.
+            answers.answers += [
+                told(result(output_tokens=-1), start=DAY + timedelta(hours=1)),
+                told(result(), start=DAY + timedelta(hours=2)),
+            ]
+            request.start_time.FromDatetime(DAY + timedelta(hours=1))
+            request.end_time.FromDatetime(DAY + timedelta(hours=3))
+            done = await asked(mesh.outside.reconciliations.ReconcileProvider, request)
+            assert (done.bucket_count, done.set_aside_count) == (2, 1)
+            listed = await asked(mesh.outside.reconciliations.ListReconciliations, reports_pb.ListReconciliationsRequest())
+            assert [item.start_time.ToDatetime(UTC) for item in listed.reconciliations] == [DAY + timedelta(hours=2), DAY]
     # In all 350,000 settled and 5,000,000 at most unresolved; then 10,035,000 more than settled, then 315,000 less.
     assert drifts == [(0, False, 0), (5_035_000, True, 0), (315_000, True, 0)]
     assert (report.kind, report.unresolved_count, report.settled.nano_usd) == (reports_pb.RECONCILIATION_KIND_SUMS, 1, 350_000)
@@ -244,14 +255,16 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("told_line", UNREADABLE.values(), ids=UNREADABLE)
-async def test_a_request_that_no_ledger_could_take_is_refused(told_line: dict[str, object]) -> None:
-    """Before anything is closed by the page it is on."""
-    answers = Answers({"data": [line(), told_line], "has_more": False})
+async def test_a_request_that_no_ledger_could_take_is_set_aside(told_line: dict[str, object]) -> None:
+    """With the reason, and with what says which call it may be; the rest of its page is read."""
+    answers = Answers({"data": [line(), told_line, "no object"], "has_more": False})
     async with served(answers.answer) as url:
         feed = RequestFeed(url=f"{url}/ledger", api_key=KEY, accounts=Accounts({}))
-        with pytest.raises(Unavailable, match="cannot be read"):
-            await anext(feed.requests(BUCKET.start, BUCKET.end))
+        page = await anext(feed.requests(BUCKET.start, BUCKET.end))
         await feed.close()
+    assert [request.request_id for request in page.requests] == ["req_1"]
+    assert [row.request_id for row in page.unread] == [told_line["request_id"], None]
+    assert all("cannot be read" in row.why for row in page.unread)
 
 
 async def test_requests_are_read_as_they_are_told() -> None:

@@ -1,17 +1,28 @@
 """Whoever verifies the books finds every figure that somebody changed by hand, whatever it is, and nothing where nobody did."""
 
+from collections.abc import AsyncIterator
+
 import pytest
 
 from mesh.metering.v1 import verification_service_pb2 as pb
 from services.kernel.errors import MeshError
 from services.metering.adapters import postgres_verification
 from tests.metering.billing import ended, use_tokens
-from tests.metering.mesh import Mesh, bill, not_billed, unknown
+from tests.metering.mesh import Mesh, bill, mesh_of_its_own, not_billed, unknown
+from tests.metering.peers import Peers
 from tests.metering.test_lifecycle import erase
 from tests.metering.verifying import busy_tenant, differences, spoil, verified
+from tests.support.stores import PostgresStore
 
 CALL, SUM, LATENCY = pb.LEDGER_CHECK_CALL, pb.LEDGER_CHECK_USAGE_SUM, pb.LEDGER_CHECK_LATENCY
-BALANCE, INVOICE = pb.LEDGER_CHECK_BALANCE, pb.LEDGER_CHECK_INVOICE
+BALANCE, INVOICE, PRICE = pb.LEDGER_CHECK_BALANCE, pb.LEDGER_CHECK_INVOICE, pb.LEDGER_CHECK_PRICE
+
+
+@pytest.fixture(scope="module")
+async def mesh(postgres: PostgresStore, peers: Peers) -> AsyncIterator[Mesh]:
+    """A service with few tenants: a walk of all of them takes as long as there are tenants."""
+    async with mesh_of_its_own(postgres, peers) as running:
+        yield running
 
 
 async def test_books_that_nobody_touched_agree(mesh: Mesh) -> None:
@@ -40,7 +51,7 @@ async def test_books_of_an_erased_tenant_agree(mesh: Mesh) -> None:
 SPOILT = {
     "an entry's cost": (
         "UPDATE metering.entries SET cost_nano_usd = cost_nano_usd + 5 WHERE tenant_id = $1 AND output_tokens = 500",
-        {(CALL, "cost_nano_usd"), (BALANCE, "cost_nano_usd")},
+        {(CALL, "cost_nano_usd"), (BALANCE, "cost_nano_usd"), (PRICE, "cost_nano_usd")},
     ),
     "a call's tokens": (
         "UPDATE metering.calls SET output_tokens = output_tokens + 1 WHERE tenant_id = $1 AND output_tokens = 500",
@@ -124,7 +135,8 @@ async def test_what_is_beyond_the_told_ones_is_counted(mesh: Mesh, monkeypatch: 
     monkeypatch.setattr(postgres_verification, "MOST_TOLD", 1)
     await spoil(mesh, "UPDATE metering.entries SET cost_nano_usd = cost_nano_usd + 1 WHERE tenant_id = $1", tenant.id)
     first = (await verified(mesh, tenant))[0]
-    assert (len(first.differences), first.untold_count) == (1, 1)
+    # Two calls, and the entry of each by its price.
+    assert (len(first.differences), first.untold_count) == (1, 3)
 
 
 async def test_a_walk_of_all_tenants_tells_whose_books_differ(mesh: Mesh) -> None:

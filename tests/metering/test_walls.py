@@ -26,6 +26,7 @@ EXPORTS = ("stripe_customers", "export_outbox")
 BUDGETS = ("budgets", "budget_alerts", "budget_marks", "webhook_endpoints", "webhook_deliveries")
 TENANT_TABLES = (
     *("calls", "call_leases", "entries", "outbox", "tenant_epochs", "unit_entries", "events", "event_claims"),
+    *("event_sums", "summed_event_months"),
     *BILLING,
     *USAGE,
     *RERATING,
@@ -38,6 +39,14 @@ PLANT_EXPORT = """
 INSERT INTO metering.export_outbox (tenant_id, sink, usage_id, meter, event_name, source, quantity, use_time, record_time, due_time)
 VALUES ($1, 1, uuidv7(), 'documents', 'documents', 3, 1, now(), now(), now() + interval '1 day')
 """
+
+
+# Of a month that is not dropped: nobody counts them.
+PLANT_SUMS = (
+    "INSERT INTO metering.event_sums VALUES ($1, '1990-01-01', uuidv7(), '1990-01-01', '1990-01-01', '1990-01-01', 'p', 't', NULL, '', '', "
+    "1, 1)",
+    "INSERT INTO metering.summed_event_months VALUES ($1, '1990-01-01', '1990-02-01', 1) ON CONFLICT DO NOTHING",
+)
 
 
 async def bill_whole(mesh: Mesh, tenant: Tenant) -> None:
@@ -74,6 +83,12 @@ async def plant_exports(mesh: Mesh, tenant: Tenant) -> None:
         await mesh.admin.execute(statement, tenant.id)
 
 
+async def plant_sums(mesh: Mesh, tenant: Tenant) -> None:
+    """Leaves a sum of events, and how far they are added up."""
+    for statement in PLANT_SUMS:
+        await mesh.admin.execute(statement, tenant.id)
+
+
 async def test_schema_keeps_every_isolation_rule(mesh: Mesh, ledger_dsn: str) -> None:
     """The catalog shows forced row-level security, one policy shape, leading tenant ids and powerless roles."""
     connection = await asyncpg.connect(ledger_dsn)
@@ -94,11 +109,29 @@ async def test_entries_cannot_be_changed_even_by_an_administrator(mesh: Mesh, ta
         await mesh.admin.execute(change.format(table))
 
 
-@pytest.mark.parametrize("table", [*BILLING, *RERATING, "billing_plan_versions"])
+async def test_an_alert_never_changes(mesh: Mesh, ledger_dsn: str) -> None:
+    """Neither role may remove one or change what it says; an administrator, who may, is stopped by the trigger."""
+    tenant = await budgeted(mesh)
+    changes = ("UPDATE metering.budget_alerts SET used = used + 1", "UPDATE metering.budget_alerts SET user_name = ''")
+    for change in (*changes, "DELETE FROM metering.budget_alerts", "TRUNCATE metering.budget_alerts"):
+        with pytest.raises(asyncpg.PostgresError, match="append-only"):
+            await mesh.admin.execute(change)
+    for role, may_forget in (("metering_service", True), ("metering_jobs", False)):
+        connection = await asyncpg.connect(dsn_of(ledger_dsn, role))
+        try:
+            for change in (changes[0], "DELETE FROM metering.budget_alerts", *(() if may_forget else changes[1:])):
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await connection.execute(change)
+        finally:
+            await connection.close()
+    assert await mesh.admin.fetchval("SELECT count(*) FROM metering.budget_alerts WHERE tenant_id = $1", tenant.id) == 1
+
+
+@pytest.mark.parametrize("table", [*BILLING, *RERATING, "billing_plan_versions", "dropped_event_months"])
 @pytest.mark.parametrize("change", ["UPDATE metering.{0} SET {1} = {1}", "DELETE FROM metering.{0}", "TRUNCATE metering.{0} CASCADE"])
 async def test_what_was_billed_cannot_be_changed_by_anybody(mesh: Mesh, ledger_dsn: str, table: str, change: str) -> None:
     """Neither role has the right; an administrator, who has it, is stopped by the trigger."""
-    column = "plan" if table == "billing_plan_versions" else "tenant_id"
+    column = {"billing_plan_versions": "plan", "dropped_event_months": "month"}.get(table, "tenant_id")
     statement = change.format(table, column)
     with pytest.raises(asyncpg.PostgresError, match="append-only"):
         await mesh.admin.execute(statement)
@@ -158,6 +191,7 @@ async def test_service_role_sees_one_tenant_even_by_direct_sql(mesh: Mesh, table
     await events.record(mesh, one, [events.event(), events.event(type="seats.open")])
     await mesh.refuse(mesh.refusals(one))
     await plant_exports(mesh, one)
+    await plant_sums(mesh, one)
     # Folded into sums, and one more not yet.
     await fold(mesh)
     await mesh.record(mesh.use(one, epoch=1))
@@ -181,6 +215,10 @@ async def test_without_a_tenant_the_service_role_sees_nothing_at_all(ledger_dsn:
         await mesh.record(mesh.use(mesh.new_tenant()))
         await use(mesh, tenant, 1)
         await plant_exports(mesh, tenant)
+        await plant_sums(mesh, tenant)
+        while not await holding.fetch("SELECT FROM metering.outbox FOR UPDATE SKIP LOCKED"):
+            # The relay was quicker.
+            await mesh.record(mesh.use(mesh.new_tenant()))
         connection = await asyncpg.connect(dsn_of(ledger_dsn, "metering_service"))
         try:
             with pytest.raises(asyncpg.PostgresError):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import json
+from uuid import UUID
 
 import grpc
 import pytest
@@ -181,24 +182,30 @@ async def test_a_secret_is_shown_once_and_changed_with_an_overlap(mesh: Mesh) ->
         assert base64.b64decode(key) not in row["secret"]
 
 
-async def test_a_secret_moved_to_another_row_opens_nothing(mesh: Mesh) -> None:
+@pytest.mark.parametrize("of_one_tenant", [False, True])
+async def test_a_secret_moved_to_another_row_opens_nothing(mesh: Mesh, of_one_tenant: bool) -> None:
     """A sealed secret belongs to its tenant and receiver: put into another row nothing is signed with it and nothing is sent."""
-    tenant, thief = new_tenant(mesh), new_tenant(mesh)
+    tenant = new_tenant(mesh)
+    thief = tenant if of_one_tenant else new_tenant(mesh)
     async with running_receiver() as receiver:
-        await receiver_at(mesh, tenant, receiver.url)
-        await receiver_at(mesh, thief, receiver.url)
+        owner = await receiver_at(mesh, tenant, f"http://127.0.0.1:{free_port()}/events")
+        moved = await receiver_at(mesh, thief, receiver.url)
         await mesh.admin.execute(
-            "UPDATE metering.webhook_endpoints SET secret = (SELECT secret FROM metering.webhook_endpoints WHERE tenant_id = $1) "
-            "WHERE tenant_id = $2",
-            tenant.id,
-            thief.id,
+            "UPDATE metering.webhook_endpoints SET secret = (SELECT secret FROM metering.webhook_endpoints WHERE endpoint_id = $1) "
+            "WHERE endpoint_id = $2",
+            UUID(owner.endpoint.endpoint_id),
+            UUID(moved.endpoint.endpoint_id),
         )
         await reach(mesh, thief)
 
-        async def failed_once() -> bool:
-            return (await deliveries(mesh, thief))[0].last_error == "the receiver's secret does not open under the keys configured"
+        told: list[pb.Delivery] = []
 
-        await eventually(failed_once, within_seconds=WAIT_SECONDS)
+        async def tried_once() -> bool:
+            told[:] = [each for each in await deliveries(mesh, thief) if each.endpoint_id == moved.endpoint.endpoint_id]
+            return bool(told) and (told[0].last_error != "" or told[0].state == pb.DELIVERY_STATE_DELIVERED)
+
+        await eventually(tried_once, within_seconds=WAIT_SECONDS)
+        assert told[0].last_error == "the receiver's secret does not open under the keys configured"
         assert receiver.received == []
 
 

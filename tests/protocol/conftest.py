@@ -12,13 +12,13 @@ from tests.protocol.world import Protocol
 _AHEAD = pytest.StashKey[Ahead]()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to explore what the tests that were chosen will ask for."""
-    params = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
-    worlds = [each["world"] for each in params if isinstance(each.get("world"), Protocol)]
-    if worlds and not session.config.option.collectonly:
-        session.config.stash[_AHEAD] = ahead = Ahead()
-        ahead.begin(worlds)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """With the first test of the folder begins to explore what the tests that were chosen will ask for."""
+    if _AHEAD in item.config.stash:
+        return
+    item.config.stash[_AHEAD] = ahead = Ahead()
+    params = [each.callspec.params for each in item.session.items if isinstance(each, pytest.Function) and hasattr(each, "callspec")]
+    ahead.begin(each["world"] for each in params if isinstance(each.get("world"), Protocol))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -12,6 +12,8 @@ _EPOCHS = "services/metering/migrations/0008_counted_periods.sql"
 _COMMIT = "services/ratelimit/adapters/scripts/commit.lua"
 _LOAD = "services/ratelimit/adapters/scripts/load.lua"
 _SETTLEMENT = "services/inference/settlement.py"
+_OVERRUN = "services/inference/overrun.py"
+_EXTEND = "services/metering/migrations/0007_extensions_and_units.sql"
 
 # A snapshot also says which calls have ended lately, so that a Reserve that comes again meets its own end and holds nothing.
 _NO_RECENT_CALLS = Edit(
@@ -114,6 +116,30 @@ PROTOCOL_MUTATIONS = (
             "services/ratelimit/adapters/redis_store.py",
             "forget_seconds: float = 2.0 * LARGEST_ID_AGE_SECONDS",
             "forget_seconds: float = 0.0 * LARGEST_ID_AGE_SECONDS",
+        ),
+    ),
+    _without(
+        "extension_held_first",
+        Edit(_OVERRUN, "                await self._limits.extend(question.tenant, attempt.reservation, hold)\n", ""),
+    ),
+    _without(
+        "extension_recorded_first",
+        Edit(_OVERRUN, "                extended = await self._ledger.extend(attempt.ref, hold)\n", "                extended = True\n"),
+    ),
+    _without("extension_epoch_checked", Edit(_EXTEND, "k.state = 1 AND k.open_epoch = v_epoch\n", "k.state = 1\n")),
+    _without(
+        "extension_in_snapshot",
+        # Nothing else remembers what a call was opened with.
+        Edit(
+            _EXTEND,
+            "bound_nano_usd = greatest(k.bound_nano_usd, w.nano_usd)\n",
+            "bound_nano_usd = greatest(k.bound_nano_usd, w.nano_usd), prompt_version = k.bound_nano_usd::text\n",
+        ),
+        Edit(
+            _EPOCHS,
+            "    UNION ALL\n    SELECT 2::smallint, k.reservation_id, k.state, k.reserve_time, k.bound_tokens, k.bound_nano_usd,",
+            "    UNION ALL\n    SELECT 2::smallint, k.reservation_id, k.state, k.reserve_time, k.bound_tokens,"
+            " CASE WHEN k.prompt_version ~ '^[0-9]+$' THEN k.prompt_version::bigint ELSE k.bound_nano_usd END,",
         ),
     ),
 )

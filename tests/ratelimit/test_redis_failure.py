@@ -1,19 +1,23 @@
 """A Redis that is gone, hangs, restarts or forgot its scripts: answered quickly, truthfully, and over as soon as it is back."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import uvloop
 
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError, Unavailable
 from services.kernel.ids import new_uuid7
-from services.ratelimit.adapters.redis_link import PipelinedLink
+from services.ratelimit.adapters.redis_link import ClusterLink, Link, PipelinedLink
 from services.ratelimit.circuit_breaker import CircuitBreaker
 from tests.ratelimit.callers import AtService, eventually, running_service
+from tests.ratelimit.resetting_redis import resetting_redis
 from tests.ratelimit.scripted_peer import Peer, running_peer
 from tests.support.stores import RedisStore as RedisServer
 from tests.support.stores import running_redis
@@ -145,3 +149,21 @@ async def _fault_of(link: PipelinedLink, *command: str) -> str:
     with pytest.raises(Exception, match="unknown") as fault:
         await link.send(*command)
     return str(fault.value)
+
+
+@pytest.mark.parametrize("link_to", [PipelinedLink, ClusterLink])
+def test_a_connection_that_the_server_reset_is_no_fault_of_the_caller(link_to: Callable[..., Link]) -> None:
+    """On the services' own event loop a write to it fails in other words; nobody hears them, and the next one is answered."""
+
+    async def ask_again() -> None:
+        async with resetting_redis() as redis:
+            link = link_to(redis.url, timeout_seconds=5.0)
+            assert await link.send("HGET", "{a}", "1") == b"OK"
+            await redis.reset()
+            with contextlib.suppress(Unavailable):
+                await link.send("HGET", "{a}", "2")
+            assert await link.send("HGET", "{a}", "3") == b"OK"
+            await link.close()
+
+    with ThreadPoolExecutor(1) as aside:
+        aside.submit(uvloop.run, ask_again()).result(timeout=30)

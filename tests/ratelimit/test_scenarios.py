@@ -238,10 +238,11 @@ async def test_ends_that_contradict_each_other_change_nothing_and_are_told(at_st
         assert await tenant.commit(ReservationId(new_uuid7()), tokens=9, cost=9)
         assert await tenant.commit(settled, tokens=5, cost=5)
         assert await tenant.commit(released, CommitKind.VOID)
-        assert logs == []
+        assert not [line for line in logs if line.get("tenant_id") == str(tenant.tenant_id)]
         assert await tenant.commit(settled, tokens=6, cost=5)
         assert await tenant.commit(released, tokens=3, cost=3)
-    assert [(line["event"], line["tokens"]) for line in logs] == [("commit_differs", 6), ("commit_differs", 3)]
+    told = [(line["event"], line["tokens"]) for line in logs if line.get("tenant_id") == str(tenant.tenant_id)]
+    assert told == [("commit_differs", 6), ("commit_differs", 3)]
     assert await tenant.dump() == before
 
 

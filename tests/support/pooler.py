@@ -1,6 +1,7 @@
 """PgBouncer in transaction mode for tests, and a client that misbehaves behind it."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,16 +23,18 @@ def require_pgbouncer() -> None:
 
 
 @asynccontextmanager
-async def running_pgbouncer(folder: Path, role_dsns: Sequence[str], *, server_connections: int = 2) -> AsyncIterator[list[str]]:
+async def running_pgbouncer(role_dsns: Sequence[str], *, server_connections: int = 2) -> AsyncIterator[list[str]]:
     """A pooler before the server of these DSNs; yields the same DSNs through it."""
     require_pgbouncer()
-    log = folder / "pgbouncer.log"
-    pooler = PgBouncer(folder / "pgbouncer", port=free_port(), role_dsns=role_dsns, log_path=log, server_connections=server_connections)
-    await pooler.start()
-    try:
-        yield [through(dsn, pooler.port) for dsn in role_dsns]
-    finally:
-        await pooler.stop()
+    # Not pytest's folder: each run of pytest that begins closes it to everybody but its owner, and the pooler refuses to be root.
+    with tempfile.TemporaryDirectory(prefix="tenantry-pgbouncer-") as name:
+        folder, log = Path(name) / "pgbouncer", Path(name) / "pgbouncer.log"
+        pooler = PgBouncer(folder, port=free_port(), role_dsns=role_dsns, log_path=log, server_connections=server_connections)
+        await pooler.start()
+        try:
+            yield [through(dsn, pooler.port) for dsn in role_dsns]
+        finally:
+            await pooler.stop()
 
 
 def through(dsn: str, port: int) -> str:

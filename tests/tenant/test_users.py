@@ -121,7 +121,11 @@ async def test_a_bad_user_is_refused_by_its_contract(harness: Harness, email: st
     assert (await refusal(put(harness, created.api_key, email, role))).code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize("token", ["x", encode_page_token("api_keys", [str(uuid4())]), encode_page_token("users", ["no-id"])])
+@pytest.mark.parametrize(
+    "token",
+    ["x", encode_page_token("api_keys", [str(uuid4())]), encode_page_token("users", ["no-id"])],
+    ids=["no token", "another list's", "no id in it"],
+)
 async def test_a_made_up_user_page_token_is_refused(harness: Harness, token: str) -> None:
     """Tokens of another list, or of no position, are invalid requests."""
     created = await harness.create()

@@ -6,18 +6,19 @@ Refuses to be built with a method that has no policy.
 import asyncio
 import gc
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import grpc
 import structlog
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from services.kernel.cell import cell_of
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.credential_resolver import CredentialResolver
+from services.kernel.rpc.acceptance import accepting_server
 from services.kernel.rpc.auth import AuthInterceptor
 from services.kernel.rpc.certificates import CertificateFiles, Certificates
 from services.kernel.rpc.deadline import DeadlineInterceptor
@@ -51,6 +52,7 @@ class MeshServer:
         servicers: Sequence[Registration],
         resolver: CredentialResolver,
         verifier: ContextTokenVerifier,
+        own_checks: Collection[str] = (),
     ) -> None:
         self._settings = settings
         self._names = [name for _, _, name in servicers]
@@ -59,14 +61,12 @@ class MeshServer:
         self._stopping = asyncio.Event()
         self._on_drain: list[Callable[[], None]] = []
         self._port = 0
-        self.interceptors = build_interceptors(settings, self._names, resolver, verifier)
-        self._server = grpc.aio.server(interceptors=self.interceptors, options=_server_options(settings))
-        handlers: Any = _NamedHandlers(self._server)
+        self.interceptors = build_interceptors(settings, self._names, resolver, verifier, own_checks)
+        self._server = accepting_server(self.interceptors, _server_options(settings))
         for add, servicer, _ in servicers:
-            add(servicer, handlers)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
-        reflected = reflection.aio.ReflectionServicer([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME])
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, handlers)
+            add(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
 
     @property
     def settings(self) -> ServiceSettings:
@@ -131,24 +131,12 @@ class MeshServer:
         return self._server.add_secure_port(self._settings.listen_address, server_credentials(CertificateFiles.of(self._settings)))
 
 
-class _NamedHandlers:
-    """What generated code adds handlers to. They are found by their name, and none is registered with grpc.
-
-    For each registered method grpc.aio keeps a request of its own at hand and waits for all of them anew with each call.
-    """
-
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
-
-    def add_registered_method_handlers(self, service_name: str, method_handlers: object) -> None:
-        """Leaves them unregistered: the generic handlers are the same."""
-
-
 def build_interceptors(
     settings: ServiceSettings,
     services: Sequence[str],
     resolver: CredentialResolver,
     verifier: ContextTokenVerifier,
+    own_checks: Collection[str] = (),
 ) -> list[MeshInterceptor]:
     """Builds the six, outermost first.
 
@@ -163,7 +151,7 @@ def build_interceptors(
         StatusInterceptor(),
         AuthInterceptor(identity, resolver, verifier, cell_of(settings)),
         PolicyInterceptor(policies_of(services)),
-        ValidationInterceptor(),
+        ValidationInterceptor(own_checks),
     ]
 
 

@@ -3,7 +3,7 @@
 Reading happens here and not in grpc, which answers INTERNAL for text that is not UTF-8 and spends the work before the caller is known.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import protovalidate
@@ -19,7 +19,14 @@ _validator = protovalidate.Validator()
 
 
 class ValidationInterceptor(MeshInterceptor):
-    """Hands only requests that keep their contract to the servicer."""
+    """Hands only requests that keep their contract to the servicer.
+
+    `own_checks` are the paths of unary methods whose servicers hold the rules themselves while they read, and ask `refuse_broken` in doubt.
+    """
+
+    def __init__(self, own_checks: Collection[str] = ()) -> None:
+        super().__init__()
+        self._own_checks = own_checks
 
     def deserializer(self, current: Deserializer | None) -> Deserializer | None:
         """Takes the bytes as they are: this interceptor reads them itself."""
@@ -31,9 +38,10 @@ class ValidationInterceptor(MeshInterceptor):
             msg = f"{method.path} has no request type to validate"
             raise TypeError(msg)
         read = deserialize
+        parse = _parse_known if method.path in self._own_checks else parse_valid
 
         async def one(request: bytes, context: Any) -> Any:
-            return await inner(parse_valid(request, read), context)
+            return await inner(parse(request, read), context)
 
         async def many(requests: AsyncIterator[bytes], context: Any) -> Any:
             return await inner(_each(requests, read), context)
@@ -43,15 +51,25 @@ class ValidationInterceptor(MeshInterceptor):
 
 def parse_valid(raw: bytes, read: Deserializer) -> Message:
     """Reads one message. Raises: MeshError INVALID_REQUEST with every violation, or UNKNOWN_FIELDS."""
+    message = _parse_known(raw, read)
+    refuse_broken(message)
+    return message
+
+
+def refuse_broken(message: Message) -> None:
+    """Holds a message to the rules of its contract. Raises: MeshError INVALID_REQUEST with every violation."""
+    violations = _validator.collect_violations(message)
+    if violations:
+        raise _refusal(violations)
+
+
+def _parse_known(raw: bytes, read: Deserializer) -> Message:
     try:
         message: Message = read(raw)
     except DecodeError:
         raise InvalidRequest("", "the bytes are no such message, or a text in it is not UTF-8") from None
     if raw:
         _refuse_unknown(message, raw, read)
-    violations = _validator.collect_violations(message)
-    if violations:
-        raise _refusal(violations)
     return message
 
 

@@ -20,6 +20,10 @@ INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 
 RECONCILIATION_DRIFTS = "tenantry.reconciliation.drifts"
+RECONCILIATION_ROWS_SET_ASIDE = "tenantry.reconciliation.rows_set_aside"
+RETENTION_MONTHS_DROPPED = "tenantry.retention.months_dropped"
+RETENTION_MONTHS_HELD = "tenantry.retention.months_held"
+RETENTION_ROWS_SUMMED = "tenantry.retention.rows_summed"
 
 LOG_TENANT_ID = "tenant_id"
 LOG_CALL_ID = "call_id"

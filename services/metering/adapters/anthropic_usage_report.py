@@ -5,14 +5,17 @@ Source: "Get Messages Usage Report" and "Get Cost Report", platform.claude.com/d
 `next_page`; the amount is in cents, as decimal text; cost is told by day, workspace and description, never by key.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from itertools import pairwise
 
 from services.metering.adapters.json_pages import (
+    FEED,
     MOST_TOKENS_OF_A_BUCKET,
     JsonPages,
+    Unreadable,
     moment,
     objects,
     rfc3339,
@@ -22,7 +25,7 @@ from services.metering.adapters.json_pages import (
 )
 from services.metering.call import TokenUsage
 from services.metering.reconciliation.bucket import Bucket, BucketWidth
-from services.metering.reconciliation.feed import Accounts, FeedSum
+from services.metering.reconciliation.feed import Accounts, FeedSum, RowUnreadable
 from services.metering.reconciliation.report import add, undated
 
 ANTHROPIC_URL = "https://api.anthropic.com"
@@ -48,13 +51,14 @@ class AnthropicUsageReport:
         await self._pages.close()
 
     async def sums(self, bucket: Bucket) -> Sequence[FeedSum]:
-        """Returns what was used in the bucket, by account and model. Raises: Unavailable."""
+        """Returns what was used in the bucket, by account and model. Raises: Unavailable; RowUnreadable where it is this bucket's alone."""
         usage: dict[str, dict[str, TokenUsage]] = {}
         groups = [("group_by[]", name) for name in ("model", "api_key_id", "workspace_id")]
         for result in await self._results(USAGE_PATH, bucket, groups):
-            account = self._accounts.of_feed(_id(result, "api_key_id"), _id(result, "workspace_id"))
-            if account is not None:
-                add(usage.setdefault(account, {}), text(result, "model"), _usage(result))
+            with _one_row():
+                account = self._accounts.of_feed(_id(result, "api_key_id"), _id(result, "workspace_id"))
+                if account is not None:
+                    add(usage.setdefault(account, {}), text(result, "model"), _usage(result))
         sums = [FeedSum(account, model, tokens, None) for account, models in usage.items() for model, tokens in models.items()]
         return await self._with_costs(bucket, sums) if self._tells_costs else sums
 
@@ -68,11 +72,12 @@ class AnthropicUsageReport:
         costs: dict[tuple[str, str], Decimal] = {}
         groups = [("group_by[]", name) for name in ("description", "workspace_id")]
         for result in await self._results(COST_PATH, bucket, groups):
-            account = self._accounts.of_feed(_id(result, "workspace_id"))
-            # Searches and code execution are no tokens, and no call of the ledger's.
-            if account is not None and result.get("cost_type") == "tokens":
-                key = account, undated(text(result, "model"))
-                costs[key] = costs.get(key, Decimal(0)) + _cents(result)
+            with _one_row():
+                account = self._accounts.of_feed(_id(result, "workspace_id"))
+                # Searches and code execution are no tokens, and no call of the ledger's.
+                if account is not None and result.get("cost_type") == "tokens":
+                    key = account, undated(text(result, "model"))
+                    costs[key] = costs.get(key, Decimal(0)) + _cents(result)
         told = {(row.account, row.model): row for row in sums}
         # What costs and has no tokens, or the other way round, is a difference to be seen.
         keys = sorted(told.keys() | costs.keys())
@@ -100,6 +105,14 @@ class AnthropicUsageReport:
         if any(later < earlier for earlier, later in pairwise(starts)):
             raise unreadable("its buckets are out of order")
         return found
+
+
+@contextmanager
+def _one_row() -> Iterator[None]:
+    try:
+        yield
+    except Unreadable as error:
+        raise RowUnreadable(FEED, error.message, error.retry_after_seconds) from None
 
 
 def _id(result: Mapping[str, object], name: str) -> str:

@@ -28,6 +28,10 @@ MOST_TOKENS_OF_A_REQUEST, MOST_TOKENS_OF_A_BUCKET = 10**8, 10**13
 Query = Sequence[tuple[str, str]]
 
 
+class Unreadable(Unavailable):
+    """An answer, or a part of it, is not what it should be: nothing is concluded from it."""
+
+
 class JsonPages:
     """Reads pages from one server."""
 
@@ -77,21 +81,29 @@ class JsonPages:
         return Unavailable(FEED, f"the provider's usage feed at {urlsplit(self._base_url).netloc}: {problem}", 60.0)
 
 
-def unreadable(problem: str) -> Unavailable:
-    """Builds the failure of a feed whose answer is not what it should be: nothing is concluded from it."""
-    return Unavailable(FEED, f"the provider's usage feed cannot be read: {problem}", 60.0)
+def unreadable(problem: str) -> Unreadable:
+    """Builds the failure of a feed whose answer is not what it should be."""
+    return Unreadable(FEED, f"the provider's usage feed cannot be read: {problem}", 60.0)
 
 
 def objects(holder: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
-    """Returns a list of objects. Raises: Unavailable."""
-    value = holder.get(name)
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+    """Returns a list of objects. Raises: Unreadable."""
+    value = listed(holder, name)
+    if not all(isinstance(item, dict) for item in value):
         raise unreadable(f"{name} is no list of objects")
     return cast("list[Mapping[str, object]]", value)
 
 
+def listed(holder: Mapping[str, object], name: str) -> list[object]:
+    """Returns a list of whatever. Raises: Unreadable."""
+    value = holder.get(name)
+    if not isinstance(value, list):
+        raise unreadable(f"{name} is no list")
+    return value
+
+
 def text(holder: Mapping[str, object], name: str, most: int = _MOST_NAME) -> str:
-    """Returns a text of 1 to `most` characters. Raises: Unavailable."""
+    """Returns a text of 1 to `most` characters. Raises: Unreadable."""
     value = holder.get(name)
     if not isinstance(value, str) or not 0 < len(value) <= most or "\x00" in value:
         raise unreadable(f"{name} is no text")
@@ -99,7 +111,7 @@ def text(holder: Mapping[str, object], name: str, most: int = _MOST_NAME) -> str
 
 
 def token_count(holder: Mapping[str, object], name: str, most: int) -> int:
-    """Returns a count of 0 to `most` tokens. Raises: Unavailable."""
+    """Returns a count of 0 to `most` tokens. Raises: Unreadable."""
     value = holder.get(name)
     if type(value) is not int or not 0 <= value <= most:
         raise unreadable(f"{name} is no count")
@@ -107,7 +119,7 @@ def token_count(holder: Mapping[str, object], name: str, most: int) -> int:
 
 
 def moment(holder: Mapping[str, object], name: str) -> datetime:
-    """Returns a moment with its zone. Raises: Unavailable."""
+    """Returns a moment with its zone. Raises: Unreadable."""
     try:
         found = datetime.fromisoformat(text(holder, name))
     except ValueError:

@@ -11,7 +11,7 @@ from services.kernel.errors import ContentConflict, InvalidRequest, NotFound, Wr
 from services.kernel.ids import TenantId
 from services.kernel.placement import HOME
 from services.kernel.tenant_database import Connection, TenantDatabase
-from services.metering.adapters.postgres_billing_reader import PostgresBillingReader, credit_of, subscription_of
+from services.metering.adapters.postgres_billing_reader import PostgresBillingReader, credit_of, hold_months, subscription_of
 from services.metering.billing.books import BillingReader, CreditGrant, StoredInvoice
 from services.metering.billing.credits import Credit
 from services.metering.billing.making import anchor_day as current_anchor_day
@@ -24,6 +24,11 @@ SELECT_ERASED = "SELECT EXISTS (SELECT FROM metering.erased_tenants WHERE tenant
 SELECT_PLAN = "SELECT EXISTS (SELECT FROM metering.billing_plan_versions WHERE plan = $1)"
 _SUBSCRIPTION = "SELECT number, plan, effective_time, anchor_day FROM metering.subscriptions"
 SELECT_SUBSCRIPTION = _SUBSCRIPTION + " WHERE tenant_id = $1 AND subscription_id = $2"
+# A sum of events is in one span: none may begin within it. Also of a month that is about to be dropped.
+SELECT_CUTS_A_SUM = """
+SELECT EXISTS (SELECT FROM metering.event_sums
+               WHERE tenant_id = $1 AND use_time < $2 AND use_time >= date_trunc('hour', $2::timestamptz, 'UTC'))
+"""
 INSERT_SUBSCRIPTION = """
 INSERT INTO metering.subscriptions (tenant_id, number, subscription_id, plan, effective_time, anchor_day, record_time)
 VALUES ($1, $2, $3, $4, coalesce($5::timestamptz, date_trunc('second', clock_timestamp())), $6, clock_timestamp())
@@ -54,6 +59,7 @@ class PostgresBilling:
     async def reading(self, tenant_id: TenantId) -> AsyncIterator[BillingReader]:
         """Begins a transaction of one snapshot."""
         async with self._database.transaction_at(HOME, tenant_id, snapshot=True) as connection:
+            await hold_months(connection)
             yield PostgresBillingReader(connection, tenant_id)
 
     async def subscribe(
@@ -76,6 +82,9 @@ class PostgresBilling:
                 raise WrongState("billing_period", "CLOSED", f"everything before {end} is closed: let the plan begin then or later")
             if closings and anchor != current_anchor_day(subscriptions):
                 raise WrongState("billing_period", "CLOSED", "the day that periods begin on cannot change once an invoice is closed")
+            if await connection.fetchval(SELECT_CUTS_A_SUM, tenant_id, effective_time):
+                why = "events of that hour are kept as their sum alone: let the plan begin with a whole hour"
+                raise WrongState("billing_period", "CLOSED", why)
             number = len(subscriptions) + 1
             row = await connection.fetchrow(INSERT_SUBSCRIPTION, tenant_id, number, subscription_id, plan, effective_time, anchor)
         return subscription_of(row)

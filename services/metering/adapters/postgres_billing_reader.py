@@ -7,10 +7,11 @@ from uuid import UUID
 
 import asyncpg
 
+from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import Connection
 from services.metering.adapters.stored_invoices import closing_of, credit_note_of, invoice_of
-from services.metering.billing.books import EntryPosition, EntryWindow, LineEntry, StoredInvoice
+from services.metering.billing.books import CreditPosition, EntryPosition, EntryWindow, LineEntry, StoredInvoice
 from services.metering.billing.credits import Credit
 from services.metering.billing.invoice import Closing, Quantities
 from services.metering.billing.proration import Plans, Span, Subscription
@@ -38,6 +39,17 @@ SELECT_CREDITS = (
 WHERE tenant_id = $1 AND record_time < coalesce($2::timestamptz, 'infinity') ORDER BY record_time, credit_id
 """
 )
+_PAGE_OF_CREDITS = """
+SELECT c.credit_id, c.amount_nano_usd, c.priority, c.effective_time, c.expire_time, c.reason, c.record_time,
+       coalesce((SELECT sum(u.amount_nano_usd) FROM metering.credit_uses u WHERE u.tenant_id = $1 AND u.credit_id = c.credit_id), 0)::bigint
+           AS used_nano_usd
+FROM metering.credits c WHERE c.tenant_id = $1
+"""
+SELECT_FIRST_CREDITS = _PAGE_OF_CREDITS + "ORDER BY c.record_time, c.credit_id LIMIT $2"
+SELECT_NEXT_CREDITS = _PAGE_OF_CREDITS + "AND (c.record_time, c.credit_id) > ($3, $4) ORDER BY c.record_time, c.credit_id LIMIT $2"
+SELECT_CREDIT_USED = """
+SELECT coalesce(sum(amount_nano_usd), 0)::bigint FROM metering.credit_uses WHERE tenant_id = $1 AND credit_id = $2
+"""
 SELECT_CREDITS_USED = """
 SELECT credit_id, sum(amount_nano_usd)::bigint AS amount FROM metering.credit_uses WHERE tenant_id = $1 AND number < $2 GROUP BY credit_id
 """
@@ -74,13 +86,26 @@ SELECT credit_note_id, number, amount_nano_usd, reason, issue_time FROM metering
 WHERE tenant_id = $1 AND number = ANY ($2::integer[]) ORDER BY number, issue_time, credit_note_id
 """
 _ENTRY = """
-SELECT source, usage_id, use_time, record_time, quantity FROM metering.billable_usage
+SELECT source, usage_id, use_time, record_time, event_count,
+       CASE WHEN source = 4 AND level IS NOT NULL THEN level * sign(quantity)::bigint ELSE quantity END AS quantity
+FROM metering.billable_usage
 WHERE tenant_id = $1 AND meter = $2 AND use_time >= $3 AND use_time < $4
-  AND record_time >= coalesce($5::timestamptz, '-infinity') AND record_time < $6 AND quantity <> 0
+  AND record_time >= coalesce($5::timestamptz, '-infinity') AND record_time < $6 AND (quantity <> 0 OR source = 4)
   AND (NOT is_near OR record_time >= $3::timestamptz - interval '1 day' AND record_time < $4::timestamptz + interval '1 day')
 """
 SELECT_FIRST_ENTRIES = _ENTRY + "ORDER BY use_time, source, usage_id LIMIT $7"
 SELECT_NEXT_ENTRIES = _ENTRY + "AND (use_time, source, usage_id) > ($8, $9::smallint, $10) ORDER BY use_time, source, usage_id LIMIT $7"
+
+# No month of events is dropped until the transaction ends: what was added up a statement ago is added up of the same rows.
+HOLD_MONTHS = "CALL metering.hold_event_months()"
+
+
+async def hold_months(connection: Connection) -> None:
+    """Keeps the months of events that a transaction sees for as long as it lasts. Raises: Unavailable at the moment of a drop."""
+    try:
+        await connection.execute(HOLD_MONTHS)
+    except asyncpg.SerializationError:
+        raise Unavailable("postgres", "a month of events was dropped at this moment: repeat the call") from None
 
 
 class PostgresBillingReader:
@@ -113,6 +138,19 @@ class PostgresBillingReader:
     async def credits(self, recorded_before: datetime | None) -> Sequence[Credit]:
         """Returns the credits recorded before a moment."""
         return [credit_of(row) for row in await self._connection.fetch(SELECT_CREDITS, self._tenant_id, recorded_before)]
+
+    async def credits_page(self, after: CreditPosition | None, size: int) -> Sequence[tuple[Credit, int]]:
+        """Returns up to `size` credits after a position, in the order they were granted, each with what invoices took of it."""
+        if after is None:
+            rows = await self._connection.fetch(SELECT_FIRST_CREDITS, self._tenant_id, size)
+        else:
+            rows = await self._connection.fetch(SELECT_NEXT_CREDITS, self._tenant_id, size, after.record_time, after.credit_id)
+        return [(credit_of(row), row["used_nano_usd"]) for row in rows]
+
+    async def credit_used(self, credit_id: UUID) -> int:
+        """Returns what invoices took of a credit."""
+        used: int = await self._connection.fetchval(SELECT_CREDIT_USED, self._tenant_id, credit_id)
+        return used
 
     async def credits_used(self, before_number: int) -> Mapping[UUID, int]:
         """Returns what invoices before this one took of each credit."""
@@ -160,7 +198,7 @@ class PostgresBillingReader:
         else:
             position = (after.use_time, after.source, after.usage_id)
             rows = await self._connection.fetch(SELECT_NEXT_ENTRIES, self._tenant_id, *within, size, *position)
-        return [LineEntry(row["source"], row["usage_id"], row["use_time"], row["record_time"], row["quantity"]) for row in rows]
+        return [_line_entry(row) for row in rows]
 
     async def _whole(self, rows: Sequence[asyncpg.Record]) -> list[StoredInvoice]:
         numbers = [row["number"] for row in rows]
@@ -168,6 +206,11 @@ class PostgresBillingReader:
         uses = await self._connection.fetch(SELECT_USES, self._tenant_id, numbers)
         notes = [credit_note_of(row) for row in await self._connection.fetch(SELECT_NOTES, self._tenant_id, numbers)]
         return [invoice_of(row, lines, uses, [note for note in notes if note.number == row["number"]]) for row in rows]
+
+
+def _line_entry(row: asyncpg.Record) -> LineEntry:
+    times = (row["use_time"], row["record_time"])
+    return LineEntry(row["source"], row["usage_id"], *times, row["quantity"], row["event_count"])
 
 
 def subscription_of(row: asyncpg.Record) -> Subscription:

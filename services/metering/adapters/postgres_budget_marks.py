@@ -5,12 +5,12 @@ from contextlib import asynccontextmanager
 
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase
-from services.metering.budgets.ports import Marked, TakenMarks
+from services.metering.budgets.ports import Change, Marked, TakenMarks
 
 # Another process that looks at the same time would add up the same.
 LOCK_LOOKS = "SELECT pg_try_advisory_xact_lock(7405, 1)"
 TAKE = """
-SELECT tenant_id, mark_id, use_quarter, product_unit FROM metering.budget_marks
+SELECT tenant_id, mark_id, use_quarter, product_unit, user_name, feature FROM metering.budget_marks
 WHERE tenant_id <> ALL ($2::uuid[]) ORDER BY tenant_id, mark_id LIMIT $1
 """
 REMOVE = """
@@ -36,7 +36,7 @@ class PostgresBudgetMarks:
             tenants: dict[TenantId, Marked] = {}
             for row in rows:
                 marked = tenants.setdefault(row["tenant_id"], Marked(row["tenant_id"]))
-                marked.changes.add((row["use_quarter"], row["product_unit"]))
+                marked.changes.add(Change(row["use_quarter"], row["product_unit"], row["user_name"], row["feature"]))
             taken = TakenMarks(len(rows), list(tenants.values()))
             yield taken
             done = [row for row in rows if row["tenant_id"] in taken.done]

@@ -1,7 +1,7 @@
 """Budgets and alerts in Postgres, as the service role, each in a transaction of its tenant."""
 
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
+from datetime import UTC
 from uuid import UUID
 
 import asyncpg
@@ -22,27 +22,30 @@ from services.metering.budgets.budget import (
     BudgetWish,
     Span,
 )
-from services.metering.budgets.ports import AlertPosition, Crossing
+from services.metering.budgets.ports import AlertPosition, Crossing, Watched
 
 # Exclusive: whoever records usage either committed before, or sees the budget and marks it.
 LOCK_TENANT = "SELECT pg_advisory_xact_lock(metering.tenant_lock($1))"
 SELECT_ERASED = "SELECT 1 FROM metering.erased_tenants WHERE tenant_id = $1"
 _BUDGET = """
-SELECT name, budget_id, measure, product_unit, user_name, feature, amount, period, action, thresholds, update_time
+SELECT name, budget_id, measure, product_unit, user_name, feature, amount, period, action, thresholds, update_time, each_user, each_feature
 FROM metering.budgets
 """
 SELECT_BUDGETS = _BUDGET + "WHERE tenant_id = $1 ORDER BY name"
 UPSERT_BUDGET = """
 INSERT INTO metering.budgets (
-    tenant_id, name, budget_id, measure, product_unit, user_name, feature, amount, period, action, thresholds, update_time)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, clock_timestamp())
+    tenant_id, name, budget_id, measure, product_unit, user_name, feature, amount, period, action, thresholds, each_user,
+    each_feature, update_time)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, clock_timestamp())
 ON CONFLICT (tenant_id, name) DO UPDATE SET
     budget_id = EXCLUDED.budget_id, measure = EXCLUDED.measure, product_unit = EXCLUDED.product_unit, user_name = EXCLUDED.user_name,
     feature = EXCLUDED.feature, amount = EXCLUDED.amount, period = EXCLUDED.period, action = EXCLUDED.action,
-    thresholds = EXCLUDED.thresholds, update_time = EXCLUDED.update_time
-RETURNING name, budget_id, measure, product_unit, user_name, feature, amount, period, action, thresholds, update_time
+    thresholds = EXCLUDED.thresholds, each_user = EXCLUDED.each_user, each_feature = EXCLUDED.each_feature,
+    update_time = EXCLUDED.update_time
+RETURNING name, budget_id, measure, product_unit, user_name, feature, amount, period, action, thresholds, update_time, each_user,
+    each_feature
 """
-# What was used before the budget was there counts too.
+# What was used before the budget was there counts too, whoever used it.
 MARK_NOW = """
 INSERT INTO metering.budget_marks (tenant_id, use_quarter, product_unit)
 VALUES ($1, date_bin('15 minutes', clock_timestamp(), timestamptz 'epoch'), $2)
@@ -56,9 +59,15 @@ FROM metering.budget_alerts
 SELECT_FIRST_ALERTS = _ALERT + "WHERE tenant_id = $1 ORDER BY fire_time DESC, alert_id DESC LIMIT $2"
 SELECT_NEXT_ALERTS = _ALERT + "WHERE tenant_id = $1 AND (fire_time, alert_id) < ($3, $4) ORDER BY fire_time DESC, alert_id DESC LIMIT $2"
 SELECT_FIRED = """
-SELECT budget_id, period_start, threshold FROM metering.budget_alerts WHERE tenant_id = $1 AND budget_id = ANY ($2::uuid[])
+SELECT a.budget_id, a.period_start, a.user_name, a.feature, a.threshold
+FROM unnest($2::uuid[], $3::timestamptz[], $4::text[], $5::text[]) AS w (budget_id, period_start, user_name, feature)
+JOIN metering.budget_alerts a ON a.tenant_id = $1 AND a.budget_id = w.budget_id AND a.period_start = w.period_start
+    AND a.user_name = w.user_name AND a.feature = w.feature AND a.metadata IS NOT NULL
 """
-FIRE = "SELECT metering.fire_budgets($1, $2::uuid[], $3::timestamptz[], $4::timestamptz[], $5::integer[], $6::bigint[], $7::uuid[])"
+FIRE = """
+SELECT metering.fire_budgets($1, $2::uuid[], $3::timestamptz[], $4::timestamptz[], $5::text[], $6::text[], $7::integer[], $8::bigint[],
+    $9::uuid[])
+"""
 
 
 class PostgresBudgets:
@@ -97,6 +106,8 @@ class PostgresBudgets:
             int(terms.period),
             int(wish.action),
             list(wish.thresholds),
+            terms.each_user,
+            terms.each_feature,
         )
         await connection.execute(MARK_NOW, tenant_id, terms.product_unit)
         return _budget(row)
@@ -120,20 +131,31 @@ class PostgresBudgets:
                 rows = await connection.fetch(SELECT_NEXT_ALERTS, tenant_id, size, after.fire_time, after.alert_id)
         return [_alert(row) for row in rows]
 
-    async def fired(self, tenant_id: TenantId, budget_ids: Collection[UUID]) -> Sequence[tuple[UUID, datetime, int]]:
-        """Returns which thresholds of the budgets fired in which period: budget, the period's start, percent."""
+    async def fired(self, tenant_id: TenantId, wanted: Collection[Watched]) -> set[tuple[Watched, int]]:
+        """Returns which thresholds fired of these, in percent."""
+        columns = (
+            [watched.budget_id for watched in wanted],
+            [watched.start for watched in wanted],
+            [watched.user for watched in wanted],
+            [watched.feature for watched in wanted],
+        )
         async with self._database.transaction(tenant_id) as connection:
-            rows = await connection.fetch(SELECT_FIRED, tenant_id, list(budget_ids))
-        return [(UUID(int=row["budget_id"].int), row["period_start"], row["threshold"]) for row in rows]
+            rows = await connection.fetch(SELECT_FIRED, tenant_id, *columns)
+        return {
+            (Watched(UUID(int=row["budget_id"].int), row["period_start"], row["user_name"], row["feature"]), row["threshold"])
+            for row in rows
+        }
 
     async def fire(self, tenant_id: TenantId, crossings: Sequence[Crossing]) -> int:
         """Fires what has not fired, with its deliveries, in one transaction; returns how many did."""
         # In one order: two that fire the same wait for each other, never in a circle.
-        ordered = sorted(crossings, key=lambda crossing: (crossing.budget_id, crossing.span.start, crossing.threshold))
+        ordered = sorted(crossings, key=lambda crossing: (crossing.watched, crossing.threshold))
         columns = (
-            [crossing.budget_id for crossing in ordered],
-            [crossing.span.start for crossing in ordered],
-            [crossing.span.end for crossing in ordered],
+            [crossing.watched.budget_id for crossing in ordered],
+            [crossing.watched.start for crossing in ordered],
+            [crossing.end for crossing in ordered],
+            [crossing.watched.user for crossing in ordered],
+            [crossing.watched.feature for crossing in ordered],
             [crossing.threshold for crossing in ordered],
             [crossing.used for crossing in ordered],
             [new_uuid7() for _ in ordered],
@@ -155,7 +177,14 @@ def _too_many() -> LimitExceeded:
 
 def _budget(row: asyncpg.Record) -> Budget:
     terms = BudgetTerms(
-        BudgetMeasure(row["measure"]), row["product_unit"], row["user_name"], row["feature"], row["amount"], BudgetPeriod(row["period"])
+        BudgetMeasure(row["measure"]),
+        row["product_unit"],
+        row["user_name"],
+        row["feature"],
+        row["amount"],
+        BudgetPeriod(row["period"]),
+        row["each_user"],
+        row["each_feature"],
     )
     wish = BudgetWish(row["name"], terms, BudgetAction(row["action"]), tuple(row["thresholds"]))
     return Budget(UUID(int=row["budget_id"].int), wish, row["update_time"].astimezone(UTC))

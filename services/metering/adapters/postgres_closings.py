@@ -9,7 +9,7 @@ import asyncpg
 
 from services.kernel.ids import TenantId
 from services.kernel.tenant_database import JobsDatabase
-from services.metering.adapters.postgres_billing_reader import SUM_SECONDS, PostgresBillingReader
+from services.metering.adapters.postgres_billing_reader import SUM_SECONDS, PostgresBillingReader, hold_months
 from services.metering.adapters.stored_invoices import closing_of, line_rows, use_rows
 from services.metering.billing.books import BillingReader, CloseAnswer, CloseOutcome, DueTenant
 from services.metering.billing.invoice import Invoice, digest
@@ -62,6 +62,7 @@ class PostgresClosings:
         """Begins a transaction: what it reads for an invoice was recorded before the closing, and stands still."""
         async with self._jobs.transaction() as connection:
             await connection.execute(_ALLOW_LONG)
+            await hold_months(connection)
             yield PostgresBillingReader(connection, tenant_id)
 
     async def close(

@@ -1,7 +1,6 @@
-"""Months of events in Postgres, made and dropped as the table's owner; what may go is asked as the jobs role, which sees every tenant."""
+"""Months of events in Postgres, made and dropped as the table's owner, who sees no event."""
 
-from collections.abc import Sequence
-from datetime import date, datetime
+from datetime import date
 
 import asyncpg
 
@@ -10,27 +9,21 @@ from services.kernel.tenant_database import JobsDatabase
 
 MAKE_MONTH = "SELECT metering.make_event_month($1::date)"
 DROP_MONTH = "SELECT metering.drop_event_month($1::date)"
-SELECT_DROPPABLE = "SELECT month FROM metering.event_months_to_drop($1::timestamptz)"
 AS_OWNER = "SET LOCAL ROLE metering_owner; SET LOCAL lock_timeout = '500ms'"
 
 
 class PostgresEventMonths:
     """`owners` logs in as a role that may become the owner, and owns nothing by itself."""
 
-    def __init__(self, owners: JobsDatabase, jobs: JobsDatabase) -> None:
+    def __init__(self, owners: JobsDatabase) -> None:
         self._owners = owners
-        self._jobs = jobs
 
     async def make(self, month: date) -> bool:
         """Makes the month's partition unless it is there; tells whether it did."""
         return bool(await self._as_owner(MAKE_MONTH, month))
 
-    async def droppable(self, before: datetime) -> Sequence[date]:
-        """Returns the months that ended by then and whose events no invoice needs, first first."""
-        return [row["month"] for row in await self._jobs.call(SELECT_DROPPABLE, before)]
-
     async def drop(self, month: date) -> None:
-        """Removes the month's partition with everything in it, if it is there."""
+        """Removes the month's partition with everything in it, if it is there; from then on its sums count."""
         await self._as_owner(DROP_MONTH, month)
 
     async def _as_owner(self, sql: str, month: date) -> object:

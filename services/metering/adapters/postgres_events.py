@@ -56,9 +56,9 @@ class PostgresEvents:
             metadata,
         )
         if not rows:
-            return [Recorded(RecordOutcome.RECORDED, event.event_id) for event in events]
-        stood = {event_ids[row["item"] - 1]: Recorded(RecordOutcome(row["outcome"]), row["event_id"].bytes, row["digest"]) for row in rows}
-        return [stood.get(event.event_id) or Recorded(RecordOutcome.RECORDED, event.event_id) for event in events]
+            return [_recorded(event) for event in events]
+        stood = {event_ids[row["item"] - 1]: Recorded(RecordOutcome(row["outcome"]), str(row["event_id"]), row["digest"]) for row in rows}
+        return [stood.get(event.event_id) or _recorded(event) for event in events]
 
     async def reverse(self, reversals: Sequence[Reversal]) -> Sequence[Reversed]:
         """Takes events back, each once for ever."""
@@ -85,6 +85,11 @@ class PostgresEvents:
                 raise
             # No partition takes the row: the month was not made ahead.
             raise Unavailable("postgres", "this month of events is not made yet: run `python -m services.metering migrate`") from None
+
+
+def _recorded(event: Event) -> Recorded:
+    # The driver's own UUID is made and written at a fifth of the price.
+    return Recorded(RecordOutcome.RECORDED, str(type_uuid(event.event_id)))
 
 
 def _reversed(row: asyncpg.Record) -> Reversed:

@@ -12,7 +12,7 @@ from services.metering.exports.outgoing import Outgoing, OutgoingKey, Sink, Sour
 TAKE_DUE = """
 WITH due AS (
     SELECT tenant_id, sink, usage_id, meter, send_time FROM metering.export_outbox
-    WHERE tenant_id IS NOT NULL AND sink = ANY ($1::smallint[]) AND NOT is_dead AND due_time <= clock_timestamp()
+    WHERE tenant_id IS NOT NULL AND sink = $1::smallint AND NOT is_dead AND due_time <= clock_timestamp()
       AND (lease_until IS NULL OR lease_until <= clock_timestamp())
     ORDER BY due_time LIMIT $2 FOR UPDATE SKIP LOCKED
 )
@@ -60,8 +60,9 @@ class PostgresExportOutbox:
         self._jobs = jobs
 
     async def take_due(self, sinks: Sequence[Sink], most: int) -> Sequence[Outgoing]:
-        """Takes what is due, each under a lease of 60 s."""
-        return [_outgoing(row) for row in await self._jobs.call(TAKE_DUE, [int(sink) for sink in sinks], most)]
+        """Takes up to `most` for each receiver of what is due, each under a lease of 60 s."""
+        # One receiver at a time: their rows stand apart in the index.
+        return [_outgoing(row) for sink in sinks for row in await self._jobs.call(TAKE_DUE, int(sink), most)]
 
     async def delivered(self, keys: Sequence[OutgoingKey]) -> None:
         """Forgets what its receiver has."""

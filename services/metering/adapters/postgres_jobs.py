@@ -10,6 +10,9 @@ from services.metering.adapters.sorted_batch import type_uuid
 from services.metering.outbox import CallEnd, EndKind
 
 SWEEP = "SELECT tenant_id, reservation_id, epoch FROM metering.sweep_leases($1::integer)"
+NEXT_LAPSE = """
+SELECT extract(epoch FROM min(l.lease_until) - clock_timestamp())::float8 FROM metering.call_leases l WHERE l.tenant_id IS NOT NULL
+"""
 FOLD_USAGE = "SELECT metering.fold_usage($1::integer)"
 DELETE_DONE = """
 DELETE FROM metering.outbox o USING unnest($1::uuid[], $2::uuid[], $3::smallint[]) AS d (tenant_id, reservation_id, kind)
@@ -30,6 +33,10 @@ SET send_count = o.send_count + 1,
 FROM unnest($1::uuid[], $2::uuid[], $3::smallint[]) AS d (tenant_id, reservation_id, kind)
 WHERE o.tenant_id = d.tenant_id AND o.reservation_id = d.reservation_id AND o.kind = d.kind
 """
+HASTEN = """
+UPDATE metering.outbox o SET send_count = 0, due_time = clock_timestamp()
+FROM unnest($1::uuid[]) AS t (tenant_id) WHERE o.tenant_id = t.tenant_id AND o.due_time > clock_timestamp()
+"""
 
 
 class PostgresJobs:
@@ -43,6 +50,11 @@ class PostgresJobs:
         rows = await run_again(lambda: self._database.call(SWEEP, most))
         return [CallEnd(row["tenant_id"].bytes, row["reservation_id"].bytes, EndKind.PIN, row["epoch"]) for row in rows]
 
+    async def next_lapse_seconds(self) -> float | None:
+        """Returns in how many seconds the nearest lease ends, negative when it has; None without any lease."""
+        seconds: float | None = await self._database.fetch_value(NEXT_LAPSE)
+        return seconds
+
     async def fold_usage(self, most: int) -> int:
         """Folds changes of use into the sums and returns how many; 0 while another replica folds."""
         folded: int = await run_again(lambda: self._database.fetch_value(FOLD_USAGE, most))
@@ -51,6 +63,10 @@ class PostgresJobs:
     async def delete(self, ends: Sequence[CallEnd]) -> None:
         """Removes ends that are done."""
         await self._database.call(DELETE_DONE, *_keys(ends))
+
+    async def hasten(self, tenant_ids: Sequence[bytes]) -> None:
+        """Makes what was put off for these tenants due, as if it had never been sent."""
+        await self._database.call(HASTEN, [type_uuid(tenant_id) for tenant_id in tenant_ids])
 
     async def relay_due(self, most: int, send: Callable[[Sequence[CallEnd]], Awaitable[Sequence[bool]]]) -> tuple[int, int]:
         """Sends due rows under their locks, so that no other relay sends them, deletes those done and puts off the others."""

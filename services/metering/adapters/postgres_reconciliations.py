@@ -21,14 +21,14 @@ WHERE provider = $1 AND account = $2 AND bucket_start = $3 AND bucket_end = $4 A
 UPSERT_REPORT = """
 INSERT INTO metering.reconciliations (provider, account, bucket_start, bucket_end, kind, is_complete, run_time, settled_nano_usd,
     unresolved_nano_usd, feed_nano_usd, drift_nano_usd, is_drifting, reconciled_count, unresolved_count, unfinished_count, ambiguous_count,
-    unknown_count, missing_count, differing_count)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
+    unknown_count, missing_count, differing_count, set_aside_count)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
 ON CONFLICT (provider, account, bucket_start, bucket_end) DO UPDATE SET
     kind = EXCLUDED.kind, is_complete = EXCLUDED.is_complete, run_time = EXCLUDED.run_time, settled_nano_usd = EXCLUDED.settled_nano_usd,
     unresolved_nano_usd = EXCLUDED.unresolved_nano_usd, feed_nano_usd = EXCLUDED.feed_nano_usd, drift_nano_usd = EXCLUDED.drift_nano_usd,
     is_drifting = EXCLUDED.is_drifting, reconciled_count = EXCLUDED.reconciled_count, unresolved_count = EXCLUDED.unresolved_count,
     unfinished_count = EXCLUDED.unfinished_count, ambiguous_count = EXCLUDED.ambiguous_count, unknown_count = EXCLUDED.unknown_count,
-    missing_count = EXCLUDED.missing_count, differing_count = EXCLUDED.differing_count
+    missing_count = EXCLUDED.missing_count, differing_count = EXCLUDED.differing_count, set_aside_count = EXCLUDED.set_aside_count
 WHERE reconciliations.run_time <= EXCLUDED.run_time
 RETURNING true
 """
@@ -42,7 +42,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7)
 SELECT_REPORTS = """
 SELECT provider, account, bucket_start, bucket_end, kind, is_complete, run_time, settled_nano_usd, unresolved_nano_usd, feed_nano_usd,
        drift_nano_usd, is_drifting, reconciled_count, unresolved_count, unfinished_count, ambiguous_count, unknown_count, missing_count,
-       differing_count
+       differing_count, set_aside_count
 FROM metering.reconciliations
 WHERE (NOT $1 OR is_drifting)
   AND ($2::timestamptz IS NULL OR bucket_start < $2
@@ -115,6 +115,7 @@ def _columns(report: Report) -> tuple[object, ...]:
         report.drift_nano_usd,
         report.is_drifting,
         *astuple(report.counts),
+        report.set_aside_count,
     )
 
 
@@ -134,4 +135,5 @@ def _report(row: asyncpg.Record, lines: Sequence[ReportLine]) -> Report:
         is_drifting=row["is_drifting"],
         counts=Counts(*(row[f"{name}_count"] for name in names)),
         lines=lines,
+        set_aside_count=row["set_aside_count"],
     )

@@ -15,6 +15,7 @@ from services.metering.tenant_records import (
     CREDITS,
     ENDPOINTS,
     ENTRIES,
+    EVENT_SUMS,
     EVENTS,
     INVOICES,
     RERATING_TABLES,
@@ -58,6 +59,18 @@ WITH chosen AS MATERIALIZED (
     RETURNING e.record_time, e.event_id
 )
 SELECT record_time, event_id FROM blanked ORDER BY record_time, event_id
+"""
+BLANK_EVENT_SUMS = """
+WITH chosen AS MATERIALIZED (
+    SELECT use_time, sum_id FROM metering.event_sums
+    WHERE tenant_id = $1 AND (use_time, sum_id) > ($2, $3) AND (user_name <> '' OR feature <> '')
+    ORDER BY use_time, sum_id LIMIT $4 FOR UPDATE
+), blanked AS (
+    UPDATE metering.event_sums s SET user_name = '', feature = ''
+    FROM chosen c WHERE s.tenant_id = $1 AND s.use_time = c.use_time AND s.sum_id = c.sum_id
+    RETURNING s.use_time, s.sum_id
+)
+SELECT use_time, sum_id FROM blanked ORDER BY use_time, sum_id
 """
 # A name could be guessed and tried against the digest of an event that held it.
 BLANK_DIGESTS = """
@@ -139,6 +152,8 @@ KEPT = frozenset(
         "erased_tenants",
         "events",
         "event_claims",
+        "event_sums",
+        "summed_event_months",
         "stripe_customers",
         "export_outbox",
         *BILLING_TABLES,
@@ -213,9 +228,21 @@ SELECT r.record_time, r.event_id, row_to_json(r)::text AS record FROM (
     FROM metering.events WHERE tenant_id = $1 AND (record_time, event_id) > ($2, $3) ORDER BY record_time, event_id LIMIT $4
 ) r ORDER BY r.record_time, r.event_id
 """
+# What is left of events that are kept no longer.
+EXPORT_EVENT_SUMS = """
+SELECT r.use_time, r.sum_id, row_to_json(r)::text AS record FROM (
+    SELECT s.tenant_id, s.sum_id, s.month, s.product, s.event_type, s.level, s.quantity, s.event_count, s.use_time, s.record_time,
+           s.user_name, s.feature
+    FROM metering.event_sums s
+    WHERE s.tenant_id = $1 AND (s.use_time, s.sum_id) > ($2, $3)
+      AND EXISTS (SELECT FROM metering.dropped_event_months d WHERE d.month = s.month)
+    ORDER BY s.use_time, s.sum_id LIMIT $4
+) r ORDER BY r.use_time, r.sum_id
+"""
 EXPORT_BUDGETS = """
 SELECT r.budget_id AS reservation_id, 1::smallint AS number, row_to_json(r)::text AS record FROM (
-    SELECT tenant_id, budget_id, name, measure, product_unit, user_name, feature, amount, period, action, thresholds, update_time
+    SELECT tenant_id, budget_id, name, measure, product_unit, user_name, feature, each_user, each_feature, amount, period, action,
+           thresholds, update_time
     FROM metering.budgets WHERE tenant_id = $1 AND (budget_id, 1::smallint) > ($2, $3::smallint) ORDER BY budget_id LIMIT $4
 ) r ORDER BY r.budget_id
 """
@@ -240,6 +267,7 @@ _EXPORTS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     (RERATINGS, EXPORT_RERATINGS, (_BEFORE_ALL, 0)),
     (UNITS, EXPORT_UNITS, (_BEFORE_ALL, 0)),
     (EVENTS, EXPORT_EVENTS, _BEFORE_ALL_EVENTS),
+    (EVENT_SUMS, EXPORT_EVENT_SUMS, _BEFORE_ALL_EVENTS),
     (SUBSCRIPTIONS, EXPORT_SUBSCRIPTIONS, (_BEFORE_ALL, 0)),
     (CREDITS, EXPORT_CREDITS, (_BEFORE_ALL, 0)),
     (INVOICES, EXPORT_INVOICES, (_BEFORE_ALL, 0)),
@@ -270,6 +298,7 @@ class PostgresTenantRecords:
                 await connection.execute(sql, tenant_id)
         counts = {CALLS: await self._blank_all(PSEUDONYMISE, tenant_id, _BEFORE_ALL)}
         counts[EVENTS] = await self._blank_all(BLANK_EVENTS, tenant_id, *_BEFORE_ALL_EVENTS)
+        await self._blank_all(BLANK_EVENT_SUMS, tenant_id, *_BEFORE_ALL_EVENTS)
         await self._blank_all(BLANK_DIGESTS, tenant_id, "", "")
         await self._pseudonymise_sums(tenant_id)
         return counts

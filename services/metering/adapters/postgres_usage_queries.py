@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from decimal import Decimal
 from uuid import UUID
 
 import asyncpg
@@ -57,7 +56,7 @@ class PostgresUsageQueries:
     async def of_tenants(self, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int) -> Sequence[GroupUse]:
         """As `of_tenant`, over these tenants; all where the list is empty."""
         async with self._reading_all.transaction(settings=PLAN_ONCE) as connection:
-            return await _groups(connection, tenant_ids, query, after, size)
+            return await _groups(connection, tenant_ids, query, after, size, may_cut=True)
 
     async def balance(self, tenant_id: TenantId, start: datetime, end: datetime) -> Balance:
         """Returns what the tenant used of a cycle, at one moment."""
@@ -83,19 +82,23 @@ def _unit(group: GroupUse) -> str:
 
 
 async def _groups(
-    connection: Connection, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int
+    connection: Connection, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int, *, may_cut: bool = False
 ) -> list[GroupUse]:
+    """With `may_cut` a quantity that no answer can hold is told as the largest, and marked: one tenant's keeps nobody from the others'."""
     statement = UsageStatement(tenant_ids, query, after, size)
     rows = await connection.fetch(statement.text, *statement.arguments)
-    return [_group(row, query) for row in rows]
-
-
-def _group(row: asyncpg.Record, query: UsageQuery) -> GroupUse:
+    if not may_cut and any(abs(row["quantity"]) > MAX_QUANTITY for row in rows):
+        raise SumOutOfRange("quantity", "group by PRODUCT_UNIT, filter fewer units or ask for a shorter period")
     # What was not asked for has no column.
-    tenant_id = UUID(int=row["tenant_id"].int) if Dimension.TENANT in query.group_by else _NO_TENANT
-    names = tuple(row[COLUMNS[dimension]] if dimension in query.group_by else "" for dimension in _NAMED)
+    columns = [COLUMNS[dimension] if dimension in query.group_by else None for dimension in _NAMED]
+    of_tenants, timed = Dimension.TENANT in query.group_by, query.tells_latencies
+    return [_group(row, columns, of_tenants=of_tenants, timed=timed) for row in rows]
+
+
+def _group(row: asyncpg.Record, columns: Sequence[str | None], *, of_tenants: bool, timed: bool) -> GroupUse:
+    tenant_id = UUID(int=row["tenant_id"].int) if of_tenants else _NO_TENANT
     return GroupUse(
-        key=GroupKey(row["bucket"], tenant_id, names),
+        key=GroupKey(row["bucket"], tenant_id, tuple([row[column] if column else "" for column in columns])),
         rank=row["rank"],
         settled=row["settled"],
         void=row["void"],
@@ -105,17 +108,12 @@ def _group(row: asyncpg.Record, query: UsageQuery) -> GroupUse:
         failures=Failures(*(row[name] for name in ("refused", "overloaded", "failed", "cancelled", "deadline", "lost", "other"))),
         usage=TokenUsage(row["input"], row["output"], row["cache_read"], row["cache_write_5m"], row["cache_write_1h"]),
         cost_nano_usd=row["cost"],
-        quantity=_quantity(row["quantity"]),
+        quantity=max(-MAX_QUANTITY, min(MAX_QUANTITY, int(row["quantity"]))),
+        is_quantity_cut=abs(row["quantity"]) > MAX_QUANTITY,
         refusals=row["refusals"],
-        first_token=_latency(row, "first_token") if query.tells_latencies else None,
-        total=_latency(row, "total") if query.tells_latencies else None,
+        first_token=_latency(row, "first_token") if timed else None,
+        total=_latency(row, "total") if timed else None,
     )
-
-
-def _quantity(total: Decimal) -> int:
-    if abs(total) > MAX_QUANTITY:
-        raise SumOutOfRange("quantity", "group by PRODUCT_UNIT, filter fewer units or ask for a shorter period")
-    return int(total)
 
 
 def _latency(row: asyncpg.Record, kind: str) -> Latency | None:

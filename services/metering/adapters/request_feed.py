@@ -2,17 +2,27 @@
 
 Asked for `starting_at`, `ending_at`, `limit` and `page`; a page is `{"data": […], "has_more", "next_page", "complete_until"}`, an item
 `{"request_id", "call_id", "api_key_hash", "model", "input_tokens", "output_tokens", "cache_read", "cache_creation_5m", "cache_creation_1h",
-"outcome", "started_at"}`. An outcome `started` is one that is not over.
+"outcome", "started_at"}`. An outcome `started` is one that is not over. An item of another shape is set aside;
+a page of another shape is refused whole.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from services.metering.adapters.json_pages import MOST_TOKENS_OF_A_REQUEST, JsonPages, moment, objects, rfc3339, text, token_count
+from services.metering.adapters.json_pages import (
+    MOST_TOKENS_OF_A_REQUEST,
+    JsonPages,
+    Unreadable,
+    listed,
+    moment,
+    rfc3339,
+    text,
+    token_count,
+)
 from services.metering.call import TokenUsage
-from services.metering.reconciliation.feed import Accounts, BilledRequest, RequestPage
+from services.metering.reconciliation.feed import Accounts, BilledRequest, RequestPage, UnreadRow
 
 _PAGE = "1000"
 _NOT_OVER = "started"
@@ -35,9 +45,22 @@ class RequestFeed:
         """Yields what began from `start` to before `end`, in pages, of the operator's accounts alone. Raises: Unavailable."""
         query = [("starting_at", rfc3339(start)), ("ending_at", rfc3339(end)), ("limit", _PAGE)]
         async for page in self._pages.pages(self._path, query):
-            found = [request for item in objects(page, "data") if (request := self._request(item)) is not None]
+            found, unread = self._read(listed(page, "data"))
             complete_until = moment(page, "complete_until") if page.get("complete_until") is not None else None
-            yield RequestPage(found, complete_until)
+            yield RequestPage(found, complete_until, unread)
+
+    def _read(self, items: Sequence[object]) -> tuple[list[BilledRequest], list[UnreadRow]]:
+        found: list[BilledRequest] = []
+        unread: list[UnreadRow] = []
+        for item in items:
+            row: Mapping[str, object] = item if isinstance(item, dict) else {}
+            try:
+                request = self._request(row)
+            except Unreadable as error:
+                unread.append(UnreadRow(error.message, _name(row), _call_id(row.get("call_id"))))
+            else:
+                found += [] if request is None else [request]
+        return found, unread
 
     def _request(self, item: Mapping[str, object]) -> BilledRequest | None:
         account = self._accounts.of_feed(text(item, "api_key_hash"))
@@ -58,6 +81,11 @@ class RequestFeed:
             is_final=text(item, "outcome") != _NOT_OVER,
             start_time=moment(item, "started_at"),
         )
+
+
+def _name(row: Mapping[str, object]) -> str | None:
+    told = row.get("request_id")
+    return told if isinstance(told, str) else None
 
 
 def _call_id(told: object) -> UUID | None:

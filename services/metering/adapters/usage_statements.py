@@ -6,7 +6,7 @@ Every statement names its tenants; in the service role's transaction policies le
 from collections.abc import Sequence
 from uuid import UUID
 
-from services.metering.usage_plan import Grain, Segment
+from services.metering.usage_plan import Grain, Range
 from services.metering.usage_query import Dimension, Measure, RowPosition, UsageQuery
 
 # Tenants that used anything, one look into the index for each: how much they used does not matter.
@@ -72,12 +72,11 @@ _COUNTED = """
     {0}.sign * {0}.cache_write_1h_tokens, {0}.sign * {0}.cost_nano_usd, {0}.refusals,
     CASE WHEN {0}.level IS NULL THEN {0}.sign * {0}.quantity ELSE 0 END
 """
-# The segments follow each other without a gap: the log's rows find theirs among the starts.
+# The ranges follow each other without a gap: the log's rows find theirs among the starts.
 _PENDING = """
-    (SELECT p.*, s.bucket FROM asked a JOIN metering.usage_pending p ON p.tenant_id = a.tenant_id
+    (SELECT p.*, {bucket_of_pending} AS bucket FROM asked a JOIN metering.usage_pending p ON p.tenant_id = a.tenant_id
      CROSS JOIN LATERAL (SELECT width_bucket(p.use_time, {starts}) AS number) w
-     CROSS JOIN LATERAL (SELECT ({buckets})[w.number] AS bucket, ({grains})[w.number] AS grain) s
-     WHERE w.number > 0 AND p.use_time < ({ends})[cardinality({ends})] AND s.grain > 0)
+     WHERE w.number > 0 AND p.use_time < ({ends})[cardinality({ends})] AND ({grains})[w.number] > 0)
 """
 _COUNTED_COLUMNS = (
     "tenant_id, sign, use_time, provider, model, feature, user_name, prompt_version, tier, product_unit, event_type, state, attempt, "
@@ -86,7 +85,7 @@ _COUNTED_COLUMNS = (
 )
 # Events are found by their time of record, which is near their use or in an index of its own.
 _CALLS = f"""
-    (SELECT c.*, s.bucket FROM {{segments}} s CROSS JOIN asked a
+    (SELECT c.*, {{bucket_of_call}} AS bucket FROM {{ranges}} s CROSS JOIN asked a
      CROSS JOIN LATERAL (
          SELECT {_COUNTED_COLUMNS}, '' AS refusal_reason, '' AS refusal_rule, 0 AS refusals FROM metering.counted_use u
          WHERE u.tenant_id = a.tenant_id AND u.use_time >= s.start_time AND u.use_time < s.end_time
@@ -102,17 +101,25 @@ _CALLS = f"""
          OFFSET 0) c
      WHERE s.grain = 0)
 """  # noqa: S608 - made of the fragments above alone
-# OFFSET 0 keeps each look a look into the index, one for each tenant and segment: in another order all of a tenant's rows are read.
+# OFFSET 0 keeps each look a look into the index, one for each tenant and range: in another order all of a tenant's rows are read.
 _SUMS = """
-    (SELECT u.*, s.bucket FROM {segments} s CROSS JOIN asked a
+    (SELECT u.*, {bucket_of_sum} AS bucket FROM {ranges} s CROSS JOIN asked a
      CROSS JOIN LATERAL (SELECT * FROM metering.usage_rollups u
                          WHERE u.tenant_id = a.tenant_id AND u.grain = s.grain
                            AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) u
      WHERE s.grain > 0)
 """
+# Of users that are named, one look for each of them: how many others there are does not matter.
+_SUMS_OF_USERS = """
+    (SELECT u.*, {bucket_of_sum} AS bucket FROM {ranges} s CROSS JOIN asked a CROSS JOIN (SELECT DISTINCT unnest({users})) AS w (named)
+     CROSS JOIN LATERAL (SELECT * FROM metering.usage_rollups u
+                         WHERE u.tenant_id = a.tenant_id AND u.user_name = w.named AND u.user_name <> '' AND u.grain = s.grain
+                           AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) u
+     WHERE s.grain > 0)
+"""
 # Levels have names of their own alone.
 _LEVELS = """
-    (SELECT v.*, s.bucket FROM level_segments s CROSS JOIN asked a
+    (SELECT v.*, {bucket_of_level} AS bucket FROM level_ranges s CROSS JOIN asked a
      CROSS JOIN LATERAL (SELECT u.*, ''::text AS provider, ''::text AS model, ''::text AS prompt_version, ''::text AS tier,
                                 ''::text AS refusal_reason, ''::text AS refusal_rule
                          FROM metering.usage_levels u
@@ -120,7 +127,7 @@ _LEVELS = """
                            AND u.start_time >= s.start_time AND u.start_time < s.end_time OFFSET 0) v
      WHERE s.grain > 0)
 """
-_SEGMENTS = "SELECT * FROM unnest({starts}, {ends}, {buckets}, {grains}) AS s (start_time, end_time, bucket, grain)"
+_RANGES = "SELECT * FROM unnest({starts}, {ends}, {grains}) AS s (start_time, end_time, grain)"
 _ENDED = "settled + void + unresolved + reconciled"
 # Shares are ranked by millionths.
 _RANKS = {
@@ -157,10 +164,10 @@ _AMOUNTS = {"u": _SUMMED.format("u"), "p": _COUNTED.format("p"), "c": _COUNTED.f
 _GROUPED = f"""
 WITH asked AS MATERIALIZED (
     {{tenants}}
-), segments AS MATERIALIZED (
-    {{segments}}
-), level_segments AS MATERIALIZED (
-    {{level_segments}}
+), ranges AS MATERIALIZED (
+    {{ranges}}
+), level_ranges AS MATERIALIZED (
+    {{level_ranges}}
 ), highest AS (
     SELECT {{keys}}, max(level) AS quantity
     FROM (SELECT {{keys}}, of_type, level FROM ({{levels}}) l GROUP BY {{keys}}, of_type, level HAVING sum(events) > 0) h
@@ -190,8 +197,8 @@ _TIMES = (
 """,
 )
 _TIMED = """
-, latency_segments AS MATERIALIZED (
-    {segments}
+, latency_ranges AS MATERIALIZED (
+    {ranges}
 ), timed AS (
     SELECT {keys}, kind, scale, sum(calls) AS calls FROM ({branches}) t
     GROUP BY {keys}, kind, scale HAVING sum(calls) > 0
@@ -223,9 +230,12 @@ class UsageStatement:
         self._tenants = _EVERY_TENANT
         if tenant_ids:
             self._tenants = f"SELECT a.tenant_id FROM unnest({self._argument(list(tenant_ids), 'uuid[]')}) AS a (tenant_id)"  # noqa: S608
+        self._users = self._argument(list(query.filter.users), "text[]") if query.filter.users else ""
         self._filters = self._filter()
-        grouped = self._grouped(query.segments(), query.level_segments())
-        timed = self._timed(query.latency_segments()) if query.tells_latencies else ""
+        starts = query.bucket_starts()
+        self._bucket = "0" if len(starts) == 1 else f"width_bucket({{0}}, {self._argument(starts, 'timestamptz[]')}) - 1"
+        grouped = self._grouped(query.ranges(), query.level_ranges())
+        timed = self._timed(query.latency_ranges()) if query.tells_latencies else ""
         self.text = grouped + timed + self._page(after, size)
 
     def _argument(self, value: object, kind: str) -> str:
@@ -234,8 +244,8 @@ class UsageStatement:
 
     def _filter(self) -> str:
         wanted = self._query.filter
+        users = f" AND {{0}}.user_name = ANY ({self._users})" if self._users else ""
         lists = {
-            "user_name": wanted.users,
             "feature": wanted.features,
             "model": wanted.models,
             "prompt_version": wanted.prompt_versions,
@@ -246,20 +256,20 @@ class UsageStatement:
             "refusal_reason": wanted.refusal_reasons,
             "refusal_rule": wanted.refusal_rules,
         }
-        return "".join(f" AND {{0}}.{column} = ANY ({self._argument(list(names), 'text[]')})" for column, names in lists.items() if names)
+        others = (f" AND {{0}}.{column} = ANY ({self._argument(list(names), 'text[]')})" for column, names in lists.items() if names)
+        return users + "".join(others)
 
-    def _segments(self, parts: Sequence[Segment]) -> dict[str, str]:
+    def _ranges(self, parts: Sequence[Range]) -> dict[str, str]:
         return {
             "starts": self._argument([part.start for part in parts], "timestamptz[]"),
             "ends": self._argument([part.end for part in parts], "timestamptz[]"),
-            "buckets": self._argument([part.bucket for part in parts], "integer[]"),
             "grains": self._argument([int(part.grain) for part in parts], "smallint[]"),
         }
 
     def _names(self, table: str) -> str:
         return ", ".join(f"{table}.{key}" for key in self._keys)
 
-    def _branches(self, templates: Sequence[str], parts: Sequence[Segment], **fragments: str) -> str:
+    def _branches(self, templates: Sequence[str], parts: Sequence[Range], **fragments: str) -> str:
         """Joins what sums, log and calls say; the last is left out where no call is read."""
         kept = templates if any(part.grain is Grain.CALLS for part in parts) else templates[:-1]
         return " UNION ALL ".join(
@@ -273,26 +283,37 @@ class UsageStatement:
             for table, template in zip(_AMOUNTS, kept, strict=False)
         )
 
-    def _grouped(self, parts: Sequence[Segment], level_parts: Sequence[Segment]) -> str:
-        segments, level_segments = self._segments(parts), self._segments(level_parts)
+    def _grouped(self, parts: Sequence[Range], level_parts: Sequence[Range]) -> str:
+        ranges, level_ranges = self._ranges(parts), self._ranges(level_parts)
         return _GROUPED.format(
             tenants=self._tenants,
-            segments=_SEGMENTS.format(**segments),
-            level_segments=_SEGMENTS.format(**level_segments),
+            ranges=_RANGES.format(**ranges),
+            level_ranges=_RANGES.format(**level_ranges),
             keys=", ".join(self._keys),
-            levels=self._branches(_STANDING, level_parts, levels=_LEVELS, **_read("level_segments", level_segments)),
-            branches=self._branches(_COUNTS, parts, **_read("segments", segments)),
+            levels=self._branches(_STANDING, level_parts, **self._read("level_ranges", level_ranges)),
+            branches=self._branches(_COUNTS, parts, **self._read("ranges", ranges)),
         )
 
-    def _timed(self, parts: Sequence[Segment]) -> str:
-        segments = self._segments(parts)
+    def _timed(self, parts: Sequence[Range]) -> str:
+        ranges = self._ranges(parts)
         return _TIMED.format(
-            segments=_SEGMENTS.format(**segments),
+            ranges=_RANGES.format(**ranges),
             keys=", ".join(self._keys),
-            branches=self._branches(_TIMES, parts, **_read("latency_segments", segments)),
+            branches=self._branches(_TIMES, parts, **self._read("latency_ranges", ranges)),
             first_token=_latency("f", "first_token"),
             total=_latency("e", "total"),
         )
+
+    def _read(self, name: str, ranges: dict[str, str]) -> dict[str, str]:
+        """What reads ranges of that name, each row with its bucket."""
+        # What names nobody stands beside what everybody used: that is not found by name.
+        sums = _SUMS_OF_USERS if self._users and all(self._query.filter.users) else _SUMS
+        return {
+            "sums": sums.format(ranges=name, users=self._users, bucket_of_sum=self._bucket.format("u.start_time")),
+            "levels": _LEVELS.format(bucket_of_level=self._bucket.format("v.start_time")),
+            "pending": _PENDING.format(bucket_of_pending=self._bucket.format("p.use_time"), **ranges),
+            "calls": _CALLS.format(ranges=name, bucket_of_call=self._bucket.format("c.use_time")),
+        }
 
     def _page(self, after: RowPosition | None, size: int) -> str:
         """A rank rises along the rows; buckets and names decide between rows of one rank."""
@@ -314,10 +335,6 @@ SELECT * FROM (SELECT *, ({sign} * coalesce({_RANKS[query.order_by]}, -1))::bigi
             else:
                 values.append(self._argument(key.names[dimension - Dimension.USER], "text"))
         return f"WHERE (rank, {', '.join(self._keys)}) > ({', '.join(values)})"
-
-
-def _read(name: str, segments: dict[str, str]) -> dict[str, str]:
-    return {"sums": _SUMS.format(segments=name), "pending": _PENDING.format(**segments), "calls": _CALLS.format(segments=name)}
 
 
 def _latency(table: str, kind: str) -> str:

@@ -13,6 +13,7 @@ SELECT least(
     (SELECT u.tenant_id FROM metering.unit_entries u WHERE u.tenant_id > $1 ORDER BY u.tenant_id LIMIT 1),
     (SELECT r.tenant_id FROM metering.usage_rollups r WHERE r.tenant_id > $1 ORDER BY r.tenant_id LIMIT 1),
     (SELECT e.tenant_id FROM metering.events e WHERE e.tenant_id > $1 ORDER BY e.tenant_id LIMIT 1),
+    (SELECT s.tenant_id FROM metering.event_sums s WHERE s.tenant_id > $1 ORDER BY s.tenant_id LIMIT 1),
     (SELECT f.tenant_id FROM metering.refusals f WHERE f.tenant_id > $1 ORDER BY f.tenant_id LIMIT 1),
     (SELECT l.tenant_id FROM metering.usage_levels l WHERE l.tenant_id > $1 ORDER BY l.tenant_id LIMIT 1),
     (SELECT i.tenant_id FROM metering.invoice_closings i WHERE i.tenant_id > $1 ORDER BY i.tenant_id LIMIT 1)) AS tenant_id
@@ -52,6 +53,23 @@ SELECT 0::bigint AS compared, t.found, d.subject, d.figure, d.stored, d.recomput
 FROM (SELECT count(*) AS found FROM differing) t
 LEFT JOIN (SELECT * FROM differing ORDER BY subject, figure LIMIT $4) d ON true ORDER BY d.subject, d.figure
 """
+# Of the same reservations, each call's entries in the order they were recorded.
+SELECT_ENTRIES = """
+SELECT reservation_id, entry_id, kind, price_version, provider, model, input_tokens, output_tokens, cache_read_tokens,
+       cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd
+FROM metering.entries WHERE tenant_id = $1 AND reservation_id > $2 AND reservation_id <= $3
+ORDER BY reservation_id, record_time, number
+"""
+# Months of which something used from $2 to before $3 is known by its sums alone.
+SELECT_SUMMED_MONTHS = """
+SELECT to_char(s.month, 'YYYY-MM') AS month FROM metering.event_sums s
+WHERE s.tenant_id = $1 AND s.use_time >= $2 AND s.use_time < $3
+  AND EXISTS (SELECT FROM metering.dropped_event_months d WHERE d.month = s.month)
+UNION
+SELECT to_char(minute AT TIME ZONE 'UTC', 'YYYY-MM') FROM metering.refusals
+WHERE tenant_id = $1 AND minute >= $2 AND minute < $3 AND replica = 'ffffffff-ffff-ffff-ffff-ffffffffffff'
+ORDER BY 1
+"""
 # The first day, in UTC, at or after $2 on which there is anything to compare; the Monday of a week that has sums and no such day. Of events
 # recorded near their use the first one by the key bounds where earlier ones are; the others have an index of their own.
 NEXT_DAY = f"""
@@ -70,6 +88,8 @@ WITH near AS (
              AND e.record_time >= n.record_time AND e.record_time <= n.record_time + interval '2 days'),
         (SELECT min(occurred_at) FROM metering.events WHERE tenant_id = $1 AND occurred_at >= $2
              AND (record_time - occurred_at > interval '1 day' OR record_time - occurred_at < interval '-1 day')),
+        (SELECT min(use_time) FROM metering.event_sums s WHERE tenant_id = $1 AND use_time >= $2
+             AND EXISTS (SELECT FROM metering.dropped_event_months d WHERE d.month = s.month)),
         (SELECT min(minute) FROM metering.refusals WHERE tenant_id = $1 AND minute >= $2),
         (SELECT min(use_time) FROM metering.usage_pending WHERE tenant_id = $1 AND use_time >= $2),
         (SELECT min(start_time) FROM metering.usage_latencies WHERE tenant_id = $1 AND start_time >= $2),

@@ -1,6 +1,5 @@
 """The composition root: builds the service room by room by constructor, closes everything in reverse order."""
 
-import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +10,6 @@ from mesh.common.v1.lifecycle_service_pb2_grpc import add_TenantLifecycleService
 from mesh.metering.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
 from mesh.metering.v1.invoice_service_pb2_grpc import add_InvoiceServiceServicer_to_server
 from mesh.metering.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
-from mesh.metering.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
 from mesh.metering.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from services.kernel.background import BackgroundTasks
 from services.kernel.change_feed import ChangeFeed
@@ -22,14 +20,11 @@ from services.kernel.tenant_database import JobsDatabase, TenantDatabase
 from services.metering.adapters.postgres_billing import PostgresBilling
 from services.metering.adapters.postgres_closings import PostgresClosings
 from services.metering.adapters.postgres_epochs import PostgresEpochs
-from services.metering.adapters.postgres_event_months import PostgresEventMonths
 from services.metering.adapters.postgres_event_types import PostgresEventTypes
 from services.metering.adapters.postgres_events import PostgresEvents
 from services.metering.adapters.postgres_jobs import PostgresJobs
 from services.metering.adapters.postgres_ledger import PostgresLedger
-from services.metering.adapters.postgres_prices import PostgresPriceBook, PostgresPrices
-from services.metering.adapters.postgres_refusals import PostgresRefusals
-from services.metering.adapters.postgres_reratings import PostgresReratings
+from services.metering.adapters.postgres_prices import PostgresPrices
 from services.metering.adapters.postgres_tenant_records import PostgresTenantRecords
 from services.metering.adapters.postgres_usage import PostgresUsage
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
@@ -38,26 +33,24 @@ from services.metering.adapters.tenant_calendars import RememberedCalendars, Ten
 from services.metering.adapters.tenant_plans_client import RemoteTenantPlans
 from services.metering.app.alerts import build_budgets, build_webhooks, open_sender
 from services.metering.app.exporting import build_books, open_export_relays
-from services.metering.app.loading import price_book_text
 from services.metering.app.parts import Clock, Parts, utc_now
+from services.metering.app.pricing import build_prices
 from services.metering.app.reconciling import build_reconciliations, open_usage_feed
+from services.metering.app.retaining import keep_months, open_refusal_book
 from services.metering.billing.desk import InvoiceDesk
 from services.metering.billing.monthly_job import MonthlyJob
+from services.metering.epoch import Epochs
 from services.metering.event_log import EventLog
-from services.metering.event_months import EventMonths
 from services.metering.event_types import EventTypeCatalog
 from services.metering.lease_sweeper import LeaseSweeper
 from services.metering.ledger import Ledger
 from services.metering.outbox import OutboxRelay
 from services.metering.price_catalog import PriceCatalog
-from services.metering.price_loading import PriceLoading
 from services.metering.refusal import RefusalBook
-from services.metering.rerating import RerateDesk
-from services.metering.servicers.events import EventServicer
+from services.metering.servicers.events import OWN_CHECKS, EventServicer
 from services.metering.servicers.invoices import InvoiceServicer
 from services.metering.servicers.ledger import LedgerServicer
 from services.metering.servicers.lifecycle import LifecycleServicer
-from services.metering.servicers.prices import PriceServicer
 from services.metering.servicers.usage import UsageServicer
 from services.metering.settings import MeteringSettings
 from services.metering.tenant_proof import TenantProof
@@ -105,17 +98,17 @@ async def build(settings: MeteringSettings, *, clock: Clock = utc_now) -> Meteri
         queries = await _usage_queries(parts)
         usage = UsageServicer(PostgresUsage(database), queries, TenantCalendars(configs))
         servicers = [
-            *_of_calls(parts, ledger, RefusalBook(PostgresRefusals(database), proof), usage),
-            _of_prices(parts, catalog),
+            *_of_calls(parts, ledger, Epochs(PostgresEpochs(database), relay), open_refusal_book(parts, proof), usage),
+            build_prices(parts, catalog),
             _of_events(parts),
             _of_invoices(parts, plans),
-            *build_books(parts, queries),
+            *build_books(parts, queries, catalog),
             build_budgets(parts, configs, RememberedCalendars(plans, feed)),
             build_webhooks(parts, sender),
             build_reconciliations(parts, usage_feed, catalog, relay),
         ]
-        server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier)
-        await _keep_months(parts)
+        server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier, own_checks=OWN_CHECKS)
+        await keep_months(parts)
         for name, export_relay in exports.items():
             background.start(name, export_relay.run)
         background.start("outbox_deleter", relay.run_deleter)
@@ -138,26 +131,17 @@ async def _usage_queries(parts: Parts) -> PostgresUsageQueries:
     return PostgresUsageQueries(database, reading, reading_all)
 
 
-def _of_calls(parts: Parts, ledger: Ledger, refusals: RefusalBook, usage: UsageServicer) -> list[Registration]:
+def _of_calls(parts: Parts, ledger: Ledger, epochs: Epochs, refusals: RefusalBook, usage: UsageServicer) -> list[Registration]:
     records = PostgresTenantRecords(parts.database, parts.jobs)
     return [
         (
             add_LedgerServiceServicer_to_server,
-            LedgerServicer(ledger, PostgresEpochs(parts.database), refusals),
+            LedgerServicer(ledger, epochs, refusals),
             "mesh.metering.v1.LedgerService",
         ),
         (add_UsageServiceServicer_to_server, usage, "mesh.metering.v1.UsageService"),
         (add_TenantLifecycleServiceServicer_to_server, LifecycleServicer(records), "mesh.common.v1.TenantLifecycleService"),
     ]
-
-
-def _of_prices(parts: Parts, catalog: PriceCatalog) -> Registration:
-    async def read() -> str:
-        return await asyncio.to_thread(price_book_text, parts.settings)
-
-    loading = PriceLoading(read, PostgresPriceBook(parts.jobs), catalog)
-    desk = RerateDesk(PostgresReratings(parts.database), catalog)
-    return add_PriceServiceServicer_to_server, PriceServicer(catalog, loading, desk), "mesh.metering.v1.PriceService"
 
 
 def _of_events(parts: Parts) -> Registration:
@@ -174,17 +158,3 @@ def _of_invoices(parts: Parts, plans: RemoteTenantPlans) -> Registration:
     monthly = MonthlyJob(closings, desk, plans, grace=grace, poll_seconds=parts.settings.invoice_poll_seconds)
     parts.background.start("monthly_invoices", monthly.run)
     return add_InvoiceServiceServicer_to_server, InvoiceServicer(billing, desk), "mesh.metering.v1.InvoiceService"
-
-
-async def _keep_months(parts: Parts) -> None:
-    settings = parts.settings
-    dsn = settings.postgres_partitions_dsn.get_secret_value()
-    if not dsn:
-        log.warning("event_months_not_kept", setting="TENANTRY_POSTGRES_PARTITIONS_DSN")
-        return
-    owners = await JobsDatabase.open(
-        dsn, max_size=1, application_name="metering-partitions", transaction_pooling=settings.postgres_transaction_pooling
-    )
-    parts.stack.push_async_callback(owners.close)
-    months = EventMonths(PostgresEventMonths(owners, parts.jobs), retention_days=settings.event_retention_days, clock=parts.clock)
-    parts.background.start("event_months", months.run)

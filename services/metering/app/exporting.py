@@ -9,23 +9,25 @@ from services.metering.adapters.export_endpoint import ExportEndpoint
 from services.metering.adapters.postgres_export import PostgresExport
 from services.metering.adapters.postgres_export_outbox import PostgresExportOutbox
 from services.metering.adapters.postgres_export_settings import PostgresExportSettings
+from services.metering.adapters.postgres_known_units import PostgresKnownUnits
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
 from services.metering.adapters.postgres_verification import PostgresVerification
 from services.metering.app.parts import Parts
 from services.metering.exports.outgoing import Sink, Teller
 from services.metering.exports.relay import ExportRelay
+from services.metering.price_catalog import PriceCatalog
 from services.metering.servicers.export_sinks import ExportSinkServicer
 from services.metering.servicers.exports import ExportServicer
 from services.metering.servicers.verification import VerificationServicer
 from services.metering.verification import Verifier
 
 
-def build_books(parts: Parts, queries: PostgresUsageQueries) -> list[Registration]:
+def build_books(parts: Parts, queries: PostgresUsageQueries, catalog: PriceCatalog) -> list[Registration]:
     """Builds what reads whole books, and who is told of what."""
     database, jobs = parts.database, parts.jobs
-    verifying = VerificationServicer(Verifier(PostgresVerification(database, jobs)))
+    verifying = VerificationServicer(Verifier(PostgresVerification(database, jobs, catalog)))
     exporting = ExportServicer(PostgresExport(database), queries)
-    telling = ExportSinkServicer(PostgresExportSettings(database, jobs))
+    telling = ExportSinkServicer(PostgresExportSettings(database, jobs), PostgresKnownUnits(jobs))
     return [
         (add_VerificationServiceServicer_to_server, verifying, "mesh.metering.v1.VerificationService"),
         (add_ExportServiceServicer_to_server, exporting, "mesh.metering.v1.ExportService"),

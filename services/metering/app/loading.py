@@ -34,7 +34,7 @@ async def migrate_schema(settings: MeteringSettings) -> None:
     await migrate(admin_dsn, SCHEMA, MIGRATIONS, roles)
     admin = await JobsDatabase.open(admin_dsn, max_size=1, application_name="metering-migrate")
     try:
-        await make_months(PostgresEventMonths(admin, admin), utc_now())
+        await make_months(PostgresEventMonths(admin), utc_now())
         await load_price_book(admin, versions)
         await load_billing_plans(admin, plans)
     except (PriceBookRefused, BillingPlansRefused) as error:

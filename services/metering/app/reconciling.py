@@ -6,7 +6,7 @@ from typing import assert_never
 from mesh.metering.v1.reconciliation_service_pb2_grpc import add_ReconciliationServiceServicer_to_server
 from services.kernel.rpc.server import Registration
 from services.kernel.telemetry.metrics import Counter, otlp_counters
-from services.kernel.telemetry.names import RECONCILIATION_DRIFTS
+from services.kernel.telemetry.names import RECONCILIATION_DRIFTS, RECONCILIATION_ROWS_SET_ASIDE
 from services.metering.adapters.anthropic_usage_report import AnthropicUsageReport
 from services.metering.adapters.postgres_reconciliation_ledger import PostgresReconciliationLedger
 from services.metering.adapters.postgres_reconciliations import PostgresReconciliations
@@ -56,7 +56,7 @@ def build_reconciliations(
         comparison: Comparison = (
             RequestsComparison(feed, ledger, terms, ends) if isinstance(feed, RequestFeed) else SumsComparison(feed, ledger, terms, lag=lag)
         )
-        reconciler = Reconciler(comparison, reports, _drifts(parts))
+        reconciler = Reconciler(comparison, reports, *_counters(parts))
         if settings.reconciliation_poll_seconds:
             parts.background.start("reconciliation", _reconciliation_job(settings, reconciler, reports, terms).run)
     servicer = ReconciliationServicer(reports, reconciler, settings.reconciliation_bucket)
@@ -77,10 +77,13 @@ def _reconciliation_job(
     )
 
 
-def _drifts(parts: Parts) -> Counter:
+def _counters(parts: Parts) -> tuple[Counter, Counter]:
     counters = otlp_counters(parts.settings.service_name, parts.settings.otlp_metrics_endpoint)
     parts.stack.callback(counters.close)
-    return counters.counter(RECONCILIATION_DRIFTS, "reports of the provider's usage that raised the alarm")
+    return (
+        counters.counter(RECONCILIATION_DRIFTS, "reports of the provider's usage that raised the alarm"),
+        counters.counter(RECONCILIATION_ROWS_SET_ASIDE, "rows of the provider's usage that could not be read, each time they were told"),
+    )
 
 
 def _terms(settings: MeteringSettings, catalog: PriceCatalog) -> Terms:

@@ -68,13 +68,14 @@ class StoredInvoice:
 
 @dataclass(frozen=True, slots=True)
 class LineEntry:
-    """A record of usage behind a line. Sources are the contract's UsageSource."""
+    """A record of usage behind a line, or the sum of `record_count` that are kept no longer. Sources are the contract's UsageSource."""
 
     source: int
     usage_id: UUID
     use_time: datetime
     record_time: datetime
     quantity: int
+    record_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,14 @@ class EntryPosition:
     use_time: datetime
     source: int
     usage_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class CreditPosition:
+    """The last credit of the page before."""
+
+    record_time: datetime
+    credit_id: UUID
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +139,14 @@ class BillingReader(Protocol):
 
     async def credits(self, recorded_before: datetime | None) -> Sequence[Credit]:
         """Returns the credits."""
+        ...
+
+    async def credits_page(self, after: CreditPosition | None, size: int) -> Sequence[tuple[Credit, int]]:
+        """Returns up to `size` credits after a position, in the order they were granted, each with what invoices took of it."""
+        ...
+
+    async def credit_used(self, credit_id: UUID) -> int:
+        """Returns what invoices took of a credit."""
         ...
 
     async def credits_used(self, before_number: int) -> Mapping[UUID, int]:

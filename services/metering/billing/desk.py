@@ -11,7 +11,7 @@ from services.metering.billing.books import BillingBooks, BillingReader, CloseOu
 from services.metering.billing.exact import AmountTooLarge
 from services.metering.billing.invoice import Closing, InvoiceContent
 from services.metering.billing.making import Target, anchor_day, make_content, make_invoice
-from services.metering.billing.periods import BillingPeriod, period_of
+from services.metering.billing.periods import LATE_USE, BillingPeriod, period_of
 from services.metering.billing.proration import Subscription, UnknownBillingPlan
 
 log = structlog.get_logger(__name__)
@@ -107,10 +107,12 @@ async def _refuse_before_all(reader: BillingReader, period: BillingPeriod, subsc
     end = period.end_time
     if any(item.effective_time < end for item in subscriptions) or await reader.late_days(end, None, None):
         return
-    if not subscriptions and not await reader.late_days(_END_OF_TIME, None, None):
-        # Nothing here says when the tenant began: the operator's word is all there is.
-        return
     why = f"the tenant neither used anything nor was on a plan before {end.isoformat()}: begin with the period of its first use or plan"
+    if not subscriptions and not await reader.late_days(_END_OF_TIME, None, None):
+        # Nothing here says when the tenant began: the operator's word is taken of the last months alone.
+        if end > datetime.now(UTC) - LATE_USE:
+            return
+        why = f"the tenant used nothing and has no plan: begin with a period that ended in the last {LATE_USE.days} days"
     raise WrongState("billing_period", "NOT_NEXT", why)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 SHORTEST = timedelta(days=28)
+# What was used longer before it was recorded is late usage of its period, and begins nothing.
+LATE_USE = timedelta(days=92)
 DEFAULT_ANCHOR_DAY = 1
 
 

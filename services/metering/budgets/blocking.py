@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from hashlib import blake2b
 
 from mesh.common.v1 import limit_rule_pb2 as pb
 from services.kernel.errors import WrongState
@@ -17,7 +18,7 @@ _WINDOWS = {
     BudgetPeriod.MONTH: pb.LIMIT_WINDOW_MONTH,
     BudgetPeriod.BILLING_CYCLE: pb.LIMIT_WINDOW_BILLING_CYCLE,
 }
-_LONGEST_NAME = 63
+_LONGEST_NAME, _DIGEST_BYTES = 63, 8
 
 
 def blocks(terms: BudgetTerms, rules: Sequence[pb.LimitRule]) -> bool:
@@ -51,15 +52,25 @@ def _refuses(terms: BudgetTerms, rule: pb.LimitRule) -> bool:
 
 
 def _scope(terms: BudgetTerms) -> pb.LimitScope.ValueType:
-    if terms.user:
-        return pb.LIMIT_SCOPE_USER_FEATURE if terms.feature else pb.LIMIT_SCOPE_USER
-    return pb.LIMIT_SCOPE_FEATURE if terms.feature else pb.LIMIT_SCOPE_TENANT
+    of_feature = terms.feature or terms.each_feature
+    if terms.user or terms.each_user:
+        return pb.LIMIT_SCOPE_USER_FEATURE if of_feature else pb.LIMIT_SCOPE_USER
+    return pb.LIMIT_SCOPE_FEATURE if of_feature else pb.LIMIT_SCOPE_TENANT
+
+
+def _rule_name(budget: str) -> str:
+    # Of the longest length only with a digest: so it is no other budget's, whatever that is called.
+    name = f"budget_{budget}"
+    if len(name) < _LONGEST_NAME:
+        return name
+    digest = blake2b(budget.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    return f"{name[: _LONGEST_NAME - len(digest) - 1]}_{digest}"
 
 
 def _rule_form(wish: BudgetWish) -> dict[str, str]:
     terms = wish.terms
     form = {
-        "name": f"budget_{wish.name}"[:_LONGEST_NAME],
+        "name": _rule_name(wish.name),
         "unit": pb.LimitUnit.Name(_UNITS[terms.measure]),
         "product_unit": terms.product_unit,
         "window": pb.LimitWindow.Name(_WINDOWS[terms.period]),

@@ -1,7 +1,7 @@
 """Budgets as values: what they count, over which time, which thresholds they have, and what they are heading for. Pure; integers alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import IntEnum
 from uuid import UUID
@@ -46,7 +46,10 @@ class BudgetAction(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BudgetTerms:
-    """What a budget counts, and how much is meant to be used: with any other it is another budget. Names are empty where all count."""
+    """What a budget counts, and how much is meant to be used: with any other it is another budget. Names are empty where all count.
+
+    `each_user` and `each_feature`: each name's use by itself, and none that names nobody.
+    """
 
     measure: BudgetMeasure
     product_unit: str
@@ -54,6 +57,23 @@ class BudgetTerms:
     feature: str
     amount: int
     period: BudgetPeriod
+    each_user: bool = False
+    each_feature: bool = False
+
+    @property
+    def is_for_each(self) -> bool:
+        """True when it is not of one name alone."""
+        return self.each_user or self.each_feature
+
+    def of(self, user: str, feature: str) -> "BudgetTerms":
+        """Returns the same of these names, where it is for each."""
+        return replace(
+            self,
+            user=user if self.each_user else self.user,
+            feature=feature if self.each_feature else self.feature,
+            each_user=False,
+            each_feature=False,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +150,20 @@ def refuse_senseless(terms: BudgetTerms) -> None:
         raise InvalidRequest("budget.product_unit", "must name the unit that the budget counts")
     if terms.measure is not BudgetMeasure.PRODUCT_UNIT and terms.product_unit:
         raise InvalidRequest("budget.product_unit", "is of BUDGET_MEASURE_PRODUCT_UNIT alone")
+    if terms.each_user and terms.user:
+        raise InvalidRequest("budget.each_user", "is of all users: leave user out")
+    if terms.each_feature and terms.feature:
+        raise InvalidRequest("budget.each_feature", "is of all features: leave feature out")
+
+
+def terms_of_names(terms: BudgetTerms, user: str, feature: str) -> BudgetTerms:
+    """Returns what a budget counts for these names, which are given where it is for each and there alone. Raises: InvalidRequest."""
+    for field, is_for_each, name in (("user", terms.each_user, user), ("feature", terms.each_feature, feature)):
+        if is_for_each and not name:
+            raise InvalidRequest(field, f"must name one: the budget is for each {field}")
+        if name and not is_for_each:
+            raise InvalidRequest(field, f"must be empty: the budget is not for each {field}")
+    return terms.of(user, feature)
 
 
 def span_of(period: BudgetPeriod, moment: datetime, calendar: TenantCalendar) -> Span:

@@ -21,8 +21,9 @@ from services.metering.budgets.budget import (
     forecast_by_week,
     refuse_senseless,
     span_of,
+    terms_of_names,
 )
-from services.metering.budgets.ports import AlertPosition, BudgetStore, Spending
+from services.metering.budgets.ports import AlertPosition, BudgetStore, Spending, Watched
 from services.metering.usage_calendar import Calendars
 
 
@@ -66,21 +67,26 @@ class BudgetDesk:
         """Returns up to `size` alerts, newest first."""
         return await self._store.alerts(tenant_id, after, size)
 
-    async def standing(self, context: TenantContext, tenant_id: TenantId, name: str) -> tuple[Budget, Standing, bool]:
-        """Returns a budget, how it stands now, and whether a rule of the limits blocks what would pass it. Raises: NotFound."""
+    async def standing(
+        self, context: TenantContext, tenant_id: TenantId, name: str, user: str, feature: str
+    ) -> tuple[Budget, Standing, bool]:
+        """Returns a budget, how it stands now, and whether a rule of the limits blocks what would pass it.
+
+        Names are given where the budget is for each. Raises: NotFound, InvalidRequest.
+        """
         budget = next((each for each in await self._store.list_all(tenant_id) if each.wish.name == name), None)
         if budget is None:
             raise NotFound("budget")
-        terms, now = budget.terms, self._clock()
+        terms, now = terms_of_names(budget.terms, user, feature), self._clock()
         span, week = span_of(terms.period, now, await self._calendars.of(context)), Span(now - WEEK, now)
         used = await self._spending.of(tenant_id, {(terms, span), (terms, week)})
         so_far = used[terms, span]
-        fired = [threshold for _, start, threshold in await self._store.fired(tenant_id, [budget.budget_id]) if start == span.start]
+        fired = await self._store.fired(tenant_id, [Watched(budget.budget_id, span.start, terms.user, terms.feature)])
         standing = Standing(
             span,
             so_far,
-            tuple(sorted(fired)),
+            tuple(sorted(threshold for _, threshold in fired)),
             forecast_by_period(span, so_far, now),
             forecast_by_week(span, so_far, used[terms, week], now),
         )
-        return budget, standing, blocks(terms, await self._rules.of(context))
+        return budget, standing, blocks(budget.terms, await self._rules.of(context))

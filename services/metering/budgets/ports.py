@@ -1,6 +1,6 @@
 """What budgets need of the world."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,14 +20,34 @@ class AlertPosition:
     alert_id: UUID
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Watched:
+    """Whose use of which period is held against a budget: the names it is for, those of the budget or each one's."""
+
+    budget_id: UUID
+    start: datetime
+    user: str
+    feature: str
+
+
 @dataclass(frozen=True, slots=True)
 class Crossing:
     """A threshold that use reached: to be fired, unless it was."""
 
-    budget_id: UUID
-    span: Span
+    watched: Watched
+    end: datetime
     threshold: int
     used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """That use of a quarter of an hour changed: of a unit, empty for calls, and of whom; None: of everybody, for all that is known."""
+
+    use_quarter: datetime
+    product_unit: str
+    user: str | None
+    feature: str | None
 
 
 class BudgetStore(Protocol):
@@ -49,8 +69,8 @@ class BudgetStore(Protocol):
         """Returns up to `size` alerts, newest first, after the position."""
         ...
 
-    async def fired(self, tenant_id: TenantId, budget_ids: Collection[UUID]) -> Sequence[tuple[UUID, datetime, int]]:
-        """Returns which thresholds of the budgets fired in which period: budget, the period's start, percent."""
+    async def fired(self, tenant_id: TenantId, wanted: Collection[Watched]) -> set[tuple[Watched, int]]:
+        """Returns which thresholds fired of these, in percent."""
         ...
 
     async def fire(self, tenant_id: TenantId, crossings: Sequence[Crossing]) -> int:
@@ -62,7 +82,11 @@ class Spending(Protocol):
     """What a tenant used."""
 
     async def of(self, tenant_id: TenantId, wanted: Collection[tuple[BudgetTerms, Span]]) -> dict[tuple[BudgetTerms, Span], int]:
-        """Returns what each pair's terms count in its span, with all that is committed."""
+        """Returns what each pair's terms count in its span, with all that is committed. No terms are for each."""
+        ...
+
+    def of_each(self, tenant_id: TenantId, terms: BudgetTerms, span: Span, least: int) -> AsyncIterator[Sequence[tuple[BudgetTerms, int]]]:
+        """Yields, in parts, whoever used at least so much of what the terms count for each: their own terms, and how much."""
         ...
 
 
@@ -76,10 +100,10 @@ class CalendarsOfTenants(Protocol):
 
 @dataclass(slots=True)
 class Marked:
-    """What changed of one tenant: quarters of an hour, and units, empty for calls."""
+    """What changed of one tenant."""
 
     tenant_id: TenantId
-    changes: set[tuple[datetime, str]] = field(default_factory=set)
+    changes: set[Change] = field(default_factory=set)
 
 
 class BudgetMarks(Protocol):

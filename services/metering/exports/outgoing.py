@@ -95,7 +95,7 @@ class ExportOutbox(Protocol):
     """What is to be told, of all tenants."""
 
     async def take_due(self, sinks: Sequence[Sink], most: int) -> Sequence[Outgoing]:
-        """Takes what is due and nobody tells, under a lease; counts the attempt."""
+        """Takes up to `most` for each receiver of what is due and nobody tells, under a lease; counts the attempt."""
         ...
 
     async def delivered(self, keys: Sequence[OutgoingKey]) -> None:

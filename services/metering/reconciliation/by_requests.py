@@ -11,7 +11,7 @@ from uuid import UUID
 
 from services.metering.call import CallState, TokenUsage
 from services.metering.reconciliation.bucket import Bucket
-from services.metering.reconciliation.feed import Accounts, BilledRequest
+from services.metering.reconciliation.feed import Accounts, BilledRequest, UnreadRow
 from services.metering.reconciliation.ledger_call import DISPATCH_GRACE, Closing, LedgerCall
 
 # How far beyond its bucket calls and requests are looked at: a call is sent after it is reserved, and another one may bear its id.
@@ -24,10 +24,11 @@ class Requests:
 
     requests: Sequence[BilledRequest]
     complete_until: datetime | None
+    unread: Sequence[UnreadRow] = ()
 
     def hold_all_before(self, moment: datetime) -> bool:
-        """Tells whether every request that began before the moment is there."""
-        return self.complete_until is not None and self.complete_until >= moment
+        """Tells whether every request that began before the moment is there: a row that cannot be read may be any of them."""
+        return not self.unread and self.complete_until is not None and self.complete_until >= moment
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class Matching:
         return _key(call) in self.ambiguous or len(self.of(call)) > 1
 
 
-def match(calls: Sequence[LedgerCall], requests: Sequence[BilledRequest], accounts: Accounts) -> Matching:
+def match(calls: Sequence[LedgerCall], feed: Requests, accounts: Accounts) -> Matching:
     """Finds the call of each request: by the provider's id of it where the ledger has that, else by the call id it carried."""
     times_named = Counter(call.provider_request_id for call in calls)
     by_request = {
@@ -60,7 +61,7 @@ def match(calls: Sequence[LedgerCall], requests: Sequence[BilledRequest], accoun
         if call.provider_request_id not in by_request:
             by_call_id[call.call_id].append(call)
     matching = Matching()
-    for request in requests:
+    for request in feed.requests:
         named = by_request.get(request.request_id)
         rivals = [named] if named else _rivals(request, by_call_id, accounts)
         if not rivals:
@@ -70,6 +71,9 @@ def match(calls: Sequence[LedgerCall], requests: Sequence[BilledRequest], accoun
             matching.unclear.append(request)
         else:
             matching.requests[_key(rivals[0])].append(request)
+    # Which call it is may be readable when its bill is not: then nothing else is that call's bill.
+    named_unread = {row.call_id for row in feed.unread} | {row.request_id or None for row in feed.unread}
+    matching.ambiguous.update(_key(call) for call in calls if {call.call_id, call.provider_request_id} & named_unread)
     return matching
 
 

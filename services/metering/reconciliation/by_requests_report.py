@@ -63,6 +63,7 @@ def report(compared: Compared, account: str, accounts: Accounts, rates: Rates, t
         is_drifting=compared.is_complete and is_drifting,
         counts=Counts(**sums.counts),
         lines=sums.tokens.lines(),
+        set_aside_count=len(compared.feed.unread),
     )
 
 

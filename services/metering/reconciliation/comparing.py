@@ -23,7 +23,7 @@ from services.metering.reconciliation import by_requests_report, by_sums
 from services.metering.reconciliation.bucket import Bucket
 from services.metering.reconciliation.by_requests import MARGIN, Requests, closings, match
 from services.metering.reconciliation.by_requests_report import Compared
-from services.metering.reconciliation.feed import Accounts, BilledRequest, RequestsFeed, SumsFeed
+from services.metering.reconciliation.feed import Accounts, BilledRequest, RequestsFeed, RowUnreadable, SumsFeed, UnreadRow
 from services.metering.reconciliation.ledger_call import Closing, LedgerCall, RatedClosing, ReconciliationLedger
 from services.metering.reconciliation.report import Rates, Report, Thresholds, undated
 
@@ -36,10 +36,11 @@ _CLOSINGS_PER_TRANSACTION = 200
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The reports of a bucket, one an account, and how many calls were closed for them."""
+    """The reports of a bucket, one an account, how many calls were closed for them, and why rows of the feed were set aside."""
 
     reports: Sequence[Report]
     closed_count: int
+    set_aside: Sequence[str] = ()
 
 
 class Comparison(Protocol):
@@ -86,7 +87,11 @@ class SumsComparison:
     async def compare(self, bucket: Bucket, now: datetime) -> Outcome:
         """Compares one bucket."""
         terms, is_complete = self._terms, now >= bucket.end + self._lag
-        theirs = await self._feed.sums(bucket)
+        try:
+            theirs = await self._feed.sums(bucket)
+        except RowUnreadable as error:
+            # A sum without one of its rows is none: no report is made of it, and the others are.
+            return Outcome([], 0, (error.message,))
         ours = await self._ledger.sums(terms.provider, bucket)
         compared = by_sums.ComparedSums(terms.provider, bucket, ours, theirs, is_complete)
         rates = await terms.rates()
@@ -108,30 +113,32 @@ class RequestsComparison:
         around = Bucket(bucket.start - MARGIN, bucket.end + MARGIN)
         feed = await self._read(around)
         calls = await self._ledger.calls(self._terms.provider, around)
-        matching = await asyncio.to_thread(match, calls, feed.requests, self._terms.accounts)
+        matching = await asyncio.to_thread(match, calls, feed, self._terms.accounts)
         found = closings(calls, matching, feed, bucket, self._terms.accounts)
         closed = await self._close(found)
         if found:
             # Also when another replica was quicker: what was read before is not true any more.
             calls = await self._ledger.calls(self._terms.provider, around)
-            matching = await asyncio.to_thread(match, calls, feed.requests, self._terms.accounts)
+            matching = await asyncio.to_thread(match, calls, feed, self._terms.accounts)
         rates = await self._terms.rates(call.price for call in calls)
         compared = Compared(self._terms.provider, bucket, calls, matching, feed)
         made = partial(by_requests_report.report, compared, accounts=self._terms.accounts, rates=rates, thresholds=self._terms.thresholds)
         reports = [await asyncio.to_thread(made, name, run_time=now) for name in self._terms.accounts.names]
-        return Outcome(reports, closed)
+        return Outcome(reports, closed, [row.why for row in feed.unread])
 
     async def _read(self, around: Bucket) -> Requests:
         found: list[BilledRequest] = []
+        unread: list[UnreadRow] = []
         complete: list[datetime | None] = []
         async for page in self._feed.requests(around.start, around.end):
             found += page.requests
+            unread += page.unread
             complete.append(page.complete_until)
-            if len(found) > MOST_REQUESTS:
+            if len(found) + len(unread) > MOST_REQUESTS:
                 raise too_many(MOST_REQUESTS)
         # The pages were read one after the other: the first one knows least.
         known = [moment for moment in complete if moment is not None]
-        return Requests(found, min(known) if known and len(known) == len(complete) else None)
+        return Requests(found, min(known) if known and len(known) == len(complete) else None, unread)
 
     async def _close(self, found: Sequence[Closing]) -> int:
         closed = 0

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from services.kernel.errors import Unavailable
 from services.metering.call import TokenUsage
 from services.metering.reconciliation.bucket import Bucket
 
@@ -34,18 +35,32 @@ class BilledRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadRow:
+    """A row of the feed that cannot be read, and why. What could be read of it says which call it may be."""
+
+    why: str
+    request_id: str | None
+    call_id: UUID | None
+
+
+class RowUnreadable(Unavailable):
+    """A row of the feed cannot be read, and with it the sum that it belongs to; other buckets can."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestPage:
     """Some requests of a stretch of time. Every request that began before `complete_until` is in it or another page; None: who knows."""
 
     requests: Sequence[BilledRequest]
     complete_until: datetime | None
+    unread: Sequence[UnreadRow] = ()
 
 
 class SumsFeed(Protocol):
     """A feed that knows sums."""
 
     async def sums(self, bucket: Bucket) -> Sequence[FeedSum]:
-        """Returns what was used in the bucket, by account and model. Raises: Unavailable."""
+        """Returns what was used in the bucket, by account and model. Raises: Unavailable; RowUnreadable where it is this bucket's alone."""
         ...
 
 

@@ -4,7 +4,7 @@ Any number of replicas may do the same at once: a call is closed once, and a rep
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -31,6 +31,7 @@ class Progress:
     bucket_count: int
     closed_count: int
     drifting_count: int
+    set_aside_count: int
     next_start: datetime | None
 
 
@@ -38,11 +39,18 @@ class Reconciler:
     """Reconciles buckets one after the other."""
 
     def __init__(
-        self, comparison: Comparison, store: ReportStore, drifts: Counter, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        comparison: Comparison,
+        store: ReportStore,
+        drifts: Counter,
+        set_aside: Counter,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._comparison = comparison
         self._store = store
         self._drifts = drifts
+        self._set_aside = set_aside
         self._clock = clock
 
     async def run(self, wanted: Iterable[Bucket], *, until: float = float("inf")) -> Progress:
@@ -50,18 +58,31 @@ class Reconciler:
 
         Raises: Unavailable, InvalidRequest; the buckets before are stored.
         """
-        bucket_count = closed_count = drifting_count = 0
+        bucket_count = closed_count = drifting_count = set_aside_count = 0
         for bucket in wanted:
             if bucket_count and time.monotonic() >= until:
-                return Progress(bucket_count, closed_count, drifting_count, bucket.start)
+                return Progress(bucket_count, closed_count, drifting_count, set_aside_count, bucket.start)
             outcome = await self._comparison.compare(bucket, self._clock())
             for report in outcome.reports:
                 if await self._store.put(report):
                     self._raise_alarm(report)
+            if outcome.set_aside:
+                self._tell_set_aside(bucket, outcome.set_aside)
             bucket_count += 1
+            set_aside_count += len(outcome.set_aside)
             closed_count += outcome.closed_count
             drifting_count += sum(report.is_drifting for report in outcome.reports)
-        return Progress(bucket_count, closed_count, drifting_count, None)
+        return Progress(bucket_count, closed_count, drifting_count, set_aside_count, None)
+
+    def _tell_set_aside(self, bucket: Bucket, why: Sequence[str]) -> None:
+        self._set_aside.add(len(why))
+        log.warning(
+            "provider_rows_set_aside",
+            start_time=bucket.start.isoformat(),
+            end_time=bucket.end.isoformat(),
+            count=len(why),
+            first_why=why[0],
+        )
 
     def _raise_alarm(self, report: Report) -> None:
         self._drifts.add(1, provider=report.provider, account=report.account)

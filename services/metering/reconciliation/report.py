@@ -46,7 +46,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One account over one bucket. Amounts are nano-USD; `drift` is what neither settled nor unresolved calls explain."""
+    """One account over one bucket. Amounts are nano-USD; `drift` is what neither settled nor unresolved calls explain.
+
+    `set_aside_count`: rows of the feed, of whatever account, that cannot be read.
+    """
 
     provider: str
     account: str
@@ -61,6 +64,7 @@ class Report:
     is_drifting: bool
     counts: Counts
     lines: Sequence[ReportLine]
+    set_aside_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ def budget_wish(message: pb.Budget) -> BudgetWish:
         message.feature,
         message.amount,
         BudgetPeriod(message.period),
+        message.each_user,
+        message.each_feature,
     )
     return BudgetWish(message.name, terms, action, wished_thresholds(message.thresholds_percent, action))
 
@@ -48,10 +50,12 @@ def budget_message(budget: Budget) -> pb.Budget:
         action=pb.BudgetAction.ValueType(budget.wish.action),
         budget_id=str(budget.budget_id),
         update_time=to_timestamp(budget.update_time),
+        each_user=terms.each_user,
+        each_feature=terms.each_feature,
     )
 
 
-def standing_message(budget: Budget, standing: Standing, *, is_blocked: bool) -> pb.GetBudgetResponse:
+def standing_message(request: pb.GetBudgetRequest, budget: Budget, standing: Standing, *, is_blocked: bool) -> pb.GetBudgetResponse:
     """Writes how a budget stands."""
     amount, used = budget.terms.amount, standing.used
     return pb.GetBudgetResponse(
@@ -65,6 +69,8 @@ def standing_message(budget: Budget, standing: Standing, *, is_blocked: bool) ->
         forecast_by_week=min(MOST_USED, standing.by_week),
         fired_percent=standing.fired,
         blocks=is_blocked,
+        user=request.user or budget.terms.user,
+        feature=request.feature or budget.terms.feature,
     )
 
 

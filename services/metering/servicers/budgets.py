@@ -26,8 +26,9 @@ class BudgetServicer(budget_service_pb2_grpc.BudgetServiceServicer):
 
     async def GetBudget(self, request: pb.GetBudgetRequest, context: object) -> pb.GetBudgetResponse:
         """Tells how a budget stands."""
-        budget, standing, is_blocked = await self._desk.standing(current_tenant(), current_tenant_id(), request.name)
-        return messages.standing_message(budget, standing, is_blocked=is_blocked)
+        asked = (request.name, request.user, request.feature)
+        budget, standing, is_blocked = await self._desk.standing(current_tenant(), current_tenant_id(), *asked)
+        return messages.standing_message(request, budget, standing, is_blocked=is_blocked)
 
     async def ListBudgets(self, request: pb.ListBudgetsRequest, context: object) -> pb.ListBudgetsResponse:
         """Lists budgets by name."""

@@ -11,6 +11,7 @@ from services.kernel.ids import TenantId
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, refused_page_token
 from services.kernel.request_context import current_tenant, operator_reason, required_scope
 from services.kernel.timestamps import to_timestamp
+from services.metering.exports.meters import KnownUnits, refuse_untold
 from services.metering.exports.outgoing import ExportSettings, OutgoingKey, Sink, Waiting
 
 log = structlog.get_logger(__name__)
@@ -19,8 +20,9 @@ log = structlog.get_logger(__name__)
 class ExportSinkServicer(export_sink_service_pb2_grpc.ExportSinkServiceServicer):
     """Sets and shows."""
 
-    def __init__(self, settings: ExportSettings) -> None:
+    def __init__(self, settings: ExportSettings, units: KnownUnits) -> None:
         self._settings = settings
+        self._units = units
 
     async def SetStripeCustomer(self, request: pb.SetStripeCustomerRequest, context: object) -> pb.SetStripeCustomerResponse:
         """Sets the tenant's customer."""
@@ -33,6 +35,9 @@ class ExportSinkServicer(export_sink_service_pb2_grpc.ExportSinkServiceServicer)
 
     async def SetStripeMeter(self, request: pb.SetStripeMeterRequest, context: object) -> pb.SetStripeMeterResponse:
         """Sets a meter."""
+        # One that is set can always be ended.
+        if request.event_name:
+            await refuse_untold(request.meter, self._units, accept_unknown_unit=request.accept_unknown_unit)
         _note()
         await self._settings.set_meter(request.meter, request.event_name)
         return pb.SetStripeMeterResponse()

@@ -1,8 +1,5 @@
 """Invoices, lines and credits as messages."""
 
-from collections.abc import Mapping
-from uuid import UUID
-
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import invoice_service_pb2 as pb
 from services.kernel.errors import InvalidRequest
@@ -65,12 +62,12 @@ def content_message(period: BillingPeriod, content: InvoiceContent) -> pb.Invoic
     )
 
 
-def credit_message(credit: Credit, used: Mapping[UUID, int]) -> pb.Credit:
-    """Builds a credit; `used` is what closed invoices took, by credit."""
+def credit_message(credit: Credit, used: int) -> pb.Credit:
+    """Builds a credit; `used` is what closed invoices took of it."""
     return pb.Credit(
         credit_id=str(credit.credit_id),
         amount=NanoUsd(nano_usd=credit.amount_nano_usd),
-        remaining=NanoUsd(nano_usd=credit.amount_nano_usd - used.get(credit.credit_id, 0)),
+        remaining=NanoUsd(nano_usd=credit.amount_nano_usd - used),
         priority=credit.priority,
         effective_time=to_timestamp(credit.effective_time),
         expire_time=to_timestamp(credit.expire_time),

@@ -13,7 +13,16 @@ from services.kernel.ids import TenantId, parse_uuid
 from services.kernel.paging import cut_page, decode_page_token, encode_page_token, page_size, position_time, refused_page_token
 from services.kernel.request_context import current_tenant, current_tenant_id, operator_reason, required_scope
 from services.kernel.timestamps import parse_timestamp, to_timestamp
-from services.metering.billing.books import BillingBooks, CreditGrant, EntryPosition, LineEntry, StoredInvoice, line_window, numbered_line
+from services.metering.billing.books import (
+    BillingBooks,
+    CreditGrant,
+    CreditPosition,
+    EntryPosition,
+    LineEntry,
+    StoredInvoice,
+    line_window,
+    numbered_line,
+)
 from services.metering.billing.charges import LineKind
 from services.metering.billing.desk import InvoiceDesk
 from services.metering.billing.rendering import render_csv, render_html, render_json
@@ -119,22 +128,22 @@ class InvoiceServicer(invoice_service_pb2_grpc.InvoiceServiceServicer):
         )
         credit = await self._books.grant(tenant_id, grant)
         async with self._books.reading(tenant_id) as reader:
-            return pb.GrantCreditResponse(credit=credit_message(credit, await reader.credits_used(_ALL)))
+            return pb.GrantCreditResponse(credit=credit_message(credit, await reader.credit_used(credit.credit_id)))
 
     async def ListCredits(self, request: pb.ListCreditsRequest, context: object) -> pb.ListCreditsResponse:
         """Lists credits, in the order they were granted."""
         listing = f"credits|{current_tenant_id()}"
         position = decode_page_token(request.page_token, listing, 2)
         size = page_size(request.page_size)
-        async with self._books.reading(current_tenant_id()) as reader:
-            found, used = await reader.credits(None), await reader.credits_used(_ALL)
+        after = None
         if position is not None:
-            after = (position_time(position[0]), parse_uuid(position[1], "page_token"))
-            found = [credit for credit in found if (credit.record_time, credit.credit_id) > after]
+            after = CreditPosition(position_time(position[0]), UUID(int=parse_uuid(position[1], "page_token").int))
+        async with self._books.reading(current_tenant_id()) as reader:
+            found = await reader.credits_page(after, size + 1)
         page, following = cut_page(
-            found, size, lambda last: encode_page_token(listing, [last.record_time.isoformat(), str(last.credit_id)])
+            found, size, lambda last: encode_page_token(listing, [last[0].record_time.isoformat(), str(last[0].credit_id)])
         )
-        return pb.ListCreditsResponse(credits=[credit_message(credit, used) for credit in page], next_page_token=following)
+        return pb.ListCreditsResponse(credits=[credit_message(credit, used) for credit, used in page], next_page_token=following)
 
     async def SetSubscription(self, request: pb.SetSubscriptionRequest, context: object) -> pb.SetSubscriptionResponse:
         """Adds a subscription."""
@@ -203,4 +212,5 @@ def _entry(entry: LineEntry) -> pb.InvoiceLineEntry:
         use_time=to_timestamp(entry.use_time),
         record_time=to_timestamp(entry.record_time),
         quantity=entry.quantity,
+        record_count=entry.record_count,
     )

@@ -4,7 +4,7 @@ from mesh.metering.v1 import ledger_service_pb2 as pb
 from mesh.metering.v1 import ledger_service_pb2_grpc
 from services.kernel.request_context import current_tenant_id
 from services.metering.call import CallKey
-from services.metering.epoch import EpochStore
+from services.metering.epoch import Epochs
 from services.metering.ledger import Ledger
 from services.metering.refusal import RefusalBook
 from services.metering.servicers import epoch_messages
@@ -14,7 +14,7 @@ from services.metering.servicers import ledger_messages as messages
 class LedgerServicer(ledger_service_pb2_grpc.LedgerServiceServicer):
     """Records calls durably."""
 
-    def __init__(self, ledger: Ledger, epochs: EpochStore, refusals: RefusalBook) -> None:
+    def __init__(self, ledger: Ledger, epochs: Epochs, refusals: RefusalBook) -> None:
         self._ledger = ledger
         self._refusals = refusals
         self._epochs = epochs

@@ -26,7 +26,7 @@ from services.metering.refusal import RecordRefusalsOutcome, RefusalCount
 from services.metering.unit_use import RecordUnitsOutcome, UnitUse
 
 # The last second of the year 9999, where protobuf's own range ends; a ledger starts no earlier than 1970.
-_LAST_SECOND = 253_402_300_799
+LAST_SECOND = 253_402_300_799
 
 
 def opening(call: pb.OpenCall, index: int) -> Opening:
@@ -166,7 +166,7 @@ def usage_message(value: TokenUsage) -> pb.TokenUsage:
 
 def micros(stamp: Timestamp, field: str) -> int:
     """Reads a moment as microseconds since 1970. Raises: InvalidRequest."""
-    if not 0 <= stamp.seconds <= _LAST_SECOND or not 0 <= stamp.nanos <= 999_999_999:
+    if not 0 <= stamp.seconds <= LAST_SECOND or not 0 <= stamp.nanos <= 999_999_999:
         raise InvalidRequest(field, "must be a moment between the years 1970 and 9999")
     return stamp.seconds * 1_000_000 + stamp.nanos // 1_000
 

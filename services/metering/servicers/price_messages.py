@@ -5,6 +5,7 @@ from mesh.metering.v1 import price_service_pb2 as pb
 from services.kernel.timestamps import to_timestamp
 from services.metering.price_loading import VersionChange
 from services.metering.rating import BatchPrices, ClassPrices
+from services.metering.rerate_job import RerateRun
 from services.metering.rerating import RerateAnswer
 
 
@@ -71,4 +72,20 @@ def rerate_response(answer: RerateAnswer) -> pb.RerateUsageResponse:
         cutoff_time=to_timestamp(answer.cutoff_time),
         told_count=answer.told_count,
         outstanding_count=answer.outstanding_count,
+    )
+
+
+def rerate_run(run: RerateRun) -> pb.RerateRun:
+    """Builds a re-rating as it was begun."""
+    rerating = run.rerating
+    return pb.RerateRun(
+        tenant_id=str(run.tenant_id),
+        rerating_id=str(rerating.rerating_id),
+        start_time=to_timestamp(rerating.order.start_time),
+        end_time=to_timestamp(rerating.order.end_time),
+        price_versions=rerating.order.price_versions,
+        right_version=rerating.order.right_version,
+        cutoff_time=to_timestamp(rerating.cutoff_time),
+        begin_time=to_timestamp(run.begin_time),
+        finish_time=to_timestamp(run.finish_time),
     )

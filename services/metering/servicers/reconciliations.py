@@ -45,14 +45,19 @@ class ReconciliationServicer(reconciliation_service_pb2_grpc.ReconciliationServi
             raise InvalidRequest("end_time", "must be after start_time")
         if bucket_count(start, end, self._width) > MOST_BUCKETS:
             raise InvalidRequest("start_time", f"is more than {MOST_BUCKETS} buckets of {self._width} before end_time: ask for parts")
+        now = datetime.now(UTC)
+        if start > now:
+            raise InvalidRequest("start_time", "is in the future: nothing was billed there yet")
         log.info("reconciliation_asked_for", operator=current_tenant().subject, reason=operator_reason(), start_time=start.isoformat())
         until = time.monotonic() + remaining_seconds(_DEFAULT_SECONDS) * _RESERVE
-        done = await self._reconciler.run(buckets(start, end, self._width), until=until)
+        done = await self._reconciler.run(buckets(start, min(end, now), self._width), until=until)
         return pb.ReconcileProviderResponse(
             bucket_count=done.bucket_count,
             reconciled_count=done.closed_count,
             drifting_count=done.drifting_count,
             next_start_time=to_timestamp(done.next_start),
+            set_aside_count=done.set_aside_count,
+            future_bucket_count=bucket_count(start, end, self._width) - bucket_count(start, min(end, now), self._width),
         )
 
     async def ListReconciliations(self, request: pb.ListReconciliationsRequest, context: object) -> pb.ListReconciliationsResponse:
@@ -105,6 +110,7 @@ def _message(report: Report) -> pb.Reconciliation:
         unknown_count=counts.unknown,
         missing_count=counts.missing,
         differing_count=counts.differing,
+        set_aside_count=report.set_aside_count,
         lines=[
             pb.ReconciliationLine(model=line.model, settled=usage_message(line.settled), feed=usage_message(line.feed))
             for line in report.lines

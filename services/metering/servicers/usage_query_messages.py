@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from mesh.common.v1.money_pb2 import NanoUsd
 from mesh.metering.v1 import usage_service_pb2 as pb
 from services.kernel.errors import InvalidRequest
@@ -114,8 +116,9 @@ def usage_query(message: pb.UsageQuery, page: Page, calendar: TenantCalendar) ->
 
 def usage_rows(query: UsageQuery, groups: Sequence[GroupUse]) -> list[pb.UsageRow]:
     """Writes groups."""
-    starts = query.bucket_starts()
-    return [_row(group, starts[group.key.bucket], of_tenants=Dimension.TENANT in query.group_by) for group in groups]
+    starts = [to_timestamp(start) for start in query.bucket_starts()]
+    of_tenants = Dimension.TENANT in query.group_by
+    return [_row(group, starts[group.key.bucket], of_tenants=of_tenants) for group in groups]
 
 
 def balance_response(start: datetime, end: datetime, balance: Balance) -> pb.GetBalanceResponse:
@@ -133,10 +136,10 @@ def balance_response(start: datetime, end: datetime, balance: Balance) -> pb.Get
     )
 
 
-def _row(group: GroupUse, start: datetime, *, of_tenants: bool) -> pb.UsageRow:
+def _row(group: GroupUse, start: Timestamp, *, of_tenants: bool) -> pb.UsageRow:
     user, feature, model, prompt_version, provider, tier, product_unit, event_type, reason, rule = group.key.names
     return pb.UsageRow(
-        bucket_start_time=to_timestamp(start),
+        bucket_start_time=start,
         tenant_id=str(group.key.tenant_id) if of_tenants else "",
         user=user,
         feature=feature,
@@ -158,6 +161,7 @@ def _row(group: GroupUse, start: datetime, *, of_tenants: bool) -> pb.UsageRow:
         tokens=tokens_message(group.usage),
         cost=NanoUsd(nano_usd=group.cost_nano_usd),
         quantity=group.quantity,
+        is_quantity_cut=group.is_quantity_cut,
         cache_hit_share=group.cache_hit_share,
         first_token=_latency(group.first_token),
         total=_latency(group.total),

@@ -42,6 +42,7 @@ class VerificationServicer(verification_service_pb2_grpc.VerificationServiceServ
             compared_count=page.part.compared,
             differences=[_difference(item) for item in page.part.differences],
             untold_count=page.part.untold,
+            summed_months=page.part.summed_months,
             next_page_token="" if at is None else encode_page_token(listing, [str(at.tenant_id), str(int(at.section)), at.after]),
         )
 

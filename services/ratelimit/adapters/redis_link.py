@@ -5,7 +5,8 @@ Low-level connections instead of the client object: one batch then costs one wri
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import structlog
@@ -258,8 +259,9 @@ class ClusterLink:
         if not breaker.admits():
             raise Unavailable("redis")
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                reply = await exchange()
+            with _reset_is_a_connection_error():
+                async with asyncio.timeout(self._timeout_seconds):
+                    reply = await exchange()
         except _PASSING as error:
             # A slot that moves, or waits for its new master, is answered for: that is one tenant's trouble and not the node's.
             if isinstance(error, _SILENCE):
@@ -330,9 +332,19 @@ _SCAN_COUNT = 1000
 
 
 async def _exchange(connection: AbstractConnection, commands: list[Command]) -> list[object | Exception]:
-    # hiredis packs in C what redis' own packer does argument by argument in Python.
-    await connection.send_packed_command(b"".join(map(_PACK, commands)), check_health=False)
+    with _reset_is_a_connection_error():
+        # hiredis packs in C what redis' own packer does argument by argument in Python.
+        await connection.send_packed_command(b"".join(map(_PACK, commands)), check_health=False)
     return [await _reply(connection) for _ in commands]
+
+
+@contextmanager
+def _reset_is_a_connection_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # uvloop's word for a write to a connection that the server reset while it was idle; asyncio says ConnectionResetError.
+        raise exceptions.ConnectionError(str(error)) from error
 
 
 async def _reply(connection: AbstractConnection) -> object | Exception:

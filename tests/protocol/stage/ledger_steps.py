@@ -21,6 +21,11 @@ async def settles(scene: Scene, c: int) -> bool:
     return await scene.deliver(c, "settle") and await scene.tell_now()
 
 
+async def raises_bound(scene: Scene, c: int) -> bool:
+    """It hears that the call may come to use more: it raises its bound, or refuses."""
+    return await scene.deliver(c, "raise")
+
+
 async def marks_interrupted(scene: Scene, c: int) -> bool:
     """It hears the Interrupt."""
     return await scene.deliver(c, "interrupt") and await scene.tell_now()

@@ -20,6 +20,11 @@ async def holds(scene: Scene, c: int) -> bool:
     return not scene.calls[c].expired and await scene.limits_have_data() and await scene.deliver(c, "reserve")
 
 
+async def holds_more(scene: Scene, c: int) -> bool:
+    """They hear the Extend: they hold more, or refuse."""
+    return await scene.limits_have_data() and await scene.deliver(c, "extend")
+
+
 async def releases(scene: Scene, c: int) -> bool:
     """They hear the Release."""
     return await scene.deliver(c, "release")

@@ -6,7 +6,7 @@ Nothing but its patience differs: in the model a message may take any time, and 
 import sys
 from collections.abc import Callable
 
-from services.inference import settlement
+from services.inference import overrun, settlement
 from services.inference.adapters import metering_client, ratelimit_client
 from services.inference.app import build as build_inference
 from services.inference.settings import InferenceSettings
@@ -24,6 +24,8 @@ LOOK_SECONDS = 0.05
 
 def _inference() -> None:
     ratelimit_client.RESERVE_SECONDS = ratelimit_client.RELEASE_SECONDS = PATIENCE_SECONDS
+    ratelimit_client.EXTEND_SECONDS = metering_client.EXTEND_SECONDS = PATIENCE_SECONDS
+    overrun.COUNT_SECONDS = overrun.EXTEND_SECONDS = PATIENCE_SECONDS
     metering_client.OPEN_SECONDS = metering_client.SETTLE_SECONDS = settlement.SETTLE_SECONDS = PATIENCE_SECONDS
     main(InferenceSettings, build_inference)
 

@@ -33,7 +33,7 @@ async def play(theatre: Theatre, gate: ProviderGate, labels: Sequence[str], rest
     await theatre.revive()
     theatre.wire.clear()
     theatre.wire.open = True
-    budget = theatre.hold + (theatre.bills[1] + theatre.bills[2]) // 2
+    budget = theatre.budget(extended=any("for more" in label for label in labels))
     tenant = await theatre.tenant(budget)
     # In the model the limits have their data to begin with.
     await theatre.ask_limits(tenant)
@@ -78,8 +78,13 @@ _ATTEMPTS: Sequence[tuple[re.Pattern[str], Attempt]] = [
         (r"I(\d) cannot learn the usage, sends Interrupt", replica.interrupts),
         (r"I(\d) sees Interrupt acknowledged", replica.hears_interrupt),
         (r"I(\d) is killed", replica.is_killed),
+        (r"I(\d) asks R for more", replica.asks_limits_for_more),
+        (r"I(\d) asks M for more, and R not at all", replica.asks_ledger_alone),
+        (r"I(\d) sees more held, asks M", replica.hears_more_is_held),
+        (r"I(\d) sees more held, tells M, goes on", replica.goes_on_when_more_is_held),
         (r"P bills (\d) for call (\d)", replica.bills),
         (r"M (?:opens|refuses Open of) call (\d)", ledger.opens),
+        (r"M raises (?:the|no) bound of call (\d)", ledger.raises_bound),
         (r"M voids call (\d)", ledger.voids),
         (r"M repeats that call (\d) is void", ledger.voids),
         (r"M marks call (\d) unresolved", ledger.marks_interrupted),
@@ -88,6 +93,7 @@ _ATTEMPTS: Sequence[tuple[re.Pattern[str], Attempt]] = [
         (r"M: lease of call (\d) ends, unresolved", ledger.lease_ends_at_ledger),
         (r"M answers: call (\d) is .*", ledger.answers_fence),
         (r"M begins an epoch, sends a snapshot", ledger.begins_epoch),
+        (r"R holds (?:no )?more for call (\d)", limits.holds_more),
         (r"R releases call (\d)", limits.releases),
         (r"R: lease of call (\d) ends, (?:asks M|lets go)", limits.lease_ends_at_limits),
         (r"R lets go of call (\d)", limits.hears_void_or_settled),

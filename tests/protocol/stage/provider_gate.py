@@ -1,6 +1,7 @@
-"""What stands before the provider: a dispatch waits there until the run says what is billed."""
+"""What stands before the provider: a dispatch waits there until the run says what is billed, or written first."""
 
 import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -10,9 +11,11 @@ import aiohttp
 from aiohttp import web
 
 from devstack.ports import LOOPBACK
+from devstack.provider_stub.stream import text_delta
 from tests.protocol.stage.wire import Letter, Wire
 
 _CALL_ID = "x-tenantry-call-id"
+_FIRST_TEXT, _END_OF_TEXT = "event: content_block_delta", "event: content_block_stop"
 
 
 class ProviderGate:
@@ -22,6 +25,17 @@ class ProviderGate:
         self._wire, self._target = wire, target
         self._session: aiohttp.ClientSession | None = None
         self.output_tokens: dict[str, int] = {}
+        # What is written before the answer's end, by call; None ends it.
+        self._written: dict[str, asyncio.Queue[str | None]] = {}
+        # How every answer of a run begins: all ask the same.
+        self._opening = ""
+
+    def write(self, call_id: uuid.UUID, text: str) -> bool:
+        """Has the provider write a part of its answer now, whatever it bills in the end. False for a call that it was not sent."""
+        if (written := self._written.get(str(call_id))) is None:
+            return False
+        written.put_nowait(text)
+        return True
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Takes a request for the provider."""
@@ -29,21 +43,44 @@ class ProviderGate:
         call_id = request.headers.get(_CALL_ID, "")
 
         async def send() -> bytes:
-            told = headers | ({"x-stub-output-tokens": str(self.output_tokens[call_id])} if call_id in self.output_tokens else {})
+            told = headers | _orders(self.output_tokens.get(call_id))
             assert self._session is not None
             async with self._session.request(request.method, f"{self._target}{request.path_qs}", data=body, headers=told) as answer:
                 content = await answer.read()
                 return json.dumps([answer.status, answer.headers["content-type"], content.decode()]).encode()
 
         if request.path != "/v1/messages" or self._wire.open:
-            return _response(await send())
+            answer = await send()
+            self._opening = self._opening or _text(answer).partition(_FIRST_TEXT)[0]
+            return _response(answer)
         letter = Letter("dispatch", (uuid.UUID(call_id),), -1, "inference", send, reader=asyncio.get_running_loop().create_future())
         await self._wire.put(letter)
         assert letter.reader is not None
+        written = self._written[call_id] = asyncio.Queue()
+        letter.reader.add_done_callback(lambda _: written.put_nowait(None))
+        begun = await self._begin(request, written)
         answer = await letter.reader
         if not isinstance(answer, bytes):
             raise web.HTTPInternalServerError
-        return _response(answer)
+        if begun is None:
+            return _response(answer)
+        with contextlib.suppress(ConnectionError):
+            # Its text is written already.
+            await begun.write((_END_OF_TEXT + _text(answer).partition(_END_OF_TEXT)[2]).encode())
+        return begun
+
+    async def _begin(self, request: web.Request, written: "asyncio.Queue[str | None]") -> web.StreamResponse | None:
+        """Writes what is written before the end, if anything is."""
+        begun = None
+        while (text := await written.get()) is not None:
+            # Whoever asked may be dead by now: its run goes on.
+            with contextlib.suppress(ConnectionError):
+                if begun is None:
+                    begun = web.StreamResponse(headers={"content-type": "text/event-stream"})
+                    await begun.prepare(request)
+                    await begun.write(self._opening.encode())
+                await begun.write(text_delta(text))
+        return begun
 
     @asynccontextmanager
     async def serving(self, port: int) -> AsyncIterator[None]:
@@ -58,6 +95,18 @@ class ProviderGate:
                 yield
             finally:
                 await runner.cleanup()
+
+
+def _orders(output_tokens: int | None) -> dict[str, str]:
+    if output_tokens is None:
+        return {}
+    # Of those who are told to write more than they may: the others do not pass it.
+    return {"x-stub-output-tokens": str(output_tokens), "x-stub-ignore-max-tokens": "1"}
+
+
+def _text(answer: bytes) -> str:
+    content: str = json.loads(answer)[2]
+    return content
 
 
 def _response(answer: bytes) -> web.Response:

@@ -8,7 +8,10 @@ import grpc
 from mesh.inference.v1 import inference_service_pb2
 from tests.chaos.callers import Told
 from tests.protocol.stage.scene import FORBIDDEN_SECONDS, LETTER_SECONDS, LOOK_SECONDS, Call, Scene
-from tests.protocol.stage.theatre import OUTPUT_TOKENS
+from tests.protocol.stage.theatre import OUTPUT_TOKENS, OVERRUN
+from tests.protocol.world import EXTENDED
+
+_GOES_ON = " And so on."
 
 
 async def sends_reserve(scene: Scene, c: int) -> bool:
@@ -25,8 +28,12 @@ async def sends_reserve(scene: Scene, c: int) -> bool:
 async def _ask(scene: Scene, call: Call) -> None:
     try:
         async for event in scene.theatre.question(call.number, scene.tenant, call.call_id):
-            if event.WhichOneof("event") == "final":
-                call.told = _told(event.final)
+            match event.WhichOneof("event"):
+                case "delta":
+                    call.heard += event.delta.text
+                    await scene.wire.stir()
+                case "final":
+                    call.told = _told(event.final)
     except grpc.aio.AioRpcError:
         pass
     finally:
@@ -86,6 +93,37 @@ async def dispatches_without_open(scene: Scene, c: int) -> bool:
     return await scene.wire.wait_until(lambda: scene.letter(c, "dispatch") is not None, FORBIDDEN_SECONDS)
 
 
+async def asks_limits_for_more(scene: Scene, c: int) -> bool:
+    """The provider writes past what it was told; the replica asks the limits to hold more."""
+    return await _write_past_the_line(scene, c) and await scene.sees(c, "extend") and scene.letter(c, "extend") is not None
+
+
+async def asks_ledger_alone(scene: Scene, c: int) -> bool:
+    """The same, and the replica asks the ledger before it has asked the limits."""
+    return await _write_past_the_line(scene, c) and await scene.sees(c, "extend", "raise") and scene.letter(c, "raise") is not None
+
+
+async def _write_past_the_line(scene: Scene, c: int) -> bool:
+    call = scene.calls[c]
+    call.asked_for_more = scene.gate.write(call.call_id, OVERRUN)
+    return call.asked_for_more
+
+
+async def hears_more_is_held(scene: Scene, c: int) -> bool:
+    """It hears that the limits hold more, and asks the ledger."""
+    return scene.give(c, "extend") and await scene.sees(c, "raise") and scene.letter(c, "raise") is not None
+
+
+async def goes_on_when_more_is_held(scene: Scene, c: int) -> bool:
+    """It hears that the limits hold more, and takes what the provider writes next without waiting for the ledger."""
+    call = scene.calls[c]
+    if not scene.give(c, "extend"):
+        return False
+    scene.gate.write(call.call_id, _GOES_ON)
+    call.goes_on = await scene.wire.wait_until(lambda: _GOES_ON in call.heard, FORBIDDEN_SECONDS)
+    return call.goes_on
+
+
 async def hears_reply(scene: Scene, c: int) -> bool:
     """It hears the provider, and settles."""
     return scene.give(c, "dispatch") and await scene.sees(c, "settle")
@@ -119,7 +157,8 @@ async def is_killed(scene: Scene, c: int) -> bool:
 async def bills(scene: Scene, amount: int, c: int) -> bool:
     """The provider hears the request, answers with so much, and bills it; the answer stays on the wire."""
     letter = scene.letter(c, "dispatch")
-    if letter is None or letter.answers:
+    # It cannot bill what nobody takes from it.
+    if letter is None or letter.answers or (amount == EXTENDED and not scene.calls[c].goes_on):
         return False
     scene.gate.output_tokens[str(scene.calls[c].call_id)] = OUTPUT_TOKENS[amount]
     await letter.deliver()

@@ -54,7 +54,9 @@ async def _compare(scene: Scene) -> list[str]:
     ledger = await scene.theatre.ledger(scene.tenant)
     answered = {str(call.call_id): call.told for call in scene.calls.values() if call.told}
     diary = Diary(asked=call_ids, answered=answered)
+    # The limits may hold more of them than the ledger's bound, never less.
+    more = frozenset(str(call.call_id) for call in scene.calls.values() if call.asked_for_more)
     tenant_id = scene.tenant.tenant_id
     return differences(
-        Books(scene.theatre.billed(call_ids), ledger, {tenant_id: limits}, {}, {tenant_id: diary}, {tenant_id: scene.budget})
+        Books(scene.theatre.billed(call_ids), ledger, {tenant_id: limits}, {}, {tenant_id: diary}, {tenant_id: scene.budget}, more)
     )

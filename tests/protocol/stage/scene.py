@@ -29,13 +29,19 @@ _PIN = 3
 
 @dataclass
 class Call:
-    """A call of the run: whose replica has it, and what its caller heard."""
+    """A call of the run: whose replica has it, and what its caller heard.
+
+    `heard`: the answer's text so far. `asked_for_more`, `goes_on`: it has come to ask, and it takes more of the answer than it first held.
+    """
 
     number: int
     call_id: UUID
     reservation_id: UUID | None = None
     asking: asyncio.Task[None] | None = None
     told: Told | None = None
+    heard: str = ""
+    asked_for_more: bool = False
+    goes_on: bool = False
     expired: bool = False
     fence_answers: list[tuple[int, int]] = field(default_factory=list)
 

@@ -18,6 +18,7 @@ from devstack.handbook import Company
 from devstack.managed_process import ManagedProcess
 from devstack.mesh_client import MeshClient, credentials, operator_credentials
 from devstack.ports import LOOPBACK, free_port
+from devstack.provider_stub.generation import filler
 from devstack.provisioning import create_tenant
 from devstack.stack import HEALTH_SERVICE_NAMES, SERVICE_READY_SECONDS, Stack, is_serving_at
 from devstack.state import DemoTenant, StackState
@@ -29,6 +30,7 @@ from tests.protocol.stage.patient import PATIENCE_SECONDS
 from tests.protocol.stage.provider_gate import ProviderGate
 from tests.protocol.stage.redis_tap import RedisTap
 from tests.protocol.stage.wire import Wire, route
+from tests.protocol.world import EXTENDED
 from tests.ratelimit.rules import rule
 from tests.support.mesh import state_folder
 
@@ -36,8 +38,10 @@ CALLS = 2
 BUDGET_RULE = "cost_nano_usd_per_month"
 QUESTION = "Go on."
 MAX_OUTPUT_TOKENS = 100
-# What the provider writes for an amount of the model: a little, or all it may.
-OUTPUT_TOKENS = {1: 5, 2: MAX_OUTPUT_TOKENS}
+# What the provider writes for an amount of the model: a little, all it may, or more than it was told.
+OUTPUT_TOKENS = {1: 5, 2: MAX_OUTPUT_TOKENS, EXTENDED: 9 * MAX_OUTPUT_TOKENS}
+# So much of it that its call must hold more: the whole of the longest.
+OVERRUN = filler(OUTPUT_TOKENS[EXTENDED])
 _WIRED = {"metering", "ratelimit"}
 # Who reaches whom over the wire, by the name of the route.
 _TARGETS = {
@@ -117,7 +121,10 @@ class Replica:
 
 @dataclass
 class Theatre:
-    """Everything a run needs. `hold`, `bills`: what a call is held at, and what the provider bills for an amount, in nano-USD."""
+    """Everything a run needs, in nano-USD.
+
+    `hold`: what a call is held at, before it came to use more; `bills`: what the provider bills for an amount.
+    """
 
     stack: WiredStack
     client: MeshClient
@@ -142,6 +149,10 @@ class Theatre:
         metadata = (*operator, ("x-tenant-id", tenant.tenant_id))
         await self.client.configuration.UpdateConfiguration(request, metadata=metadata, timeout=_SECONDS)
         return tenant
+
+    def budget(self, *, extended: bool) -> int:
+        """The budget of a run: a call and a half; of one with an extension, in which there is one call, what that may come to hold."""
+        return 3 * self.hold if extended else self.hold + (self.bills[1] + self.bills[2]) // 2
 
     async def ask_limits(self, tenant: DemoTenant, limiter: int = 0) -> dict[str, int]:
         """Asks a replica of the limits what is used of each: without their data they ask for a snapshot first."""
@@ -245,11 +256,17 @@ async def _end(stack: WiredStack, theatre: Theatre) -> None:
 
 async def _rehearse(theatre: Theatre, gate: ProviderGate) -> None:
     tenant = await theatre.tenant(10**12)
-    for amount, tokens in OUTPUT_TOKENS.items():
-        call_id = uuid.uuid4()
-        gate.output_tokens[str(call_id)] = tokens
+    for amount in OUTPUT_TOKENS:
         # Each replica once: what it holds for a prompt it has not seen is what a run's call is held at.
-        async for event in theatre.question(amount - 1, tenant, call_id):
-            if event.WhichOneof("event") == "final":
-                theatre.bills[amount] = event.final.cost.nano_usd
-    (theatre.hold,) = {call.bound_nano_usd for call in (await theatre.ledger(tenant)).calls}
+        await _rehearsed(theatre, gate, tenant, (amount - 1) % CALLS, amount)
+        if amount == CALLS:
+            (theatre.hold,) = {call.bound_nano_usd for call in (await theatre.ledger(tenant)).calls}
+    assert theatre.hold < theatre.bills[EXTENDED] < theatre.budget(extended=True)
+
+
+async def _rehearsed(theatre: Theatre, gate: ProviderGate, tenant: DemoTenant, replica: int, amount: int) -> None:
+    call_id = uuid.uuid4()
+    gate.output_tokens[str(call_id)] = OUTPUT_TOKENS[amount]
+    async for event in theatre.question(replica, tenant, call_id):
+        if event.WhichOneof("event") == "final":
+            theatre.bills[amount] = event.final.cost.nano_usd

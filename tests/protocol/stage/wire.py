@@ -260,6 +260,15 @@ def _void(request: bytes) -> Read:
     return kind, tuple(UUID(bytes=call.ref.reservation_id) for call in calls), -1
 
 
+def _extend(request: bytes) -> Read:
+    told = limit_pb.ExtendRequest.FromString(request)
+    return "extend", (UUID(told.reservation_id),), told.epoch
+
+
+def _raise(request: bytes) -> Read:
+    return "raise", tuple(UUID(bytes=call.ref.reservation_id) for call in ledger_pb.ExtendCallsRequest.FromString(request).calls), -1
+
+
 def _begin_epoch(request: bytes) -> Read:
     return "rebuild", (), -1
 
@@ -271,5 +280,7 @@ _READERS: dict[str, Callable[[bytes], Read]] = {
     "OpenCalls": _open,
     "SettleCalls": _settle,
     "VoidCalls": _void,
+    "Extend": _extend,
+    "ExtendCalls": _raise,
     "BeginEpoch": _begin_epoch,
 }

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mesh/metering/v1/budget_service.proto\x12\x10mesh.metering.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xfb\x03\n\x06\x42udget\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,62}$\x12<\n\x07measure\x18\x02 \x01(\x0e\x32\x1f.mesh.metering.v1.BudgetMeasureB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x36\n\x0cproduct_unit\x18\x03 \x01(\tB \xbaH\x1dr\x1b\x32\x19^([a-z][a-z0-9_]{0,62})?$\x12\x1a\n\x04user\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\xba\x01\x01\x00\x12\x1c\n\x07\x66\x65\x61ture\x18\x05 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\x12 \n\x06\x61mount\x18\x06 \x01(\x03\x42\x10\xbaH\r\"\x0b\x18\x80\x80\xea\xd7\xbc\xae\xfe\x0f(\x01\x12:\n\x06period\x18\x07 \x01(\x0e\x32\x1e.mesh.metering.v1.BudgetPeriodB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12/\n\x12thresholds_percent\x18\x08 \x03(\x05\x42\x13\xbaH\x10\x92\x01\r\x10\x14\x18\x01\"\x07\x1a\x05\x18\xe8\x07(\x01\x12\x38\n\x06\x61\x63tion\x18\t \x01(\x0e\x32\x1e.mesh.metering.v1.BudgetActionB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1a\n\tbudget_id\x18\n \x01(\tB\x07\xbaH\x04r\x02\x18$\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"D\n\x10PutBudgetRequest\x12\x30\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x18.mesh.metering.v1.BudgetB\x06\xbaH\x03\xc8\x01\x01\"=\n\x11PutBudgetResponse\x12(\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x18.mesh.metering.v1.Budget\"?\n\x10GetBudgetRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,62}$\"\xca\x02\n\x11GetBudgetResponse\x12(\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x18.mesh.metering.v1.Budget\x12\x30\n\x0cperiod_start\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nperiod_end\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04used\x18\x04 \x01(\x03\x12\x11\n\tremaining\x18\x05 \x01(\x03\x12\x0f\n\x07overage\x18\x06 \x01(\x03\x12\x1f\n\x12\x66orecast_by_period\x18\x07 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x10\x66orecast_by_week\x18\x08 \x01(\x03\x12\x15\n\rfired_percent\x18\t \x03(\x05\x12\x0e\n\x06\x62locks\x18\n \x01(\x08\x42\x15\n\x13_forecast_by_period\"\x14\n\x12ListBudgetsRequest\"@\n\x13ListBudgetsResponse\x12)\n\x07\x62udgets\x18\x01 \x03(\x0b\x32\x18.mesh.metering.v1.Budget\"B\n\x13\x44\x65leteBudgetRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,62}$\"\x16\n\x14\x44\x65leteBudgetResponse\"\xa8\x03\n\x0b\x42udgetAlert\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62udget_name\x18\x02 \x01(\t\x12\x11\n\tbudget_id\x18\x03 \x01(\t\x12\x19\n\x11threshold_percent\x18\x04 \x01(\x05\x12\x30\n\x07measure\x18\x05 \x01(\x0e\x32\x1f.mesh.metering.v1.BudgetMeasure\x12\x14\n\x0cproduct_unit\x18\x06 \x01(\t\x12\x0c\n\x04user\x18\x07 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x08 \x01(\t\x12\x0e\n\x06\x61mount\x18\t \x01(\x03\x12\x0c\n\x04used\x18\n \x01(\x03\x12.\n\x06\x61\x63tion\x18\x0b \x01(\x0e\x32\x1e.mesh.metering.v1.BudgetAction\x12\x30\n\x0cperiod_start\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nperiod_end\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tfire_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"P\n\x11ListAlertsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x90\x03\"\\\n\x12ListAlertsResponse\x12-\n\x06\x61lerts\x18\x01 \x03(\x0b\x32\x1d.mesh.metering.v1.BudgetAlert\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x8d\x01\n\rBudgetMeasure\x12\x1e\n\x1a\x42UDGET_MEASURE_UNSPECIFIED\x10\x00\x12 \n\x1c\x42UDGET_MEASURE_COST_NANO_USD\x10\x01\x12\x19\n\x15\x42UDGET_MEASURE_TOKENS\x10\x02\x12\x1f\n\x1b\x42UDGET_MEASURE_PRODUCT_UNIT\x10\x03*~\n\x0c\x42udgetPeriod\x12\x1d\n\x19\x42UDGET_PERIOD_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UDGET_PERIOD_DAY\x10\x01\x12\x17\n\x13\x42UDGET_PERIOD_MONTH\x10\x02\x12\x1f\n\x1b\x42UDGET_PERIOD_BILLING_CYCLE\x10\x03*{\n\x0c\x42udgetAction\x12\x1d\n\x19\x42UDGET_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42UDGET_ACTION_NOTIFY\x10\x01\x12\x19\n\x15\x42UDGET_ACTION_OVERAGE\x10\x02\x12\x17\n\x13\x42UDGET_ACTION_BLOCK\x10\x03\x32\xe9\x04\n\rBudgetService\x12t\n\tPutBudget\x12\".mesh.metering.v1.PutBudgetRequest\x1a#.mesh.metering.v1.PutBudgetResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12r\n\tGetBudget\x12\".mesh.metering.v1.GetBudgetRequest\x1a#.mesh.metering.v1.GetBudgetResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\x08\x65xternal\x1a\nusage:read\x12x\n\x0bListBudgets\x12$.mesh.metering.v1.ListBudgetsRequest\x1a%.mesh.metering.v1.ListBudgetsResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\x08\x65xternal\x1a\nusage:read\x12}\n\x0c\x44\x65leteBudget\x12%.mesh.metering.v1.DeleteBudgetRequest\x1a&.mesh.metering.v1.DeleteBudgetResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12u\n\nListAlerts\x12#.mesh.metering.v1.ListAlertsRequest\x1a$.mesh.metering.v1.ListAlertsResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\x08\x65xternal\x1a\nusage:readb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mesh/metering/v1/budget_service.proto\x12\x10mesh.metering.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\"\xa4\x04\n\x06\x42udget\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,62}$\x12<\n\x07measure\x18\x02 \x01(\x0e\x32\x1f.mesh.metering.v1.BudgetMeasureB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x36\n\x0cproduct_unit\x18\x03 \x01(\tB \xbaH\x1dr\x1b\x32\x19^([a-z][a-z0-9_]{0,62})?$\x12\x1a\n\x04user\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\xba\x01\x01\x00\x12\x1c\n\x07\x66\x65\x61ture\x18\x05 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\x12 \n\x06\x61mount\x18\x06 \x01(\x03\x42\x10\xbaH\r\"\x0b\x18\x80\x80\xea\xd7\xbc\xae\xfe\x0f(\x01\x12:\n\x06period\x18\x07 \x01(\x0e\x32\x1e.mesh.metering.v1.BudgetPeriodB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12/\n\x12thresholds_percent\x18\x08 \x03(\x05\x42\x13\xbaH\x10\x92\x01\r\x10\x14\x18\x01\"\x07\x1a\x05\x18\xe8\x07(\x01\x12\x38\n\x06\x61\x63tion\x18\t \x01(\x0e\x32\x1e.mesh.metering.v1.BudgetActionB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1a\n\tbudget_id\x18\n \x01(\tB\x07\xbaH\x04r\x02\x18$\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\teach_user\x18\x0c \x01(\x08\x12\x14\n\x0c\x65\x61\x63h_feature\x18\r \x01(\x08\"D\n\x10PutBudgetRequest\x12\x30\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x18.mesh.metering.v1.BudgetB\x06\xbaH\x03\xc8\x01\x01\"=\n\x11PutBudgetResponse\x12(\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x18.mesh.metering.v1.Budget\"y\n\x10GetBudgetRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,62}$\x12\x1a\n\x04user\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\xba\x01\x01\x00\x12\x1c\n\x07\x66\x65\x61ture\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18\x64\xba\x01\x01\x00\"\xe9\x02\n\x11GetBudgetResponse\x12(\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x18.mesh.metering.v1.Budget\x12\x30\n\x0cperiod_start\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nperiod_end\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04used\x18\x04 \x01(\x03\x12\x11\n\tremaining\x18\x05 \x01(\x03\x12\x0f\n\x07overage\x18\x06 \x01(\x03\x12\x1f\n\x12\x66orecast_by_period\x18\x07 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x10\x66orecast_by_week\x18\x08 \x01(\x03\x12\x15\n\rfired_percent\x18\t \x03(\x05\x12\x0e\n\x06\x62locks\x18\n \x01(\x08\x12\x0c\n\x04user\x18\x0b \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x0c \x01(\tB\x15\n\x13_forecast_by_period\"\x14\n\x12ListBudgetsRequest\"@\n\x13ListBudgetsResponse\x12)\n\x07\x62udgets\x18\x01 \x03(\x0b\x32\x18.mesh.metering.v1.Budget\"B\n\x13\x44\x65leteBudgetRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,62}$\"\x16\n\x14\x44\x65leteBudgetResponse\"\xa8\x03\n\x0b\x42udgetAlert\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62udget_name\x18\x02 \x01(\t\x12\x11\n\tbudget_id\x18\x03 \x01(\t\x12\x19\n\x11threshold_percent\x18\x04 \x01(\x05\x12\x30\n\x07measure\x18\x05 \x01(\x0e\x32\x1f.mesh.metering.v1.BudgetMeasure\x12\x14\n\x0cproduct_unit\x18\x06 \x01(\t\x12\x0c\n\x04user\x18\x07 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x08 \x01(\t\x12\x0e\n\x06\x61mount\x18\t \x01(\x03\x12\x0c\n\x04used\x18\n \x01(\x03\x12.\n\x06\x61\x63tion\x18\x0b \x01(\x0e\x32\x1e.mesh.metering.v1.BudgetAction\x12\x30\n\x0cperiod_start\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nperiod_end\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tfire_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"P\n\x11ListAlertsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x90\x03\"\\\n\x12ListAlertsResponse\x12-\n\x06\x61lerts\x18\x01 \x03(\x0b\x32\x1d.mesh.metering.v1.BudgetAlert\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x8d\x01\n\rBudgetMeasure\x12\x1e\n\x1a\x42UDGET_MEASURE_UNSPECIFIED\x10\x00\x12 \n\x1c\x42UDGET_MEASURE_COST_NANO_USD\x10\x01\x12\x19\n\x15\x42UDGET_MEASURE_TOKENS\x10\x02\x12\x1f\n\x1b\x42UDGET_MEASURE_PRODUCT_UNIT\x10\x03*~\n\x0c\x42udgetPeriod\x12\x1d\n\x19\x42UDGET_PERIOD_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UDGET_PERIOD_DAY\x10\x01\x12\x17\n\x13\x42UDGET_PERIOD_MONTH\x10\x02\x12\x1f\n\x1b\x42UDGET_PERIOD_BILLING_CYCLE\x10\x03*{\n\x0c\x42udgetAction\x12\x1d\n\x19\x42UDGET_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42UDGET_ACTION_NOTIFY\x10\x01\x12\x19\n\x15\x42UDGET_ACTION_OVERAGE\x10\x02\x12\x17\n\x13\x42UDGET_ACTION_BLOCK\x10\x03\x32\xe9\x04\n\rBudgetService\x12t\n\tPutBudget\x12\".mesh.metering.v1.PutBudgetRequest\x1a#.mesh.metering.v1.PutBudgetResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12r\n\tGetBudget\x12\".mesh.metering.v1.GetBudgetRequest\x1a#.mesh.metering.v1.GetBudgetResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\x08\x65xternal\x1a\nusage:read\x12x\n\x0bListBudgets\x12$.mesh.metering.v1.ListBudgetsRequest\x1a%.mesh.metering.v1.ListBudgetsResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\x08\x65xternal\x1a\nusage:read\x12}\n\x0c\x44\x65leteBudget\x12%.mesh.metering.v1.DeleteBudgetRequest\x1a&.mesh.metering.v1.DeleteBudgetResponse\"\x1e\xca\xf3\x18\x1a\x08\x01\x12\x08\x65xternal\x1a\x0ctenant:admin\x12u\n\nListAlerts\x12#.mesh.metering.v1.ListAlertsRequest\x1a$.mesh.metering.v1.ListAlertsResponse\"\x1c\xca\xf3\x18\x18\x08\x01\x12\x08\x65xternal\x1a\nusage:readb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,6 +58,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTBUDGETREQUEST'].fields_by_name['budget']._serialized_options = b'\272H\003\310\001\001'
   _globals['_GETBUDGETREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_GETBUDGETREQUEST'].fields_by_name['name']._serialized_options = b'\272H\032r\0302\026^[a-z][a-z0-9_]{0,62}$'
+  _globals['_GETBUDGETREQUEST'].fields_by_name['user']._loaded_options = None
+  _globals['_GETBUDGETREQUEST'].fields_by_name['user']._serialized_options = b'\272H\tr\007\030\310\001\272\001\001\000'
+  _globals['_GETBUDGETREQUEST'].fields_by_name['feature']._loaded_options = None
+  _globals['_GETBUDGETREQUEST'].fields_by_name['feature']._serialized_options = b'\272H\010r\006\030d\272\001\001\000'
   _globals['_DELETEBUDGETREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_DELETEBUDGETREQUEST'].fields_by_name['name']._serialized_options = b'\272H\032r\0302\026^[a-z][a-z0-9_]{0,62}$'
   _globals['_LISTALERTSREQUEST'].fields_by_name['page_size']._loaded_options = None
@@ -74,36 +78,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUDGETSERVICE'].methods_by_name['DeleteBudget']._serialized_options = b'\312\363\030\032\010\001\022\010external\032\014tenant:admin'
   _globals['_BUDGETSERVICE'].methods_by_name['ListAlerts']._loaded_options = None
   _globals['_BUDGETSERVICE'].methods_by_name['ListAlerts']._serialized_options = b'\312\363\030\030\010\001\022\010external\032\nusage:read'
-  _globals['_BUDGETMEASURE']._serialized_start=1975
-  _globals['_BUDGETMEASURE']._serialized_end=2116
-  _globals['_BUDGETPERIOD']._serialized_start=2118
-  _globals['_BUDGETPERIOD']._serialized_end=2244
-  _globals['_BUDGETACTION']._serialized_start=2246
-  _globals['_BUDGETACTION']._serialized_end=2369
+  _globals['_BUDGETMEASURE']._serialized_start=2105
+  _globals['_BUDGETMEASURE']._serialized_end=2246
+  _globals['_BUDGETPERIOD']._serialized_start=2248
+  _globals['_BUDGETPERIOD']._serialized_end=2374
+  _globals['_BUDGETACTION']._serialized_start=2376
+  _globals['_BUDGETACTION']._serialized_end=2499
   _globals['_BUDGET']._serialized_start=151
-  _globals['_BUDGET']._serialized_end=658
-  _globals['_PUTBUDGETREQUEST']._serialized_start=660
-  _globals['_PUTBUDGETREQUEST']._serialized_end=728
-  _globals['_PUTBUDGETRESPONSE']._serialized_start=730
-  _globals['_PUTBUDGETRESPONSE']._serialized_end=791
-  _globals['_GETBUDGETREQUEST']._serialized_start=793
-  _globals['_GETBUDGETREQUEST']._serialized_end=856
-  _globals['_GETBUDGETRESPONSE']._serialized_start=859
-  _globals['_GETBUDGETRESPONSE']._serialized_end=1189
-  _globals['_LISTBUDGETSREQUEST']._serialized_start=1191
-  _globals['_LISTBUDGETSREQUEST']._serialized_end=1211
-  _globals['_LISTBUDGETSRESPONSE']._serialized_start=1213
-  _globals['_LISTBUDGETSRESPONSE']._serialized_end=1277
-  _globals['_DELETEBUDGETREQUEST']._serialized_start=1279
-  _globals['_DELETEBUDGETREQUEST']._serialized_end=1345
-  _globals['_DELETEBUDGETRESPONSE']._serialized_start=1347
-  _globals['_DELETEBUDGETRESPONSE']._serialized_end=1369
-  _globals['_BUDGETALERT']._serialized_start=1372
-  _globals['_BUDGETALERT']._serialized_end=1796
-  _globals['_LISTALERTSREQUEST']._serialized_start=1798
-  _globals['_LISTALERTSREQUEST']._serialized_end=1878
-  _globals['_LISTALERTSRESPONSE']._serialized_start=1880
-  _globals['_LISTALERTSRESPONSE']._serialized_end=1972
-  _globals['_BUDGETSERVICE']._serialized_start=2372
-  _globals['_BUDGETSERVICE']._serialized_end=2989
+  _globals['_BUDGET']._serialized_end=699
+  _globals['_PUTBUDGETREQUEST']._serialized_start=701
+  _globals['_PUTBUDGETREQUEST']._serialized_end=769
+  _globals['_PUTBUDGETRESPONSE']._serialized_start=771
+  _globals['_PUTBUDGETRESPONSE']._serialized_end=832
+  _globals['_GETBUDGETREQUEST']._serialized_start=834
+  _globals['_GETBUDGETREQUEST']._serialized_end=955
+  _globals['_GETBUDGETRESPONSE']._serialized_start=958
+  _globals['_GETBUDGETRESPONSE']._serialized_end=1319
+  _globals['_LISTBUDGETSREQUEST']._serialized_start=1321
+  _globals['_LISTBUDGETSREQUEST']._serialized_end=1341
+  _globals['_LISTBUDGETSRESPONSE']._serialized_start=1343
+  _globals['_LISTBUDGETSRESPONSE']._serialized_end=1407
+  _globals['_DELETEBUDGETREQUEST']._serialized_start=1409
+  _globals['_DELETEBUDGETREQUEST']._serialized_end=1475
+  _globals['_DELETEBUDGETRESPONSE']._serialized_start=1477
+  _globals['_DELETEBUDGETRESPONSE']._serialized_end=1499
+  _globals['_BUDGETALERT']._serialized_start=1502
+  _globals['_BUDGETALERT']._serialized_end=1926
+  _globals['_LISTALERTSREQUEST']._serialized_start=1928
+  _globals['_LISTALERTSREQUEST']._serialized_end=2008
+  _globals['_LISTALERTSRESPONSE']._serialized_start=2010
+  _globals['_LISTALERTSRESPONSE']._serialized_end=2102
+  _globals['_BUDGETSERVICE']._serialized_start=2502
+  _globals['_BUDGETSERVICE']._serialized_end=3119
 # @@protoc_insertion_point(module_scope)

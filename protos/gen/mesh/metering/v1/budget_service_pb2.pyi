@@ -125,6 +125,8 @@ class Budget(_message.Message):
     ACTION_FIELD_NUMBER: _builtins.int
     BUDGET_ID_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    EACH_USER_FIELD_NUMBER: _builtins.int
+    EACH_FEATURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Names it among the tenant's: "chat_of_june"."""
     measure: Global___BudgetMeasure.ValueType
@@ -143,6 +145,12 @@ class Budget(_message.Message):
     """What happens above the amount."""
     budget_id: _builtins.str
     """Stands for what the budget counts, a UUID; another one once that changes. Not read in requests."""
+    each_user: _builtins.bool
+    """Each user's use by itself: one amount, and each threshold fires once a period for each user. Use that names no user counts for none. With `feature`:
+    each user's within that feature. Not with `user`.
+    """
+    each_feature: _builtins.bool
+    """Each feature's use by itself, likewise; with `each_user` each user's within each feature. Not with `feature`."""
     @_builtins.property
     def thresholds_percent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shares of the amount in percent that fire, once each in a period: 1–1,000, rising; at most 20. Empty stands for 50, 80 and 100."""
@@ -165,10 +173,12 @@ class Budget(_message.Message):
         action: Global___BudgetAction.ValueType = ...,
         budget_id: _builtins.str = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        each_user: _builtins.bool = ...,
+        each_feature: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "amount", b"amount", "budget_id", b"budget_id", "feature", b"feature", "measure", b"measure", "name", b"name", "period", b"period", "product_unit", b"product_unit", "thresholds_percent", b"thresholds_percent", "update_time", b"update_time", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "amount", b"amount", "budget_id", b"budget_id", "each_feature", b"each_feature", "each_user", b"each_user", "feature", b"feature", "measure", b"measure", "name", b"name", "period", b"period", "product_unit", b"product_unit", "thresholds_percent", b"thresholds_percent", "update_time", b"update_time", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -229,16 +239,24 @@ class GetBudgetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
+    user: _builtins.str
+    """Whose, of a budget for each user; empty otherwise."""
+    feature: _builtins.str
+    """Of which feature, of a budget for each feature; empty otherwise."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "name", b"name", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -260,6 +278,8 @@ class GetBudgetResponse(_message.Message):
     FORECAST_BY_WEEK_FIELD_NUMBER: _builtins.int
     FIRED_PERCENT_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
     used: _builtins.int
     """What was used of the period. Below 0 where more was taken back than used."""
     remaining: _builtins.int
@@ -272,6 +292,10 @@ class GetBudgetResponse(_message.Message):
     """What it will be if what is left is like the last 7 days: used + used of 7 days × rest ÷ 7 days, rounded half to even."""
     blocks: _builtins.bool
     """True while a rule of the tenant's limits refuses what would pass this very amount. False for BUDGET_ACTION_BLOCK once somebody changed that rule."""
+    user: _builtins.str
+    """Whose use it is: the user that was asked about, or the budget's own; empty for everybody's."""
+    feature: _builtins.str
+    """Of which feature, likewise."""
     @_builtins.property
     def budget(self) -> Global___Budget:
         """The budget."""
@@ -301,10 +325,12 @@ class GetBudgetResponse(_message.Message):
         forecast_by_week: _builtins.int = ...,
         fired_percent: _abc.Iterable[_builtins.int] | None = ...,
         blocks: _builtins.bool = ...,
+        user: _builtins.str = ...,
+        feature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_forecast_by_period", b"_forecast_by_period", "budget", b"budget", "forecast_by_period", b"forecast_by_period", "period_end", b"period_end", "period_start", b"period_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forecast_by_period", b"_forecast_by_period", "blocks", b"blocks", "budget", b"budget", "fired_percent", b"fired_percent", "forecast_by_period", b"forecast_by_period", "forecast_by_week", b"forecast_by_week", "overage", b"overage", "period_end", b"period_end", "period_start", b"period_start", "remaining", b"remaining", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forecast_by_period", b"_forecast_by_period", "blocks", b"blocks", "budget", b"budget", "feature", b"feature", "fired_percent", b"fired_percent", "forecast_by_period", b"forecast_by_period", "forecast_by_week", b"forecast_by_week", "overage", b"overage", "period_end", b"period_end", "period_start", b"period_start", "remaining", b"remaining", "used", b"used", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__forecast_by_period: _TypeAlias = _typing.Literal["forecast_by_period"]  # noqa: Y015
     _WhichOneofArgType__forecast_by_period: _TypeAlias = _typing.Literal["_forecast_by_period", b"_forecast_by_period"]  # noqa: Y015
@@ -425,9 +451,9 @@ class BudgetAlert(_message.Message):
     product_unit: _builtins.str
     """The unit, of a product unit."""
     user: _builtins.str
-    """The one user, if any."""
+    """The one user, if any: of a budget for each user, whose use it was."""
     feature: _builtins.str
-    """The one feature, if any."""
+    """The one feature, if any, likewise."""
     amount: _builtins.int
     """The budget's amount."""
     used: _builtins.int

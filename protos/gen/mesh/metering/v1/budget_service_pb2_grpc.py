@@ -80,7 +80,8 @@ class BudgetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetBudget(self, request, context):
-        """Tells how a budget stands, with everything that was answered before. Reads only. Errors: NOT_FOUND.
+        """Tells how a budget stands, with everything that was answered before. Reads only. Errors: NOT_FOUND; INVALID_ARGUMENT unless names are given just where
+        the budget is for each.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

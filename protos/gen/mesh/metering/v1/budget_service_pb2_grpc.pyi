@@ -26,7 +26,9 @@ class BudgetServiceStub:
     the same use: the message says which rule to put, by ConfigurationService.UpdateConfiguration.
     """
     GetBudget: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.GetBudgetRequest, _budget_service_pb2.GetBudgetResponse]
-    """Tells how a budget stands, with everything that was answered before. Reads only. Errors: NOT_FOUND."""
+    """Tells how a budget stands, with everything that was answered before. Reads only. Errors: NOT_FOUND; INVALID_ARGUMENT unless names are given just where
+    the budget is for each.
+    """
     ListBudgets: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ListBudgetsRequest, _budget_service_pb2.ListBudgetsResponse]
     """Lists the tenant's budgets by name, all at once. Reads only."""
     DeleteBudget: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.DeleteBudgetRequest, _budget_service_pb2.DeleteBudgetResponse]
@@ -58,7 +60,9 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _budget_service_pb2.GetBudgetRequest,
         context: _aio.ServicerContext[_budget_service_pb2.GetBudgetRequest, _abc.Awaitable[_budget_service_pb2.GetBudgetResponse]],
     ) -> _abc.Awaitable[_budget_service_pb2.GetBudgetResponse]:
-        """Tells how a budget stands, with everything that was answered before. Reads only. Errors: NOT_FOUND."""
+        """Tells how a budget stands, with everything that was answered before. Reads only. Errors: NOT_FOUND; INVALID_ARGUMENT unless names are given just where
+        the budget is for each.
+        """
 
     @_abc_1.abstractmethod
     def ListBudgets(

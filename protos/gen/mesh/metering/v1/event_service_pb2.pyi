@@ -97,7 +97,9 @@ class _ReverseEventOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_R
     REVERSE_EVENT_OUTCOME_NOT_FOUND: _ReverseEventOutcome.ValueType  # 2
     """No such event was recorded."""
     REVERSE_EVENT_OUTCOME_EXPIRED: _ReverseEventOutcome.ValueType  # 3
-    """The event was recorded, and is kept no longer: its invoices are closed."""
+    """The event was recorded, and is kept no longer: it is in a sum, and its invoices are closed. Nothing is recorded. What it was billed is taken back with
+    a credit note of its invoice (IssueCreditNote).
+    """
 
 class ReverseEventOutcome(_ReverseEventOutcome, metaclass=_ReverseEventOutcomeEnumTypeWrapper):
     """What came of a reversal."""
@@ -109,7 +111,9 @@ REVERSE_EVENT_OUTCOME_REVERSED: ReverseEventOutcome.ValueType  # 1
 REVERSE_EVENT_OUTCOME_NOT_FOUND: ReverseEventOutcome.ValueType  # 2
 """No such event was recorded."""
 REVERSE_EVENT_OUTCOME_EXPIRED: ReverseEventOutcome.ValueType  # 3
-"""The event was recorded, and is kept no longer: its invoices are closed."""
+"""The event was recorded, and is kept no longer: it is in a sum, and its invoices are closed. Nothing is recorded. What it was billed is taken back with
+a credit note of its invoice (IssueCreditNote).
+"""
 Global___ReverseEventOutcome: _TypeAlias = ReverseEventOutcome  # noqa: Y015
 
 @_typing.final

@@ -28,7 +28,7 @@ from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 from mesh.metering.v1 import invoice_service_pb2 as mesh_dot_metering_dot_v1_dot_invoice__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*mesh/metering/v1/export_sink_service.proto\x12\x10mesh.metering.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\x1a&mesh/metering/v1/invoice_service.proto\"J\n\x18SetStripeCustomerRequest\x12.\n\x0b\x63ustomer_id\x18\x01 \x01(\tB\x19\xbaH\x16r\x14\x18\xff\x01\x32\x0f^[A-Za-z0-9_]*$\"\x1b\n\x19SetStripeCustomerResponse\"j\n\x15SetStripeMeterRequest\x12*\n\x05meter\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x18?2\x12^[a-z][a-z0-9_.]*$\x12%\n\nevent_name\x18\x02 \x01(\tB\x11\xbaH\x0er\x0c\x18\x64\x32\x08^[!-~]*$\"\x18\n\x16SetStripeMeterResponse\")\n\x18SetEndpointExportRequest\x12\r\n\x05is_on\x18\x01 \x01(\x08\"\x1b\n\x19SetEndpointExportResponse\"\x17\n\x15GetExportSinksRequest\"0\n\x0bStripeMeter\x12\r\n\x05meter\x18\x01 \x01(\t\x12\x12\n\nevent_name\x18\x02 \x01(\t\"\x82\x01\n\x16GetExportSinksResponse\x12\x34\n\rstripe_meters\x18\x01 \x03(\x0b\x32\x1d.mesh.metering.v1.StripeMeter\x12\x1a\n\x12stripe_customer_id\x18\x02 \x01(\t\x12\x16\n\x0eis_endpoint_on\x18\x03 \x01(\x08\"\xa1\x01\n\x19ListPendingExportsRequest\x12\x34\n\x04sink\x18\x01 \x01(\x0e\x32\x1c.mesh.metering.v1.ExportSinkB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x11\n\tdead_only\x18\x02 \x01(\x08\x12\x1d\n\tpage_size\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\"\xb2\x02\n\rPendingExport\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12*\n\x04sink\x18\x02 \x01(\x0e\x32\x1c.mesh.metering.v1.ExportSink\x12\x10\n\x08usage_id\x18\x03 \x01(\t\x12-\n\x06source\x18\x04 \x01(\x0e\x32\x1d.mesh.metering.v1.UsageSource\x12\r\n\x05meter\x18\x05 \x01(\t\x12\x10\n\x08quantity\x18\x06 \x01(\x03\x12,\n\x08use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\x05\x12\x12\n\nlast_error\x18\t \x01(\t\x12,\n\x08\x64ue_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"g\n\x1aListPendingExportsResponse\x12\x30\n\x07\x65xports\x18\x01 \x03(\x0b\x32\x1f.mesh.metering.v1.PendingExport\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"f\n\x14ReplayExportsRequest\x12\x36\n\x04sink\x18\x01 \x01(\x0e\x32\x1c.mesh.metering.v1.ExportSinkB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x16\n\x0e\x61\x63\x63\x65pt_repeats\x18\x02 \x01(\x08\"/\n\x15ReplayExportsResponse\x12\x16\n\x0ereplayed_count\x18\x01 \x01(\x03*[\n\nExportSink\x12\x1b\n\x17\x45XPORT_SINK_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45XPORT_SINK_STRIPE\x10\x01\x12\x18\n\x14\x45XPORT_SINK_ENDPOINT\x10\x02\x32\xea\x06\n\x11\x45xportSinkService\x12\x90\x01\n\x11SetStripeCustomer\x12*.mesh.metering.v1.SetStripeCustomerRequest\x1a+.mesh.metering.v1.SetStripeCustomerResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x87\x01\n\x0eSetStripeMeter\x12\'.mesh.metering.v1.SetStripeMeterRequest\x1a(.mesh.metering.v1.SetStripeMeterResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x90\x01\n\x11SetEndpointExport\x12*.mesh.metering.v1.SetEndpointExportRequest\x1a+.mesh.metering.v1.SetEndpointExportResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x87\x01\n\x0eGetExportSinks\x12\'.mesh.metering.v1.GetExportSinksRequest\x1a(.mesh.metering.v1.GetExportSinksResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x93\x01\n\x12ListPendingExports\x12+.mesh.metering.v1.ListPendingExportsRequest\x1a,.mesh.metering.v1.ListPendingExportsResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x84\x01\n\rReplayExports\x12&.mesh.metering.v1.ReplayExportsRequest\x1a\'.mesh.metering.v1.ReplayExportsResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*mesh/metering/v1/export_sink_service.proto\x12\x10mesh.metering.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmesh/common/v1/policy.proto\x1a&mesh/metering/v1/invoice_service.proto\"J\n\x18SetStripeCustomerRequest\x12.\n\x0b\x63ustomer_id\x18\x01 \x01(\tB\x19\xbaH\x16r\x14\x18\xff\x01\x32\x0f^[A-Za-z0-9_]*$\"\x1b\n\x19SetStripeCustomerResponse\"\x87\x01\n\x15SetStripeMeterRequest\x12*\n\x05meter\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x18?2\x12^[a-z][a-z0-9_.]*$\x12%\n\nevent_name\x18\x02 \x01(\tB\x11\xbaH\x0er\x0c\x18\x64\x32\x08^[!-~]*$\x12\x1b\n\x13\x61\x63\x63\x65pt_unknown_unit\x18\x03 \x01(\x08\"\x18\n\x16SetStripeMeterResponse\")\n\x18SetEndpointExportRequest\x12\r\n\x05is_on\x18\x01 \x01(\x08\"\x1b\n\x19SetEndpointExportResponse\"\x17\n\x15GetExportSinksRequest\"0\n\x0bStripeMeter\x12\r\n\x05meter\x18\x01 \x01(\t\x12\x12\n\nevent_name\x18\x02 \x01(\t\"\x82\x01\n\x16GetExportSinksResponse\x12\x34\n\rstripe_meters\x18\x01 \x03(\x0b\x32\x1d.mesh.metering.v1.StripeMeter\x12\x1a\n\x12stripe_customer_id\x18\x02 \x01(\t\x12\x16\n\x0eis_endpoint_on\x18\x03 \x01(\x08\"\xa1\x01\n\x19ListPendingExportsRequest\x12\x34\n\x04sink\x18\x01 \x01(\x0e\x32\x1c.mesh.metering.v1.ExportSinkB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x11\n\tdead_only\x18\x02 \x01(\x08\x12\x1d\n\tpage_size\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\"\xb2\x02\n\rPendingExport\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12*\n\x04sink\x18\x02 \x01(\x0e\x32\x1c.mesh.metering.v1.ExportSink\x12\x10\n\x08usage_id\x18\x03 \x01(\t\x12-\n\x06source\x18\x04 \x01(\x0e\x32\x1d.mesh.metering.v1.UsageSource\x12\r\n\x05meter\x18\x05 \x01(\t\x12\x10\n\x08quantity\x18\x06 \x01(\x03\x12,\n\x08use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\x05\x12\x12\n\nlast_error\x18\t \x01(\t\x12,\n\x08\x64ue_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"g\n\x1aListPendingExportsResponse\x12\x30\n\x07\x65xports\x18\x01 \x03(\x0b\x32\x1f.mesh.metering.v1.PendingExport\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"f\n\x14ReplayExportsRequest\x12\x36\n\x04sink\x18\x01 \x01(\x0e\x32\x1c.mesh.metering.v1.ExportSinkB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x16\n\x0e\x61\x63\x63\x65pt_repeats\x18\x02 \x01(\x08\"/\n\x15ReplayExportsResponse\x12\x16\n\x0ereplayed_count\x18\x01 \x01(\x03*[\n\nExportSink\x12\x1b\n\x17\x45XPORT_SINK_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45XPORT_SINK_STRIPE\x10\x01\x12\x18\n\x14\x45XPORT_SINK_ENDPOINT\x10\x02\x32\xea\x06\n\x11\x45xportSinkService\x12\x90\x01\n\x11SetStripeCustomer\x12*.mesh.metering.v1.SetStripeCustomerRequest\x1a+.mesh.metering.v1.SetStripeCustomerResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x87\x01\n\x0eSetStripeMeter\x12\'.mesh.metering.v1.SetStripeMeterRequest\x1a(.mesh.metering.v1.SetStripeMeterResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x90\x01\n\x11SetEndpointExport\x12*.mesh.metering.v1.SetEndpointExportRequest\x1a+.mesh.metering.v1.SetEndpointExportResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x87\x01\n\x0eGetExportSinks\x12\'.mesh.metering.v1.GetExportSinksRequest\x1a(.mesh.metering.v1.GetExportSinksResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x93\x01\n\x12ListPendingExports\x12+.mesh.metering.v1.ListPendingExportsRequest\x1a,.mesh.metering.v1.ListPendingExportsResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenants\x12\x84\x01\n\rReplayExports\x12&.mesh.metering.v1.ReplayExportsRequest\x1a\'.mesh.metering.v1.ReplayExportsResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,36 +61,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPORTSINKSERVICE'].methods_by_name['ListPendingExports']._serialized_options = b'\312\363\030\036\010\003\022\010external\032\020operator:tenants'
   _globals['_EXPORTSINKSERVICE'].methods_by_name['ReplayExports']._loaded_options = None
   _globals['_EXPORTSINKSERVICE'].methods_by_name['ReplayExports']._serialized_options = b'\312\363\030\036\010\003\022\010external\032\020operator:tenants'
-  _globals['_EXPORTSINK']._serialized_start=1445
-  _globals['_EXPORTSINK']._serialized_end=1536
+  _globals['_EXPORTSINK']._serialized_start=1475
+  _globals['_EXPORTSINK']._serialized_end=1566
   _globals['_SETSTRIPECUSTOMERREQUEST']._serialized_start=195
   _globals['_SETSTRIPECUSTOMERREQUEST']._serialized_end=269
   _globals['_SETSTRIPECUSTOMERRESPONSE']._serialized_start=271
   _globals['_SETSTRIPECUSTOMERRESPONSE']._serialized_end=298
-  _globals['_SETSTRIPEMETERREQUEST']._serialized_start=300
-  _globals['_SETSTRIPEMETERREQUEST']._serialized_end=406
-  _globals['_SETSTRIPEMETERRESPONSE']._serialized_start=408
-  _globals['_SETSTRIPEMETERRESPONSE']._serialized_end=432
-  _globals['_SETENDPOINTEXPORTREQUEST']._serialized_start=434
-  _globals['_SETENDPOINTEXPORTREQUEST']._serialized_end=475
-  _globals['_SETENDPOINTEXPORTRESPONSE']._serialized_start=477
-  _globals['_SETENDPOINTEXPORTRESPONSE']._serialized_end=504
-  _globals['_GETEXPORTSINKSREQUEST']._serialized_start=506
-  _globals['_GETEXPORTSINKSREQUEST']._serialized_end=529
-  _globals['_STRIPEMETER']._serialized_start=531
-  _globals['_STRIPEMETER']._serialized_end=579
-  _globals['_GETEXPORTSINKSRESPONSE']._serialized_start=582
-  _globals['_GETEXPORTSINKSRESPONSE']._serialized_end=712
-  _globals['_LISTPENDINGEXPORTSREQUEST']._serialized_start=715
-  _globals['_LISTPENDINGEXPORTSREQUEST']._serialized_end=876
-  _globals['_PENDINGEXPORT']._serialized_start=879
-  _globals['_PENDINGEXPORT']._serialized_end=1185
-  _globals['_LISTPENDINGEXPORTSRESPONSE']._serialized_start=1187
-  _globals['_LISTPENDINGEXPORTSRESPONSE']._serialized_end=1290
-  _globals['_REPLAYEXPORTSREQUEST']._serialized_start=1292
-  _globals['_REPLAYEXPORTSREQUEST']._serialized_end=1394
-  _globals['_REPLAYEXPORTSRESPONSE']._serialized_start=1396
-  _globals['_REPLAYEXPORTSRESPONSE']._serialized_end=1443
-  _globals['_EXPORTSINKSERVICE']._serialized_start=1539
-  _globals['_EXPORTSINKSERVICE']._serialized_end=2413
+  _globals['_SETSTRIPEMETERREQUEST']._serialized_start=301
+  _globals['_SETSTRIPEMETERREQUEST']._serialized_end=436
+  _globals['_SETSTRIPEMETERRESPONSE']._serialized_start=438
+  _globals['_SETSTRIPEMETERRESPONSE']._serialized_end=462
+  _globals['_SETENDPOINTEXPORTREQUEST']._serialized_start=464
+  _globals['_SETENDPOINTEXPORTREQUEST']._serialized_end=505
+  _globals['_SETENDPOINTEXPORTRESPONSE']._serialized_start=507
+  _globals['_SETENDPOINTEXPORTRESPONSE']._serialized_end=534
+  _globals['_GETEXPORTSINKSREQUEST']._serialized_start=536
+  _globals['_GETEXPORTSINKSREQUEST']._serialized_end=559
+  _globals['_STRIPEMETER']._serialized_start=561
+  _globals['_STRIPEMETER']._serialized_end=609
+  _globals['_GETEXPORTSINKSRESPONSE']._serialized_start=612
+  _globals['_GETEXPORTSINKSRESPONSE']._serialized_end=742
+  _globals['_LISTPENDINGEXPORTSREQUEST']._serialized_start=745
+  _globals['_LISTPENDINGEXPORTSREQUEST']._serialized_end=906
+  _globals['_PENDINGEXPORT']._serialized_start=909
+  _globals['_PENDINGEXPORT']._serialized_end=1215
+  _globals['_LISTPENDINGEXPORTSRESPONSE']._serialized_start=1217
+  _globals['_LISTPENDINGEXPORTSRESPONSE']._serialized_end=1320
+  _globals['_REPLAYEXPORTSREQUEST']._serialized_start=1322
+  _globals['_REPLAYEXPORTSREQUEST']._serialized_end=1424
+  _globals['_REPLAYEXPORTSRESPONSE']._serialized_start=1426
+  _globals['_REPLAYEXPORTSRESPONSE']._serialized_end=1473
+  _globals['_EXPORTSINKSERVICE']._serialized_start=1569
+  _globals['_EXPORTSINKSERVICE']._serialized_end=2443
 # @@protoc_insertion_point(module_scope)

@@ -92,21 +92,25 @@ class SetStripeMeterRequest(_message.Message):
 
     METER_FIELD_NUMBER: _builtins.int
     EVENT_NAME_FIELD_NUMBER: _builtins.int
+    ACCEPT_UNKNOWN_UNIT_FIELD_NUMBER: _builtins.int
     meter: _builtins.str
     """Ours: a product unit, or one of calls: "calls.count", "calls.tokens", "calls.input_tokens", "calls.output_tokens", "calls.cache_read_tokens",
     "calls.cache_write_tokens", "calls.cost_nano_usd".
     """
     event_name: _builtins.str
     """Stripe's event name of its meter; empty to end. At most 100 characters that can be printed."""
+    accept_unknown_unit: _builtins.bool
+    """Takes a unit that nothing is known of yet: no type of events counts it, no billing plan charges it and no tenant has used it at its limits."""
     def __init__(
         self,
         *,
         meter: _builtins.str = ...,
         event_name: _builtins.str = ...,
+        accept_unknown_unit: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_name", b"event_name", "meter", b"meter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_unknown_unit", b"accept_unknown_unit", "event_name", b"event_name", "meter", b"meter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

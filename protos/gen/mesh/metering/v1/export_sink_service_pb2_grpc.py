@@ -82,6 +82,8 @@ class ExportSinkServiceServicer:
 
     def SetStripeMeter(self, request, context):
         """Sets which meter of Stripe's is told of a meter of ours, for all tenants; an empty name ends it. Idempotent.
+        Errors: INVALID_ARGUMENT INVALID_REQUEST {"field": "meter", "known": "calls.count calls.tokens …"} for a meter that nothing is known to be told on:
+        the message and `known` list what is known, with at most 20 units.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

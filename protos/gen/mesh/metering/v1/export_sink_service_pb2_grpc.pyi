@@ -21,7 +21,10 @@ class ExportSinkServiceStub:
     SetStripeCustomer: _aio.UnaryUnaryMultiCallable[_export_sink_service_pb2.SetStripeCustomerRequest, _export_sink_service_pb2.SetStripeCustomerResponse]
     """Sets whom Stripe bills for the tenant that `x-tenant-id` names; an empty id ends it. Idempotent. Errors: INVALID_ARGUMENT without a tenant."""
     SetStripeMeter: _aio.UnaryUnaryMultiCallable[_export_sink_service_pb2.SetStripeMeterRequest, _export_sink_service_pb2.SetStripeMeterResponse]
-    """Sets which meter of Stripe's is told of a meter of ours, for all tenants; an empty name ends it. Idempotent."""
+    """Sets which meter of Stripe's is told of a meter of ours, for all tenants; an empty name ends it. Idempotent.
+    Errors: INVALID_ARGUMENT INVALID_REQUEST {"field": "meter", "known": "calls.count calls.tokens …"} for a meter that nothing is known to be told on:
+    the message and `known` list what is known, with at most 20 units.
+    """
     SetEndpointExport: _aio.UnaryUnaryMultiCallable[_export_sink_service_pb2.SetEndpointExportRequest, _export_sink_service_pb2.SetEndpointExportResponse]
     """Begins or ends telling the operator's endpoint of every call, use of units and event of all tenants. Idempotent."""
     GetExportSinks: _aio.UnaryUnaryMultiCallable[_export_sink_service_pb2.GetExportSinksRequest, _export_sink_service_pb2.GetExportSinksResponse]
@@ -52,7 +55,10 @@ class ExportSinkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _export_sink_service_pb2.SetStripeMeterRequest,
         context: _aio.ServicerContext[_export_sink_service_pb2.SetStripeMeterRequest, _abc.Awaitable[_export_sink_service_pb2.SetStripeMeterResponse]],
     ) -> _abc.Awaitable[_export_sink_service_pb2.SetStripeMeterResponse]:
-        """Sets which meter of Stripe's is told of a meter of ours, for all tenants; an empty name ends it. Idempotent."""
+        """Sets which meter of Stripe's is told of a meter of ours, for all tenants; an empty name ends it. Idempotent.
+        Errors: INVALID_ARGUMENT INVALID_REQUEST {"field": "meter", "known": "calls.count calls.tokens …"} for a meter that nothing is known to be told on:
+        the message and `known` list what is known, with at most 20 units.
+        """
 
     @_abc_1.abstractmethod
     def SetEndpointExport(

@@ -67,6 +67,8 @@ class _UsageSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageSour
     """A use of units that the limits recorded."""
     USAGE_SOURCE_EVENT: _UsageSource.ValueType  # 3
     """An event of the product, or its reversal."""
+    USAGE_SOURCE_DROPPED_EVENTS: _UsageSource.ValueType  # 4
+    """A sum of events of one hour, user and feature, and of one level where the highest counts: the events themselves are kept no longer."""
 
 class UsageSource(_UsageSource, metaclass=_UsageSourceEnumTypeWrapper):
     """What a record of usage is."""
@@ -79,6 +81,8 @@ USAGE_SOURCE_UNIT: UsageSource.ValueType  # 2
 """A use of units that the limits recorded."""
 USAGE_SOURCE_EVENT: UsageSource.ValueType  # 3
 """An event of the product, or its reversal."""
+USAGE_SOURCE_DROPPED_EVENTS: UsageSource.ValueType  # 4
+"""A sum of events of one hour, user and feature, and of one level where the highest counts: the events themselves are kept no longer."""
 Global___UsageSource: _TypeAlias = UsageSource  # noqa: Y015
 
 class _InvoiceFormat:
@@ -680,21 +684,24 @@ class InvoiceLineEntry(_message.Message):
     USE_TIME_FIELD_NUMBER: _builtins.int
     RECORD_TIME_FIELD_NUMBER: _builtins.int
     QUANTITY_FIELD_NUMBER: _builtins.int
+    RECORD_COUNT_FIELD_NUMBER: _builtins.int
     source: Global___UsageSource.ValueType
     """What it is."""
     usage_id: _builtins.str
-    """Its id in the ledger, 36 characters: a call's `entry_id`, an event's `event_id`."""
+    """Its id in the ledger, 36 characters: a call's `entry_id`, an event's `event_id`; of dropped events, their sum's own."""
     quantity: _builtins.int
     """What it adds to the line's meter; negative for a correction. An event of a type that is counted adds 1, its reversal -1. Of a type whose
     highest is taken: the event's quantity, negative for its reversal; these do not add up.
     """
+    record_count: _builtins.int
+    """How many records it stands for: 1, or how many dropped events and reversals were added up."""
     @_builtins.property
     def use_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was used."""
+        """When it was used; of dropped events, the beginning of their hour, or of the line's span where that begins within the hour."""
 
     @_builtins.property
     def record_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was recorded."""
+        """When it was recorded; of dropped events, the last of them."""
 
     def __init__(
         self,
@@ -704,10 +711,11 @@ class InvoiceLineEntry(_message.Message):
         use_time: _timestamp_pb2.Timestamp | None = ...,
         record_time: _timestamp_pb2.Timestamp | None = ...,
         quantity: _builtins.int = ...,
+        record_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["record_time", b"record_time", "use_time", b"use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["quantity", b"quantity", "record_time", b"record_time", "source", b"source", "usage_id", b"usage_id", "use_time", b"use_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quantity", b"quantity", "record_count", b"record_count", "record_time", b"record_time", "source", b"source", "usage_id", b"usage_id", "use_time", b"use_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

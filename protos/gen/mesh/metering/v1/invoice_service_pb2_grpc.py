@@ -106,7 +106,8 @@ class InvoiceServiceServicer:
         """Closes a period of the tenant that `x-tenant-id` names and answers its invoice. What is recorded afterwards is on the next one. For
         operators; audited. Idempotent: a closed period answers the same invoice, equal in every bit.
         Errors: INVALID_ARGUMENT for a time at which no period begins; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"}: "OPEN" has not
-        ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one;
+        ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one,
+        or over 92 days ago where it has neither;
         NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -170,7 +171,7 @@ class InvoiceServiceServicer:
     def SetSubscription(self, request, context):
         """Puts the tenant on a billing plan from a moment on. Subscriptions are added, never changed. For operators; audited. Idempotent by
         `subscription_id`. Errors: NOT_FOUND {"resource": "billing_plan"}; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"} for a moment
-        in a closed period, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
+        in a closed period, or within an hour of which events are kept as their sum alone, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -27,7 +27,8 @@ class InvoiceServiceStub:
     """Closes a period of the tenant that `x-tenant-id` names and answers its invoice. What is recorded afterwards is on the next one. For
     operators; audited. Idempotent: a closed period answers the same invoice, equal in every bit.
     Errors: INVALID_ARGUMENT for a time at which no period begins; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"}: "OPEN" has not
-    ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one;
+    ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one,
+    or over 92 days ago where it has neither;
     NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
     """
     ListInvoices: _aio.UnaryUnaryMultiCallable[_invoice_service_pb2.ListInvoicesRequest, _invoice_service_pb2.ListInvoicesResponse]
@@ -55,7 +56,7 @@ class InvoiceServiceStub:
     SetSubscription: _aio.UnaryUnaryMultiCallable[_invoice_service_pb2.SetSubscriptionRequest, _invoice_service_pb2.SetSubscriptionResponse]
     """Puts the tenant on a billing plan from a moment on. Subscriptions are added, never changed. For operators; audited. Idempotent by
     `subscription_id`. Errors: NOT_FOUND {"resource": "billing_plan"}; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"} for a moment
-    in a closed period, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
+    in a closed period, or within an hour of which events are kept as their sum alone, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
     """
 
 class InvoiceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -83,7 +84,8 @@ class InvoiceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Closes a period of the tenant that `x-tenant-id` names and answers its invoice. What is recorded afterwards is on the next one. For
         operators; audited. Idempotent: a closed period answers the same invoice, equal in every bit.
         Errors: INVALID_ARGUMENT for a time at which no period begins; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"}: "OPEN" has not
-        ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one;
+        ended, "NOT_NEXT" is not the one after the last closed, or ended before the first use and the first subscription of a tenant that has one,
+        or over 92 days ago where it has neither;
         NOT_FOUND {"resource": "billing_plan"}. Nothing is written then.
         """
 
@@ -159,7 +161,7 @@ class InvoiceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_invoice_service_pb2.SetSubscriptionResponse]:
         """Puts the tenant on a billing plan from a moment on. Subscriptions are added, never changed. For operators; audited. Idempotent by
         `subscription_id`. Errors: NOT_FOUND {"resource": "billing_plan"}; FAILED_PRECONDITION WRONG_STATE {"resource": "billing_period"} for a moment
-        in a closed period, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
+        in a closed period, or within an hour of which events are kept as their sum alone, or another anchor day once a period is closed, and {"resource": "tenant"} for an erased one; ALREADY_EXISTS CONTENT_CONFLICT.
         """
 
 def add_InvoiceServiceServicer_to_server(servicer: InvoiceServiceServicer, server: _aio.Server) -> None: ...

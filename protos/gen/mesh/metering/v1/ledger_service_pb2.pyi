@@ -33,6 +33,8 @@ class _RecordRefusalsOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     """It stands, or a higher one."""
     RECORD_REFUSALS_OUTCOME_TENANT_NOT_PROVEN: _RecordRefusalsOutcome.ValueType  # 2
     """Refused: the context token does not prove the tenant."""
+    RECORD_REFUSALS_OUTCOME_TOO_OLD: _RecordRefusalsOutcome.ValueType  # 3
+    """Refused: its minute is so long ago that counts of it are no longer told apart by replica. Nothing is recorded."""
 
 class RecordRefusalsOutcome(_RecordRefusalsOutcome, metaclass=_RecordRefusalsOutcomeEnumTypeWrapper):
     """What came of a count."""
@@ -43,6 +45,8 @@ RECORD_REFUSALS_OUTCOME_RECORDED: RecordRefusalsOutcome.ValueType  # 1
 """It stands, or a higher one."""
 RECORD_REFUSALS_OUTCOME_TENANT_NOT_PROVEN: RecordRefusalsOutcome.ValueType  # 2
 """Refused: the context token does not prove the tenant."""
+RECORD_REFUSALS_OUTCOME_TOO_OLD: RecordRefusalsOutcome.ValueType  # 3
+"""Refused: its minute is so long ago that counts of it are no longer told apart by replica. Nothing is recorded."""
 Global___RecordRefusalsOutcome: _TypeAlias = RecordRefusalsOutcome  # noqa: Y015
 
 class _CallState:

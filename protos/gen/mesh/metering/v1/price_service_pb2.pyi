@@ -465,3 +465,127 @@ class ModelDifference(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelDifference: _TypeAlias = ModelDifference  # noqa: Y015
+
+@_typing.final
+class ListReratingsRequest(_message.Message):
+    """Which re-ratings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UNDONE_ONLY_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many: 1–1000, default 100."""
+    page_token: _builtins.str
+    """Where to go on; empty for the first page."""
+    undone_only: _builtins.bool
+    """Only those that are not done."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        undone_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "undone_only", b"undone_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReratingsRequest: _TypeAlias = ListReratingsRequest  # noqa: Y015
+
+@_typing.final
+class RerateRun(_message.Message):
+    """A re-rating as it was begun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    RERATING_ID_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    PRICE_VERSIONS_FIELD_NUMBER: _builtins.int
+    RIGHT_VERSION_FIELD_NUMBER: _builtins.int
+    CUTOFF_TIME_FIELD_NUMBER: _builtins.int
+    BEGIN_TIME_FIELD_NUMBER: _builtins.int
+    FINISH_TIME_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """Whose calls, 36 characters."""
+    rerating_id: _builtins.str
+    """The operator's id of it."""
+    right_version: _builtins.str
+    """What they are to be rated by."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Calls reserved from this moment on."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """And before this one."""
+
+    @_builtins.property
+    def price_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """And rated by one of these."""
+
+    @_builtins.property
+    def cutoff_time(self) -> _timestamp_pb2.Timestamp:
+        """And recorded before this moment."""
+
+    @_builtins.property
+    def begin_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was begun."""
+
+    @_builtins.property
+    def finish_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last entry was written; absent while it is not done."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        rerating_id: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        price_versions: _abc.Iterable[_builtins.str] | None = ...,
+        right_version: _builtins.str = ...,
+        cutoff_time: _timestamp_pb2.Timestamp | None = ...,
+        begin_time: _timestamp_pb2.Timestamp | None = ...,
+        finish_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "cutoff_time", b"cutoff_time", "end_time", b"end_time", "finish_time", b"finish_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "cutoff_time", b"cutoff_time", "end_time", b"end_time", "finish_time", b"finish_time", "price_versions", b"price_versions", "rerating_id", b"rerating_id", "right_version", b"right_version", "start_time", b"start_time", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RerateRun: _TypeAlias = RerateRun  # noqa: Y015
+
+@_typing.final
+class ListReratingsResponse(_message.Message):
+    """A page of re-ratings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RERATINGS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty at the end."""
+    @_builtins.property
+    def reratings(self) -> _containers.RepeatedCompositeFieldContainer[Global___RerateRun]:
+        """By tenant, first begun first."""
+
+    def __init__(
+        self,
+        *,
+        reratings: _abc.Iterable[Global___RerateRun] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "reratings", b"reratings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReratingsResponse: _TypeAlias = ListReratingsResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class PriceServiceStub:
                 request_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageRequest.SerializeToString,
                 response_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageResponse.FromString,
                 _registered_method=True)
+        self.ListReratings = channel.unary_unary(
+                '/mesh.metering.v1.PriceService/ListReratings',
+                request_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.ListReratingsRequest.SerializeToString,
+                response_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.ListReratingsResponse.FromString,
+                _registered_method=True)
 
 
 class PriceServiceServicer:
@@ -91,6 +96,14 @@ class PriceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListReratings(self, request, context):
+        """Lists re-ratings, done or not, of all tenants or of the one that `x-tenant-id` names: by tenant, first begun first. One that was left half done is
+        gone on with by the service itself. For operators; audited. Reads only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PriceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +121,11 @@ def add_PriceServiceServicer_to_server(servicer, server):
                     servicer.RerateUsage,
                     request_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageRequest.FromString,
                     response_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageResponse.SerializeToString,
+            ),
+            'ListReratings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReratings,
+                    request_deserializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.ListReratingsRequest.FromString,
+                    response_serializer=mesh_dot_metering_dot_v1_dot_price__service__pb2.ListReratingsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -192,6 +210,33 @@ class PriceService:
             '/mesh.metering.v1.PriceService/RerateUsage',
             mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageRequest.SerializeToString,
             mesh_dot_metering_dot_v1_dot_price__service__pb2.RerateUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReratings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.metering.v1.PriceService/ListReratings',
+            mesh_dot_metering_dot_v1_dot_price__service__pb2.ListReratingsRequest.SerializeToString,
+            mesh_dot_metering_dot_v1_dot_price__service__pb2.ListReratingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

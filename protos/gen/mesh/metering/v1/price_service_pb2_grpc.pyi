@@ -38,6 +38,10 @@ class PriceServiceStub:
     ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content; INVALID_ARGUMENT for a bad period or cutoff.
     Nothing is written then.
     """
+    ListReratings: _aio.UnaryUnaryMultiCallable[_price_service_pb2.ListReratingsRequest, _price_service_pb2.ListReratingsResponse]
+    """Lists re-ratings, done or not, of all tenants or of the one that `x-tenant-id` names: by tenant, first begun first. One that was left half done is
+    gone on with by the service itself. For operators; audited. Reads only.
+    """
 
 class PriceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads the price book; for operators, loads it and corrects what was rated by a wrong version."""
@@ -80,6 +84,16 @@ class PriceServiceServicer(metaclass=_abc_1.ABCMeta):
         WRONG_STATE {"resource": "rerating"}: "UNDER_WAY" while another one of the tenant is not done, "CHANGED" when one was begun at the same moment;
         ALREADY_EXISTS CONTENT_CONFLICT with both digests when the id was used with other content; INVALID_ARGUMENT for a bad period or cutoff.
         Nothing is written then.
+        """
+
+    @_abc_1.abstractmethod
+    def ListReratings(
+        self,
+        request: _price_service_pb2.ListReratingsRequest,
+        context: _aio.ServicerContext[_price_service_pb2.ListReratingsRequest, _abc.Awaitable[_price_service_pb2.ListReratingsResponse]],
+    ) -> _abc.Awaitable[_price_service_pb2.ListReratingsResponse]:
+        """Lists re-ratings, done or not, of all tenants or of the one that `x-tenant-id` names: by tenant, first begun first. One that was left half done is
+        gone on with by the service itself. For operators; audited. Reads only.
         """
 
 def add_PriceServiceServicer_to_server(servicer: PriceServiceServicer, server: _aio.Server) -> None: ...

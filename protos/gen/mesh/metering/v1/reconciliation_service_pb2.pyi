@@ -86,12 +86,18 @@ class ReconcileProviderResponse(_message.Message):
     RECONCILED_COUNT_FIELD_NUMBER: _builtins.int
     DRIFTING_COUNT_FIELD_NUMBER: _builtins.int
     NEXT_START_TIME_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_COUNT_FIELD_NUMBER: _builtins.int
+    FUTURE_BUCKET_COUNT_FIELD_NUMBER: _builtins.int
     bucket_count: _builtins.int
     """How many buckets were reconciled."""
     reconciled_count: _builtins.int
     """How many UNRESOLVED calls this request closed."""
     drifting_count: _builtins.int
     """How many reports raise the alarm."""
+    set_aside_count: _builtins.int
+    """How many rows of the provider's account were set aside, because they could not be read. One near an edge is counted in both buckets."""
+    future_bucket_count: _builtins.int
+    """How many buckets of the stretch begin in the future and were left out."""
     @_builtins.property
     def next_start_time(self) -> _timestamp_pb2.Timestamp:
         """Where to go on; absent when all of the stretch is done."""
@@ -103,10 +109,12 @@ class ReconcileProviderResponse(_message.Message):
         reconciled_count: _builtins.int = ...,
         drifting_count: _builtins.int = ...,
         next_start_time: _timestamp_pb2.Timestamp | None = ...,
+        set_aside_count: _builtins.int = ...,
+        future_bucket_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["next_start_time", b"next_start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_count", b"bucket_count", "drifting_count", b"drifting_count", "next_start_time", b"next_start_time", "reconciled_count", b"reconciled_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_count", b"bucket_count", "drifting_count", b"drifting_count", "future_bucket_count", b"future_bucket_count", "next_start_time", b"next_start_time", "reconciled_count", b"reconciled_count", "set_aside_count", b"set_aside_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,6 +204,7 @@ class Reconciliation(_message.Message):
     MISSING_COUNT_FIELD_NUMBER: _builtins.int
     DIFFERING_COUNT_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_COUNT_FIELD_NUMBER: _builtins.int
     provider: _builtins.str
     """The provider, such as "anthropic"."""
     account: _builtins.str
@@ -220,6 +229,8 @@ class Reconciliation(_message.Message):
     """Settled calls that the provider's account lacks. REQUESTS alone."""
     differing_count: _builtins.int
     """Settled calls that the provider billed other tokens for. REQUESTS alone."""
+    set_aside_count: _builtins.int
+    """Rows of the provider's account, of whatever account of the operator's, that could not be read. REQUESTS alone."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """The bucket, inclusive. A call belongs to the bucket of its reservation."""
@@ -275,10 +286,11 @@ class Reconciliation(_message.Message):
         missing_count: _builtins.int = ...,
         differing_count: _builtins.int = ...,
         lines: _abc.Iterable[Global___ReconciliationLine] | None = ...,
+        set_aside_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["drift", b"drift", "end_time", b"end_time", "feed", b"feed", "run_time", b"run_time", "settled", b"settled", "start_time", b"start_time", "unresolved", b"unresolved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "ambiguous_count", b"ambiguous_count", "differing_count", b"differing_count", "drift", b"drift", "end_time", b"end_time", "feed", b"feed", "is_complete", b"is_complete", "is_drifting", b"is_drifting", "kind", b"kind", "lines", b"lines", "missing_count", b"missing_count", "provider", b"provider", "reconciled_count", b"reconciled_count", "run_time", b"run_time", "settled", b"settled", "start_time", b"start_time", "unfinished_count", b"unfinished_count", "unknown_count", b"unknown_count", "unresolved", b"unresolved", "unresolved_count", b"unresolved_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "ambiguous_count", b"ambiguous_count", "differing_count", b"differing_count", "drift", b"drift", "end_time", b"end_time", "feed", b"feed", "is_complete", b"is_complete", "is_drifting", b"is_drifting", "kind", b"kind", "lines", b"lines", "missing_count", b"missing_count", "provider", b"provider", "reconciled_count", b"reconciled_count", "run_time", b"run_time", "set_aside_count", b"set_aside_count", "settled", b"settled", "start_time", b"start_time", "unfinished_count", b"unfinished_count", "unknown_count", b"unknown_count", "unresolved", b"unresolved", "unresolved_count", b"unresolved_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

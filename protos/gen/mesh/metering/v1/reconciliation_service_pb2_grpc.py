@@ -57,8 +57,10 @@ class ReconciliationServiceServicer:
         """Reconciles the buckets that touch a stretch of time, oldest first, and stores a report for each of the operator's accounts. Idempotent: a report
         is made anew each time, and a call is closed once. Resumable: it stops in time for the call's deadline and tells where to go on. Of a bucket that
         the provider's account is not complete for yet the report is provisional and raises no alarm.
+        A row of that account that cannot be read is set aside and counted: it closes nothing, and the report stays provisional while it is there. Of sums
+        such a bucket has no report. Buckets that begin in the future are left out and counted.
         Errors: FAILED_PRECONDITION WRONG_STATE {"resource": "usage_feed", "state": "NOT_CONFIGURED"}; INVALID_ARGUMENT for a stretch of more than 1,000
-        buckets, or of a bucket with too many calls; UNAVAILABLE when the provider's account cannot be read: the buckets before are stored.
+        buckets, one that begins in the future, or a bucket with too many calls; UNAVAILABLE when the provider's account cannot be read: the buckets before are stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -497,6 +497,7 @@ class UsageRow(_message.Message):
     REFUSAL_REASON_FIELD_NUMBER: _builtins.int
     REFUSAL_RULE_FIELD_NUMBER: _builtins.int
     REFUSAL_COUNT_FIELD_NUMBER: _builtins.int
+    IS_QUANTITY_CUT_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """The tenant, 36 characters."""
     user: _builtins.str
@@ -539,6 +540,10 @@ class UsageRow(_message.Message):
     refusal_count: _builtins.int
     """How many calls the limits refused before they began. They are no attempts and count nowhere else. They are told seconds late, and not at all where the
     process that made the call was killed within these.
+    """
+    is_quantity_cut: _builtins.bool
+    """True when the quantity is beyond what `quantity` can hold, which is then the largest number there is, or the least. QueryUsageOfTenants alone:
+    QueryUsage refuses.
     """
     @_builtins.property
     def bucket_start_time(self) -> _timestamp_pb2.Timestamp:
@@ -592,10 +597,11 @@ class UsageRow(_message.Message):
         refusal_reason: _builtins.str = ...,
         refusal_rule: _builtins.str = ...,
         refusal_count: _builtins.int = ...,
+        is_quantity_cut: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bucket_start_time", b"bucket_start_time", "cost", b"cost", "failures", b"failures", "first_token", b"first_token", "tokens", b"tokens", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_start_time", b"bucket_start_time", "cache_hit_share", b"cache_hit_share", "cost", b"cost", "event_type", b"event_type", "failures", b"failures", "feature", b"feature", "first_token", b"first_token", "model", b"model", "product_unit", b"product_unit", "prompt_version", b"prompt_version", "provider", b"provider", "quantity", b"quantity", "reconciled_count", b"reconciled_count", "refusal_count", b"refusal_count", "refusal_reason", b"refusal_reason", "refusal_rule", b"refusal_rule", "retry_count", b"retry_count", "settled_count", b"settled_count", "tenant_id", b"tenant_id", "tier", b"tier", "tokens", b"tokens", "total", b"total", "unresolved_count", b"unresolved_count", "user", b"user", "void_count", b"void_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_start_time", b"bucket_start_time", "cache_hit_share", b"cache_hit_share", "cost", b"cost", "event_type", b"event_type", "failures", b"failures", "feature", b"feature", "first_token", b"first_token", "is_quantity_cut", b"is_quantity_cut", "model", b"model", "product_unit", b"product_unit", "prompt_version", b"prompt_version", "provider", b"provider", "quantity", b"quantity", "reconciled_count", b"reconciled_count", "refusal_count", b"refusal_count", "refusal_reason", b"refusal_reason", "refusal_rule", b"refusal_rule", "retry_count", b"retry_count", "settled_count", b"settled_count", "tenant_id", b"tenant_id", "tier", b"tier", "tokens", b"tokens", "total", b"total", "unresolved_count", b"unresolved_count", "user", b"user", "void_count", b"void_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -107,6 +107,7 @@ class UsageServiceServicer:
     def QueryUsageOfTenants(self, request, context):
         """As QueryUsage, over all tenants, or over those that are named: which tenant drives cost, which tier is slow. For operators; audited. Reads only.
         Users are not told: to see a tenant's users, act for it with QueryUsage.
+        A quantity beyond an int64 is cut to the largest and marked (`is_quantity_cut`), so that one tenant's keeps nobody from the others'.
         Errors: INVALID_ARGUMENT as QueryUsage, and for a USER dimension or a filter of users.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

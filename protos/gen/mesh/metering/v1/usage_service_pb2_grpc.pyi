@@ -34,6 +34,7 @@ class UsageServiceStub:
     QueryUsageOfTenants: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.QueryUsageOfTenantsRequest, _usage_service_pb2.QueryUsageOfTenantsResponse]
     """As QueryUsage, over all tenants, or over those that are named: which tenant drives cost, which tier is slow. For operators; audited. Reads only.
     Users are not told: to see a tenant's users, act for it with QueryUsage.
+    A quantity beyond an int64 is cut to the largest and marked (`is_quantity_cut`), so that one tenant's keeps nobody from the others'.
     Errors: INVALID_ARGUMENT as QueryUsage, and for a USER dimension or a filter of users.
     """
     GetBalance: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.GetBalanceRequest, _usage_service_pb2.GetBalanceResponse]
@@ -92,6 +93,7 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_usage_service_pb2.QueryUsageOfTenantsResponse]:
         """As QueryUsage, over all tenants, or over those that are named: which tenant drives cost, which tier is slow. For operators; audited. Reads only.
         Users are not told: to see a tenant's users, act for it with QueryUsage.
+        A quantity beyond an int64 is cut to the largest and marked (`is_quantity_cut`), so that one tenant's keeps nobody from the others'.
         Errors: INVALID_ARGUMENT as QueryUsage, and for a USER dimension or a filter of users.
         """
 

@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from mesh.common.v1 import policy_pb2 as mesh_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+mesh/metering/v1/verification_service.proto\x12\x10mesh.metering.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bmesh/common/v1/policy.proto\"3\n\x13VerifyLedgerRequest\x12\x1c\n\npage_token\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"\x85\x01\n\x10LedgerDifference\x12,\n\x05\x63heck\x18\x01 \x01(\x0e\x32\x1d.mesh.metering.v1.LedgerCheck\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0e\n\x06\x66igure\x18\x03 \x01(\t\x12\x0e\n\x06stored\x18\x04 \x01(\t\x12\x12\n\nrecomputed\x18\x05 \x01(\t\"\xa9\x01\n\x14VerifyLedgerResponse\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ompared_count\x18\x02 \x01(\x03\x12\x37\n\x0b\x64ifferences\x18\x03 \x03(\x0b\x32\".mesh.metering.v1.LedgerDifference\x12\x14\n\x0cuntold_count\x18\x04 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t*\xac\x01\n\x0bLedgerCheck\x12\x1c\n\x18LEDGER_CHECK_UNSPECIFIED\x10\x00\x12\x15\n\x11LEDGER_CHECK_CALL\x10\x01\x12\x1a\n\x16LEDGER_CHECK_USAGE_SUM\x10\x02\x12\x18\n\x14LEDGER_CHECK_LATENCY\x10\x03\x12\x18\n\x14LEDGER_CHECK_BALANCE\x10\x04\x12\x18\n\x14LEDGER_CHECK_INVOICE\x10\x05\x32\x99\x01\n\x13VerificationService\x12\x81\x01\n\x0cVerifyLedger\x12%.mesh.metering.v1.VerifyLedgerRequest\x1a&.mesh.metering.v1.VerifyLedgerResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+mesh/metering/v1/verification_service.proto\x12\x10mesh.metering.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bmesh/common/v1/policy.proto\"3\n\x13VerifyLedgerRequest\x12\x1c\n\npage_token\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"\x85\x01\n\x10LedgerDifference\x12,\n\x05\x63heck\x18\x01 \x01(\x0e\x32\x1d.mesh.metering.v1.LedgerCheck\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0e\n\x06\x66igure\x18\x03 \x01(\t\x12\x0e\n\x06stored\x18\x04 \x01(\t\x12\x12\n\nrecomputed\x18\x05 \x01(\t\"\xc0\x01\n\x14VerifyLedgerResponse\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ompared_count\x18\x02 \x01(\x03\x12\x37\n\x0b\x64ifferences\x18\x03 \x03(\x0b\x32\".mesh.metering.v1.LedgerDifference\x12\x14\n\x0cuntold_count\x18\x04 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\x12\x15\n\rsummed_months\x18\x06 \x03(\t*\xc4\x01\n\x0bLedgerCheck\x12\x1c\n\x18LEDGER_CHECK_UNSPECIFIED\x10\x00\x12\x15\n\x11LEDGER_CHECK_CALL\x10\x01\x12\x1a\n\x16LEDGER_CHECK_USAGE_SUM\x10\x02\x12\x18\n\x14LEDGER_CHECK_LATENCY\x10\x03\x12\x18\n\x14LEDGER_CHECK_BALANCE\x10\x04\x12\x18\n\x14LEDGER_CHECK_INVOICE\x10\x05\x12\x16\n\x12LEDGER_CHECK_PRICE\x10\x06\x32\x99\x01\n\x13VerificationService\x12\x81\x01\n\x0cVerifyLedger\x12%.mesh.metering.v1.VerifyLedgerRequest\x1a&.mesh.metering.v1.VerifyLedgerResponse\"\"\xca\xf3\x18\x1e\x08\x03\x12\x08\x65xternal\x1a\x10operator:tenantsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,14 +37,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERIFYLEDGERREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\310\001'
   _globals['_VERIFICATIONSERVICE'].methods_by_name['VerifyLedger']._loaded_options = None
   _globals['_VERIFICATIONSERVICE'].methods_by_name['VerifyLedger']._serialized_options = b'\312\363\030\036\010\003\022\010external\032\020operator:tenants'
-  _globals['_LEDGERCHECK']._serialized_start=485
-  _globals['_LEDGERCHECK']._serialized_end=657
+  _globals['_LEDGERCHECK']._serialized_start=508
+  _globals['_LEDGERCHECK']._serialized_end=704
   _globals['_VERIFYLEDGERREQUEST']._serialized_start=123
   _globals['_VERIFYLEDGERREQUEST']._serialized_end=174
   _globals['_LEDGERDIFFERENCE']._serialized_start=177
   _globals['_LEDGERDIFFERENCE']._serialized_end=310
   _globals['_VERIFYLEDGERRESPONSE']._serialized_start=313
-  _globals['_VERIFYLEDGERRESPONSE']._serialized_end=482
-  _globals['_VERIFICATIONSERVICE']._serialized_start=660
-  _globals['_VERIFICATIONSERVICE']._serialized_end=813
+  _globals['_VERIFYLEDGERRESPONSE']._serialized_end=505
+  _globals['_VERIFICATIONSERVICE']._serialized_start=707
+  _globals['_VERIFICATIONSERVICE']._serialized_end=860
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,10 @@ class _LedgerCheckEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LedgerChe
     """What balances add up of a day, with the entries and events of that day. The subject is the day, and the unit where it is one of the product's."""
     LEDGER_CHECK_INVOICE: _LedgerCheck.ValueType  # 5
     """A closed invoice, with what plans, usage, credits and the invoice before make it. The subject is the invoice's number."""
+    LEDGER_CHECK_PRICE: _LedgerCheck.ValueType  # 6
+    """What an entry of a call adds to the call's cost, with the price version it names and the tokens there were by then. The subject is the entry's id and the
+    version's name. A cost that the provider's bill told, of a reconciliation, is taken as it is.
+    """
 
 class LedgerCheck(_LedgerCheck, metaclass=_LedgerCheckEnumTypeWrapper):
     """What is compared with what."""
@@ -57,6 +61,10 @@ LEDGER_CHECK_BALANCE: LedgerCheck.ValueType  # 4
 """What balances add up of a day, with the entries and events of that day. The subject is the day, and the unit where it is one of the product's."""
 LEDGER_CHECK_INVOICE: LedgerCheck.ValueType  # 5
 """A closed invoice, with what plans, usage, credits and the invoice before make it. The subject is the invoice's number."""
+LEDGER_CHECK_PRICE: LedgerCheck.ValueType  # 6
+"""What an entry of a call adds to the call's cost, with the price version it names and the tokens there were by then. The subject is the entry's id and the
+version's name. A cost that the provider's bill told, of a reconciliation, is taken as it is.
+"""
 Global___LedgerCheck: _TypeAlias = LedgerCheck  # noqa: Y015
 
 @_typing.final
@@ -130,6 +138,7 @@ class VerifyLedgerResponse(_message.Message):
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     UNTOLD_COUNT_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SUMMED_MONTHS_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """Whose it was, 36 characters; empty when there is no tenant."""
     compared_count: _builtins.int
@@ -142,6 +151,10 @@ class VerifyLedgerResponse(_message.Message):
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerDifference]:
         """The differences, at most 200."""
 
+    @_builtins.property
+    def summed_months(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The months, YYYY-MM by the time of record, whose events are kept no longer: what was compared was worked out from their sums by the hour."""
+
     def __init__(
         self,
         *,
@@ -150,10 +163,11 @@ class VerifyLedgerResponse(_message.Message):
         differences: _abc.Iterable[Global___LedgerDifference] | None = ...,
         untold_count: _builtins.int = ...,
         next_page_token: _builtins.str = ...,
+        summed_months: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_count", b"compared_count", "differences", b"differences", "next_page_token", b"next_page_token", "tenant_id", b"tenant_id", "untold_count", b"untold_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_count", b"compared_count", "differences", b"differences", "next_page_token", b"next_page_token", "summed_months", b"summed_months", "tenant_id", b"tenant_id", "untold_count", b"untold_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
