@@ -90,7 +90,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         background.start("ratelimit.refusals", guard.run)
         shares = ProviderShares(share_store, _accounts(settings))
         reservations = Reservations(store, counters, fencing, guard=guard, shares=shares, room=room)
-        gathered = GatheredReservations(reservations, store, counters, fencing, rules.known, guard=guard)
+        gathered = GatheredReservations(reservations, store, allowance, rules.known, guard=guard)
         consumptions = Consumptions(store, ledger, counters, fencing, guard=guard, room=room)
         limits = RateLimitServicer(
             reservations,

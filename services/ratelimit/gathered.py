@@ -1,31 +1,20 @@
-"""Demands of many tenants, decided by one question to the store.
+"""Demands of many tenants, put to the store together.
 
-A tenant of whom something else must be known first is decided by itself beside the others, and so is one whose answer is not the last word.
+A tenant of whom something else must be known first is decided by itself beside the others; one whose answer is not the last word goes
+on by itself from there.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from services.kernel.errors import MeshError, Unavailable
+from services.kernel.errors import MeshError
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.decision import Refusal
-from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import Guard, NoGuard
-from services.ratelimit.ready_counters import ReadyCounters, tenant_of
-from services.ratelimit.reservation import (
-    STORE,
-    Attempted,
-    Outcome,
-    Question,
-    Request,
-    Reservations,
-    ReservationStore,
-    ask_of,
-    check_request,
-    final,
-    is_doubtful,
-    outcome_of,
-)
+from services.ratelimit.open_allowance import OpenAllowance
+from services.ratelimit.ready_counters import tenant_of
+from services.ratelimit.request import Question, Request, ask_of, check_request
+from services.ratelimit.reservation import Outcome, Reservations
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Terms
 
@@ -33,51 +22,55 @@ from services.ratelimit.terms import Terms
 Known = Callable[[TenantContext], Terms | None]
 # Requests of one tenant, in their order.
 Call = tuple[TenantContext, Sequence[Request]]
+_Answers = list[Answer] | Exception
+
+
+class GatheringStore(Protocol):
+    """Decides and counts, one atomic step a tenant."""
+
+    async def reserve_each(self, questions: Sequence[Question]) -> list[list[Answer] | Exception]:
+        """Takes holds of many tenants, of each in their order; what fails of one fails alone. Raises: Unavailable."""
+        ...
 
 
 class GatheredReservations:
-    """Decides calls of different tenants as `Reservations` does each of them, with one wait for all that can be told at once."""
+    """Decides calls of different tenants as `Reservations` does each of them, with one wait for all that the store alone can tell."""
 
     def __init__(
-        self,
-        reservations: Reservations,
-        store: ReservationStore,
-        counters: ReadyCounters,
-        fencing: Fencing,
-        known: Known,
-        *,
-        guard: Guard | None = None,
+        self, reservations: Reservations, store: GatheringStore, allowance: OpenAllowance, known: Known, *, guard: Guard | None = None
     ) -> None:
         self._reservations = reservations
         self._store = store
-        self._allowance = counters.allowance
-        self._fencing = fencing
+        self._allowance = allowance
         self._known = known
         self._guard: Guard = guard or NoGuard()
 
     async def decide(self, calls: Sequence[Call]) -> list[Sequence[Outcome] | Exception]:
-        """Returns for each call its outcomes, or what `Reservations.decide` would raise."""
-        decided: list[Sequence[Outcome] | Exception] = [[] for _ in calls]
+        """Returns for each call its outcomes, or what `Reservations.decide` would raise. No two calls may be of one tenant."""
+        decided: list[Sequence[Outcome] | Exception] = [()] * len(calls)
         questions: dict[int, Question] = {}
 
-        async def alone(place: int) -> None:
+        async def by_itself(place: int, answers: _Answers | None = None) -> None:
+            context, requests = calls[place]
             try:
-                decided[place] = await self._reservations.decide(*calls[place])
+                if answers is None or _is_unready(answers):
+                    decided[place] = await self._reservations.decide(context, requests)
+                else:
+                    decided[place] = await self._reservations.conclude(context, questions[place].terms, requests, answers)
             except Exception as error:
                 decided[place] = error
 
         async with asyncio.TaskGroup() as group:
-            for place, (context, requests) in enumerate(calls):
-                question = self._question(context, requests)
+            for place, call in enumerate(calls):
+                question = self._question(*call)
                 if question is None:
-                    group.create_task(alone(place))
+                    group.create_task(by_itself(place))
                 else:
                     questions[place] = question
-            answers = await self._asked(list(questions.values()))
-            for (place, question), answer in zip(questions.items(), answers, strict=True):
-                outcomes = await self._outcomes(*calls[place], question.terms, answer)
+            for place, answers in zip(questions, await self._asked(list(questions.values())), strict=True):
+                outcomes = self._taken(*calls[place], questions[place].terms, answers)
                 if outcomes is None:
-                    group.create_task(alone(place))
+                    group.create_task(by_itself(place, answers))
                 else:
                     decided[place] = outcomes
         return decided
@@ -96,7 +89,7 @@ class GatheredReservations:
             return None
         return Question(tenant_id, terms, [ask_of(terms, request) for request in requests])
 
-    async def _asked(self, questions: Sequence[Question]) -> Sequence[list[Answer] | Exception]:
+    async def _asked(self, questions: Sequence[Question]) -> Sequence[_Answers]:
         if not questions:
             return ()
         try:
@@ -104,35 +97,17 @@ class GatheredReservations:
         except Exception as error:
             return [error] * len(questions)
 
-    async def _outcomes(
-        self, context: TenantContext, requests: Sequence[Request], terms: Terms, answers: list[Answer] | Exception
-    ) -> Sequence[Outcome] | Exception | None:
-        """What the answers come to; None when more is to be done. Waits only for the guard, when a refusal opens it."""
-        try:
-            attempted = self._attempted(context, requests, terms, answers)
-            if attempted is None:
-                return None
-            outcomes = [final(outcome) for outcome in attempted]
-            await self._reservations.tell(context, terms, requests, outcomes)
-        except Exception as error:
-            return error
-        return outcomes
-
-    def _attempted(
-        self, context: TenantContext, requests: Sequence[Request], terms: Terms, answers: list[Answer] | Exception
-    ) -> Sequence[Attempted] | None:
+    def _taken(self, context: TenantContext, requests: Sequence[Request], terms: Terms, answers: _Answers) -> Sequence[Outcome] | None:
+        """The holds, where the answers are nothing else; None when more is to be done than to return them."""
         if isinstance(answers, Exception):
-            if isinstance(answers, Unavailable) and answers.metadata.get("dependency") == STORE:
-                return [self._reservations.allowed(context, terms, request, answers) for request in requests]
-            raise answers
-        if answers[0].verdict in (Verdict.REBUILD, Verdict.BEHIND):
             return None
-        tenant_id = tenant_of(context)
         if answers[0].epoch:
-            self._allowance.learn(tenant_id, answers[0].epoch)
-        outcomes = [outcome_of(terms, request, answer) for request, answer in zip(requests, answers, strict=True)]
-        if any(isinstance(outcome, Refusal) and is_doubtful(outcome, answer) for outcome, answer in zip(outcomes, answers, strict=True)):
-            # Asked again, once the ledger has been. What is held already is held under its id, and answered so.
+            self._allowance.learn(tenant_of(context), answers[0].epoch)
+        if any(answer.verdict is not Verdict.HELD for answer in answers):
             return None
-        self._fencing.watch(tenant_id)
-        return outcomes
+        return self._reservations.taken(context, terms, requests, answers)
+
+
+def _is_unready(answers: _Answers) -> bool:
+    """Whether the counters are to be made first, or the rules are behind: nothing was decided."""
+    return not isinstance(answers, Exception) and answers[0].verdict in (Verdict.REBUILD, Verdict.BEHIND)

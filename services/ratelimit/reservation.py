@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -17,9 +17,10 @@ from services.ratelimit.calendar_periods import microseconds
 from services.ratelimit.decision import Refusal, refusal, shadow_refusals
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
-from services.ratelimit.limits import NOBODY, Demand, Subject
+from services.ratelimit.limits import Demand
 from services.ratelimit.provider_share import ONE_REQUEST, CountedCall, TakenShare, need_of
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
+from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, Ask, Request, ask_of, check_request
 from services.ratelimit.settlement import Settlement
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
@@ -28,53 +29,8 @@ from services.ratelimit.waiting_room import WaitingRoom, until_of
 
 log = structlog.get_logger(__name__)
 
-LARGEST_ID_AGE_SECONDS = 60
 # The dependency whose silence open rules survive.
 STORE = "redis"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One demand on the limits, by whom, and under which id.
-
-    `account`: the provider's account it will use, for whose limits `input_tokens` of its tokens are input.
-    `max_wait_seconds`: how long it may wait; `stand`: how it stands in line meanwhile. `gathered`: it came with others in one message.
-    """
-
-    reservation_id: ReservationId
-    demand: Demand
-    subject: Subject = NOBODY
-    account: str = ""
-    input_tokens: int = 0
-    max_wait_seconds: float = 0.0
-    stand: Stand | None = None
-    gathered: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A demand as the store decides it. `at_once`: it is used at once and not held. `together`: only if all asked with it are.
-
-    `gathered`: it came with others already, and waits for none to share its script call.
-    """
-
-    reservation_id: ReservationId
-    minted_us: int
-    plan: Plan
-    demand: Demand
-    at_once: bool = False
-    together: bool = False
-    stand: Stand | None = None
-    gathered: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What the store is asked about one tenant: demands, by its rules, in their order."""
-
-    tenant_id: TenantId
-    terms: Terms
-    asks: Sequence[Ask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +80,6 @@ class ReservationStore(Protocol):
 
     async def reserve(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
         """Takes holds in their order, each by itself: what is refused changes nothing."""
-        ...
-
-    async def reserve_each(self, demands: Sequence[Question]) -> list[list[Answer] | Exception]:
-        """Does the same for many tenants at once; what fails of one fails alone."""
         ...
 
     async def release(self, tenant_id: TenantId, reservation_id: ReservationId, epoch: int) -> bool:
@@ -182,18 +134,38 @@ class Reservations:
         await self._guard.admit(context, terms)
         room = self._room
         if room is None or not any(request.max_wait_seconds for request in requests):
-            outcomes = [final(outcome) for outcome in await self._attempted(context, terms, requests)]
+            outcomes = [_final(outcome) for outcome in await self._attempted(context, terms, requests)]
         else:
             outcomes = await self._in_turn(room, context, terms, requests)
-        await self.tell(context, terms, requests, outcomes)
+        await self._tell(context, terms, requests, outcomes)
         return outcomes
 
-    async def tell(self, context: TenantContext, terms: Terms, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
-        """Tells the log and the guard what came of requests."""
-        for request, outcome in zip(requests, outcomes, strict=True):
-            _log(request, outcome)
-            if isinstance(outcome, Refusal):
-                await self._guard.refused(context, terms, outcome)
+    async def conclude(
+        self, context: TenantContext, terms: Terms, requests: Sequence[Request], answers: list[Answer] | Exception
+    ) -> list[Outcome]:
+        """Decides as `decide` does, from what the store has answered, or failed with, to requests without account or waiting.
+
+        Raises: as `decide`.
+        """
+
+        async def concluded() -> list[Attempted]:
+            if isinstance(answers, Exception):
+                raise answers
+            return await self._concluded(context, requests, terms, answers)
+
+        outcomes = [_final(outcome) for outcome in await self._or_allowed(context, terms, requests, concluded())]
+        await self._tell(context, terms, requests, outcomes)
+        return outcomes
+
+    def taken(self, context: TenantContext, terms: Terms, requests: Sequence[Request], answers: Sequence[Answer]) -> list[Outcome]:
+        """The same without waiting, where all is held."""
+        self._fencing.watch(tenant_of(context))
+        outcomes: list[Outcome] = []
+        for request, answer in zip(requests, answers, strict=True):
+            held = Held(terms.plan(request.subject), answer, request.demand)
+            _log(request, held)
+            outcomes.append(held)
+        return outcomes
 
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
         """Lets a hold go whose call was never opened, or was voided. Unknown or ended ones are ignored."""
@@ -213,6 +185,12 @@ class Reservations:
             done = group.create_task(self._store.commit(settlements))
             group.create_task(self._shares.count(counted))
         return done.result()
+
+    async def _tell(self, context: TenantContext, terms: Terms, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
+        for request, outcome in zip(requests, outcomes, strict=True):
+            _log(request, outcome)
+            if isinstance(outcome, Refusal):
+                await self._guard.refused(context, terms, outcome)
 
     async def _in_turn(self, room: WaitingRoom, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Outcome]:
         began = time.monotonic()
@@ -236,9 +214,9 @@ class Reservations:
             return (await self._attempted(context, terms, [replace(request, stand=stand)]))[0]
 
         if request.stand is None:
-            return final(first)
+            return _final(first)
         try:
-            outcome = final(await room.turn(tenant_of(context), request.reservation_id, until, first, attempt))
+            outcome = _final(await room.turn(tenant_of(context), request.reservation_id, until, first, attempt))
         except MeshError as error:
             return error
         waited = isinstance(outcome, Held) and outcome is not first
@@ -250,7 +228,8 @@ class Reservations:
         open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if open_places:
             try:
-                decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
+                asked = [requests[place] for place in open_places]
+                decided = await self._or_allowed(context, terms, asked, self._decided(context, asked))
             except BaseException:
                 await self._shares.give_back([share for share in shares if isinstance(share, TakenShare)])
                 raise
@@ -285,39 +264,43 @@ class Reservations:
                 )
         except Unavailable as error:
             # Asked again, a store that is away would cost the caller its time twice.
-            return self.allowed(context, terms, request, error) if error.metadata.get("dependency") == STORE else error
+            return self._allowed(context, terms, request, error) if error.metadata.get("dependency") == STORE else error
         except MeshError as error:
             return error
         return None
 
-    async def _or_allowed(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Attempted]:
+    async def _or_allowed(
+        self, context: TenantContext, terms: Terms, requests: Sequence[Request], decided: Awaitable[list[Attempted]]
+    ) -> list[Attempted]:
         try:
-            return await self._decided(context, requests)
+            return await decided
         except Unavailable as error:
             if error.metadata.get("dependency") != STORE:
                 raise
-            return [self.allowed(context, terms, request, error) for request in requests]
+            return [self._allowed(context, terms, request, error) for request in requests]
 
-    def allowed(self, context: TenantContext, terms: Terms, request: Request, error: Unavailable) -> Held | Unavailable:
-        """Admits a request from the local allowance, as the store does not answer; the error where that does not allow it."""
+    def _allowed(self, context: TenantContext, terms: Terms, request: Request, error: Unavailable) -> Held | Unavailable:
         plan = terms.plan(request.subject)
         epoch = self._counters.allowance.admit(tenant_of(context), plan, request.demand)
         return error if epoch is None else Held.from_allowance(plan, request.demand, epoch)
 
     async def _decided(self, context: TenantContext, requests: Sequence[Request]) -> list[Attempted]:
+        return await self._concluded(context, requests, *await self._asked(context, requests))
+
+    async def _concluded(self, context: TenantContext, requests: Sequence[Request], terms: Terms, answers: list[Answer]) -> list[Attempted]:
         tenant_id = tenant_of(context)
-        terms, answers = await self._asked(context, requests)
-        outcomes = [outcome_of(terms, request, answer) for request, answer in zip(requests, answers, strict=True)]
+        outcomes = [_outcome(terms, request, answer) for request, answer in zip(requests, answers, strict=True)]
         doubtful = [
             place
             for place, (outcome, answer) in enumerate(zip(outcomes, answers, strict=True))
-            if isinstance(outcome, Refusal) and is_doubtful(outcome, answer)
+            if isinstance(outcome, Refusal) and outcome.frees_us is not None and answer.expired_holds
         ]
         if doubtful:
+            # What the holds of a dead caller are, only the ledger knows.
             await self._fencing.fence_expired(tenant_id)
             terms, answers = await self._asked(context, [requests[place] for place in doubtful])
             for place, answer in zip(doubtful, answers, strict=True):
-                outcomes[place] = outcome_of(terms, requests[place], answer)
+                outcomes[place] = _outcome(terms, requests[place], answer)
         self._fencing.watch(tenant_id)
         return outcomes
 
@@ -328,46 +311,6 @@ class Reservations:
             return await self._store.reserve(tenant_id, terms, [ask_of(terms, item) for item in requests])
 
         return await self._counters.ask(context, question)
-
-
-def minted_us(reservation_id: UUID, field: str = "reservation_id") -> int:
-    """When the id was made. `field`: what its caller calls it. Raises: InvalidRequest for one that does not tell."""
-    number = reservation_id.int
-    # Version 7 of the variant of RFC 9562: UUID's own properties, which ask for the one and the other, cost a decision more than its plan.
-    if number >> 76 & 0xF != 7 or number >> 62 & 0b11 != 0b10:
-        raise InvalidRequest(field, "must be a UUID of version 7, made for this attempt")
-    # Its first 48 bits are milliseconds.
-    return (number >> 80) * 1000
-
-
-def check_request(request: Request) -> None:
-    """Refuses what makes no sense whatever the limits are. Raises: InvalidRequest."""
-    minted_us(request.reservation_id)
-    check_shortening(request.demand)
-
-
-def ask_of(terms: Terms, request: Request) -> Ask:
-    """The request as the store decides it."""
-    minted, plan = minted_us(request.reservation_id), terms.plan(request.subject)
-    return Ask(request.reservation_id, minted, plan, request.demand, stand=request.stand, gathered=request.gathered)
-
-
-def is_doubtful(refusal: Refusal, answer: Answer) -> bool:
-    """Whether it may be for holds of a dead caller alone: what these are, only the ledger knows."""
-    return refusal.frees_us is not None and answer.expired_holds > 0
-
-
-def check_shortening(demand: Demand) -> None:
-    """Refuses amounts that do not hold the output they may be shortened by. Raises: InvalidRequest."""
-    shortening = demand.shortening
-    if shortening is None:
-        return
-    if not 1 <= shortening.min_output_tokens <= shortening.max_output_tokens:
-        raise InvalidRequest("shorten.min_output_tokens", "must be from 1 to max_output_tokens")
-    if shortening.max_output_tokens > demand.amounts.tokens:
-        raise InvalidRequest("shorten.max_output_tokens", "must be part of amounts.tokens")
-    if shortening.max_output_tokens * shortening.output_nano_usd_per_million // 1_000_000 > demand.amounts.cost_nano_usd:
-        raise InvalidRequest("shorten.output_nano_usd_per_million", "amounts.cost_nano_usd must hold the output at this price")
 
 
 def lost_or_invalid(verdict: Verdict, reservation_id: UUID, field: str = "reservation_id") -> MeshError:
@@ -388,8 +331,7 @@ def lost_or_invalid(verdict: Verdict, reservation_id: UUID, field: str = "reserv
     return ReservationLost(reservation_id, f"{why}: start the {'call' if noun == 'reservation' else noun} again with a new one")
 
 
-def outcome_of(terms: Terms, request: Request, answer: Answer) -> Attempted:
-    """What the store's answer comes to."""
+def _outcome(terms: Terms, request: Request, answer: Answer) -> Attempted:
     plan = terms.plan(request.subject)
     if answer.verdict is Verdict.QUEUED and answer.place is not None:
         return Queued(answer.place)
@@ -404,8 +346,7 @@ def outcome_of(terms: Terms, request: Request, answer: Answer) -> Attempted:
     return why
 
 
-def final(outcome: Attempted) -> Outcome:
-    """The outcome of a request that stands in no line."""
+def _final(outcome: Attempted) -> Outcome:
     if isinstance(outcome, Queued):
         msg = "who stands in no line cannot be behind others in it"
         raise RuntimeError(msg)

@@ -18,7 +18,7 @@ from services.ratelimit.fencing import ExpiredHolds, FenceVerdict
 from services.ratelimit.limit_rule import SECOND_US
 from services.ratelimit.limits import NOTHING, Amounts, Demand, Subject
 from services.ratelimit.packing import packed
-from services.ratelimit.reservation import LARGEST_ID_AGE_SECONDS, Ask, Question
+from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, Ask, Question
 from services.ratelimit.settlement import Settlement
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Plan, Terms

@@ -16,7 +16,8 @@ from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import Refusal
 from services.ratelimit.gathered import GatheredReservations
 from services.ratelimit.ready_counters import tenant_of
-from services.ratelimit.reservation import Held, Outcome, Request, Reservations
+from services.ratelimit.request import Request
+from services.ratelimit.reservation import Held, Outcome, Reservations
 from services.ratelimit.servicers.limit_messages import refusal_message, request_of, write_held
 
 _METHOD = "/mesh.ratelimit.v1.RateLimitService/ReserveBatch"
