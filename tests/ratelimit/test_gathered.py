@@ -16,22 +16,26 @@ from google.protobuf.duration_pb2 import Duration
 from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
+from mesh.tenant.v1 import tenant_service_pb2
 from services.kernel.errors import MeshError
 from services.kernel.ids import ReservationId, new_uuid7
+from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.wire_status import decode
 from services.ratelimit.adapters import redis_store
 from services.ratelimit.adapters.metering_client import MeteringClient
 from services.ratelimit.adapters.redis_link import Command, Link
+from services.ratelimit.adapters.tenant_rules import terms_of
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.gathered import GatheredReservations
-from services.ratelimit.limits import Amounts, Demand
+from services.ratelimit.limits import NOBODY, Amounts, Demand
 from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.ready_counters import ReadyCounters
 from services.ratelimit.rebuild import Rebuilder
 from services.ratelimit.request import Question, Request
-from services.ratelimit.reservation import Held, Reservations
+from services.ratelimit.reservation import Reservations
 from services.ratelimit.standing import Verdict
-from tests.ratelimit.callers import AtService, AtStore, Service, Stores, eventually, running_service, standard_terms
+from services.ratelimit.terms import Terms
+from tests.ratelimit.callers import AtService, AtStore, MeteringSettings, Service, Stores, eventually, now_us, running_service
 from tests.ratelimit.rules import OPEN, rule
 from tests.ratelimit.scripted_peer import LedgerCall, running_peer
 from tests.ratelimit.test_abuse_guard import is_open
@@ -109,27 +113,82 @@ class CountingLink:
         await self.link.close()
 
 
-async def test_a_batch_of_tenants_is_one_exchange_with_the_store(service: Service) -> None:
-    """However many tenants it names, when all of them may be held."""
-    link = CountingLink(service.link)
-    stores, ledger_client, terms = Stores(link), MeteringClient(service.inference), standard_terms(tokens_per_day=100)
-    store = stores.decisions
-    fencing, allowance = Fencing(store, ledger_client), OpenAllowance(store)
+class ByHand:
+    """The limits' own code without server, sweeps and background work, for tenants of the same rules."""
 
-    async def terms_of(context: object, at_least: int = 0) -> object:
-        return terms
+    def __init__(self, service: Service, channel: MeshChannel, terms: Terms) -> None:
+        self.peer, self.terms, self.link = service.peer, terms, CountingLink(service.link)
+        self.stores = Stores(self.link)
+        store, metering = self.stores.decisions, MeteringClient(channel)
+        self.fencing, self.allowance = Fencing(store, metering), OpenAllowance(store)
+        counters = ReadyCounters(self._terms_of, Rebuilder(self.stores.snapshots, metering), self.fencing, self.allowance)
+        reservations = Reservations(store, counters, self.fencing)
+        self.gathered = GatheredReservations(reservations, store, self.allowance, lambda _: terms)
 
-    counters = ReadyCounters(terms_of, Rebuilder(stores.snapshots, ledger_client), fencing, allowance)  # type: ignore[arg-type] # any context's
-    gathered = GatheredReservations(Reservations(store, counters, fencing), store, allowance, lambda _: terms)
-    tenants = [await AtStore(stores, service.link, terms).loaded() for _ in range(20)]
-    calls = [(service.peer.tenants.context(tenant.tenant_id), [request_of(1), request_of(2)]) for tenant in tenants]
-    # The scripts are there from now on.
-    await tenants[0].reserve(0)
-    link.alone = link.together = 0
-    decided = await gathered.decide(calls)
-    assert (link.together, link.alone) == (1, 0)
-    assert all(isinstance(outcome, Held) for outcomes in decided for outcome in outcomes)  # type: ignore[union-attr] # nothing failed
-    assert {(await tenant.used())[2] for tenant in tenants} == {3}
+    async def tenants(self, count: int) -> list[AtStore]:
+        """So many, each with one hold of nothing; the scripts are there from then on."""
+        made = [await AtStore(self.stores, self.link.link, self.terms).loaded() for _ in range(count)]
+        for tenant in made:
+            await tenant.reserve(0)
+        return made
+
+    async def decide(self, tenants: Sequence[AtStore], *tokens: int) -> list[list[str]]:
+        """What comes of a batch with these demands of each tenant."""
+        calls = [(self.peer.tenants.context(tenant.tenant_id), [request_of(amount) for amount in tokens]) for tenant in tenants]
+        self.link.alone = self.link.together = 0
+        decided = await self.gathered.decide(calls)
+        return [[type(outcome).__name__ for outcome in outcomes] for outcomes in decided if not isinstance(outcomes, Exception)]
+
+    async def _terms_of(self, context: object, at_least: int = 0) -> Terms:
+        return self.terms
+
+
+@pytest.fixture
+async def by_hand(service: Service) -> AsyncIterator[ByHand]:
+    """Tenants of one rule that may be open, and their ledger."""
+    told = tenant_service_pb2.TenantConfig(limit_rules=rules.LimitRules(rules=[rule("tokens", "tokens", 60, 100, on_store_failure=OPEN)]))
+    channel = MeshChannel(service.peer.address, settings=MeteringSettings(), target_service="metering")
+    yield ByHand(service, channel, terms_of(told))
+    await channel.close()
+
+
+async def test_a_batch_of_tenants_is_one_exchange_with_the_store(by_hand: ByHand) -> None:
+    """However many tenants it names, when all of them may be held; and each is looked after from then on."""
+    tenants = await by_hand.tenants(20)
+    assert await by_hand.decide(tenants, 1, 2) == [["Held", "Held"]] * 20
+    assert (by_hand.link.together, by_hand.link.alone) == (1, 0)
+    assert [await tenant.used() for tenant in tenants] == [(3,)] * 20
+    assert by_hand.fencing._watched.keys() >= {tenant.tenant_id for tenant in tenants}
+
+
+async def test_a_batch_teaches_under_which_epoch_open_rules_may_go_on(by_hand: ByHand) -> None:
+    """A process that met a tenant in a batch alone admits a little of it when the store falls silent."""
+    held, refused, unheard = await by_hand.tenants(3)
+    await by_hand.decide([held], 1)
+    await by_hand.decide([refused], 101)
+    plan = by_hand.terms.plan(NOBODY)
+    epochs = [by_hand.allowance.admit(tenant.tenant_id, plan, Demand(Amounts(1, 0))) for tenant in (held, refused, unheard)]
+    assert epochs == [1, 1, None]
+
+
+async def test_what_the_allowance_admitted_is_counted_before_a_batch_is_decided(by_hand: ByHand) -> None:
+    """Counters that miss it are made anew, for their own tenant, before anything is admitted on them."""
+    owing, other = await by_hand.tenants(2)
+    await by_hand.decide([owing, other], 1)
+    assert by_hand.allowance.admit(owing.tenant_id, by_hand.terms.plan(NOBODY), Demand(Amounts(2, 0))) == 1
+    call = LedgerCall(ledger.CALL_STATE_OPEN, now_us(), tokens=99, epoch=1)
+    by_hand.peer.ledger.of(owing.tenant_id).calls[new_uuid7().bytes] = call
+    by_hand.peer.ledger.of(owing.tenant_id).epoch = 1
+    assert await by_hand.decide([owing, other], 2) == [["Refusal"], ["Held"]]
+
+
+async def test_what_makes_no_sense_fails_alone_beside_known_tenants(service: Service) -> None:
+    """An id that is none, output that the amounts do not hold: told for that item, and every other is decided."""
+    tenants = [service.tenant_with(*LIMITS) for _ in range(3)]
+    await warmed(*tenants)
+    shorten = messages.Shorten(max_output_tokens=9, min_output_tokens=1)
+    items = [item(tenants[0], id=uuid4()), item(tenants[0]), item(tenants[1], 1, shorten=shorten), item(tenants[2])]
+    assert [said(outcome) for outcome in await batch(service, items)] == ["INVALID_REQUEST", "held", "INVALID_REQUEST", "held"]
 
 
 def request_of(tokens: int) -> Request:

@@ -219,6 +219,24 @@ async def test_a_master_is_lost_under_load(service: Service, cluster: Cluster) -
     assert len(elsewhere) < 5, "a master that is gone is no reason to refuse the tenants of the others"
 
 
+@pytest.mark.slow
+async def test_batches_alone_find_the_master_that_took_over(service: Service, cluster: Cluster) -> None:
+    """Where nothing but batches comes: others are held meanwhile, and the lost one's as soon as there is a new master."""
+    place = next(place for place, master in enumerate(cluster.masters) if master.process.exit_code is None)
+    there, elsewhere = tenant_at(service, cluster, place), tenant_at(service, cluster, (place + 1) % 3)
+    items = lambda: [batch_item(there, 0), batch_item(elsewhere, 0)]  # noqa: E731 - ids of their own
+    assert await outcomes(service, items()) == ["held", "held"]
+    cluster.masters[place].process.kill()
+    seen: list[list[str]] = []
+
+    async def held() -> bool:
+        seen.append(await outcomes(service, items()))
+        return seen[-1] == ["held", "held"]
+
+    await eventually(held, within_seconds=RECOVERY_SECONDS)
+    assert sum(of_other != "held" for _, of_other in seen) < 5, "a master that is gone is no reason to refuse the tenants of the others"
+
+
 def tenant_at(service: Service, cluster: Cluster, place: int) -> AtService:
     """A tenant of 10 tokens a day whose keys lie at this master."""
     while True:

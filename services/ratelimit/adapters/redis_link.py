@@ -239,8 +239,9 @@ class ClusterLink:
         pipeline = self._client.pipeline()
         for command in commands:
             pipeline.execute_command(*command)
-        # What lies at another node by now is sent there by the client.
-        replies: list[object | Exception] = await pipeline.execute(raise_on_error=False)
+        with _reset_is_a_connection_error():
+            # What lies at another node by now is sent there by the client.
+            replies: list[object | Exception] = await pipeline.execute(raise_on_error=False)
         for reply in replies:
             if isinstance(reply, _SILENCE):
                 raise reply
