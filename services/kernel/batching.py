@@ -75,9 +75,8 @@ class Batcher(Generic[I, O]):
                     results.append(error)
         except BaseException:
             for future in futures:
-                if not future.cancel() and not future.cancelled():
-                    # Nobody is left to hear of its failure.
-                    future.exception()
+                # Nobody is left to hear of a failure; one that came already is not reported as unheard any more either.
+                future.cancel()
             raise
         return results
 
