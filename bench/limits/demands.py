@@ -9,7 +9,7 @@ from mesh.tenant.v1.tenant_service_pb2 import TenantConfig
 from services.kernel.ids import ReservationId, TenantId, new_uuid7
 from services.ratelimit.adapters.tenant_rules import terms_of
 from services.ratelimit.limits import Amounts, Demand, Subject
-from services.ratelimit.reservation import Ask
+from services.ratelimit.request import Ask
 from services.ratelimit.terms import Terms
 
 LIMIT = 1_000_000_000_000

@@ -126,6 +126,9 @@ class _Paper:
     async def send(self, *command: str | bytes | int) -> object:
         raise _TakenDown(command)
 
+    async def send_all(self, commands: Sequence[Command]) -> list[object | Exception]:
+        raise _TakenDown(commands[0])
+
     async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
         return None, []
 

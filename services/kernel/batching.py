@@ -49,18 +49,46 @@ class Batcher(Generic[I, O]):
 
         Raises: what the flush answered for this item, or the flush's own failure; Unavailable when closed or overfull.
         """
-        if self._closed or len(self._waiting) >= self._max_waiting:
-            raise Unavailable("batcher", "this process is shutting down or overloaded; try again shortly")
+        self._refuse_when_full(1)
         future: asyncio.Future[O] = asyncio.get_running_loop().create_future()
         self._waiting.append(Submission(item, future, span_parent()))
         self._start_flushes()
         return await future
+
+    async def submit_all(self, items: Sequence[I]) -> list[O | Exception]:
+        """Adds items to the next flushes, as many to each as fit, and returns a result or the failure of each, in order.
+
+        Raises: Unavailable when closed or overfull.
+        """
+        self._refuse_when_full(len(items))
+        loop, parent = asyncio.get_running_loop(), span_parent()
+        futures: list[asyncio.Future[O]] = [loop.create_future() for _ in items]
+        self._waiting.extend(Submission(item, future, parent) for item, future in zip(items, futures, strict=True))
+        self._start_flushes()
+        results: list[O | Exception] = []
+        try:
+            # One after another: those of a flush are done together, and what is done makes nobody wait.
+            for future in futures:
+                try:
+                    results.append(await future)
+                except Exception as error:
+                    results.append(error)
+        except BaseException:
+            for future in futures:
+                # Nobody is left to hear of a failure; one that came already is not reported as unheard any more either.
+                future.cancel()
+            raise
+        return results
 
     async def close(self) -> None:
         """Refuses new items and waits until every accepted one has been flushed."""
         self._closed = True
         while self._flushes:
             await asyncio.wait(self._flushes)
+
+    def _refuse_when_full(self, count: int) -> None:
+        if self._closed or len(self._waiting) + count > self._max_waiting:
+            raise Unavailable("batcher", "this process is shutting down or overloaded; try again shortly")
 
     def _start_flushes(self) -> None:
         while self._waiting and len(self._flushes) < self._max_in_flight:

@@ -105,14 +105,18 @@ class AbuseGuard:
         """Raises: LimitExceeded ABUSE_GUARD while the tenant is kept out."""
         if terms.guard is None:
             return
-        tenant_id = tenant_of(context)
-        known, now = self._of(tenant_id), self._clock()
-        if now >= known.look_at:
-            self._look(tenant_id, known, terms.guard)
+        known = self._looked_at(tenant_of(context), terms.guard)
         if not known.looked and known.looking is not None:
             await asyncio.wait([known.looking], timeout=_FIRST_LOOK_SECONDS)
         if known.open_until > self._clock():
             raise guarded(known.open_until - self._clock(), known.until_us, known.cause)
+
+    def admits(self, context: TenantContext, terms: Terms) -> bool:
+        """Whether the tenant is known, without waiting, not to be kept out."""
+        if terms.guard is None:
+            return True
+        known = self._looked_at(tenant_of(context), terms.guard)
+        return known.looked and known.open_until <= self._clock()
 
     async def refused(self, context: TenantContext, terms: Terms, refusal: Refusal) -> None:
         """Counts a refusal. The one that is too many, with those the store last said it has, is told at once, so that the guard opens."""
@@ -156,6 +160,12 @@ class AbuseGuard:
                 for tenant_id, (known, guard) in to_tell.items():
                     if known.untold:
                         group.create_task(self._learn(tenant_id, known, guard, _taken(known)))
+
+    def _looked_at(self, tenant_id: TenantId, terms: GuardTerms) -> _Known:
+        known = self._of(tenant_id)
+        if self._clock() >= known.look_at:
+            self._look(tenant_id, known, terms)
+        return known
 
     def _of(self, tenant_id: TenantId) -> _Known:
         known = self._known.get(tenant_id)

@@ -29,6 +29,7 @@ from services.ratelimit.adapters.tenant_scripts import TenantScripts
 from services.ratelimit.consumption import Consumptions
 from services.ratelimit.extension import Extensions
 from services.ratelimit.fencing import Fencing
+from services.ratelimit.gathered import GatheredReservations
 from services.ratelimit.look import Looks
 from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.provider_share import AccountUse, ProviderShares
@@ -82,20 +83,22 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         resolver, verifier = remote_trust(to_tenant, feed=feed, outage_seconds=settings.credential_outage_seconds)
         allowance = OpenAllowance(store)
         background.start("ratelimit.open_allowance", allowance.run)
-        counters = ReadyCounters(TenantRules(TenantConfigCache(to_tenant, feed=feed), feed=feed), rebuilder, fencing, allowance)
+        rules = TenantRules(TenantConfigCache(to_tenant, feed=feed), feed=feed)
+        counters = ReadyCounters(rules, rebuilder, fencing, allowance)
         share_store = RedisShares(decisions, bulk)
         room = _waiting_room(stack, background, settings, RedisTickets(scripts, share_store))
         guard = AbuseGuard(RedisGuards(scripts))
         background.start("ratelimit.refusals", guard.run)
         shares = ProviderShares(share_store, _accounts(settings))
         reservations = Reservations(store, counters, fencing, guard=guard, shares=shares, room=room)
+        gathered = GatheredReservations(reservations, store, allowance, rules.known, guard=guard)
         consumptions = Consumptions(store, ledger, counters, fencing, guard=guard, room=room)
         limits = RateLimitServicer(
             reservations,
             Extensions(store, counters, fencing),
             consumptions,
             Looks(store, counters),
-            ReserveBatches(reservations, verifier),
+            ReserveBatches(gathered, reservations, verifier),
             Guarding(guard, counters, AuditClient(to_tenant)),
             Slices(RedisSlices(scripts), counters, fencing, guard=guard),
             lease_seconds=settings.lease_seconds,

@@ -21,7 +21,8 @@ from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import Guard, NoGuard
 from services.ratelimit.limits import NOBODY, Demand, Subject
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
-from services.ratelimit.reservation import STORE, Ask, Held, lost_or_invalid, minted_us
+from services.ratelimit.request import Ask, minted_us
+from services.ratelimit.reservation import STORE, Held, lost_or_invalid
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Plan, Terms
 from services.ratelimit.turn import Queued, Stand

@@ -18,6 +18,10 @@ class Guard(Protocol):
         """Raises: LimitExceeded ABUSE_GUARD while the tenant is kept out."""
         ...
 
+    def admits(self, context: TenantContext, terms: Terms) -> bool:
+        """Whether the tenant is known, without waiting, not to be kept out; `admit` tells of the others."""
+        ...
+
     async def refused(self, context: TenantContext, terms: Terms, refusal: Refusal) -> None:
         """Learns of a refusal. Writes nothing to the tenant's counters."""
         ...
@@ -49,6 +53,10 @@ class NoGuard:
 
     async def admit(self, context: TenantContext, terms: Terms) -> None:
         """Admits."""
+
+    def admits(self, context: TenantContext, terms: Terms) -> bool:
+        """Admits."""
+        return True
 
     async def refused(self, context: TenantContext, terms: Terms, refusal: Refusal) -> None:
         """Forgets."""

@@ -73,9 +73,13 @@ class OpenAllowance:
         log.warning("admitted_from_local_allowance", tenant_id=str(tenant_id), rules=[rule.name for rule in rules])
         return epoch
 
+    def owes(self, tenant_id: TenantId) -> bool:
+        """Whether something of the tenant is not counted in its counters."""
+        return tenant_id in self._uncounted
+
     async def settle(self, tenant_id: TenantId) -> None:
         """Drops the counters of a tenant of whom something is not counted in them. Raises: Unavailable while that cannot be done."""
-        if tenant_id in self._uncounted:
+        if self.owes(tenant_id):
             await self._store.drop(tenant_id)
             self._uncounted.discard(tenant_id)
             log.info("counters_dropped_after_local_allowance", tenant_id=str(tenant_id))

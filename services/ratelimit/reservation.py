@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -17,9 +17,10 @@ from services.ratelimit.calendar_periods import microseconds
 from services.ratelimit.decision import Refusal, refusal, shadow_refusals
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
-from services.ratelimit.limits import NOBODY, Demand, Subject
+from services.ratelimit.limits import Demand
 from services.ratelimit.provider_share import ONE_REQUEST, CountedCall, TakenShare, need_of
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
+from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, Ask, Request, ask_of, check_request
 from services.ratelimit.settlement import Settlement
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
@@ -28,44 +29,8 @@ from services.ratelimit.waiting_room import WaitingRoom, until_of
 
 log = structlog.get_logger(__name__)
 
-LARGEST_ID_AGE_SECONDS = 60
 # The dependency whose silence open rules survive.
 STORE = "redis"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One demand on the limits, by whom, and under which id.
-
-    `account`: the provider's account it will use, for whose limits `input_tokens` of its tokens are input.
-    `max_wait_seconds`: how long it may wait; `stand`: how it stands in line meanwhile. `gathered`: it came with others in one message.
-    """
-
-    reservation_id: ReservationId
-    demand: Demand
-    subject: Subject = NOBODY
-    account: str = ""
-    input_tokens: int = 0
-    max_wait_seconds: float = 0.0
-    stand: Stand | None = None
-    gathered: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A demand as the store decides it. `at_once`: it is used at once and not held. `together`: only if all asked with it are.
-
-    `gathered`: it came with others already, and waits for none to share its script call.
-    """
-
-    reservation_id: ReservationId
-    minted_us: int
-    plan: Plan
-    demand: Demand
-    at_once: bool = False
-    together: bool = False
-    stand: Stand | None = None
-    gathered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +137,34 @@ class Reservations:
             outcomes = [_final(outcome) for outcome in await self._attempted(context, terms, requests)]
         else:
             outcomes = await self._in_turn(room, context, terms, requests)
-        for request, outcome in zip(requests, outcomes, strict=True):
-            _log(request, outcome)
-            if isinstance(outcome, Refusal):
-                await self._guard.refused(context, terms, outcome)
+        await self._tell(context, terms, requests, outcomes)
+        return outcomes
+
+    async def conclude(
+        self, context: TenantContext, terms: Terms, requests: Sequence[Request], answers: list[Answer] | Exception
+    ) -> list[Outcome]:
+        """Decides as `decide` does, from what the store has answered, or failed with, to requests without account or waiting.
+
+        Raises: as `decide`.
+        """
+
+        async def concluded() -> list[Attempted]:
+            if isinstance(answers, Exception):
+                raise answers
+            return await self._concluded(context, requests, terms, answers)
+
+        outcomes = [_final(outcome) for outcome in await self._or_allowed(context, terms, requests, concluded())]
+        await self._tell(context, terms, requests, outcomes)
+        return outcomes
+
+    def taken(self, context: TenantContext, terms: Terms, requests: Sequence[Request], answers: Sequence[Answer]) -> list[Outcome]:
+        """The same without waiting, where all is held."""
+        self._fencing.watch(tenant_of(context))
+        outcomes: list[Outcome] = []
+        for request, answer in zip(requests, answers, strict=True):
+            held = Held(terms.plan(request.subject), answer, request.demand)
+            _log(request, held)
+            outcomes.append(held)
         return outcomes
 
     async def release(self, context: TenantContext, reservation_id: ReservationId, epoch: int) -> None:
@@ -196,6 +185,12 @@ class Reservations:
             done = group.create_task(self._store.commit(settlements))
             group.create_task(self._shares.count(counted))
         return done.result()
+
+    async def _tell(self, context: TenantContext, terms: Terms, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
+        for request, outcome in zip(requests, outcomes, strict=True):
+            _log(request, outcome)
+            if isinstance(outcome, Refusal):
+                await self._guard.refused(context, terms, outcome)
 
     async def _in_turn(self, room: WaitingRoom, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Outcome]:
         began = time.monotonic()
@@ -233,7 +228,8 @@ class Reservations:
         open_places = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if open_places:
             try:
-                decided = await self._or_allowed(context, terms, [requests[place] for place in open_places])
+                asked = [requests[place] for place in open_places]
+                decided = await self._or_allowed(context, terms, asked, self._decided(context, asked))
             except BaseException:
                 await self._shares.give_back([share for share in shares if isinstance(share, TakenShare)])
                 raise
@@ -260,8 +256,7 @@ class Reservations:
     async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | Queued | MeshError | Held | None:
         """Checks the request by itself and takes its part of its account; what keeps it out, or admits it without asking further."""
         try:
-            minted_us(request.reservation_id)
-            check_shortening(request.demand)
+            check_request(request)
             if request.account:
                 need = need_of(request.demand, request.input_tokens)
                 return await self._shares.take(
@@ -274,9 +269,11 @@ class Reservations:
             return error
         return None
 
-    async def _or_allowed(self, context: TenantContext, terms: Terms, requests: Sequence[Request]) -> list[Attempted]:
+    async def _or_allowed(
+        self, context: TenantContext, terms: Terms, requests: Sequence[Request], decided: Awaitable[list[Attempted]]
+    ) -> list[Attempted]:
         try:
-            return await self._decided(context, requests)
+            return await decided
         except Unavailable as error:
             if error.metadata.get("dependency") != STORE:
                 raise
@@ -288,8 +285,10 @@ class Reservations:
         return error if epoch is None else Held.from_allowance(plan, request.demand, epoch)
 
     async def _decided(self, context: TenantContext, requests: Sequence[Request]) -> list[Attempted]:
+        return await self._concluded(context, requests, *await self._asked(context, requests))
+
+    async def _concluded(self, context: TenantContext, requests: Sequence[Request], terms: Terms, answers: list[Answer]) -> list[Attempted]:
         tenant_id = tenant_of(context)
-        terms, answers = await self._asked(context, requests)
         outcomes = [_outcome(terms, request, answer) for request, answer in zip(requests, answers, strict=True)]
         doubtful = [
             place
@@ -309,43 +308,9 @@ class Reservations:
         tenant_id = tenant_of(context)
 
         async def question(terms: Terms) -> list[Answer]:
-            asks = [
-                Ask(
-                    item.reservation_id,
-                    minted_us(item.reservation_id),
-                    terms.plan(item.subject),
-                    item.demand,
-                    stand=item.stand,
-                    gathered=item.gathered,
-                )
-                for item in requests
-            ]
-            return await self._store.reserve(tenant_id, terms, asks)
+            return await self._store.reserve(tenant_id, terms, [ask_of(terms, item) for item in requests])
 
         return await self._counters.ask(context, question)
-
-
-def minted_us(reservation_id: UUID, field: str = "reservation_id") -> int:
-    """When the id was made. `field`: what its caller calls it. Raises: InvalidRequest for one that does not tell."""
-    number = reservation_id.int
-    # Version 7 of the variant of RFC 9562: UUID's own properties, which ask for the one and the other, cost a decision more than its plan.
-    if number >> 76 & 0xF != 7 or number >> 62 & 0b11 != 0b10:
-        raise InvalidRequest(field, "must be a UUID of version 7, made for this attempt")
-    # Its first 48 bits are milliseconds.
-    return (number >> 80) * 1000
-
-
-def check_shortening(demand: Demand) -> None:
-    """Refuses amounts that do not hold the output they may be shortened by. Raises: InvalidRequest."""
-    shortening = demand.shortening
-    if shortening is None:
-        return
-    if not 1 <= shortening.min_output_tokens <= shortening.max_output_tokens:
-        raise InvalidRequest("shorten.min_output_tokens", "must be from 1 to max_output_tokens")
-    if shortening.max_output_tokens > demand.amounts.tokens:
-        raise InvalidRequest("shorten.max_output_tokens", "must be part of amounts.tokens")
-    if shortening.max_output_tokens * shortening.output_nano_usd_per_million // 1_000_000 > demand.amounts.cost_nano_usd:
-        raise InvalidRequest("shorten.output_nano_usd_per_million", "amounts.cost_nano_usd must hold the output at this price")
 
 
 def lost_or_invalid(verdict: Verdict, reservation_id: UUID, field: str = "reservation_id") -> MeshError:

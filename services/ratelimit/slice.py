@@ -19,7 +19,8 @@ from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import Guard, NoGuard
 from services.ratelimit.limits import NOBODY, Demand, Subject
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
-from services.ratelimit.reservation import lost_or_invalid, minted_us
+from services.ratelimit.request import minted_us
+from services.ratelimit.reservation import lost_or_invalid
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
 

@@ -1,7 +1,7 @@
 """How rules stand by one answer of the store: what is used of each, and when it gives something back. Reads figures, decides nothing."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 from services.ratelimit.calendar_periods import Boundaries
@@ -28,6 +28,9 @@ class Verdict(IntEnum):
     QUEUED = 12
 
 
+_NOBODY = Subject()
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """The store's answer to one demand. `figures`: by threes a rule of the plan: used, next reset of its log, when it has room.
@@ -46,8 +49,13 @@ class Answer:
     figures: Sequence[int] = ()
     periods: tuple[Boundaries, ...] = ()
     version: int = 0
-    subject: Subject = field(default_factory=Subject)
+    subject: Subject = _NOBODY
     place: Place | None = None
+
+
+def is_unready(answers: Sequence[Answer]) -> bool:
+    """Whether nothing was decided, of any of them: the counters are to be made first, or the rules are behind."""
+    return answers[0].verdict in (Verdict.REBUILD, Verdict.BEHIND)
 
 
 @dataclass(frozen=True, slots=True)

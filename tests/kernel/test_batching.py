@@ -1,6 +1,7 @@
 """A batcher loses nothing, mixes nothing up, and makes a lone caller wait for nobody."""
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -146,6 +147,68 @@ async def test_an_overfull_batcher_refuses_instead_of_growing() -> None:
         with pytest.raises(Unavailable):
             await batcher.submit(3)
         store.open.set()
+
+
+@given(st.lists(st.integers(-50, 50), max_size=40), st.integers(1, 7), st.integers(1, 3))
+async def test_items_submitted_together_are_answered_in_their_order(items: list[int], max_batch: int, max_in_flight: int) -> None:
+    """As many flushes as they need, and what fails of them is an answer like the others."""
+    store = Store()
+    batcher = Batcher(store.flush, max_batch=max_batch, max_in_flight=max_in_flight)
+    found = await batcher.submit_all(items)
+    assert [str(result) if isinstance(result, NotFound) else result for result in found] == [
+        item * 2 if item >= 0 else str(NotFound(str(item))) for item in items
+    ]
+    assert len(store.batches) == -(-len(items) // max_batch)
+
+
+async def test_a_flush_that_fails_fails_its_own_part_of_what_came_together() -> None:
+    """The rest is answered."""
+
+    async def flush(items: list[int]) -> Sequence[int | Exception]:
+        if 0 in items:
+            raise Unavailable("postgres")
+        return items
+
+    found = await Batcher(flush, max_batch=2).submit_all([3, 4, 0, 1, 5])
+    assert [type(result) for result in found] == [int, int, Unavailable, Unavailable, int]
+
+
+async def test_whoever_gives_up_on_many_leaves_them_flushed_and_nothing_unheard() -> None:
+    """All of them were accepted; what failed among them before is nobody's, and no one is told of it."""
+    store, unheard = Store(), list[object]()
+
+    async def flush(items: list[int]) -> Sequence[int | Exception]:
+        if items == [1]:
+            await store.open.wait()
+        return await store.flush(items) if items == [1] else [NotFound(str(item)) for item in items]
+
+    store.open.clear()
+    batcher = Batcher(flush, max_batch=1, max_in_flight=2)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    many = asyncio.ensure_future(batcher.submit_all([1, 2, 3]))
+    # The two that fail are done while the first is not.
+    with pytest.raises(NotFound):
+        await batcher.submit(4)
+    many.cancel()
+    await asyncio.wait([many])
+    assert many.cancelled()
+    store.open.set()
+    await batcher.close()
+    assert store.batches == [[1]]
+    del many
+    gc.collect()
+    asyncio.get_running_loop().set_exception_handler(None)
+    assert unheard == []
+
+
+async def test_many_are_accepted_whole_or_not_at_all() -> None:
+    """An overfull batcher takes none of them."""
+    store = Store()
+    batcher = Batcher(store.flush, max_waiting=2)
+    with pytest.raises(Unavailable):
+        await batcher.submit_all([1, 2, 3])
+    assert await batcher.submit_all([4, 5]) == [8, 10]
+    assert store.batches == [[4, 5]]
 
 
 async def test_a_batch_runs_for_no_caller_in_particular() -> None:

@@ -34,7 +34,7 @@ from services.ratelimit.limit_rule import MINUTE_US, SECOND_US, Unit, Window, ru
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
 from services.ratelimit.packing import unpacked
 from services.ratelimit.rebuild import Begin, CountedCall, CountedSum, Snapshot
-from services.ratelimit.reservation import Ask
+from services.ratelimit.request import Ask
 from services.ratelimit.settings import RatelimitSettings
 from services.ratelimit.settlement import CommitKind, Settlement
 from services.ratelimit.standing import Answer, Verdict

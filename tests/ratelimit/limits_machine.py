@@ -11,7 +11,8 @@ from services.ratelimit.calendar_periods import Calendar
 from services.ratelimit.consumption import Use
 from services.ratelimit.limit_rule import MINUTE_US, SECOND_US, LimitRule, Unit, Window
 from services.ratelimit.limits import NOBODY, NOTHING, Amounts, Demand, Shortening, Subject
-from services.ratelimit.reservation import LARGEST_ID_AGE_SECONDS, Held, Request
+from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, Request
+from services.ratelimit.reservation import Held
 from services.ratelimit.settlement import CommitKind, Settlement
 from tests.ratelimit.demands import (
     DURABLE,

@@ -58,9 +58,9 @@ class Cluster:
         """Which master a key lies at, as the slots were given out."""
         return key_slot(key.encode()) * len(self.masters) // _SLOTS
 
-    async def move(self, key: str, to: Node) -> None:
-        """Moves the key's slot with all its keys to another master, as a resharding does."""
-        slot, source = key_slot(key.encode()), self.masters[self.owner_place(key)]
+    async def move(self, key: str, to: Node, source: Node | None = None) -> None:
+        """Moves the key's slot with all its keys to another master, as a resharding does; from where it was given out, or `source`."""
+        slot, source = key_slot(key.encode()), source or self.masters[self.owner_place(key)]
         await to.link.send("CLUSTER", "SETSLOT", slot, "IMPORTING", source.id)
         await source.link.send("CLUSTER", "SETSLOT", slot, "MIGRATING", to.id)
         # One by one, the hard way: in between, part of a tenant is here and part there.

@@ -12,7 +12,7 @@ from services.ratelimit.adapters.decision_queue import DecisionQueue
 from services.ratelimit.adapters.redis_store import RedisStore
 from services.ratelimit.adapters.tenant_scripts import TenantScripts
 from services.ratelimit.limits import Demand, Subject
-from services.ratelimit.reservation import Ask
+from services.ratelimit.request import Ask
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Terms
 

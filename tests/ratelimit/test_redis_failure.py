@@ -163,6 +163,8 @@ def test_a_connection_that_the_server_reset_is_no_fault_of_the_caller(link_to: C
             with contextlib.suppress(Unavailable):
                 await link.send("HGET", "{a}", "2")
             assert await link.send("HGET", "{a}", "3") == b"OK"
+            await redis.reset()
+            assert await link.send_all([("HGET", "{a}", str(number)) for number in range(3)]) == [b"OK"] * 3
             await link.close()
 
     with ThreadPoolExecutor(1) as aside:

@@ -17,7 +17,7 @@ from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.calendar_periods import moment
 from services.ratelimit.limit_rule import MINUTE_US, SECOND_US, LimitRule, Scope, Unit, Window
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, Subject
-from services.ratelimit.reservation import Ask
+from services.ratelimit.request import Ask
 from services.ratelimit.settlement import CommitKind, Settlement
 from services.ratelimit.standing import Answer, Verdict, refusing
 from services.ratelimit.terms import Terms

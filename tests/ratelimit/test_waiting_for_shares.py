@@ -24,7 +24,8 @@ from services.ratelimit.packing import unpacked
 from services.ratelimit.provider_share import AccountUse, CountedCall, ProviderShares, ShareAnswer, ShareVerdict
 from services.ratelimit.ready_counters import ReadyCounters
 from services.ratelimit.rebuild import Rebuilder
-from services.ratelimit.reservation import Held, Request, Reservations
+from services.ratelimit.request import Request
+from services.ratelimit.reservation import Held, Reservations
 from services.ratelimit.terms import Terms
 from services.ratelimit.turn import Stand
 from services.ratelimit.waiting_room import TICKET_SECONDS, WaitingRoom

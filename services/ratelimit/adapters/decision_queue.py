@@ -9,7 +9,7 @@ from contextvars import Context
 
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId
-from services.ratelimit.reservation import Ask
+from services.ratelimit.request import Ask
 from services.ratelimit.standing import Answer
 from services.ratelimit.terms import Terms
 

@@ -5,9 +5,9 @@ Low-level connections instead of the client object: one batch then costs one wri
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import structlog
 from hiredis import pack_command
@@ -24,6 +24,9 @@ from services.ratelimit.circuit_breaker import CircuitBreaker
 log = structlog.get_logger(__name__)
 
 Command = tuple[str | bytes | int, ...]
+
+# Commands of one pipeline: so many scripts are over within the patience of those that come after them.
+_MOST_PIPELINED = 64
 
 # The store is there and cannot serve now: not a fault of the command.
 _PASSING = (
@@ -52,6 +55,10 @@ class Link(Protocol):
         """Returns the reply. Raises: Unavailable("redis") within the link's limit; redis' ResponseError for a wrong command."""
         ...
 
+    async def send_all(self, commands: Sequence[Command]) -> list[object | Exception]:
+        """Sends commands in as few pipelines as may be; returns for each what `send` would, or the failure that it would raise."""
+        ...
+
     async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
         """Takes one bounded step through the keys of the whole store: where to go on (None at the end), and the keys met."""
         ...
@@ -70,7 +77,7 @@ class PipelinedLink:
         *,
         connections: int = 2,
         timeout_seconds: float = 0.04,
-        max_batch: int = 64,
+        max_batch: int = _MOST_PIPELINED,
         breaker: CircuitBreaker | None = None,
     ) -> None:
         # RESP2: nothing here needs maps or pushes, and its connection needs no extra round trip.
@@ -83,6 +90,10 @@ class PipelinedLink:
     async def send(self, *command: str | bytes | int) -> object:
         """Returns the reply; see Link."""
         return await self._batcher.submit(command)
+
+    async def send_all(self, commands: Sequence[Command]) -> list[object | Exception]:
+        """Sends commands; see Link."""
+        return await self._batcher.submit_all(commands)
 
     async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
         """Takes one bounded step; see Link."""
@@ -162,17 +173,35 @@ class ClusterLink:
 
     async def send(self, *command: str | bytes | int) -> object:
         """Returns the reply; see Link."""
-        return await self._within_limit(command, self._breaker_of(command))
+        return await self._within_limit(self._breakers[self._node_of(command)], lambda: self._client.execute_command(*command))
+
+    async def send_all(self, commands: Sequence[Command]) -> list[object | Exception]:
+        """Sends commands, those of a node in one pipeline; see Link. A node that is gone fails its own commands alone."""
+        replies: list[object | Exception] = [None] * len(commands)
+        by_node: defaultdict[str, list[int]] = defaultdict(list)
+        for place, command in enumerate(commands):
+            by_node[self._node_of(command)].append(place)
+
+        async def send_some(node: str, places: Sequence[int]) -> None:
+            for place, reply in zip(places, await self._pipelined(node, [commands[place] for place in places]), strict=True):
+                replies[place] = reply
+
+        async with asyncio.TaskGroup() as group:
+            for node, places in by_node.items():
+                for start in range(0, len(places), _MOST_PIPELINED):
+                    group.create_task(send_some(node, places[start : start + _MOST_PIPELINED]))
+        return replies
 
     async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
         """Takes one bounded step on the node at hand; see Link. The cursor is (how many nodes are done, the node's own cursor)."""
         done, position = cast("tuple[int, int]", cursor or (0, 0))
-        await self._within_limit(("PING",), self._breakers[""])
+        await self._within_limit(self._breakers[""], lambda: self._client.execute_command("PING"))
         nodes = sorted(self._client.get_primaries(), key=lambda node: node.name)
         if done >= len(nodes):
             return None, []
         scan: Command = ("SCAN", position, "MATCH", pattern, "COUNT", _SCAN_COUNT)
-        reply = await self._within_limit(scan, self._breakers[nodes[done].name], target_nodes=nodes[done])
+        node = nodes[done]
+        reply = await self._within_limit(self._breakers[node.name], lambda: self._client.execute_command(*scan, target_nodes=node))
         positions, found = cast("tuple[dict[str, int] | int, list[bytes]]", reply)
         following = next(iter(positions.values())) if isinstance(positions, dict) else int(positions)
         if following:
@@ -183,22 +212,57 @@ class ClusterLink:
         """Closes the connections."""
         await self._client.aclose()
 
-    def _breaker_of(self, command: Command) -> CircuitBreaker:
+    def _node_of(self, command: Command) -> str:
         # A script's keys follow their number; other commands begin with their key.
         place = 3 if command[0] in ("EVALSHA", "EVAL") else 1
         try:
             node = self._client.get_node_from_key(cast("str", command[place]))
         except (IndexError, exceptions.RedisClusterException):
             node = None
-        return self._breakers[node.name if node else ""]
+        return node.name if node else ""
 
-    async def _within_limit(self, command: Command, breaker: CircuitBreaker, **options: Any) -> object:
+    async def _pipelined(self, node: str, commands: Sequence[Command]) -> Sequence[object | Exception]:
+        async def exchange() -> list[object | Exception]:
+            try:
+                return await self._exchanged(commands)
+            except _SILENCE:
+                # The client looks for other masters when a command fails, and not when a pipeline does. Every script may be repeated.
+                return [await self._alone(commands[0]), *await self._exchanged(commands[1:])]
+
+        try:
+            replies = cast("list[object | Exception]", await self._within_limit(self._breakers[node], exchange))
+        except Unavailable as error:
+            return [error] * len(commands)
+        return [Unavailable("redis") if isinstance(reply, _PASSING) else reply for reply in replies]
+
+    async def _exchanged(self, commands: Sequence[Command]) -> list[object | Exception]:
+        pipeline = self._client.pipeline()
+        for command in commands:
+            pipeline.execute_command(*command)
+        with _reset_is_a_connection_error():
+            # What lies at another node by now is sent there by the client.
+            replies: list[object | Exception] = await pipeline.execute(raise_on_error=False)
+        for reply in replies:
+            if isinstance(reply, _SILENCE):
+                raise reply
+        return replies
+
+    async def _alone(self, command: Command) -> object | Exception:
+        try:
+            reply: object = await self._client.execute_command(*command)
+        except _SILENCE:
+            raise
+        except exceptions.RedisError as error:
+            return error
+        return reply
+
+    async def _within_limit(self, breaker: CircuitBreaker, exchange: Callable[[], Awaitable[object]]) -> object:
         if not breaker.admits():
             raise Unavailable("redis")
         try:
             with _reset_is_a_connection_error():
                 async with asyncio.timeout(self._timeout_seconds):
-                    reply: object = await self._client.execute_command(*command, **options)
+                    reply = await exchange()
         except _PASSING as error:
             # A slot that moves, or waits for its new master, is answered for: that is one tenant's trouble and not the node's.
             if isinstance(error, _SILENCE):

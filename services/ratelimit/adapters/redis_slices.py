@@ -7,7 +7,7 @@ from services.kernel.ids import TenantId
 from services.ratelimit.adapters.tenant_scripts import Argument, TenantScripts
 from services.ratelimit.limit_rule import SECOND_US
 from services.ratelimit.packing import packed
-from services.ratelimit.reservation import LARGEST_ID_AGE_SECONDS, minted_us
+from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, minted_us
 from services.ratelimit.slice import SliceAnswer, SliceRequest, SliceReturn
 from services.ratelimit.standing import Verdict
 from services.ratelimit.terms import Plan, Terms

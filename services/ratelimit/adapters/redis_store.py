@@ -18,9 +18,9 @@ from services.ratelimit.fencing import ExpiredHolds, FenceVerdict
 from services.ratelimit.limit_rule import SECOND_US
 from services.ratelimit.limits import NOTHING, Amounts, Demand, Subject
 from services.ratelimit.packing import packed
-from services.ratelimit.reservation import LARGEST_ID_AGE_SECONDS, Ask
+from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, Ask, Question
 from services.ratelimit.settlement import Settlement
-from services.ratelimit.standing import Answer, Verdict
+from services.ratelimit.standing import Answer, Verdict, is_unready
 from services.ratelimit.terms import Plan, Terms
 from services.ratelimit.turn import Place
 
@@ -56,6 +56,19 @@ class RedisStore:
         if len(asks) == 1 and not asks[0].together and not asks[0].gathered:
             return [await self._queue.submit(tenant_id, terms, asks[0])]
         return await self._reserve_some(tenant_id, terms, asks)
+
+    async def reserve_each(self, questions: Sequence[Question]) -> list[list[Answer] | Exception]:
+        """Does the same for many tenants in one exchange with the store; what fails of one fails alone. Raises: Unavailable."""
+        clock_us, now_us = self._clocks()
+        calls = [(question.tenant_id, self._first_arguments(question, now_us)) for question in questions]
+        found: list[list[Answer] | Exception] = []
+        for question, reply in zip(questions, await self._scripts.run_each("reserve", calls), strict=True):
+            try:
+                # Waits only for what more than one script is for.
+                found.append(await self._completed(question, reply, clock_us, now_us))
+            except Exception as error:
+                found.append(error)
+        return found
 
     async def look(self, tenant_id: TenantId, terms: Terms, plan: Plan, demand: Demand) -> Answer:
         """Says what is used and whether the demand would be held. Writes nothing."""
@@ -147,34 +160,64 @@ class RedisStore:
 
     async def _reserve_some(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
         answers: list[Answer] = []
-        before = (_HEAD.pack(self._lease_us, self._forget_us, LARGEST_ID_AGE_SECONDS * SECOND_US, terms.version), terms.families_digest)
+        before = self._before(terms)
         for start in range(0, len(asks), _DECISIONS_A_SCRIPT):
             some = asks[start : start + _DECISIONS_A_SCRIPT]
             after = _reserve_arguments(some)
             decided = await self._decided("reserve", tenant_id, terms, before, after, len(some))
-            if decided[0].verdict in (Verdict.REBUILD, Verdict.BEHIND):
+            if is_unready(decided):
                 # Of all of them: what was held by now is held again, or the same, when all are asked again.
                 return decided[:1] * len(asks)
-            answers += [_placed(ask, answer) for ask, answer in zip(some, decided, strict=True)]
+            answers += _all_placed(some, decided)
         return answers
+
+    def _first_arguments(self, question: Question, now_us: int) -> list[Argument]:
+        terms = question.terms
+        return [*self._before(terms), terms.packed_calendars(now_us), *_reserve_arguments(question.asks[:_DECISIONS_A_SCRIPT])]
+
+    async def _completed(self, question: Question, reply: object | Exception, clock_us: int, now_us: int) -> list[Answer]:
+        if isinstance(reply, Exception):
+            raise reply
+        tenant_id, terms, asks = question.tenant_id, question.terms, question.asks
+        first, others = asks[:_DECISIONS_A_SCRIPT], asks[_DECISIONS_A_SCRIPT:]
+        answers = self._understood(reply, terms, clock_us, now_us, len(first))
+        if answers is None:
+            return await self._reserve_some(tenant_id, terms, asks)
+        answers = _all_placed(first, answers)
+        if not others:
+            return answers
+        following = await self._reserve_some(tenant_id, terms, others)
+        return following[:1] * len(asks) if is_unready(following) else answers + following
+
+    def _before(self, terms: Terms) -> tuple[Argument, Argument]:
+        return _HEAD.pack(self._lease_us, self._forget_us, LARGEST_ID_AGE_SECONDS * SECOND_US, terms.version), terms.families_digest
 
     async def _decided(
         self, name: str, tenant_id: TenantId, terms: Terms, before: Sequence[Argument], after: Sequence[Argument], count: int
     ) -> list[Answer]:
         while True:
-            clock_us = microseconds(datetime.now(UTC))
-            now_us = clock_us + self._ahead_us
-            calendars = terms.packed_calendars(now_us)
-            reply = await self._scripts.run(name, tenant_id, *before, calendars, *after)
-            head, *rest = cast("list[object]", reply)
-            if head == b"ok":
-                return _answers(rest, terms.boundaries(now_us))
-            if head == b"periods":
-                # This clock is days off. The store's own time says which periods it needs.
-                # Set and not added to: many find out at the same time.
-                self._ahead_us = cast("int", rest[0]) - clock_us
-                continue
-            return [_signal(cast("bytes", head), rest)] * count
+            clock_us, now_us = self._clocks()
+            reply = await self._scripts.run(name, tenant_id, *before, terms.packed_calendars(now_us), *after)
+            answers = self._understood(reply, terms, clock_us, now_us, count)
+            if answers is not None:
+                return answers
+
+    def _clocks(self) -> tuple[int, int]:
+        """The clock of this process, and as near to the store's as is known."""
+        clock_us = microseconds(datetime.now(UTC))
+        return clock_us, clock_us + self._ahead_us
+
+    def _understood(self, reply: object, terms: Terms, clock_us: int, now_us: int, count: int) -> list[Answer] | None:
+        """The answers in a reply; None when the question is to be asked again, by other periods."""
+        head, *rest = cast("list[object]", reply)
+        if head == b"ok":
+            return _answers(rest, terms.boundaries(now_us))
+        if head == b"periods":
+            # This clock is days off. The store's own time says which periods it needs.
+            # Set and not added to: many find out at the same time.
+            self._ahead_us = cast("int", rest[0]) - clock_us
+            return None
+        return [_signal(cast("bytes", head), rest)] * count
 
 
 def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
@@ -207,6 +250,10 @@ def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
 
 def _standing(ask: Ask) -> bytes:
     return b"" if ask.stand is None else packed((int(ask.stand.keep), ask.stand.since_us, ask.plan.lanes))
+
+
+def _all_placed(asks: Sequence[Ask], answers: Sequence[Answer]) -> list[Answer]:
+    return [_placed(ask, answer) for ask, answer in zip(asks, answers, strict=True)]
 
 
 def _placed(ask: Ask, answer: Answer) -> Answer:

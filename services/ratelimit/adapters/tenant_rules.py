@@ -44,6 +44,10 @@ class TenantRules:
             self._known.popitem(last=False)
         return terms
 
+    def known(self, context: TenantContext) -> Terms | None:
+        """Returns the same where it need not ask for it."""
+        return self._known.get((context.tenant_id, context.config_version))
+
     def _forget(self, tenant_id: TenantId | None) -> None:
         # An older token must not bring older rules back: its version is asked for anew, and answered with what is in force.
         for key in [key for key in self._known if tenant_id in (None, key[0])]:

@@ -12,7 +12,8 @@ from services.kernel.ids import ReservationId, TenantId, parse_uuid, uuid_from_b
 from services.ratelimit.decision import Refusal
 from services.ratelimit.limit_rule import CALENDAR, Unit, Window
 from services.ratelimit.limits import NOBODY, Amounts, Demand, Shortening, subject_of
-from services.ratelimit.reservation import Held, Request
+from services.ratelimit.request import Request
+from services.ratelimit.reservation import Held
 from services.ratelimit.standing import Answer, LimitStatus, current_day, period_end_us
 from services.ratelimit.terms import Plan
 

@@ -1,4 +1,4 @@
-"""Many reservations in one message: each item proves its own tenant, tenants are decided beside each other, items of one in their order."""
+"""Many reservations in one message: each item proves its own tenant, tenants are decided together, items of one in their order."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -14,12 +14,14 @@ from services.kernel.rpc.status import to_mesh_error
 from services.kernel.rpc.wire_status import encode
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import Refusal
+from services.ratelimit.gathered import GatheredReservations
 from services.ratelimit.ready_counters import tenant_of
-from services.ratelimit.reservation import Held, Outcome, Request, Reservations
+from services.ratelimit.request import Request
+from services.ratelimit.reservation import Held, Outcome, Reservations
 from services.ratelimit.servicers.limit_messages import refusal_message, request_of, write_held
 
 _METHOD = "/mesh.ratelimit.v1.RateLimitService/ReserveBatch"
-# Tenants decided at the same time: enough to fill the store's pipeline.
+# Tenants decided at the same time: as many as fill one exchange with the store.
 _TENANTS_AT_ONCE = 64
 
 _Place = tuple[int, TenantContext, Request]
@@ -28,7 +30,8 @@ _Place = tuple[int, TenantContext, Request]
 class ReserveBatches:
     """Decides batches."""
 
-    def __init__(self, reservations: Reservations, verifier: ContextTokenVerifier) -> None:
+    def __init__(self, gathered: GatheredReservations, reservations: Reservations, verifier: ContextTokenVerifier) -> None:
+        self._gathered = gathered
         self._reservations = reservations
         self._verifier = verifier
 
@@ -49,9 +52,7 @@ class ReserveBatches:
         tenants = list(by_tenant.values())
         async with self._kept_alive(tenants, lease.ToTimedelta().total_seconds()):
             for start in range(0, len(tenants), _TENANTS_AT_ONCE):
-                async with asyncio.TaskGroup() as group:
-                    for places in tenants[start : start + _TENANTS_AT_ONCE]:
-                        group.create_task(self._decide(places, outcomes))
+                await self._decide(tenants[start : start + _TENANTS_AT_ONCE], outcomes)
         response = messages.ReserveBatchResponse()
         for outcome in outcomes:
             _write(response.outcomes.add(), outcome, lease)
@@ -79,15 +80,18 @@ class ReserveBatches:
             finally:
                 keeper.cancel()
 
-    async def _decide(self, places: Sequence[_Place], outcomes: list[Outcome | None]) -> None:
-        # The newest of their tokens names the newest configuration.
-        context = max((context for _, context, _ in places), key=lambda context: context.config_version)
-        try:
-            decided: Sequence[Outcome] = await self._reservations.decide(context, [request for _, _, request in places])
-        except Exception as error:
-            decided = [to_mesh_error(error, _METHOD)] * len(places)
-        for (place, _, _), outcome in zip(places, decided, strict=True):
-            outcomes[place] = outcome
+    async def _decide(self, tenants: Sequence[Sequence[_Place]], outcomes: list[Outcome | None]) -> None:
+        decided = await self._gathered.decide([(_newest(places), [request for _, _, request in places]) for places in tenants])
+        for places, found in zip(tenants, decided, strict=True):
+            if isinstance(found, Exception):
+                found = [to_mesh_error(found, _METHOD)] * len(places)
+            for (place, _, _), outcome in zip(places, found, strict=True):
+                outcomes[place] = outcome
+
+
+def _newest(places: Sequence[_Place]) -> TenantContext:
+    # The newest of their tokens names the newest configuration.
+    return max((context for _, context, _ in places), key=lambda context: context.config_version)
 
 
 def _write(message: messages.ReserveBatchOutcome, outcome: Outcome | None, lease: Duration) -> None:

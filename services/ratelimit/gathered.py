@@ -1,0 +1,108 @@
+"""Demands of many tenants, put to the store together.
+
+A tenant of whom something else must be known first is decided by itself beside the others; one whose answer is not the last word goes
+on by itself from there.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from services.kernel.errors import MeshError
+from services.kernel.tenant_context import TenantContext
+from services.ratelimit.hooks import Guard, NoGuard
+from services.ratelimit.open_allowance import OpenAllowance
+from services.ratelimit.ready_counters import tenant_of
+from services.ratelimit.request import Question, Request, ask_of, check_request
+from services.ratelimit.reservation import Outcome, Reservations
+from services.ratelimit.standing import Answer, Verdict, is_unready
+from services.ratelimit.terms import Terms
+
+# The rules of a context's tenant, where they need not be asked for.
+Known = Callable[[TenantContext], Terms | None]
+# Requests of one tenant, in their order.
+Call = tuple[TenantContext, Sequence[Request]]
+_Answers = list[Answer] | Exception
+
+
+class GatheringStore(Protocol):
+    """Decides and counts, one atomic step a tenant."""
+
+    async def reserve_each(self, questions: Sequence[Question]) -> list[list[Answer] | Exception]:
+        """Takes holds of many tenants, of each in their order; what fails of one fails alone. Raises: Unavailable."""
+        ...
+
+
+class GatheredReservations:
+    """Decides calls of different tenants as `Reservations` does each of them, with one wait for all that the store alone can tell."""
+
+    def __init__(
+        self, reservations: Reservations, store: GatheringStore, allowance: OpenAllowance, known: Known, *, guard: Guard | None = None
+    ) -> None:
+        self._reservations = reservations
+        self._store = store
+        self._allowance = allowance
+        self._known = known
+        self._guard: Guard = guard or NoGuard()
+
+    async def decide(self, calls: Sequence[Call]) -> list[Sequence[Outcome] | Exception]:
+        """Returns for each call its outcomes, or what `Reservations.decide` would raise. No two calls may be of one tenant."""
+        decided: list[Sequence[Outcome] | Exception] = [()] * len(calls)
+        questions: dict[int, Question] = {}
+
+        async def by_itself(place: int, answers: _Answers | None = None) -> None:
+            context, requests = calls[place]
+            try:
+                if answers is None or (not isinstance(answers, Exception) and is_unready(answers)):
+                    decided[place] = await self._reservations.decide(context, requests)
+                else:
+                    decided[place] = await self._reservations.conclude(context, questions[place].terms, requests, answers)
+            except Exception as error:
+                decided[place] = error
+
+        async with asyncio.TaskGroup() as group:
+            for place, call in enumerate(calls):
+                question = self._question(*call)
+                if question is None:
+                    group.create_task(by_itself(place))
+                else:
+                    questions[place] = question
+            for place, answers in zip(questions, await self._asked(list(questions.values())), strict=True):
+                outcomes = self._taken(*calls[place], questions[place].terms, answers)
+                if outcomes is None:
+                    group.create_task(by_itself(place, answers))
+                else:
+                    decided[place] = outcomes
+        return decided
+
+    def _question(self, context: TenantContext, requests: Sequence[Request]) -> Question | None:
+        """What the store alone can answer; None for what needs more than that."""
+        tenant_id, terms = tenant_of(context), self._known(context)
+        if terms is None or self._allowance.owes(tenant_id) or not self._guard.admits(context, terms):
+            return None
+        try:
+            for request in requests:
+                if request.account or request.max_wait_seconds:
+                    return None
+                check_request(request)
+        except MeshError:
+            return None
+        return Question(tenant_id, terms, [ask_of(terms, request) for request in requests])
+
+    async def _asked(self, questions: Sequence[Question]) -> Sequence[_Answers]:
+        if not questions:
+            return ()
+        try:
+            return await self._store.reserve_each(questions)
+        except Exception as error:
+            return [error] * len(questions)
+
+    def _taken(self, context: TenantContext, requests: Sequence[Request], terms: Terms, answers: _Answers) -> Sequence[Outcome] | None:
+        """The holds, where the answers are nothing else; None when more is to be done than to return them."""
+        if isinstance(answers, Exception):
+            return None
+        if answers[0].epoch:
+            self._allowance.learn(tenant_of(context), answers[0].epoch)
+        if any(answer.verdict is not Verdict.HELD for answer in answers):
+            return None
+        return self._reservations.taken(context, terms, requests, answers)
