@@ -97,7 +97,7 @@ _STATEMENTS = (
     _forgetful(
         "removing a budget",
         f"{_ADAPTERS}/postgres_budgets.py",
-        'DELETE_BUDGET = "DELETE FROM metering.budgets WHERE tenant_id = $1 AND name = $2"',
+        'DELETE_BUDGET = "DELETE FROM metering.budgets WHERE tenant_id = $1 AND name = $2 RETURNING budget_id"',
     ),
     _forgetful(
         "removing a receiver",
