@@ -125,16 +125,22 @@ class Load:
             self._live(asked, tenant)
 
     async def _reserve_many(self, tenant: LoadedTenant) -> None:
-        every = [self._call(tenant) for _ in range(self.random.randint(8, 40))]
-        items = [messages.ReserveBatchItem(context_token=tenant.context.token, request=_request(asked)) for asked in every]
+        # Half of the batches are of one tenant, half of several, whose items lie between each other's.
+        among = self.tenants if self.random.random() < 0.5 else [tenant]
+        owners = [self.random.choice(among) for _ in range(self.random.randint(8, 40))]
+        every = [self._call(owner) for owner in owners]
+        items = [
+            messages.ReserveBatchItem(context_token=owner.context.token, request=_request(asked))
+            for owner, asked in zip(owners, every, strict=True)
+        ]
         tried = await self._tried("ReserveBatch", messages.ReserveBatchRequest(items=items), None, None)
         for asked in () if tried.is_first else every:
             asked.renewals.append((tried.since_us, now_us(), False))
-        for asked, outcome in zip(every, tried.response.outcomes if tried.response is not None else (), strict=False):
+        for owner, asked, outcome in zip(owners, every, tried.response.outcomes if tried.response is not None else (), strict=False):
             match outcome.WhichOneof("outcome"):
                 case "held":
                     self._held(asked, outcome.held, tried.since_us, has_figures=tried.is_first)
-                    self._live(asked, tenant)
+                    self._live(asked, owner)
                 case "refused":
                     refused, status = outcome.refused, outcome.refused.status
                     self._refused(asked, status.rule, status.used, refused.decide_time, refused.reason, tried.since_us)
