@@ -257,8 +257,8 @@ class Load:
                     self._refused(asked, error.metadata["rule"], used, _time(error), error.reason_name, since_us, more)
                 else:
                     self.log.note(error.reason_name)
-                # A refused Extend was not made by an earlier try either: there would have been nothing to refuse.
-                return Tried(None, number == 0 or error.reason_name in _REFUSED, since_us)
+                # What an earlier try asked for may still be on its way to the store, from a process that was killed.
+                return Tried(None, number == 0, since_us)
             if asked is not None and number:
                 asked.renewals.append((sent_us, now_us(), False))
             return Tried(response, number == 0, since_us)
