@@ -7,13 +7,14 @@ from tests.isolation.mutations import Edit, Mutation
 
 _RUN = "tests/protocol/test_runs.py::test_the_invariants_hold_in_the_run_that_needs_the_rule[{}]"
 _OPEN = "services/metering/migrations/0015_reconciliation.sql"
-_ENDS = "services/metering/migrations/0004_ends_without_a_bill.sql"
+_VOID = "services/metering/migrations/0029_the_first_cause_is_written.sql"
+_FENCE = "services/metering/migrations/0027_batches_are_joined_by_hash.sql"
 _EPOCHS = "services/metering/migrations/0008_counted_periods.sql"
 _COMMIT = "services/ratelimit/adapters/scripts/commit.lua"
 _LOAD = "services/ratelimit/adapters/scripts/load.lua"
 _SETTLEMENT = "services/inference/settlement.py"
 _OVERRUN = "services/inference/overrun.py"
-_EXTEND = "services/metering/migrations/0007_extensions_and_units.sql"
+_EXTEND = "services/metering/migrations/0027_batches_are_joined_by_hash.sql"
 
 # A snapshot also says which calls have ended lately, so that a Reserve that comes again meets its own end and holds nothing.
 _NO_RECENT_CALLS = Edit(
@@ -49,13 +50,13 @@ PROTOCOL_MUTATIONS = (
     _without(
         "fence_leaves_tombstone",
         Edit(
-            _ENDS,
-            "'fenced' FROM unnest(p_reservations[a:z]) AS c (reservation_id)\n        ON CONFLICT DO NOTHING;",
-            "'fenced' FROM unnest(p_reservations[a:z]) AS c (reservation_id) WHERE false\n        ON CONFLICT DO NOTHING;",
+            _FENCE,
+            "'fenced' FROM unnest(v_reservations) AS c (reservation_id)\n        ON CONFLICT DO NOTHING;",
+            "'fenced' FROM unnest(v_reservations) AS c (reservation_id) WHERE false\n        ON CONFLICT DO NOTHING;",
         ),
-        Edit(_ENDS, "CASE WHEN k.state = 3 THEN 1 WHEN k.state = 4", "CASE WHEN coalesce(k.state, 3) = 3 THEN 1 WHEN k.state = 4"),
+        Edit(_FENCE, "CASE WHEN k.state = 3 THEN 1 WHEN k.state = 4", "CASE WHEN coalesce(k.state, 3) = 3 THEN 1 WHEN k.state = 4"),
         Edit(
-            _ENDS,
+            _FENCE,
             "WITH ORDINALITY AS c (reservation_id, epoch, n)\n        JOIN metering.calls k",
             "WITH ORDINALITY AS c (reservation_id, epoch, n)\n        LEFT JOIN metering.calls k",
         ),
@@ -90,7 +91,7 @@ PROTOCOL_MUTATIONS = (
     ),
     _without(
         "fence_dates_the_settlement",
-        Edit(_ENDS, "WHEN k.settled_epoch < c.epoch THEN 4 ELSE 3 END", "ELSE 3 END"),
+        Edit(_FENCE, "WHEN k.settled_epoch < c.epoch THEN 4 ELSE 3 END", "ELSE 3 END"),
         _NO_RECENT_CALLS,
     ),
     _without(
@@ -100,7 +101,7 @@ PROTOCOL_MUTATIONS = (
     _without(
         "void_told_by_outbox",
         Edit(
-            _ENDS,
+            _VOID,
             "SELECT v_tenant, v.reservation_id, 2, v_epoch, 0, 0 FROM voided v\n",
             "SELECT v_tenant, v.reservation_id, 2, v_epoch, 0, 0 FROM voided v WHERE false\n",
         ),
@@ -126,7 +127,7 @@ PROTOCOL_MUTATIONS = (
         "extension_recorded_first",
         Edit(_OVERRUN, "                extended = await self._ledger.extend(attempt.ref, hold)\n", "                extended = True\n"),
     ),
-    _without("extension_epoch_checked", Edit(_EXTEND, "k.state = 1 AND k.open_epoch = v_epoch\n", "k.state = 1\n")),
+    _without("extension_epoch_checked", Edit(_EXTEND, "AND k.open_epoch = v_epoch AND (k.bound_tokens", "AND (k.bound_tokens")),
     _without(
         "extension_in_snapshot",
         # Nothing else remembers what a call was opened with.
