@@ -127,7 +127,7 @@ async def test_limits_are_rebuilt_from_the_ledger_when_redis_forgets(mesh: Mesh)
     async def is_committed() -> bool:
         return not (await used_limits(mesh, tenant))["concurrent_calls"]
 
-    await eventually(is_committed, within_seconds=5)
+    await eventually(is_committed, within_seconds=30)
     before = await used_limits(mesh, tenant)
     await empty_redis(mesh)
     assert await used_limits(mesh, tenant) == before

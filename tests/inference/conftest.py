@@ -161,7 +161,7 @@ class World:
 
 async def until(true: Callable[[], bool]) -> None:
     """Returns once the condition holds; for what another process or a store decides, which no event tells."""
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(30.0):
         while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

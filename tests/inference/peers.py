@@ -122,7 +122,7 @@ class Script:
 
     async def wait_for(self, *names: str) -> None:
         """Returns once each of the events was heard."""
-        async with asyncio.timeout(5.0), self.changed:
+        async with asyncio.timeout(30.0), self.changed:
             await self.changed.wait_for(lambda: {name for name, _ in self.heard} >= set(names))
 
 

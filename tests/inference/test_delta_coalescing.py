@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from services.inference.delta_coalescing import FLUSH_BYTES, DeltaForwarder
+from tests.support.steadiness import steadily
 
 
 class Reader:
@@ -21,12 +22,13 @@ class Reader:
         self.heard.set()
 
     async def next(self) -> str:
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(10.0):
             await self.heard.wait()
         self.heard.clear()
         return self.written[-1]
 
 
+@steadily
 async def test_the_first_piece_goes_at_once_and_the_rest_together() -> None:
     """The first text is not held back; what follows within the interval is one message."""
     reader = Reader()
@@ -39,6 +41,7 @@ async def test_the_first_piece_goes_at_once_and_the_rest_together() -> None:
     assert reader.written == ["Hello", " you there!"]
 
 
+@steadily
 async def test_a_full_buffer_does_not_wait_for_the_interval() -> None:
     """Two kilobytes are written as soon as they are there."""
     reader = Reader()

@@ -13,6 +13,7 @@ from services.kernel.ids import new_uuid7
 from services.kernel.request_context import bind_call_id, bind_tenant, client_call_id, current_deadline, remaining_seconds, required_scope
 from services.kernel.rpc.channel import MeshChannel
 from tests.kernel.mesh import Mesh, settings_of
+from tests.support.steadiness import steadily
 
 EMPTY = pb.ProvisionTenantResponse()
 
@@ -125,6 +126,7 @@ async def test_a_refusal_is_not_repeated(mesh: Mesh) -> None:
     assert len(called) == 1
 
 
+@steadily
 async def test_a_repeat_that_does_not_fit_the_deadline_is_not_made(mesh: Mesh) -> None:
     """The answer is the last failure, within the time allowed."""
     _, mesh.lifecycle.provision = counting(*[Unavailable("redis")] * 5)

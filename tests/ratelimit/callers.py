@@ -339,7 +339,7 @@ def now_us() -> int:
 
 async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
     """Looks until it holds, for what happens in another process or by the passing of time."""
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(30):
         while True:
             if await holds():
                 return

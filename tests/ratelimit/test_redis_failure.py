@@ -19,6 +19,7 @@ from services.ratelimit.circuit_breaker import CircuitBreaker
 from tests.ratelimit.callers import AtService, eventually, running_service
 from tests.ratelimit.resetting_redis import resetting_redis
 from tests.ratelimit.scripted_peer import Peer, running_peer
+from tests.support.steadiness import steadily
 from tests.support.stores import RedisStore as RedisServer
 from tests.support.stores import running_redis
 
@@ -70,6 +71,7 @@ async def admitted_again(tenant: AtService) -> None:
     await eventually(admitted)
 
 
+@steadily
 async def test_a_hanging_redis_is_answered_quickly(own_redis: RedisServer, peer: Peer) -> None:
     """A stopped process accepts connections and never replies: callers wait for none of it, and go on when it does."""
     async with running_service(own_redis.url, peer) as service:

@@ -17,6 +17,7 @@ from services.kernel.ids import new_uuid7
 from tests.ratelimit.callers import AtService, Service, eventually, running_service
 from tests.ratelimit.rules import rule
 from tests.ratelimit.scripted_peer import running_peer
+from tests.support.steadiness import steadily
 from tests.support.stores import RedisStore as RedisServer
 
 # A busy machine is slow, and never this slow; who looked again only by chance would be later.
@@ -75,6 +76,7 @@ def at(tenant: AtService, service: Service) -> AtService:
     return AtService(stub, service.inference, service.metering, service.tenant, tenant.context, tenant.store)
 
 
+@steadily
 async def test_a_waiting_call_is_admitted_when_its_window_frees(service: Service) -> None:
     """Woken by the clock: at the moment the oldest request leaves the window, by the store's clock, and not before."""
     tenant = service.tenant_with(rule("rate", "requests", 2, 1))
@@ -86,6 +88,7 @@ async def test_a_waiting_call_is_admitted_when_its_window_frees(service: Service
     assert not first.HasField("waited")
 
 
+@steadily
 async def test_a_waiting_call_is_woken_by_a_commit(service: Service) -> None:
     """What a settled call gives back is had by who waits at once, long before any clock frees it."""
     tenant = service.tenant_with(rule("rate", "tokens", 60, 100))
@@ -100,6 +103,7 @@ async def test_a_waiting_call_is_woken_by_a_commit(service: Service) -> None:
     assert await tickets(tenant) == 0
 
 
+@steadily
 async def test_a_waiting_call_is_woken_by_a_release(service: Service) -> None:
     """A slot that is let go is taken by who waits for it."""
     tenant = service.tenant_with(rule("slots", "running", "running", 1))
@@ -114,6 +118,7 @@ async def test_a_waiting_call_is_woken_by_a_release(service: Service) -> None:
         assert time.monotonic() - began < PROMPTLY_SECONDS
 
 
+@steadily
 async def test_the_slot_of_a_dead_caller_is_had_by_who_waits(service: Service) -> None:
     """A lease that nobody prolongs ends, the ledger is asked, and the next in line is woken."""
     tenant = service.tenant_with(rule("slots", "running", "running", 1))
@@ -127,6 +132,7 @@ async def test_the_slot_of_a_dead_caller_is_had_by_who_waits(service: Service) -
     assert await tenant.store.state(running) == "released"
 
 
+@steadily
 async def test_a_wait_that_cannot_end_in_time_does_not_begin(service: Service) -> None:
     """A caller is refused at once when what it waits for frees after its time, or never."""
     tenant = service.tenant_with(rule("rate", "requests", 60, 1), rule("budget", "cost", "month", 100, near_edge=BUDGET_WAITS))
@@ -201,6 +207,7 @@ async def test_who_comes_later_and_waits_does_not_pass(service: Service) -> None
         await small
 
 
+@steadily
 async def test_a_limit_of_one_user_keeps_no_other_waiting(service: Service) -> None:
     """Who waits for a limit of its own is no obstacle to those whom that limit does not count."""
     tenant = service.tenant_with(rule("all", "tokens", 60, 1000), rule("each", "tokens", 60, 100, "user"))
@@ -215,6 +222,7 @@ async def test_a_limit_of_one_user_keeps_no_other_waiting(service: Service) -> N
         await ada
 
 
+@steadily
 async def test_nobody_waits_past_its_deadline(service: Service) -> None:
     """The answer comes before the caller's own deadline, and names the rule; nothing stays in line."""
     tenant = service.tenant_with(rule("slots", "running", "running", 1))
@@ -227,6 +235,7 @@ async def test_nobody_waits_past_its_deadline(service: Service) -> None:
     assert await tickets(tenant) == 0
 
 
+@steadily
 async def test_nobody_waits_longer_than_it_said(service: Service) -> None:
     """max_wait bounds the wait."""
     tenant = service.tenant_with(rule("slots", "running", "running", 1))
@@ -238,6 +247,7 @@ async def test_nobody_waits_longer_than_it_said(service: Service) -> None:
     assert refused.value.reason_name == "CONCURRENCY"
 
 
+@steadily
 async def test_a_caller_that_goes_away_leaves_its_place(service: Service) -> None:
     """Cancelled, its ticket goes at once and who was behind it is woken."""
     tenant = service.tenant_with(rule("rate", "tokens", 60, 100))
@@ -250,6 +260,7 @@ async def test_a_caller_that_goes_away_leaves_its_place(service: Service) -> Non
     await eventually(lambda: no_tickets(tenant))
 
 
+@steadily
 async def test_a_dead_replica_delays_others_by_no_more_than_its_lease(service: Service) -> None:
     """A ticket that nobody renews is passed over once its lease has ended."""
     tenant = service.tenant_with(rule("rate", "tokens", 60, 100))
@@ -280,6 +291,7 @@ async def test_a_place_in_line_that_is_lost_is_taken_again(service: Service) -> 
         assert not second.done()
 
 
+@steadily
 async def test_who_waits_hears_again_after_the_connection_for_it_was_lost(service: Service) -> None:
     """Calls missed in a gap are made good: whoever waits asks once more when the gap is over."""
     tenant = service.tenant_with(rule("slots", "running", "running", 1))
@@ -304,6 +316,7 @@ async def test_waiting_without_hope_and_refusals_without_waiting_write_nothing(s
     assert await tenant.store.dump() == before
 
 
+@steadily
 async def test_units_of_a_product_are_waited_for(service: Service) -> None:
     """Consume waits as Reserve does."""
     tenant = service.tenant_with(rule("interviews", "ai_interviews", 1, 1))

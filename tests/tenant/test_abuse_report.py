@@ -22,6 +22,7 @@ from services.kernel.settings import ServiceSettings
 from services.tenant.abuse_report import AbuseReports
 from services.tenant.adapters.abuse_client import GrpcAbuseListener
 from services.tenant.authentication import AuditAction
+from tests.support.steadiness import steadily
 
 
 class Settings(ServiceSettings):
@@ -74,6 +75,7 @@ async def reporting() -> AsyncIterator[tuple[AbuseReports, Limits, Trail]]:
         await server.stop(None)
 
 
+@steadily
 async def test_failures_are_gathered_for_a_second_and_told_by_tenant() -> None:
     """Many failures are one message, with a count for each tenant; uses of other kinds and nobody's failures are not in it."""
     ada, bob = TenantId(new_uuid7()), TenantId(new_uuid7())
@@ -94,6 +96,7 @@ async def test_failures_are_gathered_for_a_second_and_told_by_tenant() -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1"])
+@steadily
 async def test_limits_that_do_not_answer_slow_nothing_down(address: str) -> None:
     """Reports that cannot be told are lost, and the next ones are tried as if nothing had been."""
     channel = MeshChannel(address, settings=Settings(), target_service="ratelimit")

@@ -24,6 +24,7 @@ from services.tenant.adapters.plan_loader import load_plans, read_plan_file
 from services.tenant.adapters.postgres_changes import PostgresChanges
 from services.tenant.app import PLAN_FILE, build
 from services.tenant.change_hub import ChangeHub, ChangeKind, Notice
+from tests.support.steadiness import steadily
 from tests.support.stores import PostgresStore
 from tests.support.waiting import eventually
 from tests.tenant.harness import Harness, as_service, call, running_service, taken_apart, wish, with_key
@@ -209,6 +210,7 @@ async def test_who_missed_what_is_kept_no_more_forgets_everything(postgres: Post
             await app.close()
 
 
+@steadily
 async def test_a_message_vouches_for_a_read_it_really_made(harness: Harness) -> None:
     """Messages come without any change, each of a read at most 500 ms old; while the table cannot be read none vouches for then."""
     async with harness.superuser() as connection, watching(harness.channel) as stream:
