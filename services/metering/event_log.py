@@ -24,8 +24,8 @@ log = structlog.get_logger(__name__)
 FUTURE_BOUND = timedelta(days=1)
 # Worth a transaction of its own: waiting for others would save nothing.
 LARGE_BATCH = 250
-# One is written while the next is read.
-MAX_LARGE_IN_FLIGHT = 2
+# One is written while the next is read; of large batches, and of those that together are as large.
+MAX_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class EventLog:
         self._store = store
         self._types = types
         self._clock = clock
-        self._records = GroupCommit(store.record)
+        self._records = GroupCommit(store.record, max_in_flight=MAX_IN_FLIGHT, enough=LARGE_BATCH)
         self._reversals = GroupCommit(store.reverse)
-        self._large = asyncio.Semaphore(MAX_LARGE_IN_FLIGHT)
+        self._large = asyncio.Semaphore(MAX_IN_FLIGHT)
 
     async def record(self, events: Sequence[Event]) -> Sequence[Recorded]:
         """Records events, each name once for ever; returns what came of each."""

@@ -13,8 +13,7 @@ from services.metering.event import Event, LedgerEvent, Recorded, RecordOutcome,
 from services.metering.event_log import EventPosition
 
 RECORD_EVENTS = """
-SELECT item, outcome, event_id, digest FROM metering.record_events($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::text[],
-    $6::uuid[], $7::bytea[], $8::text[], $9::text[], $10::bigint[], $11::bigint[], $12::text[], $13::text[], $14::jsonb[])
+SELECT item, outcome, event_id, digest FROM metering.record_events($1::uuid[], $2::integer[], $3::integer[], $4::metering.event_item[])
 """
 REVERSE_EVENTS = """
 SELECT item, outcome, event_id FROM metering.reverse_events($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::text[], $6::uuid[],
@@ -39,25 +38,14 @@ class PostgresEvents:
     async def record(self, events: Sequence[Event]) -> Sequence[Recorded]:
         """Records events of any tenants, each name once for ever."""
         batch = sorted(events)
-        tenants, sources, ids, event_ids, digests, products, types, quantities, times, users, features, metadata = zip(*batch, strict=True)
-        rows = await self._run(
-            RECORD_EVENTS,
-            *slices_of(tenants),
-            sources,
-            ids,
-            [type_uuid(event_id) for event_id in event_ids],
-            digests,
-            products,
-            types,
-            quantities,
-            times,
-            users,
-            features,
-            metadata,
-        )
+        # Rows and not columns: the driver looks twice at each element of an array, and a row is one.
+        items = [(source, name, type_uuid(event_id), *rest) for _, source, name, event_id, *rest in batch]
+        rows = await self._run(RECORD_EVENTS, *slices_of([event.tenant_id for event in batch]), items)
         if not rows:
             return [_recorded(event) for event in events]
-        stood = {event_ids[row["item"] - 1]: Recorded(RecordOutcome(row["outcome"]), str(row["event_id"]), row["digest"]) for row in rows}
+        stood = {
+            batch[row["item"] - 1].event_id: Recorded(RecordOutcome(row["outcome"]), str(row["event_id"]), row["digest"]) for row in rows
+        }
         return [stood.get(event.event_id) or _recorded(event) for event in events]
 
     async def reverse(self, reversals: Sequence[Reversal]) -> Sequence[Reversed]:
