@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -41,7 +42,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one way did: events, and the wall seconds and CPU seconds they took, here, in the service and in Postgres."""
+    """What one way did: events, the wall seconds until all were answered, and the CPU seconds, here, in the service and in Postgres."""
 
     events: int
     seconds: float
@@ -65,10 +66,13 @@ class Measured:
 
 
 async def measured(world: World, events: int, work: Callable[[], Awaitable[None]]) -> Measured:
-    """Runs the work that records so many events."""
+    """Runs the work that records so many events; the CPU time is with that of folding them into sums."""
+    await world.fold()
     cpu, own, began = world.cpu(), time.process_time(), time.monotonic()
     await work()
-    return Measured(events, time.monotonic() - began, time.process_time() - own, Spent.since(world, cpu))
+    seconds, own = time.monotonic() - began, time.process_time() - own
+    await world.fold()
+    return Measured(events, seconds, own, Spent.since(world, cpu))
 
 
 def requests(count: int, batch: int) -> list[bytes]:
@@ -124,15 +128,26 @@ async def one_by_one(world: World, seconds: float, concurrency: int) -> tuple[Me
     return done, loop.percentile(0.5), loop.percentile(0.99)
 
 
-async def by_unnest(world: World, count: int, batch: int) -> Measured:
-    """Asyncpg alone: the same columns into the same table, without claims, types, a digest or an answer."""
-    columns = [_columns(batch) for _ in range(count // batch)]
+async def by_unnest(world: World, count: int, batch: int, callers: int) -> Measured:
+    """Asyncpg alone, by so many connections at once: the same columns into the same table, without claims, types, a digest or an answer."""
+    waiting = [_columns(batch) for _ in range(count // batch)]
 
-    async def work() -> None:
-        for some in columns:
-            await world.admin.execute(RAW_UNNEST, world.tenant_id, *some)
+    async def send(connection: asyncpg.Connection) -> None:
+        while waiting:
+            await connection.execute(RAW_UNNEST, world.tenant_id, *waiting.pop())
 
-    return await measured(world, count, work)
+    async with AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(world.connection()) for _ in range(callers)]
+        # What a connection does once in its life, such as planning, is not of the rate.
+        for connection in connections:
+            await connection.execute(RAW_UNNEST, world.tenant_id, *_columns(batch))
+
+        async def work() -> None:
+            async with asyncio.TaskGroup() as group:
+                for connection in connections:
+                    group.create_task(send(connection))
+
+        return await measured(world, count, work)
 
 
 async def by_copy(world: World, count: int, batch: int) -> Measured:

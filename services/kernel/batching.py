@@ -26,17 +26,24 @@ class Batcher(Generic[I, O]):
 
     An idle batcher flushes at once, so a lone caller waits for nothing; what arrives while `max_in_flight` flushes run is gathered for
     the next one. Cancelling a submitter withdraws its waiting, not its item.
+
+    `size` is what an item counts for, 1 unless it is given. A flush has at most `max_batch`, or one item that is larger. A flush begins
+    beside another only when `enough` waits.
     """
 
     def __init__(
         self,
         flush: Callable[[list[I]], Awaitable[Sequence[O | Exception]]],
         *,
+        size: Callable[[I], int] | None = None,
         max_batch: int = 256,
         max_in_flight: int = 1,
+        enough: int = 1,
         max_waiting: int = 65_536,
     ) -> None:
         self._flush = flush
+        self._size = size
+        self._enough = enough
         self._max_batch = max_batch
         self._max_in_flight = max_in_flight
         self._max_waiting = max_waiting
@@ -91,14 +98,35 @@ class Batcher(Generic[I, O]):
             raise Unavailable("batcher", "this process is shutting down or overloaded; try again shortly")
 
     def _start_flushes(self) -> None:
-        while self._waiting and len(self._flushes) < self._max_in_flight:
-            batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+        while self._waiting and self._may_begin():
+            count = self._fitting()
+            batch, self._waiting = self._waiting[:count], self._waiting[count:]
             # Owned here: kept in the set until done, awaited by close. In a context of its own: a batch is of many callers, and the
             # tenant and deadline of the one who happened to start it must not reach the others' items. Its spans hang under the first.
             context = context_under(batch[0].parent)
             task = asyncio.get_running_loop().create_task(self._run(batch), name="batcher.flush", context=context)
             self._flushes.add(task)
             task.add_done_callback(self._finished)
+
+    def _may_begin(self) -> bool:
+        if not self._flushes:
+            return True
+        return len(self._flushes) < self._max_in_flight and self._waiting_size() >= self._enough
+
+    def _waiting_size(self) -> int:
+        return len(self._waiting) if self._size is None else sum(self._size(item) for item, _, _ in self._waiting)
+
+    def _fitting(self) -> int:
+        """Returns how many of those that wait make the next flush."""
+        if self._size is None:
+            return self._max_batch
+        count, room = 0, self._max_batch
+        for item, _, _ in self._waiting:
+            room -= self._size(item)
+            if room < 0 and count:
+                break
+            count += 1
+        return count
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._flushes.discard(task)

@@ -26,6 +26,7 @@ _KNOWN_TEXTS = 10_000
 
 _RANDOM_BITS = 74
 _LOW_BITS = 62
+_LAST_GROUP_BITS = 48
 _lock = threading.Lock()
 _last: tuple[int, int] = (0, 0)
 
@@ -51,16 +52,13 @@ def new_uuid7s(count: int) -> list[bytes]:
 
     Source: RFC 9562 §6.2 method 2.
     """
-    global _last
-    with _lock:
-        now = time.time_ns() // 1_000_000
-        milliseconds, random = (now, secrets.randbits(_RANDOM_BITS - 1)) if now > _last[0] else _increment(*_last)
-        if (random % (1 << _LOW_BITS)) + count >= 1 << _LOW_BITS:
-            # They count up in the bits below the variant alone: where these would run over, a new stretch begins.
-            milliseconds, random = milliseconds + 1, secrets.randbits(_LOW_BITS - 1)
-        _last = (milliseconds, random + count)
-    first = _compose(milliseconds, random).int
+    first = _first_of(count)
     return [(first + index).to_bytes(16, "big") for index in range(count)]
+
+
+def new_uuid7_texts(count: int) -> list[str]:
+    """Mints the ids of a batch as `new_uuid7s` does, in their canonical form."""
+    return _texts(_first_of(count), count)
 
 
 def uuid7_time(value: UUID) -> datetime | None:
@@ -108,3 +106,24 @@ def _compose(milliseconds: int, random: int) -> UUID:
     high = random >> _LOW_BITS
     low = random & ((1 << _LOW_BITS) - 1)
     return UUID(int=(milliseconds & ((1 << 48) - 1)) << 80 | 0x7 << 76 | high << 64 | 0b10 << 62 | low)
+
+
+def _first_of(count: int) -> int:
+    global _last
+    with _lock:
+        now = time.time_ns() // 1_000_000
+        milliseconds, random = (now, secrets.randbits(_RANDOM_BITS - 1)) if now > _last[0] else _increment(*_last)
+        if (random % (1 << _LOW_BITS)) + count >= 1 << _LOW_BITS:
+            # They count up in the bits below the variant alone: where these would run over, a new stretch begins.
+            milliseconds, random = milliseconds + 1, secrets.randbits(_LOW_BITS - 1)
+        _last = (milliseconds, random + count)
+    return _compose(milliseconds, random).int
+
+
+def _texts(first: int, count: int) -> list[str]:
+    last_group = first % (1 << _LAST_GROUP_BITS)
+    if last_group + count > 1 << _LAST_GROUP_BITS:
+        return [str(UUID(int=first + index)) for index in range(count)]
+    # All have the other groups in common: written once.
+    others = str(UUID(int=first))[:-12]
+    return [f"{others}{last_group + index:012x}" for index in range(count)]

@@ -30,7 +30,7 @@ class ReverseOutcome(IntEnum):
 
 
 class Event(NamedTuple):
-    """An event to record. Ids are 16 bytes, the time is microseconds since 1970, metadata a JSON object or None.
+    """An event to record: the tenant's id as 16 bytes, its own as text, the time in microseconds since 1970, a JSON object or None.
 
     A plain tuple, because thousands come at once. Its order is the one in which everybody takes claims; of two with one name the one that
     came first, and so has the lower id, is first.
@@ -39,7 +39,7 @@ class Event(NamedTuple):
     tenant_id: bytes
     source: str
     id: str
-    event_id: bytes
+    event_id: str
     digest: bytes
     product: str
     event_type: str
@@ -64,7 +64,7 @@ class Reversal(NamedTuple):
     tenant_id: bytes
     source: str
     id: str
-    event_id: bytes
+    event_id: str
     reason: str
 
 
@@ -72,7 +72,7 @@ class Reversed(NamedTuple):
     """How one reversal went, and its id."""
 
     outcome: ReverseOutcome
-    event_id: bytes = b""
+    event_id: str = ""
 
 
 class LedgerEvent(NamedTuple):

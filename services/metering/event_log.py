@@ -16,7 +16,7 @@ from services.kernel.ids import TenantId, parse_uuid
 from services.kernel.paging import decode_page_token, encode_page_token, position_time
 from services.metering.event import Event, LedgerEvent, Recorded, RecordOutcome, Reversal, Reversed
 from services.metering.event_types import EventTypeCatalog, TypeName
-from services.metering.group_commit import GroupCommit
+from services.metering.group_commit import MAX_ITEMS, GroupCommit
 
 log = structlog.get_logger(__name__)
 
@@ -24,8 +24,10 @@ log = structlog.get_logger(__name__)
 FUTURE_BOUND = timedelta(days=1)
 # Worth a transaction of its own: waiting for others would save nothing.
 LARGE_BATCH = 250
-# One is written while the next is read.
-MAX_LARGE_IN_FLIGHT = 2
+# One is written while the next is read; of large batches, and of the others where half of what a transaction takes waits: with less,
+# a second would only make both small.
+MAX_IN_FLIGHT = 2
+ENOUGH = MAX_ITEMS // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,9 @@ class EventLog:
         self._store = store
         self._types = types
         self._clock = clock
-        self._records = GroupCommit(store.record)
+        self._records = GroupCommit(store.record, max_in_flight=MAX_IN_FLIGHT, enough=ENOUGH)
         self._reversals = GroupCommit(store.reverse)
-        self._large = asyncio.Semaphore(MAX_LARGE_IN_FLIGHT)
+        self._large = asyncio.Semaphore(MAX_IN_FLIGHT)
 
     async def record(self, events: Sequence[Event]) -> Sequence[Recorded]:
         """Records events, each name once for ever; returns what came of each."""
@@ -110,7 +112,9 @@ def _refusal(event: Event, unknown: set[TypeName], latest_us: int) -> Recorded |
 
 
 def _tell_conflicts(events: Sequence[Event], recorded: Sequence[Recorded]) -> None:
-    conflicts = [event for event, result in zip(events, recorded, strict=True) if result.outcome is RecordOutcome.CONFLICT]
+    # Looked up once and not for each event.
+    conflict = RecordOutcome.CONFLICT
+    conflicts = [event for event, result in zip(events, recorded, strict=True) if result.outcome is conflict]
     if conflicts:
         log.warning("event_conflicts", events=len(conflicts), first_source=conflicts[0].source, first_id=conflicts[0].id)
 

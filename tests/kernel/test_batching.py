@@ -73,6 +73,35 @@ async def test_every_item_gets_its_own_answer(items: list[int], max_batch: int, 
     assert all(len(batch) <= max_batch for batch in store.batches)
 
 
+@given(st.lists(st.integers(1, 9), max_size=60), st.integers(1, 12), st.integers(1, 3), st.integers(1, 20))
+async def test_batches_are_bounded_by_what_their_items_count(sizes: list[int], max_batch: int, max_in_flight: int, enough: int) -> None:
+    """No batch counts more than it may, unless it is one item; all are flushed in the order in which they came."""
+    store = Store()
+    batcher = Batcher(store.flush, size=abs, max_batch=max_batch, max_in_flight=max_in_flight, enough=enough)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(batcher.submit(size)) for size in sizes]
+    assert [task.result() for task in tasks] == [size * 2 for size in sizes]
+    assert [size for batch in store.batches for size in batch] == sizes
+    assert all(sum(batch) <= max_batch or len(batch) == 1 for batch in store.batches)
+
+
+async def test_a_flush_begins_beside_another_only_when_enough_waits() -> None:
+    """And never beyond how many may be under way; the last of what waits is flushed when it may be, however little it is."""
+    store = Store()
+    store.open.clear()
+    batcher = Batcher(store.flush, size=abs, max_batch=10, max_in_flight=2, enough=6)
+    batches = []
+    async with asyncio.TaskGroup() as group:
+        for size in (1, 5, 1, 9, 9):
+            group.create_task(batcher.submit(size))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            batches.append([list(batch) for batch in store.batches])
+        store.open.set()
+    assert batches == [[[1]], [[1]], [[1], [5, 1]], [[1], [5, 1]], [[1], [5, 1]]]
+    assert store.batches == [[1], [5, 1], [9], [9]]
+
+
 async def test_a_cancelled_submitter_does_not_cancel_the_batch() -> None:
     """The item was accepted: it is flushed, and the others get their answers."""
     store = Store()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.kernel.errors import InvalidRequest
-from services.kernel.ids import new_uuid7, new_uuid7s, parse_uuid, uuid7_time, uuid_from_bytes
+from services.kernel.ids import new_uuid7, new_uuid7_texts, new_uuid7s, parse_uuid, uuid7_time, uuid_from_bytes
 
 MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(9000, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis wants naive bounds
 
@@ -23,7 +23,7 @@ def test_ids_of_a_batch_are_in_order_with_all_others() -> None:
     """A batch's ids are of version 7 and of now, and sort with each other and with those minted one by one, before and after."""
     minted = [new_uuid7()]
     for count in (1, 5_000, 0, 2):
-        minted += [UUID(bytes=raw) for raw in new_uuid7s(count)] + [new_uuid7()]
+        minted += [UUID(bytes=raw) for raw in new_uuid7s(count)] + [new_uuid7()] + [UUID(text) for text in new_uuid7_texts(count)]
     assert sorted(set(minted)) == minted
     assert {(value.version, value.variant) for value in minted} == {(7, "specified in RFC 4122")}
     told = [uuid7_time(value) for value in minted]
@@ -39,6 +39,18 @@ def test_a_batch_that_would_run_over_its_bits_begins_elsewhere(monkeypatch: pyte
     assert sorted({last, *batch}) == [last, *batch]
     assert {(value.version, value.variant) for value in batch} == {(7, "specified in RFC 4122")}
     assert new_uuid7() > batch[-1]
+
+
+@pytest.mark.parametrize("before", [2**48 - 101, 2**48 - 100, 2**48 - 50, 2**48 - 1, 0])
+def test_texts_of_a_batch_are_those_of_its_ids(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    """Also where they count up out of the last group of digits."""
+    monkeypatch.setattr("services.kernel.ids.secrets.randbits", lambda bits: 0)
+    batches = []
+    for mint in (new_uuid7s, new_uuid7_texts):
+        monkeypatch.setattr("services.kernel.ids._last", (2**44, before - 1))
+        batches.append(mint(100))
+    assert batches[1] == [str(UUID(bytes=bytes(raw))) for raw in batches[0]]
+    assert UUID(batches[1][0]).int % 2**62 == before
 
 
 @given(MOMENTS)
