@@ -14,6 +14,7 @@ from services.kernel.ids import new_uuid7
 from tests.ratelimit.callers import AtService, Service, running_service
 from tests.ratelimit.rules import rule
 from tests.ratelimit.scripted_peer import Peer, running_peer
+from tests.ratelimit.test_gathered import batch, item, said
 from tests.support.stores import RedisStore as RedisServer
 
 PLENTY = rule("rate", "tokens", 60, 1_000_000)
@@ -85,6 +86,28 @@ async def test_a_repeated_reserve_takes_its_share_once(service: Service, account
     await tenant.reserve(20, provider_account=account, input_tokens=10)
     await tenant.reserve(20, provider_account=account, input_tokens=10)
     assert (await refusal(tenant, 20, provider_account=account, input_tokens=10)).reason_name == "PROVIDER_SHARE"
+
+
+async def free_requests(tenant: AtService, account: str) -> int:
+    """How many calls of a token the account has room for."""
+    for count in range(10):
+        try:
+            await tenant.reserve(1, provider_account=account)
+        except MeshError as error:
+            assert error.reason_name == "PROVIDER_SHARE"
+            return count
+    raise AssertionError
+
+
+async def test_an_id_that_comes_twice_in_a_batch_keeps_the_share_of_what_is_held(service: Service, account: str) -> None:
+    """What gives its share back takes none from another attempt under the same id, be it with other amounts; larger ones are refused."""
+    tenant, small = service.tenant_with(rule("rate", "tokens", 60, 100)), service.tenant_with(rule("day", "tokens", "day", 50, "user"), PLENTY)
+    id, other = new_uuid7(), new_uuid7()
+    items = [item(tenant, tokens, id=id, provider_account=account) for tokens in (200, 20, 20, 30)]
+    items += [item(small, tokens, id=other, provider_account=account, user=user) for tokens, user in ((51, "ada"), (52, ""), (40, "ada"))]
+    outcomes = [said(outcome) for outcome in await batch(service, items)]
+    assert outcomes == ["PLAN_LIMIT", "held", "held", "CONTENT_CONFLICT", "PLAN_LIMIT", "CONTENT_CONFLICT", "held"]
+    assert await free_requests(service.tenant_with(PLENTY), account) == 1
 
 
 async def test_what_a_call_did_not_use_comes_back_when_it_is_settled(service: Service, account: str) -> None:
