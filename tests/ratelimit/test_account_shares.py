@@ -101,7 +101,10 @@ async def free_requests(tenant: AtService, account: str) -> int:
 
 async def test_an_id_that_comes_twice_in_a_batch_keeps_the_share_of_what_is_held(service: Service, account: str) -> None:
     """What gives its share back takes none from another attempt under the same id, be it with other amounts; larger ones are refused."""
-    tenant, small = service.tenant_with(rule("rate", "tokens", 60, 100)), service.tenant_with(rule("day", "tokens", "day", 50, "user"), PLENTY)
+    tenant, small = (
+        service.tenant_with(rule("rate", "tokens", 60, 100)),
+        service.tenant_with(rule("day", "tokens", "day", 50, "user"), PLENTY),
+    )
     id, other = new_uuid7(), new_uuid7()
     items = [item(tenant, tokens, id=id, provider_account=account) for tokens in (200, 20, 20, 30)]
     items += [item(small, tokens, id=other, provider_account=account, user=user) for tokens, user in ((51, "ada"), (52, ""), (40, "ada"))]

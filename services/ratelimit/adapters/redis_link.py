@@ -84,7 +84,7 @@ class PipelinedLink:
         self._pool = ConnectionPool.from_url(url, protocol=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
         self._idle: list[AbstractConnection] = []
         self._timeout_seconds = timeout_seconds
-        self._breaker = breaker or CircuitBreaker()
+        self.breaker = breaker or CircuitBreaker()
         self._batcher: Batcher[Command, object] = Batcher(self._flush, max_batch=max_batch, max_in_flight=connections)
 
     async def send(self, *command: str | bytes | int) -> object:
@@ -109,13 +109,13 @@ class PipelinedLink:
         self._idle.clear()
 
     async def _flush(self, commands: list[Command]) -> Sequence[object | Exception]:
-        if not self._breaker.admits():
+        if not self.breaker.admits():
             raise Unavailable("redis")
         connection = self._idle.pop() if self._idle else cast("AbstractConnection", self._pool.make_connection())  # type: ignore[no-untyped-call] # redis does not type it
         try:
             replies = await self._within_limit(connection, commands)
         except _PASSING as error:
-            self._breaker.failed()
+            self.breaker.failed()
             log.warning("redis_unreachable", error=type(error).__name__, commands=len(commands))
             # Replies still under way would be taken for those of the next batch.
             await connection.disconnect(nowait=True)
@@ -123,7 +123,7 @@ class PipelinedLink:
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        self._breaker.succeeded()
+        self.breaker.succeeded()
         self._idle.append(connection)
         return [Unavailable("redis") if isinstance(reply, _PASSING) else reply for reply in replies]
 
@@ -163,13 +163,13 @@ class ClusterLink:
     Each node has a breaker of its own: one that is gone is no reason to refuse the tenants of the others.
     """
 
-    def __init__(self, url: str, *, timeout_seconds: float = 0.04) -> None:
+    def __init__(self, url: str, *, timeout_seconds: float = 0.04, beside: "ClusterLink | None" = None) -> None:
         self._client = RedisCluster.from_url(
             url, protocol=2, socket_connect_timeout=timeout_seconds, socket_timeout=timeout_seconds, retry=Retry(NoBackoff(), 0)
         )
         self._timeout_seconds = timeout_seconds
         # By the node's address; "" stands for the cluster as long as its nodes are not known.
-        self._breakers: defaultdict[str, CircuitBreaker] = defaultdict(CircuitBreaker)
+        self._breakers = _Breakers(beside and beside._breakers)
 
     async def send(self, *command: str | bytes | int) -> object:
         """Returns the reply; see Link."""
@@ -273,6 +273,18 @@ class ClusterLink:
             raise Unavailable("redis") from error
         breaker.succeeded()
         return reply
+
+
+class _Breakers(dict[str, CircuitBreaker]):
+    """A breaker for each name, beside that of the same name of others."""
+
+    def __init__(self, beside: "_Breakers | None") -> None:
+        super().__init__()
+        self._beside = beside
+
+    def __missing__(self, name: str) -> CircuitBreaker:
+        made = self[name] = CircuitBreaker(beside=None if self._beside is None else self._beside[name])
+        return made
 
 
 class _Patience:
