@@ -100,6 +100,7 @@ class TakenShare:
     attempt: int
 
 
+NOTHING_USED = AccountUse(0, 0, 0)
 # The request may have reached the provider, which then counted it.
 ONE_REQUEST = AccountUse(1, 0, 0)
 

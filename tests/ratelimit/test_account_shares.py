@@ -37,7 +37,9 @@ def account() -> str:
 async def service(redis_server: RedisServer, peer: Peer, account: str) -> AsyncIterator[Service]:
     """A service that knows the account: 3 requests, 1,000 input and 500 output tokens a minute."""
     limits = {"requests_per_minute": 3, "input_tokens_per_minute": 1000, "output_tokens_per_minute": 500}
-    async with running_service(redis_server.url, peer, provider_accounts={account: limits}, redis_timeout_seconds=2.0) as running:
+    # One connection: what comes in one message reaches the account in its order.
+    options = {"provider_accounts": {account: limits}, "redis_timeout_seconds": 2.0, "redis_connections": 1}
+    async with running_service(redis_server.url, peer, **options) as running:
         yield running
 
 
@@ -101,10 +103,8 @@ async def free_requests(tenant: AtService, account: str) -> int:
 
 async def test_an_id_that_comes_twice_in_a_batch_keeps_the_share_of_what_is_held(service: Service, account: str) -> None:
     """What gives its share back takes none from another attempt under the same id, be it with other amounts; larger ones are refused."""
-    tenant, small = (
-        service.tenant_with(rule("rate", "tokens", 60, 100)),
-        service.tenant_with(rule("day", "tokens", "day", 50, "user"), PLENTY),
-    )
+    tenant = service.tenant_with(rule("rate", "tokens", 60, 100))
+    small = service.tenant_with(rule("day", "tokens", "day", 50, "user"))
     id, other = new_uuid7(), new_uuid7()
     items = [item(tenant, tokens, id=id, provider_account=account) for tokens in (200, 20, 20, 30)]
     items += [item(small, tokens, id=other, provider_account=account, user=user) for tokens, user in ((51, "ada"), (52, ""), (40, "ada"))]

@@ -169,7 +169,7 @@ class ClusterLink:
         )
         self._timeout_seconds = timeout_seconds
         # By the node's address; "" stands for the cluster as long as its nodes are not known.
-        self._breakers = _Breakers(beside and beside._breakers)
+        self._breakers: _Breakers = _Breakers(None if beside is None else beside._breakers)
 
     async def send(self, *command: str | bytes | int) -> object:
         """Returns the reply; see Link."""
