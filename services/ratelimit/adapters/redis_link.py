@@ -284,7 +284,7 @@ class ClusterLink:
         return reply
 
     def _look_for_masters(self, silent: str) -> None:
-        # The client looks for them by itself when a node refuses it. One that says nothing outlasts our limit, and the client hears of no failure.
+        # The client looks for them itself when a node refuses it. One that says nothing outlasts our limit: the client hears of no failure.
         if self._looking is None or self._looking.done():
             looking = self._masters(silent or None)
             self._looking = asyncio.get_running_loop().create_task(looking, name="redis.masters", context=Context())
