@@ -125,6 +125,7 @@ async def test_nobody_is_looked_at_again_before_all_others_were(clock: SimpleNam
 
     async def takes_long() -> None:
         clock.now += 4
+        await asyncio.sleep(0)
 
     store = Store(takes_long)
     looks, _ = looker(Marks(SLOW, QUICK, OTHER, first_has=2 * MOST_MARKS + 1), store, store)
