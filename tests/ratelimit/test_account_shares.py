@@ -1,7 +1,8 @@
 """Provider accounts' limits in the service: beside a tenant's own rules, given back, waited for, and forgotten with the tenant."""
 
-from collections.abc import AsyncIterator
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -10,8 +11,16 @@ from mesh.common.v1 import lifecycle_service_pb2 as lifecycle
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
-from services.kernel.ids import new_uuid7
-from tests.ratelimit.callers import AtService, Service, running_service
+from services.kernel.ids import ReservationId, TenantId, new_uuid7
+from services.kernel.tenant_context import TenantContext
+from services.ratelimit.limits import Demand
+from services.ratelimit.open_allowance import OpenAllowance
+from services.ratelimit.provider_share import CountedCall, TakenShare
+from services.ratelimit.ready_counters import ReadyCounters
+from services.ratelimit.request import Request
+from services.ratelimit.reservation import Reservations
+from services.ratelimit.terms import Terms
+from tests.ratelimit.callers import AtService, AtStore, Service, running_service
 from tests.ratelimit.rules import rule
 from tests.ratelimit.scripted_peer import Peer, running_peer
 from tests.ratelimit.test_gathered import batch, item, said
@@ -111,6 +120,50 @@ async def test_an_id_that_comes_twice_in_a_batch_keeps_the_share_of_what_is_held
     outcomes = [said(outcome) for outcome in await batch(service, items)]
     assert outcomes == ["PLAN_LIMIT", "held", "held", "CONTENT_CONFLICT", "PLAN_LIMIT", "CONTENT_CONFLICT", "held"]
     assert await free_requests(service.tenant_with(PLENTY), account) == 1
+
+
+class HalfTaken:
+    """Gives the first who ask their share, and keeps the last waiting for ever."""
+
+    def __init__(self, quick: int) -> None:
+        self.quick = quick
+        self.taken: list[TakenShare] = []
+        self.given_back: list[TakenShare] = []
+        self.waits = asyncio.Event()
+
+    async def take(self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, *_: object) -> TakenShare:
+        if len(self.taken) == self.quick:
+            self.waits.set()
+            await asyncio.Event().wait()
+        self.taken.append(TakenShare(account, tenant_id, call_id, len(self.taken) + 1))
+        return self.taken[-1]
+
+    async def give_back(self, shares: Sequence[TakenShare]) -> None:
+        self.given_back += shares
+
+    async def count(self, calls: Sequence[CountedCall]) -> None:
+        raise AssertionError
+
+
+async def test_shares_of_a_batch_that_is_given_up_are_given_back(service: Service) -> None:
+    """Whoever leaves before all of its calls have their shares leaves none behind."""
+    store = await AtStore(service.stores, service.link).loaded()
+    shares = HalfTaken(2)
+
+    async def terms_of(context: TenantContext, at_least: int = 0) -> Terms:
+        return store.terms
+
+    unused = cast("Any", None)
+    counters = ReadyCounters(terms_of, unused, unused, OpenAllowance(store.store))
+    reservations = Reservations(store.store, counters, unused, shares=shares)
+    context = service.peer.tenants.context(store.tenant_id)
+    requests = [Request(ReservationId(new_uuid7()), Demand(), account="main") for _ in range(3)]
+    deciding = asyncio.ensure_future(reservations.decide(context, requests))
+    await shares.waits.wait()
+    deciding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await deciding
+    assert shares.given_back == shares.taken != []
 
 
 async def test_what_a_call_did_not_use_comes_back_when_it_is_settled(service: Service, account: str) -> None:

@@ -17,6 +17,7 @@ from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.adapters.redis_shares import KINDS, RedisShares
 from services.ratelimit.packing import packed, unpacked
 from services.ratelimit.provider_share import AccountUse, CountedCall, ProviderShares, ShareAnswer, ShareVerdict, TakenShare, share_refusal
+from tests.support.stores import RedisStore as RedisServer
 
 WINDOW_US = 1_200_000
 # Where several windows must pass.
@@ -310,6 +311,21 @@ async def test_what_two_attempts_have_stays_until_both_gave_it_back(link: Pipeli
     assert await account.takes(who, 1) == 0
     await shares.give_back([second])
     assert await account.takes(who, 2) == 1
+
+
+async def test_what_a_caller_took_that_went_away_is_given_back(redis_server: RedisServer) -> None:
+    """Its taking was on the way already; it is followed by its giving back."""
+    link = PipelinedLink(redis_server.url, connections=1, timeout_seconds=5.0)
+    account, who = Account(link, 1), tenant()
+    shares = ProviderShares(account.store, {account.name: account.limits})
+    taking = asyncio.ensure_future(shares.take(account.name, who, 1, call_id(), ONE))
+    await asyncio.sleep(0)
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    assert await link.send("EXISTS", f"{{acct:{account.name}}}:totals") == 1
+    assert await account.takes(who, 2) == 1
+    await link.close()
 
 
 async def test_an_id_that_more_attempts_have_than_are_told_apart_keeps_its_share(link: PipelinedLink) -> None:
