@@ -29,6 +29,8 @@ from services.metering.adapters.postgres_ledger import PostgresLedger
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
 from services.metering.budgets.budget import BudgetAction, BudgetMeasure, BudgetPeriod, BudgetTerms, BudgetWish
 from services.metering.budgets.keeper import BudgetKeeper
+from services.metering.budgets.long_looks import LongLooks
+from services.metering.budgets.look import BudgetLook
 from services.metering.budgets.spending import UsageSpending
 from services.metering.usage_calendar import TenantCalendar, zone_of
 
@@ -87,7 +89,8 @@ async def alert_lags(
     """Returns how long each alert took, in seconds, and how many pairs a second were settled meanwhile."""
     store = PostgresBudgets(database)
     spending = UsageSpending(PostgresUsageQueries(database, database, jobs))
-    keeper = BudgetKeeper(PostgresBudgetMarks(jobs), store, spending, Utc(), poll_seconds=0.2)
+    marks, look = PostgresBudgetMarks(jobs), BudgetLook(store, spending, Utc())
+    keeper = BudgetKeeper(marks, look, LongLooks(marks, look), poll_seconds=0.2)
     settled, lags = 0, []
 
     async def load() -> None:

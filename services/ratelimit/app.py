@@ -26,6 +26,7 @@ from services.ratelimit.adapters.redis_store import RedisStore
 from services.ratelimit.adapters.redis_tickets import RedisTickets, WakeListener
 from services.ratelimit.adapters.tenant_rules import TenantRules
 from services.ratelimit.adapters.tenant_scripts import TenantScripts
+from services.ratelimit.circuit_breaker import CircuitBreaker
 from services.ratelimit.consumption import Consumptions
 from services.ratelimit.extension import Extensions
 from services.ratelimit.fencing import Fencing
@@ -140,14 +141,11 @@ def _channel(stack: AsyncExitStack, settings: RatelimitSettings, address: str, s
 
 
 def _links(settings: RatelimitSettings) -> tuple[Link, Link]:
+    url = settings.redis_url.get_secret_value()
+    # What the background found away is there again as soon as a decision was answered, which may need its counters made in bulk.
     if settings.redis_cluster:
-        return (
-            ClusterLink(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
-            ClusterLink(settings.redis_url.get_secret_value(), timeout_seconds=_BULK_TIMEOUT_SECONDS),
-        )
-    decisions = PipelinedLink(
-        settings.redis_url.get_secret_value(), connections=settings.redis_connections, timeout_seconds=settings.redis_timeout_seconds
-    )
-    return decisions, PipelinedLink(
-        settings.redis_url.get_secret_value(), connections=1, timeout_seconds=_BULK_TIMEOUT_SECONDS, max_batch=_BULK_BATCH
-    )
+        of_cluster = ClusterLink(url, timeout_seconds=settings.redis_timeout_seconds)
+        return of_cluster, ClusterLink(url, timeout_seconds=_BULK_TIMEOUT_SECONDS, beside=of_cluster)
+    decisions = PipelinedLink(url, connections=settings.redis_connections, timeout_seconds=settings.redis_timeout_seconds)
+    breaker = CircuitBreaker(beside=decisions.breaker)
+    return decisions, PipelinedLink(url, connections=1, timeout_seconds=_BULK_TIMEOUT_SECONDS, max_batch=_BULK_BATCH, breaker=breaker)

@@ -33,14 +33,14 @@ class AccountShares(Protocol):
     async def take(
         self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse, stand: Stand | None = None
     ) -> TakenShare | Queued | None:
-        """Takes a call's worst case; None for an account without limits, and for a call that has its share already.
+        """Takes a call's worst case, once for all attempts to hold it; None for an account without limits.
 
-        Raises: ShareRefused PROVIDER_SHARE, Unavailable.
+        Raises: ShareRefused PROVIDER_SHARE, ContentConflict for a call that has less already, Unavailable.
         """
         ...
 
     async def give_back(self, shares: Sequence[TakenShare]) -> None:
-        """Gives back all that calls took which are not made after all. Tries once."""
+        """Gives back what these attempts have of calls that they do not hold after all. Tries once."""
         ...
 
     async def count(self, calls: Sequence[CountedCall]) -> None:

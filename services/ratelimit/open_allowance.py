@@ -26,6 +26,8 @@ log = structlog.get_logger(__name__)
 _PART = 4
 _CAPACITY = 50_000
 _LOOK_SECONDS = 0.2
+# Of tenants whose part of the store is away, as many as a look asks about: each may take as long as a decision has.
+_MOST_AWAY = 16
 
 _Key = tuple[TenantId, str, str, str]
 
@@ -46,7 +48,8 @@ class OpenAllowance:
         self._clock = clock
         self._epochs: OrderedDict[TenantId, int] = OrderedDict()
         self._windows: OrderedDict[_Key, SlidingWindow] = OrderedDict()
-        self._uncounted: set[TenantId] = set()
+        # In the order in which they are looked after.
+        self._uncounted: dict[TenantId, None] = {}
 
     def learn(self, tenant_id: TenantId, epoch: int) -> None:
         """Remembers under which epoch the tenant's calls may be opened."""
@@ -69,7 +72,7 @@ class OpenAllowance:
         for rule, key, need in counted:
             if rule.window is not Window.REQUEST:
                 self._add(key, rule, now_us, need)
-        self._uncounted.add(tenant_id)
+        self._uncounted[tenant_id] = None
         log.warning("admitted_from_local_allowance", tenant_id=str(tenant_id), rules=[rule.name for rule in rules])
         return epoch
 
@@ -81,18 +84,24 @@ class OpenAllowance:
         """Drops the counters of a tenant of whom something is not counted in them. Raises: Unavailable while that cannot be done."""
         if self.owes(tenant_id):
             await self._store.drop(tenant_id)
-            self._uncounted.discard(tenant_id)
+            self._uncounted.pop(tenant_id, None)
             log.info("counters_dropped_after_local_allowance", tenant_id=str(tenant_id))
 
     async def run(self) -> None:
         """Looks after those tenants until cancelled, whether they call again or not."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
+            away = 0
             for tenant_id in list(self._uncounted):
                 try:
                     await self.settle(tenant_id)
                 except Unavailable:
-                    break
+                    # The others may be of another part of the store, and come first the next time.
+                    if tenant_id in self._uncounted:
+                        self._uncounted[tenant_id] = self._uncounted.pop(tenant_id)
+                    away += 1
+                    if away == _MOST_AWAY:
+                        break
                 except MeshError as error:
                     log.warning("counters_not_dropped", tenant_id=str(tenant_id), reason=error.reason_name)
 

@@ -4,7 +4,9 @@ Whoever is refused claims its share from then on, for a window: what it lacks is
 Which tenant asks counts, never how often or from how many replicas.
 """
 
-from collections.abc import Sequence
+import asyncio
+import random
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -12,7 +14,7 @@ from typing import Protocol
 import structlog
 
 from mesh.common.v1 import error_reason_pb2
-from services.kernel.errors import LimitExceeded, QuotaViolation, Unavailable
+from services.kernel.errors import ContentConflict, LimitExceeded, QuotaViolation, Unavailable
 from services.kernel.ids import ReservationId, TenantId
 from services.ratelimit.calendar_periods import moment
 from services.ratelimit.limit_rule import MINUTE_US
@@ -23,6 +25,8 @@ log = structlog.get_logger(__name__)
 
 WINDOW_US = MINUTE_US
 _DIMENSIONS = ("requests", "input tokens", "output tokens")
+# Attempts are told apart by numbers that the store's scripts keep exactly.
+_ATTEMPTS = 2**53
 
 
 class ShareVerdict(IntEnum):
@@ -34,6 +38,7 @@ class ShareVerdict(IntEnum):
     TOO_LARGE = 3
     TAKEN_BEFORE = 4
     QUEUED = 5
+    OTHER_NEED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +92,12 @@ class CountedCall:
 
 @dataclass(frozen=True, slots=True)
 class TakenShare:
-    """What a call took of an account just now."""
+    """What a call has of an account, on the word of one attempt to hold it: it stays until the last of them has given it back."""
 
     account: str
     tenant_id: TenantId
     call_id: ReservationId
+    attempt: int
 
 
 NOTHING_USED = AccountUse(0, 0, 0)
@@ -118,8 +124,16 @@ class ShareStore(Protocol):
         call_id: ReservationId,
         need: AccountUse,
         stand: Stand | None = None,
+        attempt: int = 0,
     ) -> ShareAnswer:
-        """Takes the need once, or says why not. A refusal takes nothing; it is remembered who lacks its share."""
+        """Takes the need once, or says why not. A refusal takes nothing; it is remembered who lacks its share.
+
+        `attempt`: who may give it back, 0 nobody. Of a call that has its share already one attempt more has it.
+        """
+        ...
+
+    async def give_back(self, shares: Sequence[TakenShare]) -> None:
+        """Takes attempts of one account off their calls' shares; what no attempt has any more is nobody's."""
         ...
 
     async def count(self, account: str, calls: Sequence[CountedCall]) -> None:
@@ -137,19 +151,25 @@ class ProviderShares:
     async def take(
         self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, need: AccountUse, stand: Stand | None = None
     ) -> TakenShare | Queued | None:
-        """Takes a call's worst case; None for an account without limits, and for a call that has its share already.
+        """Takes a call's worst case, once for all attempts to hold it; None for an account without limits.
 
-        Raises: ShareRefused PROVIDER_SHARE, Unavailable.
+        Raises: ShareRefused PROVIDER_SHARE, ContentConflict for a call that has less already, Unavailable.
         """
         limits = self._accounts.get(account)
         if limits is None:
             return None
-        answer = await self._store.take(account, limits, tenant_id, max(1, weight), call_id, need, stand)
+        share = TakenShare(account, tenant_id, call_id, random.randrange(1, _ATTEMPTS))  # noqa: S311 - no secret
+        try:
+            answer = await self._store.take(account, limits, tenant_id, max(1, weight), call_id, need, stand, share.attempt)
+        except asyncio.CancelledError:
+            # It is on its way, whether or not anybody waits for it.
+            await self.give_back([share])
+            raise
         match answer.verdict:
-            case ShareVerdict.TAKEN:
-                return TakenShare(account, tenant_id, call_id)
-            case ShareVerdict.TAKEN_BEFORE:
-                return None
+            case ShareVerdict.TAKEN | ShareVerdict.TAKEN_BEFORE:
+                return share
+            case ShareVerdict.OTHER_NEED:
+                raise other_amounts("reservation")
             case ShareVerdict.QUEUED:
                 return Queued(answer.place(account))
             case _:
@@ -158,22 +178,30 @@ class ProviderShares:
                 raise refused
 
     async def give_back(self, shares: Sequence[TakenShare]) -> None:
-        """Gives back all that calls took which are not made after all; they may take again. Tries once."""
+        """Gives back what these attempts have of calls that they do not hold after all; they may take again. Tries once."""
+        by_account: dict[str, list[TakenShare]] = {}
         for share in shares:
-            await self._count(share.account, [CountedCall(share.tenant_id, share.call_id, NOTHING_USED)])
+            by_account.setdefault(share.account, []).append(share)
+        for account, taken in by_account.items():
+            await self._once(account, len(taken), self._store.give_back(taken))
 
     async def count(self, calls: Sequence[CountedCall]) -> None:
         """Counts calls with what they used, whichever account they are of. Repeated it changes nothing. Tries once."""
         # Whose account a call is of the accounts know themselves: the ledger need not be told, and there are few of them.
         for account in self._accounts if calls else ():
-            await self._count(account, calls)
+            await self._once(account, len(calls), self._store.count(account, calls))
 
-    async def _count(self, account: str, calls: Sequence[CountedCall]) -> None:
+    async def _once(self, account: str, calls: int, told: Awaitable[None]) -> None:
         try:
-            await self._store.count(account, calls)
+            await told
         except Unavailable:
             # Too much is counted, and only until the minute ends: nothing that the ledger need tell again.
-            log.info("shares_left_to_their_window", account=account, calls=len(calls))
+            log.info("shares_left_to_their_window", account=account, calls=calls)
+
+
+def other_amounts(noun: str) -> ContentConflict:
+    """What an id is answered that was used with other amounts, and still is."""
+    return ContentConflict(noun, f"this {noun} id holds other amounts: make a new id for each attempt")
 
 
 def share_refusal(account: str, tenant_id: TenantId, answer: ShareAnswer, need: AccountUse) -> ShareRefused:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import structlog
 
-from services.kernel.errors import ContentConflict, InvalidRequest, MeshError, ReservationLost, Unavailable
+from services.kernel.errors import InvalidRequest, MeshError, ReservationLost, Unavailable
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.calendar_periods import microseconds
@@ -18,7 +18,7 @@ from services.ratelimit.decision import Refusal, refusal, shadow_refusals
 from services.ratelimit.fencing import Fencing
 from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
 from services.ratelimit.limits import Demand
-from services.ratelimit.provider_share import ONE_REQUEST, CountedCall, TakenShare, need_of
+from services.ratelimit.provider_share import ONE_REQUEST, CountedCall, TakenShare, need_of, other_amounts
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
 from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, Ask, Request, ask_of, check_request
 from services.ratelimit.settlement import Settlement
@@ -248,9 +248,15 @@ class Reservations:
     ) -> Sequence[TakenShare | Queued | MeshError | Held | None]:
         if len(requests) == 1:
             return [await self._shared(context, terms, requests[0])]
-        async with asyncio.TaskGroup() as group:
-            # In their order on the way to the store, which they share.
-            tasks = [group.create_task(self._shared(context, terms, request)) for request in requests]
+        tasks: list[asyncio.Task[TakenShare | Queued | MeshError | Held | None]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                # In their order on the way to the store, which they share.
+                tasks += [group.create_task(self._shared(context, terms, request)) for request in requests]
+        except BaseException:
+            ended = [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
+            await self._shares.give_back([share for share in ended if isinstance(share, TakenShare)])
+            raise
         return [task.result() for task in tasks]
 
     async def _shared(self, context: TenantContext, terms: Terms, request: Request) -> TakenShare | Queued | MeshError | Held | None:
@@ -323,7 +329,7 @@ def lost_or_invalid(verdict: Verdict, reservation_id: UUID, field: str = "reserv
                 f"carries a time more than {LARGEST_ID_AGE_SECONDS} s ahead of the store's clock; correct the clock that made it",
             )
         case Verdict.CONFLICT:
-            return ContentConflict(noun, f"this {noun} id holds other amounts: make a new id for each attempt")
+            return other_amounts(noun)
         case Verdict.OLD:
             why = f"the {noun} id is older than {LARGEST_ID_AGE_SECONDS} s"
         case _:

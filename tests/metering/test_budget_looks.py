@@ -1,58 +1,150 @@
-"""A tenant whose budgets take too long to look at is set aside: the others' thresholds do not wait for it again and again."""
+"""Looks at budgets: nobody's thresholds wait for a tenant that takes long, and that tenant's come all the same."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId, new_uuid7
-from services.metering.budgets import keeper
+from services.metering.budgets import keeper, long_looks
 from services.metering.budgets.budget import Budget
 from services.metering.budgets.keeper import BudgetKeeper
-from services.metering.budgets.ports import Marked, TakenMarks
+from services.metering.budgets.long_looks import LongLooks
+from services.metering.budgets.look import BudgetLook
+from services.metering.budgets.ports import MOST_MARKS, Marked, TakenMarks
+from tests.metering.budgets import new_tenant, put, use, wait_fired
+from tests.metering.mesh import Mesh
+from tests.support.waiting import eventually
+
+SLOW, QUICK, OTHER = sorted(TenantId(new_uuid7()) for _ in range(3))
 
 
 class Marks:
-    """Some tenants, marked for ever."""
+    """Some tenants, marked for ever; of the first there may be more marks than are taken at a time."""
 
-    def __init__(self, tenants: Sequence[TenantId]) -> None:
+    def __init__(self, *tenants: TenantId, first_has: int = 1) -> None:
         self.tenants = tenants
+        self.first_has = first_has
 
     @asynccontextmanager
     async def take(self, most: int, passed_over: Collection[TenantId]) -> AsyncIterator[TakenMarks]:
-        wanted = [Marked(tenant_id) for tenant_id in self.tenants if tenant_id not in passed_over]
-        yield TakenMarks(len(wanted), wanted)
+        wanted = [tenant_id for tenant_id in self.tenants if tenant_id not in passed_over]
+        if wanted and wanted[0] == self.tenants[0] and self.first_has >= most:
+            wanted = wanted[:1]
+            self.first_has -= most
+            yield TakenMarks(most, [Marked(wanted[0])])
+        else:
+            yield TakenMarks(len(wanted), [Marked(tenant_id) for tenant_id in wanted])
+
+    @asynccontextmanager
+    async def take_of(self, tenant_id: TenantId, most: int) -> AsyncIterator[TakenMarks]:
+        yield TakenMarks(1, [Marked(tenant_id)])
 
 
 class Store:
-    """Has no budget of anybody, and takes ever so long to say so of one tenant."""
+    """Has no budget of anybody, and remembers who was asked about; with one tenant something happens first."""
 
-    def __init__(self, slow: TenantId) -> None:
-        self.slow = slow
+    def __init__(self, of_slow: Callable[[], Awaitable[object]]) -> None:
+        self.of_slow = of_slow
         self.asked: list[TenantId] = []
 
     async def list_all(self, tenant_id: TenantId) -> Sequence[Budget]:
         self.asked.append(tenant_id)
-        if tenant_id == self.slow:
-            await asyncio.Event().wait()
+        if tenant_id == SLOW:
+            await self.of_slow()
         return []
 
 
-async def test_who_takes_too_long_is_set_aside_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is begun once, the others in every look; when its time is over it is begun again."""
-    monkeypatch.setattr(keeper, "_TENANT_SECONDS", 0.01)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands still unless told."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    slow, quick = TenantId(new_uuid7()), TenantId(new_uuid7())
-    store = Store(slow)
+    for module in (keeper, long_looks):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def looker(marks: Marks, store: Store, patient: Store) -> tuple[BudgetKeeper, LongLooks]:
+    """The two loops, not running."""
     unused = cast("Any", None)
-    looker = BudgetKeeper(Marks([slow, quick]), cast("Any", store), unused, unused, poll_seconds=1.0)
+    aside = LongLooks(marks, BudgetLook(cast("Any", patient), unused, unused))
+    return BudgetKeeper(marks, BudgetLook(cast("Any", store), unused, unused), aside, poll_seconds=1.0), aside
+
+
+async def nothing() -> None:
+    """Takes no time."""
+
+
+async def test_who_takes_too_long_is_set_aside_until_its_own_look_is_over(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
+    """It is begun once among the others, who come in every look; a minute after its own look it is begun there again."""
+    monkeypatch.setattr(keeper, "_TENANT_SECONDS", 0.01)
+    store, patient = Store(asyncio.Event().wait), Store(nothing)
+    looks, aside = looker(Marks(SLOW, QUICK), store, patient)
     for _ in range(3):
-        await looker.look()
-    assert store.asked == [slow, quick, quick, quick]
+        await looks.look()
+    assert store.asked == [SLOW, QUICK, QUICK, QUICK]
+    clock.now += 3_600
+    await looks.look()
+    assert store.asked[4:] == [QUICK]
+    running = asyncio.ensure_future(aside.run())
+
+    async def was_looked_at() -> bool:
+        return patient.asked == [SLOW] and clock.now + 60 in aside._until.values()
+
+    await eventually(was_looked_at, within_seconds=10)
+    await looks.look()
     clock.now += 61
-    await looker.look()
-    assert store.asked[4:] == [slow, quick]
+    await looks.look()
+    running.cancel()
+    assert store.asked[5:] == [QUICK, SLOW, QUICK]
+
+
+@pytest.mark.parametrize(("seconds", "begun_again"), [(4.0, False), (0.1, True)])
+async def test_what_fails_after_long_is_set_aside_and_what_fails_at_once_is_not(
+    clock: SimpleNamespace, seconds: float, begun_again: bool
+) -> None:
+    """A statement that the database gives up on would cost the others its time in every look; a peer that is away costs none."""
+
+    async def fails() -> None:
+        clock.now += seconds
+        raise Unavailable("postgres")
+
+    store = Store(fails)
+    looks, _ = looker(Marks(SLOW, QUICK), store, store)
+    for _ in range(2):
+        await looks.look()
+    assert store.asked == [SLOW, QUICK, *([SLOW] if begun_again else []), QUICK]
+
+
+async def test_nobody_is_looked_at_again_before_all_others_were(clock: SimpleNamespace) -> None:
+    """A tenant whose use goes on while it is looked at, for longer than marks are held, has a turn as everybody has."""
+
+    async def takes_long() -> None:
+        clock.now += 4
+        await asyncio.sleep(0)
+
+    store = Store(takes_long)
+    looks, _ = looker(Marks(SLOW, QUICK, OTHER, first_has=2 * MOST_MARKS + 1), store, store)
+    async with asyncio.timeout(10):
+        await looks.look()
+    assert store.asked == [SLOW, QUICK, OTHER] * 3
+
+
+async def test_thresholds_of_who_takes_too_long_fire_all_the_same(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little of it a look among the others would get done, and its marks are gone afterwards."""
+    monkeypatch.setattr(keeper, "_TENANT_SECONDS", 0.0)
+    tenant = new_tenant(mesh)
+    await use(mesh, tenant, 80, user="ada")
+    await put(mesh, tenant, amount=100, each_user=True, thresholds_percent=[50, 80])
+    await put(mesh, tenant, "all", amount=100, thresholds_percent=[50])
+    await wait_fired(mesh, tenant, [50, 80])
+    await wait_fired(mesh, tenant, [50], "all")
+
+    async def nothing_marked() -> bool:
+        return await mesh.admin.fetchval("SELECT count(*) FROM metering.budget_marks WHERE tenant_id = $1", tenant.id) == 0
+
+    await eventually(nothing_marked, within_seconds=30)

@@ -14,7 +14,7 @@ from mesh.common.v1 import limit_rule_pb2 as rules_pb
 from mesh.metering.v1 import budget_service_pb2 as pb
 from mesh.metering.v1.event_service_pb2 import AGGREGATION_MAX
 from services.kernel.errors import MeshError
-from services.metering.budgets.keeper import MOST_MARKS
+from services.metering.budgets.ports import MOST_MARKS
 from tests.metering import budgets, events
 from tests.metering.budgets import COST, CYCLE, DAY, MONTH, TOKENS, UNIT, ask, fired, looked_at, new_tenant, put, stands, use, wait_fired
 from tests.metering.mesh import Mesh, bill, unknown

@@ -14,12 +14,11 @@ from mesh.metering.v1 import budget_service_pb2 as pb
 from mesh.metering.v1.event_service_pb2 import AGGREGATION_COUNT
 from services.kernel.errors import MeshError
 from services.kernel.ids import TenantId
-from services.metering.adapters.postgres_budget_marks import PostgresBudgetMarks
 from services.metering.adapters.postgres_budgets import PostgresBudgets
 from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
 from services.metering.adapters.usage_statements import PLAN_ONCE, UsageStatement
 from services.metering.budgets import spending
-from services.metering.budgets.keeper import BudgetKeeper
+from services.metering.budgets.look import BudgetLook
 from services.metering.budgets.ports import Change, Marked
 from services.metering.budgets.spending import UsageSpending
 from services.metering.usage_calendar import TenantCalendar
@@ -124,11 +123,10 @@ async def test_only_who_used_something_since_is_looked_at(mesh: Mesh) -> None:
     await looked_at(mesh, tenant)
     queries = _Counting(mesh.app.database, mesh.app.database, mesh.app.jobs)
     queries.asked = []
-    marks, store = PostgresBudgetMarks(mesh.app.jobs), PostgresBudgets(mesh.app.database)
-    looker = BudgetKeeper(marks, store, UsageSpending(queries), _Always(), poll_seconds=1.0)
+    look = BudgetLook(PostgresBudgets(mesh.app.database), UsageSpending(queries), _Always())
     now = datetime.now(UTC)
     marked = Marked(TenantId(tenant.id), {Change(now, "", user, "") for user in ("user-3", "spent", "")})
-    await looker._fire(marked)  # what one look asks for
+    await look.fire(marked)
     assert [list(query.filter.users) for query in queries.asked] == [["user-3"]]
 
 

@@ -1,7 +1,8 @@
 """Provider accounts' limits in the service: beside a tenant's own rules, given back, waited for, and forgotten with the tenant."""
 
-from collections.abc import AsyncIterator
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -10,10 +11,19 @@ from mesh.common.v1 import lifecycle_service_pb2 as lifecycle
 from mesh.common.v1 import lifecycle_service_pb2_grpc
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError
-from services.kernel.ids import new_uuid7
-from tests.ratelimit.callers import AtService, Service, running_service
+from services.kernel.ids import ReservationId, TenantId, new_uuid7
+from services.kernel.tenant_context import TenantContext
+from services.ratelimit.limits import Demand
+from services.ratelimit.open_allowance import OpenAllowance
+from services.ratelimit.provider_share import CountedCall, TakenShare
+from services.ratelimit.ready_counters import ReadyCounters
+from services.ratelimit.request import Request
+from services.ratelimit.reservation import Reservations
+from services.ratelimit.terms import Terms
+from tests.ratelimit.callers import AtService, AtStore, Service, running_service
 from tests.ratelimit.rules import rule
 from tests.ratelimit.scripted_peer import Peer, running_peer
+from tests.ratelimit.test_gathered import batch, item, said
 from tests.support.stores import RedisStore as RedisServer
 
 PLENTY = rule("rate", "tokens", 60, 1_000_000)
@@ -36,7 +46,9 @@ def account() -> str:
 async def service(redis_server: RedisServer, peer: Peer, account: str) -> AsyncIterator[Service]:
     """A service that knows the account: 3 requests, 1,000 input and 500 output tokens a minute."""
     limits = {"requests_per_minute": 3, "input_tokens_per_minute": 1000, "output_tokens_per_minute": 500}
-    async with running_service(redis_server.url, peer, provider_accounts={account: limits}, redis_timeout_seconds=2.0) as running:
+    # One connection: what comes in one message reaches the account in its order.
+    options = {"provider_accounts": {account: limits}, "redis_timeout_seconds": 2.0, "redis_connections": 1}
+    async with running_service(redis_server.url, peer, **options) as running:
         yield running
 
 
@@ -85,6 +97,73 @@ async def test_a_repeated_reserve_takes_its_share_once(service: Service, account
     await tenant.reserve(20, provider_account=account, input_tokens=10)
     await tenant.reserve(20, provider_account=account, input_tokens=10)
     assert (await refusal(tenant, 20, provider_account=account, input_tokens=10)).reason_name == "PROVIDER_SHARE"
+
+
+async def free_requests(tenant: AtService, account: str) -> int:
+    """How many calls of a token the account has room for."""
+    for count in range(10):
+        try:
+            await tenant.reserve(1, provider_account=account)
+        except MeshError as error:
+            assert error.reason_name == "PROVIDER_SHARE"
+            return count
+    raise AssertionError
+
+
+async def test_an_id_that_comes_twice_in_a_batch_keeps_the_share_of_what_is_held(service: Service, account: str) -> None:
+    """What gives its share back takes none from another attempt under the same id, be it with other amounts; larger ones are refused."""
+    tenant = service.tenant_with(rule("rate", "tokens", 60, 100))
+    small = service.tenant_with(rule("day", "tokens", "day", 50, "user"))
+    id, other = new_uuid7(), new_uuid7()
+    items = [item(tenant, tokens, id=id, provider_account=account) for tokens in (200, 20, 20, 30)]
+    items += [item(small, tokens, id=other, provider_account=account, user=user) for tokens, user in ((51, "ada"), (52, ""), (40, "ada"))]
+    outcomes = [said(outcome) for outcome in await batch(service, items)]
+    assert outcomes == ["PLAN_LIMIT", "held", "held", "CONTENT_CONFLICT", "PLAN_LIMIT", "CONTENT_CONFLICT", "held"]
+    assert await free_requests(service.tenant_with(PLENTY), account) == 1
+
+
+class HalfTaken:
+    """Gives the first who ask their share, and keeps the last waiting for ever."""
+
+    def __init__(self, quick: int) -> None:
+        self.quick = quick
+        self.taken: list[TakenShare] = []
+        self.given_back: list[TakenShare] = []
+        self.waits = asyncio.Event()
+
+    async def take(self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, *_: object) -> TakenShare:
+        if len(self.taken) == self.quick:
+            self.waits.set()
+            await asyncio.Event().wait()
+        self.taken.append(TakenShare(account, tenant_id, call_id, len(self.taken) + 1))
+        return self.taken[-1]
+
+    async def give_back(self, shares: Sequence[TakenShare]) -> None:
+        self.given_back += shares
+
+    async def count(self, calls: Sequence[CountedCall]) -> None:
+        raise AssertionError
+
+
+async def test_shares_of_a_batch_that_is_given_up_are_given_back(service: Service) -> None:
+    """Whoever leaves before all of its calls have their shares leaves none behind."""
+    store = await AtStore(service.stores, service.link).loaded()
+    shares = HalfTaken(2)
+
+    async def terms_of(context: TenantContext, at_least: int = 0) -> Terms:
+        return store.terms
+
+    unused = cast("Any", None)
+    counters = ReadyCounters(terms_of, unused, unused, OpenAllowance(store.store))
+    reservations = Reservations(store.store, counters, unused, shares=shares)
+    context = service.peer.tenants.context(store.tenant_id)
+    requests = [Request(ReservationId(new_uuid7()), Demand(), account="main") for _ in range(3)]
+    deciding = asyncio.ensure_future(reservations.decide(context, requests))
+    await shares.waits.wait()
+    deciding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await deciding
+    assert shares.given_back == shares.taken != []
 
 
 async def test_what_a_call_did_not_use_comes_back_when_it_is_settled(service: Service, account: str) -> None:

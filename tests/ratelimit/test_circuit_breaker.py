@@ -36,6 +36,23 @@ def test_one_success_closes_it() -> None:
     assert [breaker.admits() for _ in range(3)] == [True, True, True]
 
 
+def test_an_answer_on_another_way_closes_it() -> None:
+    """Whoever asked the same dependency another way since it failed knows that it is back; an answer of before says nothing."""
+    clock = Clock()
+    beside = CircuitBreaker(failure_threshold=1, open_seconds=1.0, clock=clock)
+    breaker = CircuitBreaker(failure_threshold=1, open_seconds=1.0, clock=clock, beside=beside)
+    beside.succeeded()
+    clock.now += 0.1
+    breaker.failed()
+    assert not breaker.admits()
+    clock.now += 0.1
+    beside.succeeded()
+    assert [breaker.admits() for _ in range(3)] == [True, True, True]
+    clock.now += 0.1
+    breaker.failed()
+    assert not breaker.admits()
+
+
 def test_a_probe_that_never_reports_does_not_keep_it_open() -> None:
     """Another probe may go after another pause."""
     clock = Clock()

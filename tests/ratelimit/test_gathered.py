@@ -305,6 +305,22 @@ async def test_who_waits_or_needs_an_account_goes_beside_the_others(redis_server
     assert outcomes[3].held.HasField("waited")
 
 
+async def test_who_waits_keeps_no_tenant_behind_it_from_being_decided(service: Service) -> None:
+    """However many tenants a batch names, and whoever of them comes first."""
+    waiting = service.tenant_with(rule("rate", "requests", 30, 1))
+    others = [service.tenant_with(*LIMITS) for _ in range(70)]
+    await warmed(*others, waiting)
+    request = messages.ReserveBatchRequest(items=[item(waiting, max_wait=Duration(seconds=45)), *map(item, others)])
+    under_way = asyncio.ensure_future(service.inference.unary(waiting.stub.ReserveBatch, request, timeout_seconds=60))
+
+    async def last_is_held() -> bool:
+        return (await others[-1].limits())["rate"].used == 2
+
+    await eventually(last_is_held)
+    assert not under_way.done()
+    under_way.cancel()
+
+
 async def test_a_store_that_forgot_the_scripts_is_told_again(own_redis: RedisServer, patient: Service) -> None:
     """Scripts are not data: a batch after their loss is held as before."""
     tenants = [patient.tenant_with(*LIMITS) for _ in range(5)]

@@ -1,23 +1,24 @@
 """Rules that admit while the store is away: from a small allowance, marked, and counted afterwards."""
 
+import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from mesh.common.v1 import limit_rule_pb2 as rules
 from mesh.metering.v1 import ledger_service_pb2 as ledger
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
-from services.kernel.errors import MeshError
+from services.kernel.errors import MeshError, Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.limit_rule import MINUTE_US, LimitRule, Scope, Unit, Window
-from services.ratelimit.limits import Demand, Subject
-from services.ratelimit.open_allowance import OpenAllowance, allowance
+from services.ratelimit.limits import NOBODY, Demand, Subject
+from services.ratelimit.open_allowance import DroppableStore, OpenAllowance, allowance
 from services.ratelimit.terms import Terms
-from tests.ratelimit.callers import AtService, Service, Stores, eventually, running_service
+from tests.ratelimit.callers import AtService, AtStore, Service, Stores, eventually, running_service
 from tests.ratelimit.rules import OPEN, rule
 from tests.ratelimit.scripted_peer import LedgerCall, running_peer
 from tests.support.stores import RedisStore as RedisServer
@@ -77,6 +78,45 @@ async def test_no_number_of_users_renews_the_allowance(link: PipelinedLink) -> N
     allowance.learn(tenant_id, 1)
     admitted_users = [user for user in range(50_002) if allowance.admit(tenant_id, terms.plan(Subject(f"user-{user}")), Demand())]
     assert admitted_users == [0, 1]
+
+
+@dataclass
+class PartlyAway:
+    """A store of which the part with these tenants does not answer."""
+
+    store: DroppableStore
+    away: Collection[TenantId]
+    asked: list[TenantId] = field(default_factory=list)
+
+    async def drop(self, tenant_id: TenantId) -> None:
+        self.asked.append(tenant_id)
+        if tenant_id in self.away:
+            raise Unavailable("redis")
+        await self.store.drop(tenant_id)
+
+
+async def test_a_part_of_the_store_that_is_away_keeps_nobody_elses_counters(link: PipelinedLink) -> None:
+    """What was admitted of tenants whose part is back is counted, however many wait for theirs, of whom a round asks for some."""
+    stores = Stores(link)
+    away = [TenantId(new_uuid7()) for _ in range(100)]
+    store = PartlyAway(stores.decisions, away)
+    allowance = OpenAllowance(store)
+    terms = Terms([LimitRule("all", Unit.REQUESTS, Window.SLIDING, 8, MINUTE_US, fails_open=True)])
+    back = await AtStore(stores, link, terms).loaded()
+    for tenant_id in (*away, back.tenant_id):
+        allowance.learn(tenant_id, 1)
+        assert allowance.admit(tenant_id, terms.plan(NOBODY), Demand()) == 1
+    looking = asyncio.ensure_future(allowance.run())
+    await eventually(lambda: settled(allowance, back.tenant_id))
+    looking.cancel()
+    assert await link.send("EXISTS", f"{{{back.tenant_id}}}:meta") == 0
+    assert len(store.asked) < 200
+    assert all(allowance.owes(tenant_id) for tenant_id in away)
+
+
+async def settled(allowance: OpenAllowance, tenant_id: TenantId) -> bool:
+    """Whether nothing of the tenant is left to be counted."""
+    return not allowance.owes(tenant_id)
 
 
 async def test_an_open_rule_of_the_tenants_own_grants_no_unit(own_redis: RedisServer, service: Service) -> None:

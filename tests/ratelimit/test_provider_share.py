@@ -11,12 +11,13 @@ from uuid import uuid4
 
 import pytest
 
-from services.kernel.errors import LimitExceeded
+from services.kernel.errors import ContentConflict, LimitExceeded
 from services.kernel.ids import ReservationId, TenantId, new_uuid7
 from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.adapters.redis_shares import KINDS, RedisShares
-from services.ratelimit.packing import unpacked
-from services.ratelimit.provider_share import AccountUse, CountedCall, ProviderShares, ShareAnswer, ShareVerdict, share_refusal
+from services.ratelimit.packing import packed, unpacked
+from services.ratelimit.provider_share import AccountUse, CountedCall, ProviderShares, ShareAnswer, ShareVerdict, TakenShare, share_refusal
+from tests.support.stores import RedisStore as RedisServer
 
 # Where none may pass, however long the machine stands still.
 WINDOW_US = 60_000_000
@@ -314,6 +315,78 @@ async def test_a_call_takes_its_share_once(link: PipelinedLink) -> None:
     await account.count(who, id, NONE)
     assert (await account.take(who, id=id)).verdict is ShareVerdict.TAKEN
     assert await account.takes(who, 3) == 1
+
+
+async def test_what_two_attempts_have_stays_until_both_gave_it_back(link: PipelinedLink) -> None:
+    """Whoever is refused what it asked for gives nothing back that another attempt under the same id holds, however often it says so."""
+    account, who, id = Account(link, 1), tenant(), call_id()
+    shares = ProviderShares(account.store, {account.name: account.limits})
+    attempts = [await shares.take(account.name, who, 1, id, ONE) for _ in range(2)]
+    first, second = [share for share in attempts if isinstance(share, TakenShare)]
+    for _ in range(2):
+        await shares.give_back([first])
+    assert await account.takes(who, 1) == 0
+    await shares.give_back([second])
+    assert await account.takes(who, 2) == 1
+
+
+async def test_what_a_caller_took_that_went_away_is_given_back(redis_server: RedisServer) -> None:
+    """Its taking was on the way already; it is followed by its giving back."""
+    link = PipelinedLink(redis_server.url, connections=1, timeout_seconds=5.0)
+    account, who = Account(link, 1), tenant()
+    shares = ProviderShares(account.store, {account.name: account.limits})
+    taking = asyncio.ensure_future(shares.take(account.name, who, 1, call_id(), ONE))
+    await asyncio.sleep(0)
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    assert await link.send("EXISTS", f"{{acct:{account.name}}}:totals") == 1
+    assert await account.takes(who, 2) == 1
+    await link.close()
+
+
+async def test_an_id_that_more_attempts_have_than_are_told_apart_keeps_its_share(link: PipelinedLink) -> None:
+    """What is kept of a call is bounded, however often it is repeated; too much is counted then, never too little."""
+    account, who, id = Account(link, 1), tenant(), call_id()
+    shares = ProviderShares(account.store, {account.name: account.limits})
+    attempts = [await shares.take(account.name, who, 1, id, ONE) for _ in range(12)]
+    entries = cast("list[bytes]", await link.send("HVALS", f"{{acct:{account.name}}}:calls"))
+    assert [len(cast("list[int]", unpacked(entry))) for entry in entries] == [15]
+    await shares.give_back([share for share in attempts if isinstance(share, TakenShare)])
+    assert await account.takes(who, 1) == 0
+
+
+async def test_more_than_was_taken_under_an_id_is_other_amounts(link: PipelinedLink) -> None:
+    """A second attempt may need less than the first took, and not more: that would be taken by nobody."""
+    account, who, id = Account(link, 2, input_tokens=100, output_tokens=100), tenant(), call_id()
+    shares = ProviderShares(account.store, {account.name: account.limits})
+    await shares.take(account.name, who, 1, id, AccountUse(1, 20, 10))
+    for need in (AccountUse(1, 20, 10), AccountUse(1, 3, 0)):
+        assert isinstance(await shares.take(account.name, who, 1, id, need), TakenShare)
+    for need in (AccountUse(1, 21, 10), AccountUse(1, 0, 11)):
+        with pytest.raises(ContentConflict):
+            await shares.take(account.name, who, 1, id, need)
+    await account.count(who, id, AccountUse(1, 1, 1))
+    assert isinstance(await shares.take(account.name, who, 1, id, AccountUse(1, 20, 10)), TakenShare)
+
+
+async def test_what_a_replica_of_before_took_is_left_to_it(link: PipelinedLink) -> None:
+    """While replicas are renewed, entries of the older ones name no attempt: the newer ones count them and give nothing of them back."""
+    account, who, id = Account(link, 1), tenant(), call_id()
+    await account.take(who, id=id)
+    key = f"{{acct:{account.name}}}:calls"
+    ((name, entry),) = pairs(cast("list[bytes]", await link.send("HGETALL", key)))
+    await link.send("HSET", key, name, packed(cast("list[int]", unpacked(entry))[:4]))
+    shares = ProviderShares(account.store, {account.name: account.limits})
+    share = await shares.take(account.name, who, 1, id, AccountUse(1, 9, 9))
+    assert isinstance(share, TakenShare)
+    await shares.give_back([share])
+    assert await account.takes(who, 1) == 0
+
+
+def pairs(reply: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """Fields and values of a hash."""
+    return list(zip(reply[::2], reply[1::2], strict=True))
 
 
 async def test_nothing_is_given_back_that_has_left_the_window(link: PipelinedLink) -> None:

@@ -110,6 +110,36 @@ async def test_a_restarted_redis_costs_no_call(own_redis: RedisServer, peer: Pee
         assert (await tenant.reserve()).epoch == 2
 
 
+async def test_what_failed_in_the_background_costs_no_call_once_the_store_is_back(own_redis: RedisServer, peer: Peer) -> None:
+    """Commits and sweeps that found no store put off themselves alone: a call that finds it there has its counters made at once."""
+    async with running_service(own_redis.url, peer, redis_timeout_seconds=2.0) as service:
+        tenant = service.tenant_with(requests_per_minute=1000)
+        assert (await tenant.reserve()).epoch == 1
+        commit = tenant.commit_message(new_uuid7(), messages.COMMIT_KIND_VOID)
+        for restarts in range(1, 4):
+            await own_redis.server.stop()
+            outcomes = [await tenant.commit(commit) for _ in range(2)]
+            assert outcomes == [[messages.COMMIT_OUTCOME_RETRY]] * 2
+            await own_redis.server.start()
+            assert (await tenant.reserve()).epoch == 1 + restarts
+
+
+async def test_a_way_that_failed_is_open_when_another_was_answered(own_redis: RedisServer) -> None:
+    """Two links to one store: what the one learnt of it the other need not wait for."""
+    decisions = PipelinedLink(own_redis.url, timeout_seconds=2.0, breaker=CircuitBreaker())
+    bulk = PipelinedLink(own_redis.url, timeout_seconds=2.0, breaker=CircuitBreaker(open_seconds=1000.0, beside=decisions.breaker))
+    await own_redis.server.stop()
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await bulk.send("PING")
+    await own_redis.server.start()
+    with pytest.raises(Unavailable):
+        await bulk.send("PING")
+    assert [await link.send("PING") for link in (decisions, bulk)] == [b"PONG", b"PONG"]
+    for link in (decisions, bulk):
+        await link.close()
+
+
 async def test_a_store_that_forgot_the_scripts_is_told_again(own_redis: RedisServer, peer: Peer) -> None:
     """Scripts are not data: losing them loses nothing."""
     async with running_service(own_redis.url, peer, redis_timeout_seconds=2.0) as service:

@@ -1,6 +1,8 @@
 """The service on a Redis Cluster of three masters: as on one server, through a resharding and the loss of a master."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
 from services.kernel.errors import MeshError
 from services.kernel.ids import new_uuid7
 from tests.ratelimit.callers import AtService, Service, running_service
-from tests.ratelimit.redis_cluster import Cluster, running_cluster
+from tests.ratelimit.redis_cluster import Cluster, Node, running_cluster
 from tests.ratelimit.rules import SHADOW, rule
 from tests.ratelimit.scripted_peer import LedgerCall, running_peer
 from tests.ratelimit.test_rules import batch_item
@@ -237,6 +239,41 @@ async def test_batches_alone_find_the_master_that_took_over(cluster: Cluster) ->
 
         await eventually(held, within_seconds=RECOVERY_SECONDS)
     assert sum(of_other != "held" for _, of_other in seen) < 5, "a master that is gone is no reason to refuse the tenants of the others"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_master_that_falls_silent_is_replaced_as_one_that_ends(cluster: Cluster, alone: bool) -> None:
+    """A machine that is gone refuses nothing and answers nothing: the limit of a decision ends before the client has noticed."""
+    place = max(place for place, master in enumerate(cluster.masters) if master.process.exit_code is None)
+    if await cluster.masters[place].says("role:slave", "INFO", "replication"):
+        await take_over(cluster.masters[place])
+    url, options = f"redis://{LOOPBACK}:{cluster.replicas[place - 1].port}/0", {"redis_cluster": True, "redis_timeout_seconds": 0.5}
+    async with running_peer() as peer, running_service(url, peer, **options) as service:
+        tenant = tenant_at(service, cluster, place)
+
+        async def held() -> bool:
+            if not alone:
+                return await outcomes(service, [batch_item(tenant, 0)]) == ["held"]
+            try:
+                await tenant.reserve(0)
+            except MeshError:
+                return False
+            return True
+
+        await eventually(held, within_seconds=RECOVERY_SECONDS)
+        os.kill(cluster.masters[place].process.pid, signal.SIGSTOP)
+        try:
+            await eventually(held, within_seconds=RECOVERY_SECONDS)
+        finally:
+            os.kill(cluster.masters[place].process.pid, signal.SIGCONT)
+
+
+async def take_over(node: Node) -> None:
+    """Makes a replica the master of its slots again."""
+    await eventually(lambda: node.says("master_link_status:up", "INFO", "replication"), within_seconds=RECOVERY_SECONDS)
+    await node.link.send("CLUSTER", "FAILOVER")
+    await eventually(lambda: node.says("role:master", "INFO", "replication"), within_seconds=RECOVERY_SECONDS)
 
 
 def tenant_at(service: Service, cluster: Cluster, place: int) -> AtService:

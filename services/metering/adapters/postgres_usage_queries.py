@@ -40,20 +40,25 @@ _MOST_UNITS = 1_000
 class PostgresUsageQueries:
     """Implements UsageQueries: of a tenant as the service role, of tenants as the jobs role, each on the pool it was given for it.
 
-    Balances are read on the primary; the others may be read on a replica.
+    Balances are read on the primary; the others may be read on a replica. `patience_seconds`: how long a tenant's answer may take; None: as
+    long as any statement.
     """
 
-    def __init__(self, primary: TenantDatabase, reading: TenantDatabase, reading_all: JobsDatabase) -> None:
+    def __init__(
+        self, primary: TenantDatabase, reading: TenantDatabase, reading_all: JobsDatabase, *, patience_seconds: int | None = None
+    ) -> None:
         self._primary = primary
         self._reading = reading
         self._reading_all = reading_all
+        self._patience_seconds = patience_seconds
+        self._settings = PLAN_ONCE if patience_seconds is None else f"{PLAN_ONCE}; SET LOCAL statement_timeout = '{patience_seconds}s'"
 
     async def of_tenant(
         self, tenant_id: TenantId, query: UsageQuery, after: RowPosition | None, size: int, *, may_cut: bool = False
     ) -> Sequence[GroupUse]:
         """Returns up to `size` groups of the tenant after the position; the largest number for a larger one, or raises SumOutOfRange."""
-        async with self._reading.transaction(tenant_id, settings=PLAN_ONCE) as connection:
-            return await _groups(connection, [tenant_id], query, after, size, may_cut=may_cut)
+        async with self._reading.transaction(tenant_id, settings=self._settings) as connection:
+            return await _groups(connection, [tenant_id], query, after, size, may_cut=may_cut, limit_seconds=self._patience_seconds)
 
     async def of_tenants(self, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int) -> Sequence[GroupUse]:
         """As `of_tenant`, over these tenants; all where the list is empty."""
@@ -84,11 +89,18 @@ def _unit(group: GroupUse) -> str:
 
 
 async def _groups(
-    connection: Connection, tenant_ids: Sequence[UUID], query: UsageQuery, after: RowPosition | None, size: int, *, may_cut: bool = False
+    connection: Connection,
+    tenant_ids: Sequence[UUID],
+    query: UsageQuery,
+    after: RowPosition | None,
+    size: int,
+    *,
+    may_cut: bool = False,
+    limit_seconds: float | None = None,
 ) -> list[GroupUse]:
     """With `may_cut` a quantity that no answer can hold is told as the largest, and marked: one tenant's keeps nobody from the others'."""
     statement = UsageStatement(tenant_ids, query, after, size)
-    rows = await connection.fetch(statement.text, *statement.arguments)
+    rows = await connection.fetch(statement.text, *statement.arguments, timeout=limit_seconds)
     if not may_cut and any(abs(row["quantity"]) > MAX_QUANTITY for row in rows):
         raise SumOutOfRange("quantity", "group by PRODUCT_UNIT, filter fewer units or ask for a shorter period")
     # What was not asked for has no column.

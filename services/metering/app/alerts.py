@@ -15,6 +15,8 @@ from services.metering.adapters.tenant_rules import TenantRules
 from services.metering.app.parts import Parts
 from services.metering.budgets.desk import BudgetDesk
 from services.metering.budgets.keeper import BudgetKeeper
+from services.metering.budgets.long_looks import LongLooks
+from services.metering.budgets.look import BudgetLook
 from services.metering.budgets.spending import UsageSpending
 from services.metering.servicers.budgets import BudgetServicer
 from services.metering.servicers.webhooks import WebhookServicer
@@ -22,15 +24,21 @@ from services.metering.webhooks.desk import WebhookDesk
 from services.metering.webhooks.relay import DeliveryRelay
 from services.metering.webhooks.secrets import EndpointSecrets, parse_seal_keys
 
+# For one answer about a tenant that is looked at by itself.
+_PATIENCE_SECONDS = 60
+
 
 def build_budgets(parts: Parts, configs: TenantConfigCache, calendars: RememberedCalendars) -> Registration:
     """Builds budgets and starts the loop that looks at them."""
     store = PostgresBudgets(parts.database)
     # On the primary: what is committed is counted.
     spending = UsageSpending(PostgresUsageQueries(parts.database, parts.database, parts.jobs))
-    poll_seconds = parts.settings.budget_poll_seconds
-    keeper = BudgetKeeper(PostgresBudgetMarks(parts.jobs), store, spending, calendars, poll_seconds=poll_seconds)
+    patient = UsageSpending(PostgresUsageQueries(parts.database, parts.database, parts.jobs, patience_seconds=_PATIENCE_SECONDS))
+    marks = PostgresBudgetMarks(parts.jobs)
+    long_looks = LongLooks(marks, BudgetLook(store, patient, calendars))
+    keeper = BudgetKeeper(marks, BudgetLook(store, spending, calendars), long_looks, poll_seconds=parts.settings.budget_poll_seconds)
     parts.background.start("budget_keeper", keeper.run)
+    parts.background.start("long_looks_at_budgets", long_looks.run)
     desk = BudgetDesk(store, spending, TenantCalendars(configs), TenantRules(configs), clock=parts.clock)
     return add_BudgetServiceServicer_to_server, BudgetServicer(desk), "mesh.metering.v1.BudgetService"
 

@@ -11,6 +11,9 @@ from services.kernel.ids import TenantId
 from services.metering.budgets.budget import Budget, BudgetAlert, BudgetTerms, BudgetWish, Span
 from services.metering.usage_calendar import TenantCalendar
 
+# Taken at a time.
+MOST_MARKS = 500
+
 
 @dataclass(frozen=True, slots=True)
 class AlertPosition:
@@ -114,6 +117,10 @@ class BudgetMarks(Protocol):
 
         At the end of the block those that are done with are gone.
         """
+        ...
+
+    def take_of(self, tenant_id: TenantId, most: int) -> AbstractAsyncContextManager["TakenMarks"]:
+        """Gives up to so many marks of one tenant, whoever else looks, and holds nothing meanwhile; at the end as `take`."""
         ...
 
 

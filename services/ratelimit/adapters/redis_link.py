@@ -7,6 +7,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Protocol, cast
 
 import structlog
@@ -25,6 +26,8 @@ log = structlog.get_logger(__name__)
 
 Command = tuple[str | bytes | int, ...]
 
+# Asking the nodes of a cluster, one after another, who leads.
+_LOOK_SECONDS = 2.0
 # Commands of one pipeline: so many scripts are over within the patience of those that come after them.
 _MOST_PIPELINED = 64
 
@@ -84,7 +87,7 @@ class PipelinedLink:
         self._pool = ConnectionPool.from_url(url, protocol=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
         self._idle: list[AbstractConnection] = []
         self._timeout_seconds = timeout_seconds
-        self._breaker = breaker or CircuitBreaker()
+        self.breaker = breaker or CircuitBreaker()
         self._batcher: Batcher[Command, object] = Batcher(self._flush, max_batch=max_batch, max_in_flight=connections)
 
     async def send(self, *command: str | bytes | int) -> object:
@@ -109,13 +112,13 @@ class PipelinedLink:
         self._idle.clear()
 
     async def _flush(self, commands: list[Command]) -> Sequence[object | Exception]:
-        if not self._breaker.admits():
+        if not self.breaker.admits():
             raise Unavailable("redis")
         connection = self._idle.pop() if self._idle else cast("AbstractConnection", self._pool.make_connection())  # type: ignore[no-untyped-call] # redis does not type it
         try:
             replies = await self._within_limit(connection, commands)
         except _PASSING as error:
-            self._breaker.failed()
+            self.breaker.failed()
             log.warning("redis_unreachable", error=type(error).__name__, commands=len(commands))
             # Replies still under way would be taken for those of the next batch.
             await connection.disconnect(nowait=True)
@@ -123,7 +126,7 @@ class PipelinedLink:
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        self._breaker.succeeded()
+        self.breaker.succeeded()
         self._idle.append(connection)
         return [Unavailable("redis") if isinstance(reply, _PASSING) else reply for reply in replies]
 
@@ -163,17 +166,18 @@ class ClusterLink:
     Each node has a breaker of its own: one that is gone is no reason to refuse the tenants of the others.
     """
 
-    def __init__(self, url: str, *, timeout_seconds: float = 0.04) -> None:
+    def __init__(self, url: str, *, timeout_seconds: float = 0.04, beside: "ClusterLink | None" = None) -> None:
         self._client = RedisCluster.from_url(
             url, protocol=2, socket_connect_timeout=timeout_seconds, socket_timeout=timeout_seconds, retry=Retry(NoBackoff(), 0)
         )
         self._timeout_seconds = timeout_seconds
         # By the node's address; "" stands for the cluster as long as its nodes are not known.
-        self._breakers: defaultdict[str, CircuitBreaker] = defaultdict(CircuitBreaker)
+        self._breakers: _Breakers = _Breakers(None if beside is None else beside._breakers)
+        self._looking: asyncio.Task[None] | None = None
 
     async def send(self, *command: str | bytes | int) -> object:
         """Returns the reply; see Link."""
-        return await self._within_limit(self._breakers[self._node_of(command)], lambda: self._client.execute_command(*command))
+        return await self._within_limit(self._node_of(command), lambda: self._client.execute_command(*command))
 
     async def send_all(self, commands: Sequence[Command]) -> list[object | Exception]:
         """Sends commands, those of a node in one pipeline; see Link. A node that is gone fails its own commands alone."""
@@ -195,13 +199,13 @@ class ClusterLink:
     async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
         """Takes one bounded step on the node at hand; see Link. The cursor is (how many nodes are done, the node's own cursor)."""
         done, position = cast("tuple[int, int]", cursor or (0, 0))
-        await self._within_limit(self._breakers[""], lambda: self._client.execute_command("PING"))
+        await self._within_limit("", lambda: self._client.execute_command("PING"))
         nodes = sorted(self._client.get_primaries(), key=lambda node: node.name)
         if done >= len(nodes):
             return None, []
         scan: Command = ("SCAN", position, "MATCH", pattern, "COUNT", _SCAN_COUNT)
         node = nodes[done]
-        reply = await self._within_limit(self._breakers[node.name], lambda: self._client.execute_command(*scan, target_nodes=node))
+        reply = await self._within_limit(node.name, lambda: self._client.execute_command(*scan, target_nodes=node))
         positions, found = cast("tuple[dict[str, int] | int, list[bytes]]", reply)
         following = next(iter(positions.values())) if isinstance(positions, dict) else int(positions)
         if following:
@@ -210,6 +214,9 @@ class ClusterLink:
 
     async def close(self) -> None:
         """Closes the connections."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
         await self._client.aclose()
 
     def _node_of(self, command: Command) -> str:
@@ -230,7 +237,7 @@ class ClusterLink:
                 return [await self._alone(commands[0]), *await self._exchanged(commands[1:])]
 
         try:
-            replies = cast("list[object | Exception]", await self._within_limit(self._breakers[node], exchange))
+            replies = cast("list[object | Exception]", await self._within_limit(node, exchange))
         except Unavailable as error:
             return [error] * len(commands)
         return [Unavailable("redis") if isinstance(reply, _PASSING) else reply for reply in replies]
@@ -256,7 +263,8 @@ class ClusterLink:
             return error
         return reply
 
-    async def _within_limit(self, breaker: CircuitBreaker, exchange: Callable[[], Awaitable[object]]) -> object:
+    async def _within_limit(self, node: str, exchange: Callable[[], Awaitable[object]]) -> object:
+        breaker = self._breakers[node]
         if not breaker.admits():
             raise Unavailable("redis")
         try:
@@ -267,12 +275,38 @@ class ClusterLink:
             # A slot that moves, or waits for its new master, is answered for: that is one tenant's trouble and not the node's.
             if isinstance(error, _SILENCE):
                 breaker.failed()
+                self._look_for_masters(node)
             else:
                 breaker.succeeded()
             log.warning("redis_unreachable", error=type(error).__name__)
             raise Unavailable("redis") from error
         breaker.succeeded()
         return reply
+
+    def _look_for_masters(self, silent: str) -> None:
+        # The client looks for them itself when a node refuses it. One that says nothing outlasts our limit: the client hears of no failure.
+        if self._looking is None or self._looking.done():
+            looking = self._masters(silent or None)
+            self._looking = asyncio.get_running_loop().create_task(looking, name="redis.masters", context=Context())
+
+    async def _masters(self, silent: str | None) -> None:
+        try:
+            async with asyncio.timeout(_LOOK_SECONDS):
+                await self._client.nodes_manager.initialize(last_failed_node_name=silent)
+        except _PASSING as error:
+            log.warning("masters_not_found", error=type(error).__name__)
+
+
+class _Breakers(dict[str, CircuitBreaker]):
+    """A breaker for each name, beside that of the same name of others."""
+
+    def __init__(self, beside: "_Breakers | None") -> None:
+        super().__init__()
+        self._beside = beside
+
+    def __missing__(self, name: str) -> CircuitBreaker:
+        made = self[name] = CircuitBreaker(beside=None if self._beside is None else self._beside[name])
+        return made
 
 
 class _Patience:

@@ -49,7 +49,8 @@ class ReserveBatches:
                 by_tenant.setdefault(tenant_of(context), []).append((place, context, request))
             except MeshError as error:
                 outcomes[place] = error
-        tenants = list(by_tenant.values())
+        # Who waits comes last: those behind would wait as well.
+        tenants = sorted(by_tenant.values(), key=_waits)
         async with self._kept_alive(tenants, lease.ToTimedelta().total_seconds()):
             for start in range(0, len(tenants), _TENANTS_AT_ONCE):
                 await self._decide(tenants[start : start + _TENANTS_AT_ONCE], outcomes)
@@ -61,7 +62,7 @@ class ReserveBatches:
     @asynccontextmanager
     async def _kept_alive(self, tenants: Sequence[Sequence[_Place]], lease_seconds: float) -> AsyncIterator[None]:
         """Prolongs what the batch holds already while others of it wait: its caller does not know of its holds yet."""
-        if not any(request.max_wait_seconds for places in tenants for _, _, request in places):
+        if not any(map(_waits, tenants)):
             yield
             return
         # What is not held, or not yet, is not changed by it.
@@ -87,6 +88,10 @@ class ReserveBatches:
                 found = [to_mesh_error(found, _METHOD)] * len(places)
             for (place, _, _), outcome in zip(places, found, strict=True):
                 outcomes[place] = outcome
+
+
+def _waits(places: Sequence[_Place]) -> bool:
+    return any(request.max_wait_seconds for _, _, request in places)
 
 
 def _newest(places: Sequence[_Place]) -> TenantContext:

@@ -4,7 +4,8 @@
 -- active   zset  tenants by when they last asked; who has not asked for a window is no member any more
 -- claims   zset  tenants that were refused, by the bucket for which their part of the sums was made
 -- totals   hash  log -> the packed log of all tenants together; weights -> the sum of the members' weights; claimed -> packed sums of all claims
--- calls    hash  call, named by a digest of its tenant and its id -> packed {bucket, requests, input, output} that it is counted with
+-- calls    hash  call, named by a digest of its tenant and its id -> packed {bucket, requests, input, output} that it is counted with, behind them
+--                what it needed of input and output, and the attempts that have it: see `attempts`
 -- recent   zset  calls by their bucket
 -- turns    zset  a dimension: tenants that were refused a call larger than their share, by when their share would have added up to it
 --
@@ -110,6 +111,27 @@ local function unclaim(own, claimed)
       own[at] = 0
     end
   end
+end
+
+-- Attempts to hold a call, each a number. A call is taken once for all of them, and given back when the last of them is refused what it is for. 0 is
+-- one that never gives back. Only so many are told apart: what more of them have stays. So does what a replica of before took, which names none.
+local NEEDED, FIRST_ATTEMPT, MOST_ATTEMPTS = 5, 7, 8
+
+local function attempt_in(entry, attempt)
+  for i = FIRST_ATTEMPT, #entry do
+    if entry[i] == attempt then
+      return i
+    end
+  end
+end
+
+-- Answers whether the entry changed.
+local function join(entry, attempt)
+  if not entry[NEEDED] or attempt_in(entry, 0) or attempt_in(entry, attempt) then
+    return false
+  end
+  entry[#entry + 1] = #entry < FIRST_ATTEMPT + MOST_ATTEMPTS - 1 and attempt or 0
+  return true
 end
 
 -- Removes a tenant; what it took stays in the sum of all until it leaves the window. Answers its weight.

@@ -1,5 +1,6 @@
 -- Counts calls with what they really used instead of what they took; repeated it changes nothing more. What has left the window is left alone.
--- ARGV: window, then by fives: tenant, the call's id, requests, input, output. A call that used nothing at all may be taken again. Answers how many changed.
+-- ARGV: window, then by sixes: tenant, the call's id, requests, input, output, the attempt that gives it back, 0 where none does. A call that used
+-- nothing at all may be taken again; one that is given back, when no other attempt has it. Answers how many changed.
 local window_us = tonumber(ARGV[1])
 local first = math.floor(store_time() / (window_us / BUCKETS)) - BUCKETS
 -- So many of those who have waited longest are told that something came back, and the tenants it came back from.
@@ -7,9 +8,20 @@ local MOST_WOKEN = 4
 local all_log, changed
 local woken = {}
 
-local function count(tenant, id, use)
+-- Takes an attempt off an entry; answers whether it was the last.
+local function left_by(attempt, id, entry)
+  local place = attempt_in(entry, attempt)
+  if place and #entry > FIRST_ATTEMPT then
+    table.remove(entry, place)
+    call('HSET', calls, id, cmsgpack.pack(entry))
+    return false
+  end
+  return place ~= nil
+end
+
+local function count(tenant, id, use, attempt)
   local entry = unpacked(call('HGET', calls, id))
-  if not entry[1] or entry[1] < first then
+  if not entry[1] or entry[1] < first or (attempt > 0 and not left_by(attempt, id, entry)) then
     return
   end
   local differences, differs, nothing = {}, false, true
@@ -22,7 +34,8 @@ local function count(tenant, id, use)
     call('HDEL', calls, id)
     call('ZREM', recent, id)
   elseif differs then
-    call('HSET', calls, id, cmsgpack.pack({ entry[1], use[1], use[2], use[3] }))
+    entry[2], entry[3], entry[4] = use[1], use[2], use[3]
+    call('HSET', calls, id, cmsgpack.pack(entry))
   else
     return
   end
@@ -39,8 +52,9 @@ local function count(tenant, id, use)
   end
 end
 
-for i = 2, #ARGV, 5 do
-  count(ARGV[i], name_of_call(ARGV[i], ARGV[i + 1]), { tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4]) })
+for i = 2, #ARGV, 6 do
+  local use = { tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4]) }
+  count(ARGV[i], name_of_call(ARGV[i], ARGV[i + 1]), use, tonumber(ARGV[i + 5]))
 end
 if changed then
   call('HSET', totals, 'log', cmsgpack.pack(all_log))

@@ -1,15 +1,15 @@
 -- Takes part of an account's minute for a call.
 -- ARGV: tenant, weight, window, limits (requests, input, output; 0 unlimited), need (requests, input, output), the call's id, how it
--- waits (0 not at all | 1 it will, and has not said since when | 2 in the line), since when or 0.
+-- waits (0 not at all | 1 it will, and has not said since when | 2 in the line), since when or 0, the attempt that takes it.
 -- Answers {verdict, now, dimension from 0, limit, used, when it frees, since when it waits, how many are before it}:
--- 0 taken | 1 account full | 2 share used | 3 larger than the account | 4 taken before | 5 others of its tenant wait before it.
-local TAKEN, FULL, SHARE_USED, TOO_LARGE, AGAIN, QUEUED = 0, 1, 2, 3, 4, 5
+-- 0 taken | 1 account full | 2 share used | 3 larger than the account | 4 taken before | 5 others of its tenant wait before it | 6 less was taken before.
+local TAKEN, FULL, SHARE_USED, TOO_LARGE, AGAIN, QUEUED, OTHER = 0, 1, 2, 3, 4, 5, 6
 local tenant, weight, window_us, id = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), name_of_call(ARGV[1], ARGV[10])
 local limits = { tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]) }
 local need = { tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]) }
 local now = store_time()
 local quantum = window_us / BUCKETS
-local waits, since = tonumber(ARGV[11]), tonumber(ARGV[12])
+local waits, since, attempt = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 -- So much of the work that others left behind is done at a time.
 local MOST = 50
 
@@ -49,6 +49,11 @@ local first = bucket - BUCKETS
 local before = unpacked(call('HGET', calls, id))
 if before[1] and before[1] >= first then
   leave_line()
+  if before[NEEDED] and (need[2] > before[NEEDED] or need[3] > before[NEEDED + 1]) then
+    return { OTHER, now, 0, 0, 0, 0, 0, 0 }
+  elseif join(before, attempt) then
+    call('HSET', calls, id, cmsgpack.pack(before))
+  end
   return { AGAIN, now, 0, 0, 0, 0, 0, 0 }
 end
 local ahead = line and ahead_of(line, ARGV[10], since) or 0
@@ -221,7 +226,7 @@ for d = 1, 3 do
   my_use[d] = my_use[d] + need[d]
   call('ZREM', turns[d], tenant)
 end
-call('HSET', calls, id, cmsgpack.pack({ bucket, need[1], need[2], need[3] }))
+call('HSET', calls, id, cmsgpack.pack({ bucket, need[1], need[2], need[3], need[2], need[3], attempt }))
 call('ZADD', recent, integer(bucket), id)
 keep()
 leave_line()
