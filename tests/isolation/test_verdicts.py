@@ -5,12 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.isolation.identity_mutations import IDENTITY_MUTATIONS
-from tests.isolation.metering_mutations import METERING_MUTATIONS
-from tests.isolation.mutation import StaleMutation, applied
-from tests.isolation.mutations import MUTATIONS, Edit, Mutation
-from tests.isolation.placement_mutations import PLACEMENT_MUTATIONS
-from tests.isolation.store_mutations import STORE_MUTATIONS
+from tests.isolation.mutation import EVERY_MUTATION, StaleMutation, applied, stale
+from tests.isolation.mutations import Edit, Mutation
 from tests.isolation.verdicts import Failure, is_assertion, killer, read
 
 NOTICED = Failure("test_a", "call", True, "AssertionError: 1 row")
@@ -87,6 +83,11 @@ def test_a_mutation_that_changes_nothing_is_stale(tmp_path: Path) -> None:
 
 def test_every_mutation_fits_the_code() -> None:
     """Each edit of a mutation finds its text exactly once: a wall that is built anew is taken down anew."""
-    for mutation in (*MUTATIONS, *PLACEMENT_MUTATIONS, *STORE_MUTATIONS, *METERING_MUTATIONS, *IDENTITY_MUTATIONS):
+    for mutation in EVERY_MUTATION:
         for edit in mutation.edits:
             assert (ROOT / edit.path).read_text().count(edit.find) == 1, mutation.name
+
+
+def test_every_mutation_edits_what_stands_last() -> None:
+    """No mutation edits a statement of a migration that a later one says anew or takes away: it would take nothing down."""
+    assert stale(EVERY_MUTATION) == []
