@@ -197,7 +197,7 @@ async def test_an_event_of_a_dropped_month_is_still_a_duplicate(months: Months) 
 
 
 async def test_a_month_that_is_missing_refuses_and_claims_nothing(months: Months) -> None:
-    """UNAVAILABLE for one and for many, and the ids are free: recorded once the month is made. What was there before is told all the same."""
+    """UNAVAILABLE for one and for many, and the ids are free: recorded once the month is made. What was there before is still told."""
     mesh, tenant, sent = months.mesh, months.mesh.new_tenant(), events.event("one")
     before, many = ([events.event(f"{when}-{index}") for index in range(20)] for when in ("before", "many"))
     await events.register(mesh)
