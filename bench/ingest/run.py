@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> None:
     """Measures and prints. Exits with 1 when a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench ingest", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often every way is measured, in turn")
-    parser.add_argument("--events", type=int, default=100_000, help="events of each way in a round; a multiple of 1,000")
+    parser.add_argument("--events", type=int, default=50_000, help="events of each way in a round; a multiple of 1,000")
     parser.add_argument("--callers", type=int, nargs="*", default=[], help="further numbers of callers that send batches of 100 at once")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long events are recorded one by one")
     parser.add_argument("--stored", type=int, nargs="*", default=[], help="numbers of stored events to compare, such as 1000000 20000000")

@@ -197,12 +197,16 @@ async def test_an_event_of_a_dropped_month_is_still_a_duplicate(months: Months) 
 
 
 async def test_a_month_that_is_missing_refuses_and_claims_nothing(months: Months) -> None:
-    """UNAVAILABLE, and the id is free: recorded as soon as the month is made."""
+    """UNAVAILABLE for one and for many, and the ids are free: recorded once the month is made. What was there before is still told."""
     mesh, tenant, sent = months.mesh, months.mesh.new_tenant(), events.event("one")
+    before, many = ([events.event(f"{when}-{index}") for index in range(20)] for when in ("before", "many"))
     await events.register(mesh)
+    await events.record(mesh, tenant, before)
     await months.store.drop(datetime.now(UTC).date())
-    with pytest.raises(Exception, match="month of events is not made") as refused:
-        await events.record(mesh, tenant, [sent])
-    assert refused.value.reason_name == "DEPENDENCY_UNAVAILABLE"  # type: ignore[attr-defined] # a MeshError
+    for batch in ([sent], many):
+        with pytest.raises(Exception, match="month of events is not made") as refused:
+            await events.record(mesh, tenant, batch)
+        assert refused.value.reason_name == "DEPENDENCY_UNAVAILABLE"  # type: ignore[attr-defined] # a MeshError
+    assert await events.outcomes(mesh, tenant, *before) == [events.DUPLICATE] * 20
     await months.keep(datetime.now(UTC))
-    assert await events.outcomes(mesh, tenant, sent) == [events.RECORDED]
+    assert await events.outcomes(mesh, tenant, sent, *many) == [events.RECORDED] * 21

@@ -187,13 +187,15 @@ async def test_events_of_an_erased_tenant_are_kept_without_names(mesh: Mesh) -> 
     tenant, other = mesh.new_tenant(), mesh.new_tenant()
     early = [events.event(f"{index:03}", quantity=2, metadata={"who": "user-1"}) for index in range(600)]
     late = events.event("late", quantity=2, metadata={"who": "user-1"})
+    many = [events.event(f"late-{index}", quantity=2, metadata={"who": "user-1"}) for index in range(20)]
     await events.record(mesh, tenant, early)
     await events.record(mesh, other, early)
     await events.reverse(mesh, tenant, early[0])
     assert await erase(mesh, tenant) == {"postgres:metering.calls": 0, "postgres:metering.events": 601}
     assert await erase(mesh, tenant) == {"postgres:metering.calls": 0, "postgres:metering.events": 0}
     assert await events.outcomes(mesh, tenant, late, early[1]) == [events.RECORDED, events.DUPLICATE]
-    assert await events.totals(mesh, tenant) == [(events.PRODUCT, events.TYPE, "", "", 602, 1_200)]
+    assert await events.outcomes(mesh, tenant, *many) == [events.RECORDED] * 20
+    assert await events.totals(mesh, tenant) == [(events.PRODUCT, events.TYPE, "", "", 622, 1_240)]
     assert await events.totals(mesh, other) == [(events.PRODUCT, events.TYPE, "user-1", "hiring", 600, 1_200)]
     caller, request = mesh.tenant_service, pb.ScanTenantRequest(canaries=["user-1"])
     scan = await caller.channel.unary(caller.lifecycle.ScanTenant, request, timeout_seconds=20, tenant=tenant.context)
