@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,12 +11,15 @@ import pytest
 
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId, new_uuid7
+from services.kernel.tenant_database import TenantDatabase
+from services.metering.adapters.postgres_usage_queries import PostgresUsageQueries
 from services.metering.budgets import keeper, long_looks
 from services.metering.budgets.budget import Budget
 from services.metering.budgets.keeper import BudgetKeeper
 from services.metering.budgets.long_looks import LongLooks
 from services.metering.budgets.look import BudgetLook
 from services.metering.budgets.ports import MOST_MARKS, Marked, TakenMarks
+from services.metering.usage_query import UsageQuery
 from tests.metering.budgets import new_tenant, put, use, wait_fired
 from tests.metering.mesh import Mesh
 from tests.support.waiting import eventually
@@ -148,3 +152,24 @@ async def test_thresholds_of_who_takes_too_long_fire_all_the_same(mesh: Mesh, mo
         return await mesh.admin.fetchval("SELECT count(*) FROM metering.budget_marks WHERE tenant_id = $1", tenant.id) == 0
 
     await eventually(nothing_marked, within_seconds=30)
+
+
+async def test_sums_of_who_is_looked_at_by_itself_may_take_longer_than_a_statement(mesh: Mesh) -> None:
+    """What the database would give up on for everybody else is waited for, by the server and by the client."""
+    tenant = new_tenant(mesh)
+    await use(mesh, tenant, 80)
+    now = datetime.now(UTC)
+    query = UsageQuery(now - timedelta(days=1), now + timedelta(days=1))
+    database = await TenantDatabase.open(mesh.settings.postgres_dsn.get_secret_value(), statement_timeout_seconds=0.2)
+    usual, patient = (PostgresUsageQueries(database, database, mesh.app.jobs, patience_seconds=seconds) for seconds in (None, 60))
+    async with mesh.admin.acquire() as connection, connection.transaction():
+        await connection.execute("LOCK TABLE metering.usage_pending IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(Unavailable):
+            await usual.of_tenant(TenantId(tenant.id), query, None, 10)
+        waiting = asyncio.ensure_future(patient.of_tenant(TenantId(tenant.id), query, None, 10))
+        # Longer than the client's own limit, which is a second more than the server's.
+        await asyncio.sleep(1.5)
+        assert not waiting.done()
+    (group,) = await waiting
+    assert group.usage.total == 80
+    await database.close()
