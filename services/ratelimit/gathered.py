@@ -13,7 +13,7 @@ from services.kernel.tenant_context import TenantContext
 from services.ratelimit.hooks import Guard, NoGuard
 from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.ready_counters import tenant_of
-from services.ratelimit.request import Question, Request, ask_of, check_request
+from services.ratelimit.request import Question, Request, ask_of, check_shortening
 from services.ratelimit.reservation import Outcome, Reservations
 from services.ratelimit.standing import Answer, Verdict, is_unready
 from services.ratelimit.terms import Terms
@@ -68,7 +68,7 @@ class GatheredReservations:
                 else:
                     questions[place] = question
             for place, answers in zip(questions, await self._asked(list(questions.values())), strict=True):
-                outcomes = self._taken(*calls[place], questions[place].terms, answers)
+                outcomes = self._taken(calls[place], questions[place], answers)
                 if outcomes is None:
                     group.create_task(by_itself(place, answers))
                 else:
@@ -84,10 +84,10 @@ class GatheredReservations:
             for request in requests:
                 if request.account or request.max_wait_seconds:
                     return None
-                check_request(request)
+                check_shortening(request.demand)
+            return Question(tenant_id, terms, [ask_of(terms, request) for request in requests])
         except MeshError:
             return None
-        return Question(tenant_id, terms, [ask_of(terms, request) for request in requests])
 
     async def _asked(self, questions: Sequence[Question]) -> Sequence[_Answers]:
         if not questions:
@@ -97,12 +97,13 @@ class GatheredReservations:
         except Exception as error:
             return [error] * len(questions)
 
-    def _taken(self, context: TenantContext, requests: Sequence[Request], terms: Terms, answers: _Answers) -> Sequence[Outcome] | None:
+    def _taken(self, call: Call, question: Question, answers: _Answers) -> Sequence[Outcome] | None:
         """The holds, where the answers are nothing else; None when more is to be done than to return them."""
         if isinstance(answers, Exception):
             return None
         if answers[0].epoch:
-            self._allowance.learn(tenant_of(context), answers[0].epoch)
-        if any(answer.verdict is not Verdict.HELD for answer in answers):
-            return None
-        return self._reservations.taken(context, terms, requests, answers)
+            self._allowance.learn(question.tenant_id, answers[0].epoch)
+        for answer in answers:
+            if answer.verdict is not Verdict.HELD:
+                return None
+        return self._reservations.taken(question, answers)
