@@ -64,7 +64,7 @@ class _Form:
 
     def fill(self, answer: Answer, *, shortened: bool) -> None:
         """Writes what one answer says over what the one before it said: each field of each answer."""
-        message, granted, figures, place = self.message, self.granted, answer.figures, 0
+        message, granted, figures, now_us, place = self.message, self.granted, answer.figures, answer.now_us, 0
         message.epoch, message.granted_output_tokens, message.shortened = answer.epoch, answer.output_tokens, shortened
         granted.tokens, granted.cost_nano_usd = answer.granted.tokens, answer.granted.cost_nano_usd
         set_timestamp(self.reserve_time, answer.reserve_us)
@@ -72,8 +72,9 @@ class _Form:
             used = figures[place]
             limit.used, limit.remaining = used, most - used if used < most else 0
             if reset_time is not None:
-                # As `standing.reset_us` has it.
-                set_timestamp(reset_time, figures[place + 1] or answer.now_us)
+                # As `standing.reset_us` and `set_timestamp` have it: written out, as nothing else is done so often.
+                reset_us = figures[place + 1] or now_us
+                reset_time.seconds, reset_time.nanos = reset_us // 1_000_000, reset_us % 1_000_000 * 1_000
             place += 3
 
 
