@@ -96,6 +96,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         consumptions = Consumptions(store, ledger, counters, fencing, guard=guard, room=room)
         limits = RateLimitServicer(
             reservations,
+            gathered,
             Extensions(store, counters, fencing),
             consumptions,
             Looks(store, counters),

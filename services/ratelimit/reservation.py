@@ -122,9 +122,7 @@ class Reservations:
         Raises: LimitExceeded, ReservationLost, InvalidRequest, ContentConflict, Unavailable.
         """
         (outcome,) = await self.decide(context, [request])
-        if isinstance(outcome, Held):
-            return outcome
-        raise outcome.error(tenant_of(context)) if isinstance(outcome, Refusal) else outcome
+        return held_or_raised(context, outcome)
 
     async def decide(self, context: TenantContext, requests: Sequence[Request]) -> list[Outcome]:
         """Decides requests of one tenant in their order. A refusal tells when it frees and whether its caller may wait for that.
@@ -313,6 +311,13 @@ class Reservations:
             return await self._store.reserve(tenant_id, terms, [ask_of(terms, item) for item in requests])
 
         return await self._counters.ask(context, question)
+
+
+def held_or_raised(context: TenantContext, outcome: Outcome) -> Held:
+    """The hold. Raises: what keeps the call out."""
+    if isinstance(outcome, Held):
+        return outcome
+    raise outcome.error(tenant_of(context)) if isinstance(outcome, Refusal) else outcome
 
 
 def lost_or_invalid(verdict: Verdict, reservation_id: UUID, field: str = "reservation_id") -> MeshError:

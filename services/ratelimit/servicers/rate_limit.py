@@ -7,6 +7,7 @@ from services.kernel.ids import ReservationId, parse_uuid
 from services.kernel.request_context import current_tenant
 from services.ratelimit.consumption import Consumptions, Use
 from services.ratelimit.extension import Extensions
+from services.ratelimit.gathered import GatheredReservations
 from services.ratelimit.limits import Amounts, Demand, subject_of
 from services.ratelimit.look import Looks
 from services.ratelimit.reservation import Reservations
@@ -41,6 +42,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
     def __init__(
         self,
         reservations: Reservations,
+        gathered: GatheredReservations,
         extensions: Extensions,
         consumptions: Consumptions,
         looks: Looks,
@@ -51,6 +53,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         lease_seconds: float,
     ) -> None:
         self._reservations = reservations
+        self._gathered = gathered
         self._extensions = extensions
         self._consumptions = consumptions
         self._looks = looks
@@ -61,7 +64,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
 
     async def Reserve(self, request: messages.ReserveRequest, context: object) -> messages.ReserveResponse:
         """Holds the worst case of a call."""
-        return held_message(await self._reservations.reserve(current_tenant(), request_of(request)), self._lease)
+        return held_message(await self._gathered.reserve(current_tenant(), request_of(request)), self._lease)
 
     async def ReserveBatch(self, request: messages.ReserveBatchRequest, context: object) -> messages.ReserveBatchResponse:
         """Holds the worst cases of many calls, of any tenants."""
