@@ -42,6 +42,7 @@ from services.ratelimit.servicers.guarding import Guarding
 from services.ratelimit.servicers.lifecycle import LifecycleServicer
 from services.ratelimit.servicers.rate_limit import RateLimitServicer
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
+from services.ratelimit.servicers.reserve_requests import OWN_CHECKS
 from services.ratelimit.settings import RatelimitSettings
 from services.ratelimit.slice import Slices
 from services.ratelimit.waiting_room import WaitingRoom
@@ -96,6 +97,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         consumptions = Consumptions(store, ledger, counters, fencing, guard=guard, room=room)
         limits = RateLimitServicer(
             reservations,
+            gathered,
             Extensions(store, counters, fencing),
             consumptions,
             Looks(store, counters),
@@ -106,7 +108,8 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         )
         lifecycle = LifecycleServicer(RedisRecords(scripts, share_store, tuple(settings.provider_accounts)))
         envoy = EnvoyServicer(consumptions, resolver, verifier, cell_of(settings))
-        server = MeshServer(settings, servicers=_registrations(limits, envoy, lifecycle), resolver=resolver, verifier=verifier)
+        servicers = _registrations(limits, envoy, lifecycle)
+        server = MeshServer(settings, servicers=servicers, resolver=resolver, verifier=verifier, own_checks=OWN_CHECKS)
         return RatelimitApp(server, stack.pop_all())
 
 

@@ -1,7 +1,7 @@
-"""Demands of many tenants, put to the store together.
+"""Demands that the store alone can answer, put to it without a detour: a lone call's, or those of many tenants together.
 
-A tenant of whom something else must be known first is decided by itself beside the others; one whose answer is not the last word goes
-on by itself from there.
+A tenant of whom something else must be known first is decided by `Reservations`, in a batch by itself beside the others; one whose answer
+is not the last word goes on there.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from services.kernel.tenant_context import TenantContext
 from services.ratelimit.hooks import Guard, NoGuard
 from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.ready_counters import tenant_of
-from services.ratelimit.request import Question, Request, ask_of, check_request
-from services.ratelimit.reservation import Outcome, Reservations
+from services.ratelimit.request import Question, Request, ask_of, check_shortening
+from services.ratelimit.reservation import Held, Outcome, Reservations, ReservationStore, held_or_raised
 from services.ratelimit.standing import Answer, Verdict, is_unready
 from services.ratelimit.terms import Terms
 
@@ -25,7 +25,7 @@ Call = tuple[TenantContext, Sequence[Request]]
 _Answers = list[Answer] | Exception
 
 
-class GatheringStore(Protocol):
+class GatheringStore(ReservationStore, Protocol):
     """Decides and counts, one atomic step a tenant."""
 
     async def reserve_each(self, questions: Sequence[Question]) -> list[list[Answer] | Exception]:
@@ -34,7 +34,7 @@ class GatheringStore(Protocol):
 
 
 class GatheredReservations:
-    """Decides calls of different tenants as `Reservations` does each of them, with one wait for all that the store alone can tell."""
+    """Decides calls as `Reservations` does each of them; those of different tenants with one wait for all that the store alone can tell."""
 
     def __init__(
         self, reservations: Reservations, store: GatheringStore, allowance: OpenAllowance, known: Known, *, guard: Guard | None = None
@@ -45,18 +45,28 @@ class GatheredReservations:
         self._known = known
         self._guard: Guard = guard or NoGuard()
 
+    async def reserve(self, context: TenantContext, request: Request) -> Held:
+        """Holds the worst case of one call, as `Reservations.reserve` does, in half of its steps. Raises: as that."""
+        question = self._question(context, [request])
+        if question is None:
+            return await self._reservations.reserve(context, request)
+        try:
+            answers: _Answers = await self._store.reserve(question.tenant_id, question.terms, question.asks)
+        except Exception as error:
+            answers = error
+        outcomes = self._taken(question, answers)
+        if outcomes is None:
+            outcomes = await self._by_itself(context, [request], question, answers)
+        return held_or_raised(context, outcomes[0])
+
     async def decide(self, calls: Sequence[Call]) -> list[Sequence[Outcome] | Exception]:
         """Returns for each call its outcomes, or what `Reservations.decide` would raise. No two calls may be of one tenant."""
         decided: list[Sequence[Outcome] | Exception] = [()] * len(calls)
         questions: dict[int, Question] = {}
 
         async def by_itself(place: int, answers: _Answers | None = None) -> None:
-            context, requests = calls[place]
             try:
-                if answers is None or (not isinstance(answers, Exception) and is_unready(answers)):
-                    decided[place] = await self._reservations.decide(context, requests)
-                else:
-                    decided[place] = await self._reservations.conclude(context, questions[place].terms, requests, answers)
+                decided[place] = await self._by_itself(*calls[place], questions.get(place), answers)
             except Exception as error:
                 decided[place] = error
 
@@ -68,12 +78,20 @@ class GatheredReservations:
                 else:
                     questions[place] = question
             for place, answers in zip(questions, await self._asked(list(questions.values())), strict=True):
-                outcomes = self._taken(*calls[place], questions[place].terms, answers)
+                outcomes = self._taken(questions[place], answers)
                 if outcomes is None:
                     group.create_task(by_itself(place, answers))
                 else:
                     decided[place] = outcomes
         return decided
+
+    async def _by_itself(
+        self, context: TenantContext, requests: Sequence[Request], question: Question | None, answers: _Answers | None
+    ) -> Sequence[Outcome]:
+        """Decides one tenant's requests from what the store has answered, or from the beginning."""
+        if question is None or answers is None or (not isinstance(answers, Exception) and is_unready(answers)):
+            return await self._reservations.decide(context, requests)
+        return await self._reservations.conclude(context, question.terms, requests, answers)
 
     def _question(self, context: TenantContext, requests: Sequence[Request]) -> Question | None:
         """What the store alone can answer; None for what needs more than that."""
@@ -84,10 +102,10 @@ class GatheredReservations:
             for request in requests:
                 if request.account or request.max_wait_seconds:
                     return None
-                check_request(request)
+                check_shortening(request.demand)
+            return Question(tenant_id, terms, [ask_of(terms, request) for request in requests])
         except MeshError:
             return None
-        return Question(tenant_id, terms, [ask_of(terms, request) for request in requests])
 
     async def _asked(self, questions: Sequence[Question]) -> Sequence[_Answers]:
         if not questions:
@@ -97,12 +115,13 @@ class GatheredReservations:
         except Exception as error:
             return [error] * len(questions)
 
-    def _taken(self, context: TenantContext, requests: Sequence[Request], terms: Terms, answers: _Answers) -> Sequence[Outcome] | None:
+    def _taken(self, question: Question, answers: _Answers) -> Sequence[Outcome] | None:
         """The holds, where the answers are nothing else; None when more is to be done than to return them."""
         if isinstance(answers, Exception):
             return None
         if answers[0].epoch:
-            self._allowance.learn(tenant_of(context), answers[0].epoch)
-        if any(answer.verdict is not Verdict.HELD for answer in answers):
-            return None
-        return self._reservations.taken(context, terms, requests, answers)
+            self._allowance.learn(question.tenant_id, answers[0].epoch)
+        for answer in answers:
+            if answer.verdict is not Verdict.HELD:
+                return None
+        return self._reservations.taken(question, answers)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from services.kernel.errors import InvalidRequest
+from services.kernel.hot_value import hot_value
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class Amounts:
     """What a call needs at most, or used: 0–10^7 tokens, 0–10^15 nano-USD."""
 
@@ -16,7 +17,7 @@ class Amounts:
 NOTHING = Amounts(0, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class Subject:
     """Whom of the tenant a call serves; empty: nobody in particular."""
 
@@ -28,7 +29,7 @@ NOBODY = Subject()
 
 
 # In characters, as every contract that names them has it.
-_LONGEST_NAMES = {"user": 200, "feature": 100}
+_LONGEST_USER, _LONGEST_FEATURE = 200, 100
 
 
 class UnkeepableName(InvalidRequest):
@@ -37,11 +38,12 @@ class UnkeepableName(InvalidRequest):
 
 def subject_of(user: str, feature: str) -> Subject:
     """Whom a request serves. Raises: UnkeepableName, before anything is held for it."""
-    for field, name in (("user", user), ("feature", feature)):
-        if "\x00" in name:
-            raise UnkeepableName(field, "must not contain NUL characters")
-        if len(name) > _LONGEST_NAMES[field]:
-            raise UnkeepableName(field, f"must be at most {_LONGEST_NAMES[field]} characters")
+    if "\x00" in user or "\x00" in feature:
+        raise UnkeepableName("user" if "\x00" in user else "feature", "must not contain NUL characters")
+    if len(user) > _LONGEST_USER:
+        raise UnkeepableName("user", f"must be at most {_LONGEST_USER} characters")
+    if len(feature) > _LONGEST_FEATURE:
+        raise UnkeepableName("feature", f"must be at most {_LONGEST_FEATURE} characters")
     return Subject(user, feature)
 
 
@@ -54,7 +56,7 @@ class Shortening:
     output_nano_usd_per_million: int
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class Demand:
     """All that one decision is about. `attempt` from 2 on is a retry; 0 asks for a product's units instead of a call."""
 

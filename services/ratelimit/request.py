@@ -1,10 +1,10 @@
 """One demand on the limits: as its caller makes it, and as the store is asked about it. Refuses what makes no sense under any limit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from uuid import UUID
 
 from services.kernel.errors import InvalidRequest
+from services.kernel.hot_value import hot_value
 from services.kernel.ids import ReservationId, TenantId
 from services.ratelimit.limits import NOBODY, Demand, Subject
 from services.ratelimit.terms import Plan, Terms
@@ -13,7 +13,7 @@ from services.ratelimit.turn import Stand
 LARGEST_ID_AGE_SECONDS = 60
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class Request:
     """One demand on the limits, by whom, and under which id.
 
@@ -31,7 +31,7 @@ class Request:
     gathered: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class Ask:
     """A demand as the store decides it. `at_once`: it is used at once and not held. `together`: only if all asked with it are.
 
@@ -48,7 +48,7 @@ class Ask:
     gathered: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class Question:
     """What the store is asked about one tenant: demands, by its rules, in their order."""
 
@@ -70,10 +70,10 @@ def minted_us(reservation_id: UUID, field: str = "reservation_id") -> int:
 def check_request(request: Request) -> None:
     """Refuses what makes no sense whatever the limits are. Raises: InvalidRequest."""
     minted_us(request.reservation_id)
-    _check_shortening(request.demand)
+    check_shortening(request.demand)
 
 
-def _check_shortening(demand: Demand) -> None:
+def check_shortening(demand: Demand) -> None:
     """Refuses amounts that do not hold the output they may be shortened by. Raises: InvalidRequest."""
     shortening = demand.shortening
     if shortening is None:
@@ -87,6 +87,6 @@ def _check_shortening(demand: Demand) -> None:
 
 
 def ask_of(terms: Terms, request: Request) -> Ask:
-    """The request as the store decides it."""
+    """The request as the store decides it. Raises: InvalidRequest for an id that does not tell when it was made."""
     minted, plan = minted_us(request.reservation_id), terms.plan(request.subject)
-    return Ask(request.reservation_id, minted, plan, request.demand, stand=request.stand, gathered=request.gathered)
+    return Ask(request.reservation_id, minted, plan, request.demand, False, False, request.stand, request.gathered)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 from uuid import UUID
@@ -11,6 +11,7 @@ from uuid import UUID
 import structlog
 
 from services.kernel.errors import InvalidRequest, MeshError, ReservationLost, Unavailable
+from services.kernel.hot_value import hot_value
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.calendar_periods import microseconds
@@ -20,7 +21,7 @@ from services.ratelimit.hooks import AccountShares, Guard, NoGuard, NoShares
 from services.ratelimit.limits import Demand
 from services.ratelimit.provider_share import ONE_REQUEST, CountedCall, TakenShare, need_of, other_amounts
 from services.ratelimit.ready_counters import ReadyCounters, tenant_of
-from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, Ask, Request, ask_of, check_request
+from services.ratelimit.request import LARGEST_ID_AGE_SECONDS, Ask, Question, Request, ask_of, check_request
 from services.ratelimit.settlement import Settlement
 from services.ratelimit.standing import Answer, LimitStatus, Verdict, statuses
 from services.ratelimit.terms import Plan, Terms
@@ -33,7 +34,7 @@ log = structlog.get_logger(__name__)
 STORE = "redis"
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class Held:
     """A hold, with how the limits stand after it."""
 
@@ -121,9 +122,7 @@ class Reservations:
         Raises: LimitExceeded, ReservationLost, InvalidRequest, ContentConflict, Unavailable.
         """
         (outcome,) = await self.decide(context, [request])
-        if isinstance(outcome, Held):
-            return outcome
-        raise outcome.error(tenant_of(context)) if isinstance(outcome, Refusal) else outcome
+        return held_or_raised(context, outcome)
 
     async def decide(self, context: TenantContext, requests: Sequence[Request]) -> list[Outcome]:
         """Decides requests of one tenant in their order. A refusal tells when it frees and whether its caller may wait for that.
@@ -137,7 +136,7 @@ class Reservations:
             outcomes = [_final(outcome) for outcome in await self._attempted(context, terms, requests)]
         else:
             outcomes = await self._in_turn(room, context, terms, requests)
-        await self._tell(context, terms, requests, outcomes)
+        await self._tell(context, terms, outcomes)
         return outcomes
 
     async def conclude(
@@ -154,16 +153,17 @@ class Reservations:
             return await self._concluded(context, requests, terms, answers)
 
         outcomes = [_final(outcome) for outcome in await self._or_allowed(context, terms, requests, concluded())]
-        await self._tell(context, terms, requests, outcomes)
+        await self._tell(context, terms, outcomes)
         return outcomes
 
-    def taken(self, context: TenantContext, terms: Terms, requests: Sequence[Request], answers: Sequence[Answer]) -> list[Outcome]:
+    def taken(self, question: Question, answers: Sequence[Answer]) -> list[Outcome]:
         """The same without waiting, where all is held."""
-        self._fencing.watch(tenant_of(context))
+        self._fencing.watch(question.tenant_id)
         outcomes: list[Outcome] = []
-        for request, answer in zip(requests, answers, strict=True):
-            held = Held(terms.plan(request.subject), answer, request.demand)
-            _log(request, held)
+        for ask, answer in zip(question.asks, answers, strict=True):
+            held = Held(ask.plan, answer, ask.demand)
+            if ask.plan.has_shadow:
+                _log(held)
             outcomes.append(held)
         return outcomes
 
@@ -186,9 +186,9 @@ class Reservations:
             group.create_task(self._shares.count(counted))
         return done.result()
 
-    async def _tell(self, context: TenantContext, terms: Terms, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
-        for request, outcome in zip(requests, outcomes, strict=True):
-            _log(request, outcome)
+    async def _tell(self, context: TenantContext, terms: Terms, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            _log(outcome)
             if isinstance(outcome, Refusal):
                 await self._guard.refused(context, terms, outcome)
 
@@ -319,6 +319,13 @@ class Reservations:
         return await self._counters.ask(context, question)
 
 
+def held_or_raised(context: TenantContext, outcome: Outcome) -> Held:
+    """The hold. Raises: what keeps the call out."""
+    if isinstance(outcome, Held):
+        return outcome
+    raise outcome.error(tenant_of(context)) if isinstance(outcome, Refusal) else outcome
+
+
 def lost_or_invalid(verdict: Verdict, reservation_id: UUID, field: str = "reservation_id") -> MeshError:
     """What a verdict that is neither a hold nor a refusal is to the caller. `field`: what that one calls the id."""
     noun = field.removesuffix("_id")
@@ -359,7 +366,7 @@ def _final(outcome: Attempted) -> Outcome:
     return outcome
 
 
-def _log(request: Request, outcome: Outcome) -> None:
+def _log(outcome: Outcome) -> None:
     if isinstance(outcome, Refusal):
         status = outcome.status
         log.info("reservation_refused", rule=status.rule.name, limit=status.limit, used=status.used, needed=outcome.needed)

@@ -12,6 +12,7 @@ import structlog
 
 from mesh.common.v1 import error_reason_pb2
 from services.kernel.errors import LimitExceeded, NotSliceable
+from services.kernel.hot_value import hot_value
 from services.kernel.ids import ReservationId, TenantId
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.decision import not_included, refusal
@@ -51,7 +52,7 @@ class SliceRequest:
     subject: Subject = NOBODY
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class SliceAnswer(Answer):
     """The store's answer to one. `lease_us` counts from the store's now; `largest_use` 0: any."""
 

@@ -1,9 +1,9 @@
 """How rules stand by one answer of the store: what is used of each, and when it gives something back. Reads figures, decides nothing."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 
+from services.kernel.hot_value import hot_value
 from services.ratelimit.calendar_periods import Boundaries
 from services.ratelimit.limit_rule import CALENDAR, LimitRule, Window
 from services.ratelimit.limits import NOTHING, Amounts, Subject
@@ -31,7 +31,7 @@ class Verdict(IntEnum):
 _NOBODY = Subject()
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class Answer:
     """The store's answer to one demand. `figures`: by threes a rule of the plan: used, next reset of its log, when it has room.
 
@@ -58,7 +58,7 @@ def is_unready(answers: Sequence[Answer]) -> bool:
     return answers[0].verdict in (Verdict.REBUILD, Verdict.BEHIND)
 
 
-@dataclass(frozen=True, slots=True)
+@hot_value
 class LimitStatus:
     """One rule as it stands. `reset_us` is None where no clock gives anything back."""
 

@@ -1,6 +1,7 @@
 """Holds whose lease ended: the ledger is asked, and its answer alone moves them."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -9,7 +10,7 @@ from services.kernel.errors import MeshError, Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.rpc.channel import MeshChannel
 from services.ratelimit.adapters.metering_client import MeteringClient
-from services.ratelimit.adapters.redis_link import Link
+from services.ratelimit.adapters.redis_link import Command, Link
 from services.ratelimit.fencing import Fencing
 from tests.ratelimit.callers import MeteringSettings, Service, Stores, eventually
 from tests.ratelimit.scripted_peer import LedgerCall
@@ -135,6 +136,9 @@ class HalfAway:
         if self._gone in command:
             raise Unavailable("redis")
         return await self._link.send(*command)
+
+    async def send_all(self, commands: Sequence[Command]) -> list[object | Exception]:
+        return [Unavailable("redis") if self._gone in command else await self._link.send(*command) for command in commands]
 
     async def scan(self, pattern: str, cursor: object) -> tuple[object, list[bytes]]:
         raise Unavailable("redis")

@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -30,7 +30,7 @@ from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.ready_counters import ReadyCounters
 from services.ratelimit.rebuild import Rebuilder
 from services.ratelimit.request import Request
-from services.ratelimit.reservation import Reservations
+from services.ratelimit.reservation import Held, Reservations
 from services.ratelimit.terms import Terms
 from tests.ratelimit.callers import AtService, AtStore, MeteringSettings, Service, Stores, eventually, now_us, running_service
 from tests.ratelimit.rules import OPEN, rule
@@ -121,6 +121,7 @@ class ByHand:
         counters = ReadyCounters(self._terms_of, Rebuilder(self.stores.snapshots, metering), self.fencing, self.allowance)
         reservations = Reservations(store, counters, self.fencing)
         self.gathered = GatheredReservations(reservations, store, self.allowance, lambda _: terms)
+        self.ways = (self.gathered.reserve, reservations.reserve)
 
     async def tenants(self, count: int) -> list[AtStore]:
         """So many, each with one hold of nothing; the scripts are there from then on."""
@@ -156,6 +157,34 @@ async def test_a_batch_of_tenants_is_one_exchange_with_the_store(by_hand: ByHand
     assert (by_hand.link.together, by_hand.link.alone) == (1, 0)
     assert [await tenant.used() for tenant in tenants] == [(3,)] * 20
     assert by_hand.fencing._watched.keys() >= {tenant.tenant_id for tenant in tenants}
+
+
+async def test_a_lone_call_is_answered_as_the_whole_way_answers_it(by_hand: ByHand) -> None:
+    """Twins, one asked by the short way and one by the whole: held, refused, asked again, nonsense, or without counters, all alike."""
+    short, whole = await by_hand.tenants(2)
+    early = ReservationId(new_uuid7())
+    asked = [(1, early), (200, None), (1, early), (60, None), (60, None), (2, early), (1, ReservationId(uuid4())), (3, None)]
+    answers = []
+    for place, (tokens, reservation_id) in enumerate(asked):
+        if place == len(asked) - 1:
+            for tenant in (short, whole):
+                await tenant.stores.decisions.drop(tenant.tenant_id)
+        request = Request(reservation_id or ReservationId(new_uuid7()), Demand(Amounts(tokens, 0)))
+        contexts = [by_hand.peer.tenants.context(tenant.tenant_id) for tenant in (short, whole)]
+        said = [await answer(ask(context, request)) for ask, context in zip(by_hand.ways, contexts, strict=True)]
+        assert said[0] == said[1]
+        answers.append(said[0][0])
+    assert answers == [1, "PLAN_LIMIT", 1, 1, "PLAN_LIMIT", "CONTENT_CONFLICT", "INVALID_REQUEST", 1]
+    assert await short.used() == await whole.used() == (3,)
+
+
+async def answer(asked: Awaitable[Held]) -> tuple[object, ...]:
+    """What came of a call, without the moment."""
+    try:
+        held = await asked
+    except MeshError as error:
+        return (error.reason_name, error.metadata.get("used"))
+    return (held.answer.epoch, held.answer.granted, [status.used for status in held.limits])
 
 
 async def test_a_batch_teaches_under_which_epoch_open_rules_may_go_on(by_hand: ByHand) -> None:

@@ -1,13 +1,16 @@
 """Answers as messages: made by copying what a plan's answers share, and the same as if each were built."""
 
+from dataclasses import replace
+
 from google.protobuf.duration_pb2 import Duration
 
 from mesh.common.v1 import limit_rule_pb2
 from mesh.tenant.v1.tenant_service_pb2 import TenantConfig
 from services.ratelimit.adapters.tenant_rules import terms_of
-from services.ratelimit.limits import Amounts, Demand, Subject
+from services.ratelimit.limits import Amounts, Demand, Shortening, Subject
 from services.ratelimit.reservation import Held
-from services.ratelimit.servicers.limit_messages import held_message, limit_messages
+from services.ratelimit.servicers.held_messages import held_message
+from services.ratelimit.servicers.limit_messages import limit_messages
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Terms
 from tests.ratelimit.callers import now_us
@@ -52,3 +55,25 @@ def test_an_answer_carries_nothing_of_the_one_before_it() -> None:
     for user, used in (("ada", 9_000), ("ada", 0), ("bob", 2), ("ada", 1)):
         hold = held(known, Subject(user, "chat"), used, Amounts(used, 0))
         assert list(held_message(hold, LEASE).limits) == limit_messages(hold.limits)
+
+
+def test_an_answer_of_another_lease_or_length_says_so() -> None:
+    """What is filled anew is all that answers may differ in: what was shortened, waited, granted, and held for how long."""
+    known, subject, short = terms(), Subject("ada", "chat"), Shortening(200, 20, 0)
+    plain = held(known, subject, 4, Amounts(7, 9))
+    others = (
+        replace(plain, demand=Demand(Amounts(207, 9), shortening=short), answer=replace(plain.answer, epoch=5, output_tokens=100)),
+        replace(plain, waited_seconds=1.5, answer=replace(plain.answer, granted=Amounts(0, 0), reserve_us=plain.answer.reserve_us - 1)),
+        replace(plain, degraded=True),
+    )
+    shortened, waited, degraded = (held_message(other, LEASE) for other in others)
+    assert (shortened.epoch, shortened.granted_output_tokens, shortened.shortened) == (5, 100, True)
+    assert (waited.waited.ToMilliseconds(), waited.reserve_time.ToMicroseconds()) == (1_500, others[1].answer.reserve_us)
+    assert (degraded.degraded, len(degraded.limits), degraded.epoch) == (True, 0, 4)
+    expected = held_message(plain, LEASE).SerializeToString(deterministic=True)
+    for other in others:
+        alone = held_message(replace(other, plan=terms().plan(subject)), LEASE)
+        assert alone == held_message(other, LEASE) != held_message(plain, LEASE)
+        assert held_message(plain, LEASE).SerializeToString(deterministic=True) == expected
+    longer = Duration(seconds=7)
+    assert [held_message(plain, lease).lease for lease in (LEASE, longer, LEASE)] == [LEASE, longer, LEASE]

@@ -11,8 +11,9 @@ from contextvars import Context
 from typing import Protocol, cast
 
 import structlog
-from hiredis import pack_command
+from hiredis import Reader, pack_command
 from redis import exceptions
+from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.asyncio import ConnectionPool, RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
@@ -366,11 +367,33 @@ _PACK = cast("Callable[[Command], bytes]", pack_command)
 _SCAN_COUNT = 1000
 
 
+class _Parser(Protocol):
+    """What turns the connection's bytes into replies. redis keeps its names to itself, and its version is pinned."""
+
+    _reader: Reader
+
+    async def read_from_socket(self) -> bool:
+        """Reads on. Raises: ConnectionError at the end."""
+        ...
+
+
 async def _exchange(connection: AbstractConnection, commands: list[Command]) -> list[object | Exception]:
     with _reset_is_a_connection_error():
         # hiredis packs in C what redis' own packer does argument by argument in Python.
         await connection.send_packed_command(b"".join(map(_PACK, commands)), check_health=False)
-    return [await _reply(connection) for _ in commands]
+    # redis' own reading is three calls of Python for each reply, and none of what they see to can happen here.
+    parser = cast("_Parser", connection._parser)
+    replies: list[object | Exception] = []
+    while len(replies) < len(commands):
+        # One command's fault is its reply, not the batch's.
+        reply = parser._reader.gets()
+        if reply is NOT_ENOUGH_DATA:
+            await parser.read_from_socket()
+        elif isinstance(reply, exceptions.ConnectionError):
+            raise reply
+        else:
+            replies.append(reply)
+    return replies
 
 
 @contextmanager
@@ -380,12 +403,3 @@ def _reset_is_a_connection_error() -> Iterator[None]:
     except RuntimeError as error:
         # uvloop's word for a write to a connection that the server reset while it was idle; asyncio says ConnectionResetError.
         raise exceptions.ConnectionError(str(error)) from error
-
-
-async def _reply(connection: AbstractConnection) -> object | Exception:
-    try:
-        reply: object = await connection.read_response(disconnect_on_error=False)
-    except exceptions.ResponseError as error:
-        # One command's fault, not the batch's. The connection is still in step.
-        return error
-    return reply

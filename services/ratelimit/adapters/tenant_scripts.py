@@ -36,14 +36,17 @@ class TenantScripts:
         except NoScriptError:
             return await link.send("EVAL", script.text, len(keys), *keys, *arguments)
 
-    async def run_each(self, name: str, calls: Sequence[tuple[TenantId, Sequence[Argument]]]) -> list[object | Exception]:
+    async def run_each(
+        self, name: str, calls: Sequence[tuple[TenantId, Sequence[Argument]]], *, bulk: bool = False
+    ) -> list[object | Exception]:
         """Returns for each tenant its script's reply, or what kept it from one: Unavailable, or the store's error. Raises: Unavailable."""
         script = self._scripts[name]
+        link = self.bulk if bulk else self.link
         commands = [("EVALSHA", script.sha, len(KINDS), *_keys_of(tenant_id), *arguments) for tenant_id, arguments in calls]
-        replies = await self.link.send_all(commands)
+        replies = await link.send_all(commands)
         unknown = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if unknown:
-            again = await self.link.send_all([("EVAL", script.text, *commands[place][2:]) for place in unknown])
+            again = await link.send_all([("EVAL", script.text, *commands[place][2:]) for place in unknown])
             for place, reply in zip(unknown, again, strict=True):
                 replies[place] = reply
         return replies

@@ -7,23 +7,24 @@ from services.kernel.ids import ReservationId, parse_uuid
 from services.kernel.request_context import current_tenant
 from services.ratelimit.consumption import Consumptions, Use
 from services.ratelimit.extension import Extensions
+from services.ratelimit.gathered import GatheredReservations
 from services.ratelimit.limits import Amounts, Demand, subject_of
 from services.ratelimit.look import Looks
 from services.ratelimit.reservation import Reservations
 from services.ratelimit.servicers.guarding import Guarding
+from services.ratelimit.servicers.held_messages import held_message
 from services.ratelimit.servicers.limit_messages import (
     amounts_message,
     amounts_of,
     duration,
-    held_message,
     ids_of,
     limit_messages,
     refusal_message,
-    request_of,
     seconds_of,
     set_timestamp,
 )
 from services.ratelimit.servicers.reserve_batch import ReserveBatches
+from services.ratelimit.servicers.reserve_requests import request_of
 from services.ratelimit.servicers.slice_messages import slice_message, slice_request_of, slice_return_of
 from services.ratelimit.settlement import CommitKind, Settlement
 from services.ratelimit.slice import Slices
@@ -41,6 +42,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
     def __init__(
         self,
         reservations: Reservations,
+        gathered: GatheredReservations,
         extensions: Extensions,
         consumptions: Consumptions,
         looks: Looks,
@@ -51,6 +53,7 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
         lease_seconds: float,
     ) -> None:
         self._reservations = reservations
+        self._gathered = gathered
         self._extensions = extensions
         self._consumptions = consumptions
         self._looks = looks
@@ -61,11 +64,11 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
 
     async def Reserve(self, request: messages.ReserveRequest, context: object) -> messages.ReserveResponse:
         """Holds the worst case of a call."""
-        return held_message(await self._reservations.reserve(current_tenant(), request_of(request)), self._lease)
+        return held_message(await self._gathered.reserve(current_tenant(), request_of(request)), self._lease)
 
     async def ReserveBatch(self, request: messages.ReserveBatchRequest, context: object) -> messages.ReserveBatchResponse:
         """Holds the worst cases of many calls, of any tenants."""
-        return await self._batches.reserve(request.items, self._lease)
+        return await self._batches.reserve(request, self._lease)
 
     async def Extend(self, request: messages.ExtendRequest, context: object) -> messages.ExtendResponse:
         """Raises what a call holds."""

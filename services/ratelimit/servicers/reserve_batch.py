@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -18,13 +19,29 @@ from services.ratelimit.gathered import GatheredReservations
 from services.ratelimit.ready_counters import tenant_of
 from services.ratelimit.request import Request
 from services.ratelimit.reservation import Held, Outcome, Reservations
-from services.ratelimit.servicers.limit_messages import refusal_message, request_of, write_held
+from services.ratelimit.servicers.held_messages import write_held
+from services.ratelimit.servicers.limit_messages import refusal_message
+from services.ratelimit.servicers.reserve_requests import Item, items_of
 
 _METHOD = "/mesh.ratelimit.v1.RateLimitService/ReserveBatch"
 # Tenants decided at the same time: as many as fill one exchange with the store.
 _TENANTS_AT_ONCE = 64
 
-_Place = tuple[int, TenantContext, Request]
+
+@dataclass(slots=True)
+class _Call:
+    """What a batch asks for one tenant, in its order. `places`: where each item stands in the batch."""
+
+    context: TenantContext
+    places: list[int] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+
+    def add(self, place: int, context: TenantContext, request: Request) -> None:
+        """Adds an item. The newest of their tokens names the newest configuration."""
+        if context.config_version > self.context.config_version:
+            self.context = context
+        self.places.append(place)
+        self.requests.append(request)
 
 
 class ReserveBatches:
@@ -35,38 +52,54 @@ class ReserveBatches:
         self._reservations = reservations
         self._verifier = verifier
 
-    async def reserve(self, items: Sequence[messages.ReserveBatchItem], lease: Duration) -> messages.ReserveBatchResponse:
-        """Returns one outcome an item, in order; what fails fails alone."""
+    async def reserve(self, batch: messages.ReserveBatchRequest, lease: Duration) -> messages.ReserveBatchResponse:
+        """Returns one outcome an item, in order; what fails fails alone. Raises: InvalidRequest for a batch that breaks its contract."""
+        items = items_of(batch)
         outcomes: list[Outcome | None] = [None] * len(items)
-        by_tenant: dict[TenantId, list[_Place]] = {}
-        for place, item in enumerate(items):
-            try:
-                context = await self._verifier.verify(item.context_token)
-                if context.tenant_id is None:
-                    # An operator's, who acts for no tenant.
-                    raise Unauthenticated.context_missing()
-                request = request_of(item.request, gathered=True)
-                by_tenant.setdefault(tenant_of(context), []).append((place, context, request))
-            except MeshError as error:
-                outcomes[place] = error
         # Who waits comes last: those behind would wait as well.
-        tenants = sorted(by_tenant.values(), key=_waits)
-        async with self._kept_alive(tenants, lease.ToTimedelta().total_seconds()):
-            for start in range(0, len(tenants), _TENANTS_AT_ONCE):
-                await self._decide(tenants[start : start + _TENANTS_AT_ONCE], outcomes)
+        calls = sorted((await self._by_tenant(items, outcomes)).values(), key=_waits)
+        async with self._kept_alive(calls, lease.ToTimedelta().total_seconds()):
+            for start in range(0, len(calls), _TENANTS_AT_ONCE):
+                await self._decide(calls[start : start + _TENANTS_AT_ONCE], outcomes)
         response = messages.ReserveBatchResponse()
+        add = response.outcomes.add
         for outcome in outcomes:
-            _write(response.outcomes.add(), outcome, lease)
+            _write(add(), outcome, lease)
         return response
 
+    async def _by_tenant(self, items: Sequence[Item], outcomes: list[Outcome | None]) -> dict[TenantId, _Call]:
+        """Proves each item's tenant, each token once. An item that fails has its outcome by that."""
+        contexts: dict[str, TenantContext] = {}
+        calls: dict[TenantId, _Call] = {}
+        for place, (token, request) in enumerate(items):
+            try:
+                context = contexts.get(token)
+                if context is None:
+                    context = contexts[token] = await self._verifier.verify(token)
+                tenant_id = context.tenant_id
+                if tenant_id is None:
+                    # An operator's, who acts for no tenant.
+                    raise Unauthenticated.context_missing()
+            except MeshError as error:
+                outcomes[place] = error
+                continue
+            if isinstance(request, MeshError):
+                outcomes[place] = request
+                continue
+            call = calls.get(tenant_id)
+            if call is None:
+                call = calls[tenant_id] = _Call(context)
+            call.add(place, context, request)
+        return calls
+
     @asynccontextmanager
-    async def _kept_alive(self, tenants: Sequence[Sequence[_Place]], lease_seconds: float) -> AsyncIterator[None]:
+    async def _kept_alive(self, calls: Sequence[_Call], lease_seconds: float) -> AsyncIterator[None]:
         """Prolongs what the batch holds already while others of it wait: its caller does not know of its holds yet."""
-        if not any(map(_waits, tenants)):
+        if not any(map(_waits, calls)):
             yield
             return
         # What is not held, or not yet, is not changed by it.
-        everything = [(tenant_of(context), request.reservation_id) for places in tenants for _, context, request in places]
+        everything = [(tenant_of(call.context), request.reservation_id) for call in calls for request in call.requests]
 
         async def prolong() -> None:
             while True:
@@ -81,22 +114,17 @@ class ReserveBatches:
             finally:
                 keeper.cancel()
 
-    async def _decide(self, tenants: Sequence[Sequence[_Place]], outcomes: list[Outcome | None]) -> None:
-        decided = await self._gathered.decide([(_newest(places), [request for _, _, request in places]) for places in tenants])
-        for places, found in zip(tenants, decided, strict=True):
+    async def _decide(self, calls: Sequence[_Call], outcomes: list[Outcome | None]) -> None:
+        decided = await self._gathered.decide([(call.context, call.requests) for call in calls])
+        for call, found in zip(calls, decided, strict=True):
             if isinstance(found, Exception):
-                found = [to_mesh_error(found, _METHOD)] * len(places)
-            for (place, _, _), outcome in zip(places, found, strict=True):
+                found = [to_mesh_error(found, _METHOD)] * len(call.places)
+            for place, outcome in zip(call.places, found, strict=True):
                 outcomes[place] = outcome
 
 
-def _waits(places: Sequence[_Place]) -> bool:
-    return any(request.max_wait_seconds for _, _, request in places)
-
-
-def _newest(places: Sequence[_Place]) -> TenantContext:
-    # The newest of their tokens names the newest configuration.
-    return max((context for _, context, _ in places), key=lambda context: context.config_version)
+def _waits(call: _Call) -> bool:
+    return any(request.max_wait_seconds for request in call.requests)
 
 
 def _write(message: messages.ReserveBatchOutcome, outcome: Outcome | None, lease: Duration) -> None:
