@@ -68,9 +68,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
     async with AsyncExitStack() as stack:
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         ledger = MeteringClient(_channel(stack, settings, settings.metering_address, "metering"))
-        decisions, bulk = _links(settings)
-        stack.push_async_callback(bulk.close)
-        stack.push_async_callback(decisions.close)
+        decisions, bulk = _links(stack, settings)
         scripts = TenantScripts(decisions, bulk)
         store = RedisStore(scripts, lease_seconds=settings.lease_seconds)
         fencing = Fencing(store, ledger)
@@ -142,15 +140,15 @@ def _channel(stack: AsyncExitStack, settings: RatelimitSettings, address: str, s
     return channel
 
 
-def _links(settings: RatelimitSettings) -> tuple[Link, Link]:
+def _links(stack: AsyncExitStack, settings: RatelimitSettings) -> tuple[Link, Link]:
+    url, seconds = settings.redis_url.get_secret_value(), settings.redis_timeout_seconds
+    decisions: Link
+    bulk: Link
     if settings.redis_cluster:
-        return (
-            ClusterLink(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
-            ClusterLink(settings.redis_url.get_secret_value(), timeout_seconds=_BULK_TIMEOUT_SECONDS),
-        )
-    decisions = PipelinedLink(
-        settings.redis_url.get_secret_value(), connections=settings.redis_connections, timeout_seconds=settings.redis_timeout_seconds
-    )
-    return decisions, PipelinedLink(
-        settings.redis_url.get_secret_value(), connections=1, timeout_seconds=_BULK_TIMEOUT_SECONDS, max_batch=_BULK_BATCH
-    )
+        decisions, bulk = ClusterLink(url, timeout_seconds=seconds), ClusterLink(url, timeout_seconds=_BULK_TIMEOUT_SECONDS)
+    else:
+        decisions = PipelinedLink(url, connections=settings.redis_connections, timeout_seconds=seconds)
+        bulk = PipelinedLink(url, connections=1, timeout_seconds=_BULK_TIMEOUT_SECONDS, max_batch=_BULK_BATCH)
+    stack.push_async_callback(bulk.close)
+    stack.push_async_callback(decisions.close)
+    return decisions, bulk
