@@ -69,9 +69,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
     async with AsyncExitStack() as stack:
         to_tenant = _channel(stack, settings, settings.tenant_address, "tenant")
         ledger = MeteringClient(_channel(stack, settings, settings.metering_address, "metering"))
-        decisions, bulk = _links(settings)
-        stack.push_async_callback(bulk.close)
-        stack.push_async_callback(decisions.close)
+        decisions, bulk = _links(stack, settings)
         scripts = TenantScripts(decisions, bulk)
         store = RedisStore(scripts, lease_seconds=settings.lease_seconds)
         fencing = Fencing(store, ledger)
@@ -143,12 +141,18 @@ def _channel(stack: AsyncExitStack, settings: RatelimitSettings, address: str, s
     return channel
 
 
-def _links(settings: RatelimitSettings) -> tuple[Link, Link]:
-    url = settings.redis_url.get_secret_value()
+def _links(stack: AsyncExitStack, settings: RatelimitSettings) -> tuple[Link, Link]:
+    url, seconds = settings.redis_url.get_secret_value(), settings.redis_timeout_seconds
+    decisions: Link
+    bulk: Link
     # What the background found away is there again as soon as a decision was answered, which may need its counters made in bulk.
     if settings.redis_cluster:
-        of_cluster = ClusterLink(url, timeout_seconds=settings.redis_timeout_seconds)
-        return of_cluster, ClusterLink(url, timeout_seconds=_BULK_TIMEOUT_SECONDS, beside=of_cluster)
-    decisions = PipelinedLink(url, connections=settings.redis_connections, timeout_seconds=settings.redis_timeout_seconds)
-    breaker = CircuitBreaker(beside=decisions.breaker)
-    return decisions, PipelinedLink(url, connections=1, timeout_seconds=_BULK_TIMEOUT_SECONDS, max_batch=_BULK_BATCH, breaker=breaker)
+        decisions = of_cluster = ClusterLink(url, timeout_seconds=seconds)
+        bulk = ClusterLink(url, timeout_seconds=_BULK_TIMEOUT_SECONDS, beside=of_cluster)
+    else:
+        decisions = pipelined = PipelinedLink(url, connections=settings.redis_connections, timeout_seconds=seconds)
+        breaker = CircuitBreaker(beside=pipelined.breaker)
+        bulk = PipelinedLink(url, connections=1, timeout_seconds=_BULK_TIMEOUT_SECONDS, max_batch=_BULK_BATCH, breaker=breaker)
+    stack.push_async_callback(bulk.close)
+    stack.push_async_callback(decisions.close)
+    return decisions, bulk
