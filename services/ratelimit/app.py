@@ -15,9 +15,10 @@ from services.kernel.rpc.channel import MeshChannel
 from services.kernel.rpc.server import MeshServer, Registration
 from services.kernel.tenant_config import TenantConfigCache
 from services.ratelimit.abuse_guard import AbuseGuard
+from services.ratelimit.adapters.cluster_link import ClusterLink
 from services.ratelimit.adapters.metering_client import MeteringClient
 from services.ratelimit.adapters.redis_guard import RedisGuards
-from services.ratelimit.adapters.redis_link import ClusterLink, Link, PipelinedLink
+from services.ratelimit.adapters.redis_link import Link, PipelinedLink
 from services.ratelimit.adapters.redis_records import RedisRecords
 from services.ratelimit.adapters.redis_shares import RedisShares
 from services.ratelimit.adapters.redis_slices import RedisSlices

@@ -10,7 +10,8 @@ from devstack.embedded_redis import binary
 from devstack.ports import free_port
 from services.kernel.errors import Unavailable
 from services.kernel.ids import new_uuid7
-from services.ratelimit.adapters.redis_link import ClusterLink, PipelinedLink
+from services.ratelimit.adapters.cluster_link import ClusterLink
+from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.fencing import FenceVerdict
 from services.ratelimit.settlement import CommitKind
 from services.ratelimit.standing import Verdict

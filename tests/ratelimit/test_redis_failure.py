@@ -14,7 +14,8 @@ import uvloop
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.errors import MeshError, Unavailable
 from services.kernel.ids import new_uuid7
-from services.ratelimit.adapters.redis_link import ClusterLink, Link, PipelinedLink
+from services.ratelimit.adapters.cluster_link import ClusterLink
+from services.ratelimit.adapters.redis_link import Link, PipelinedLink
 from services.ratelimit.circuit_breaker import CircuitBreaker
 from tests.ratelimit.callers import AtService, eventually, running_service
 from tests.ratelimit.resetting_redis import resetting_redis
