@@ -1,11 +1,12 @@
 """Events and calls a second into the ledger, through the whole service, beside asyncpg alone on the same table in the same run.
 
 The ways take turns, and ratios are of one round: the machine may be shared. Rates stand by the clock, costs as CPU microseconds an event of
-the service, Postgres and this client, sums included. A load is a size of batches and how many callers send them, each waiting for an answer
-before it sends the next; asyncpg writes batches of that size over as many connections, and over one. The aim of 50,000 events a second is
-held against four callers with batches of 1,000, and against sixteen with batches of 100: 500 calls a second are of many senders. Four
-callers with batches of 100 stand beside. The aim of half of asyncpg's rate is held against one connection. Exit code 1 when a target is
-missed; the object names which.
+the service, Postgres and this client, with the folding of what was recorded; a way begins when everything before it is folded.
+
+A load is a size of batches and how many callers send them, each waiting for an answer before it sends the next; asyncpg writes batches of
+that size over as many connections, and over one. The aim of 50,000 events a second is held against four callers with batches of 1,000, and
+against sixteen with batches of 100: 500 calls a second are of many senders. Four callers with batches of 100 stand beside. The aim of half
+of asyncpg's rate is held against one connection. Exit code 1 when a target is missed; the object names which.
 """
 
 import argparse
