@@ -2,6 +2,10 @@
 
 from datetime import UTC, datetime, timedelta
 
+import asyncpg
+import pytest
+
+from mesh.metering.v1 import ledger_service_pb2 as pb
 from services.kernel.ids import TenantId
 from services.metering.adapters.postgres_epochs import PostgresEpochs
 from services.metering.epoch import CountedPeriod, CountedScope, CountedUnit
@@ -13,6 +17,12 @@ READ = """
 SELECT relname, coalesce(seq_tup_read, 0) AS scanned, coalesce(idx_tup_fetch, 0) AS fetched
 FROM pg_stat_xact_user_tables WHERE schemaname = 'metering'
 """
+READ_OF_CALLS = f"SELECT coalesce(sum(scanned + fetched), 0)::bigint FROM ({READ}) r WHERE relname = 'calls'"
+# As a table is before anybody looked at it.
+FORGET_ESTIMATES = (
+    "DELETE FROM pg_statistic WHERE starelid = 'metering.calls'::regclass",
+    "UPDATE pg_class SET reltuples = -1, relpages = 0 WHERE oid = 'metering.calls'::regclass",
+)
 
 
 async def fill(mesh: Mesh, tenant: Tenant, calls: int, uses: int) -> None:
@@ -64,3 +74,29 @@ async def test_snapshot_reads_each_row_of_its_tenant_once_and_nobody_elses(mesh:
     # Once for each question, sums, recent, open and unresolved, whatever index of the tenant serves it; never once for each period.
     assert read["calls"][1] <= 4 * (CALLS + USES)
     assert read["entries"][1] <= CALLS
+
+
+async def test_what_a_batch_reads_grows_with_the_batch_alone(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many calls the tenant has had, before anybody counted them: opening, extending, settling and using reads what it names."""
+    tenant, fetched = mesh.new_tenant(), list[int]()
+    await fill(mesh, tenant, OTHERS, OTHERS)
+    for statement in FORGET_ESTIMATES:
+        await mesh.admin.execute(statement)
+
+    async def counting(_: TenantId | None, sql: str, *args: object) -> list[asyncpg.Record]:
+        async with mesh.admin.acquire() as connection, connection.transaction():
+            await connection.execute("SET LOCAL ROLE metering_service")
+            before = await connection.fetchval(READ_OF_CALLS)
+            rows = await connection.fetch(sql, *args)
+            fetched.append(await connection.fetchval(READ_OF_CALLS) - before)
+        return rows
+
+    monkeypatch.setattr(mesh.app.database, "call", counting)
+    calls = [mesh.opening(tenant) for _ in range(CALLS)]
+    await mesh.open(*calls)
+    await mesh.extend(*[pb.ExtendCall(ref=call.ref, bound_tokens=2_000, bound_nano_usd=6_000_000) for call in calls])
+    await mesh.settle(*[bill(call.ref) for call in calls])
+    await mesh.record(*[mesh.use(tenant) for _ in range(CALLS)])
+    assert len(fetched) >= 4
+    # Locked, changed, and answered for.
+    assert max(fetched) <= 4 * CALLS

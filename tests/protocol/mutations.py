@@ -6,7 +6,7 @@ Not part of `make ci`: `make mutation ONLY='call protocol'`. Where another wall 
 from tests.isolation.mutations import Edit, Mutation
 
 _RUN = "tests/protocol/test_runs.py::test_the_invariants_hold_in_the_run_that_needs_the_rule[{}]"
-_OPEN = "services/metering/migrations/0015_reconciliation.sql"
+_OPEN = "services/metering/migrations/0031_opened_calls_are_joined_by_hash.sql"
 _VOID = "services/metering/migrations/0029_the_first_cause_is_written.sql"
 _FENCE = "services/metering/migrations/0027_batches_are_joined_by_hash.sql"
 _EPOCHS = "services/metering/migrations/0008_counted_periods.sql"
@@ -62,7 +62,8 @@ PROTOCOL_MUTATIONS = (
         ),
     ),
     _without(
-        "epoch_checked_on_open", Edit(_OPEN, "            WHERE c.epoch >= v_epoch\n              AND EXISTS", "            WHERE EXISTS")
+        "epoch_checked_on_open",
+        Edit(_OPEN, "            WHERE c.epoch >= v_epoch\n              AND (SELECT true", "            WHERE (SELECT true"),
     ),
     _without(
         "epoch_checked_on_commit",
