@@ -36,7 +36,9 @@ class CuttingProxy:
         from_store, to_store = await asyncio.open_connection(*self.store)
         asking = asyncio.ensure_future(self._pass_on(reader, to_store))
         with suppress(OSError):
-            while await self._passed_some(from_store, writer) and self.rng.random() < 0.5:
+            for _ in range(self.rng.randrange(3)):
+                if not await self._passed_some(from_store, writer):
+                    break
                 # Longer than the link waits; then the rest comes.
                 await asyncio.sleep(3 * PATIENCE_SECONDS)
         asking.cancel()
