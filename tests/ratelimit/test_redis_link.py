@@ -78,7 +78,7 @@ async def cut(url: str, rng: random.Random) -> AsyncIterator[tuple[str, CuttingP
 def is_answer_to(command: Command, reply: object) -> bool:
     """Whether a reply is the one of that command."""
     text = str(command[-1]).encode()
-    match COMMANDS.index(command[:2]), reply:  # type: ignore[arg-type] # its first two are texts
+    match COMMANDS.index(command[:2]), reply:
         case 0, bytes():
             return reply == text
         case 1, bytes():
