@@ -48,6 +48,8 @@ class Batcher(Generic[I, O]):
         self._max_in_flight = max_in_flight
         self._max_waiting = max_waiting
         self._waiting: list[Submission[I, O]] = []
+        # Kept while they come and go: added up for each who comes, it would cost more the more wait.
+        self._waiting_size = 0
         self._flushes: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -59,6 +61,7 @@ class Batcher(Generic[I, O]):
         self._refuse_when_full(1)
         future: asyncio.Future[O] = asyncio.get_running_loop().create_future()
         self._waiting.append(Submission(item, future, span_parent()))
+        self._waiting_size += 1 if self._size is None else self._size(item)
         self._start_flushes()
         return await future
 
@@ -71,6 +74,7 @@ class Batcher(Generic[I, O]):
         loop, parent = asyncio.get_running_loop(), span_parent()
         futures: list[asyncio.Future[O]] = [loop.create_future() for _ in items]
         self._waiting.extend(Submission(item, future, parent) for item, future in zip(items, futures, strict=True))
+        self._waiting_size += len(items) if self._size is None else sum(map(self._size, items))
         self._start_flushes()
         results: list[O | Exception] = []
         try:
@@ -99,8 +103,7 @@ class Batcher(Generic[I, O]):
 
     def _start_flushes(self) -> None:
         while self._waiting and self._may_begin():
-            count = self._fitting()
-            batch, self._waiting = self._waiting[:count], self._waiting[count:]
+            batch = self._taken()
             # Owned here: kept in the set until done, awaited by close. In a context of its own: a batch is of many callers, and the
             # tenant and deadline of the one who happened to start it must not reach the others' items. Its spans hang under the first.
             context = context_under(batch[0].parent)
@@ -111,22 +114,27 @@ class Batcher(Generic[I, O]):
     def _may_begin(self) -> bool:
         if not self._flushes:
             return True
-        return len(self._flushes) < self._max_in_flight and self._waiting_size() >= self._enough
+        return len(self._flushes) < self._max_in_flight and self._waiting_size >= self._enough
 
-    def _waiting_size(self) -> int:
-        return len(self._waiting) if self._size is None else sum(self._size(item) for item, _, _ in self._waiting)
+    def _taken(self) -> list[Submission[I, O]]:
+        """Takes those that make the next flush."""
+        count, size = self._fitting()
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._waiting_size -= size
+        return batch
 
-    def _fitting(self) -> int:
-        """Returns how many of those that wait make the next flush."""
+    def _fitting(self) -> tuple[int, int]:
+        """Returns how many of those that wait make the next flush, and what they count for."""
         if self._size is None:
-            return self._max_batch
-        count, room = 0, self._max_batch
+            count = min(len(self._waiting), self._max_batch)
+            return count, count
+        count, size = 0, 0
         for item, _, _ in self._waiting:
-            room -= self._size(item)
-            if room < 0 and count:
+            more = self._size(item)
+            if count and size + more > self._max_batch:
                 break
-            count += 1
-        return count
+            count, size = count + 1, size + more
+        return count, size
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._flushes.discard(task)

@@ -178,7 +178,14 @@ class ProviderShares:
                 raise refused
 
     async def give_back(self, shares: Sequence[TakenShare]) -> None:
-        """Gives back what these attempts have of calls that they do not hold after all; they may take again. Tries once."""
+        """Gives back what these attempts have of calls that they do not hold after all; they may take again. Tries once.
+
+        Whoever is cancelled meanwhile does not wait for it: it goes on.
+        """
+        if shares:
+            await asyncio.shield(self._given_back(shares))
+
+    async def _given_back(self, shares: Sequence[TakenShare]) -> None:
         by_account: dict[str, list[TakenShare]] = {}
         for share in shares:
             by_account.setdefault(share.account, []).append(share)

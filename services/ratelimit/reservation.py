@@ -234,14 +234,13 @@ class Reservations:
                 await self._shares.give_back([share for share in shares if isinstance(share, TakenShare)])
                 raise
             for place, outcome in zip(open_places, decided, strict=True):
-                share = shares[place]
-                outcomes[place] = await self._with_share(outcome, share) if isinstance(share, TakenShare) else outcome
+                outcomes[place] = outcome
+            # All at once: who is cancelled meanwhile keeps none.
+            left = zip(shares, outcomes, strict=True)
+            await self._shares.give_back(
+                [share for share, outcome in left if isinstance(share, TakenShare) and not isinstance(outcome, Held)]
+            )
         return [outcome for outcome in outcomes if outcome is not None]
-
-    async def _with_share(self, outcome: Attempted, share: TakenShare) -> Attempted:
-        if not isinstance(outcome, Held):
-            await self._shares.give_back([share])
-        return outcome
 
     async def _shares_of(
         self, context: TenantContext, terms: Terms, requests: Sequence[Request]

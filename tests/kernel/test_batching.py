@@ -85,7 +85,8 @@ async def test_batches_are_bounded_by_what_their_items_count(sizes: list[int], m
     assert all(sum(batch) <= max_batch or len(batch) == 1 for batch in store.batches)
 
 
-async def test_a_flush_begins_beside_another_only_when_enough_waits() -> None:
+@pytest.mark.parametrize("together", [False, True])
+async def test_a_flush_begins_beside_another_only_when_enough_waits(together: bool) -> None:
     """And never beyond how many may be under way; the last of what waits is flushed when it may be, however little it is."""
     store = Store()
     store.open.clear()
@@ -93,7 +94,7 @@ async def test_a_flush_begins_beside_another_only_when_enough_waits() -> None:
     batches = []
     async with asyncio.TaskGroup() as group:
         for size in (1, 5, 1, 9, 9):
-            group.create_task(batcher.submit(size))
+            group.create_task(batcher.submit_all([size]) if together else batcher.submit(size))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             batches.append([list(batch) for batch in store.batches])

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from services.kernel.background import BackgroundTasks
 from services.kernel.errors import Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.tenant_database import TenantDatabase
@@ -136,6 +137,25 @@ async def test_nobody_is_looked_at_again_before_all_others_were(clock: SimpleNam
     async with asyncio.timeout(10):
         await looks.look()
     assert store.asked == [SLOW, QUICK, OTHER] * 3
+
+
+async def test_a_look_that_crashes_is_nobody_elses_affair() -> None:
+    """The loop begins anew, and goes on with whoever waits for it still."""
+
+    async def crashes() -> None:
+        raise ZeroDivisionError
+
+    store, background = Store(crashes), BackgroundTasks()
+    _, aside = looker(Marks(SLOW), store, store)
+    for tenant_id in (SLOW, QUICK, OTHER):
+        aside.put(tenant_id)
+    background.start("long_looks", aside.run)
+
+    async def all_were_looked_at() -> bool:
+        return store.asked == [SLOW, QUICK, OTHER]
+
+    await eventually(all_were_looked_at, within_seconds=10)
+    await background.close()
 
 
 async def test_thresholds_of_who_takes_too_long_fire_all_the_same(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from services.kernel.ids import new_uuid7, new_uuid7_texts
 from services.kernel.tenant_database import TenantDatabase
 from services.metering.adapters.postgres_events import PostgresEvents
+from services.metering.adapters.sorted_batch import slices_of
 from services.metering.event import Event, LedgerEvent, Recorded, RecordOutcome, Reversal, Reversed
 from services.metering.event_log import EventLog
 from services.metering.event_types import EventType, EventTypeCatalog, TypeName
@@ -23,6 +24,12 @@ REGISTER = "INSERT INTO metering.event_types (product, event_type, unit, aggrega
 KEPT = """
 SELECT tenant_id, count(*) AS events, sum(quantity)::int AS quantity, count(DISTINCT k.event_id) AS claims, max(metadata ->> 'room') AS room
 FROM metering.events e JOIN metering.event_claims k USING (tenant_id, source, id) WHERE e.event_id = k.event_id GROUP BY tenant_id
+"""
+
+# As replicas of the release before record.
+RECORD_COLUMNS = """
+SELECT item, outcome, event_id FROM metering.record_events($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::text[],
+    $6::uuid[], $7::bytea[], $8::text[], $9::text[], $10::bigint[], $11::bigint[], $12::text[], $13::text[], $14::jsonb[])
 """
 
 
@@ -94,11 +101,11 @@ async def test_a_second_transaction_begins_once_half_of_one_waits() -> None:
 
 
 @pytest.fixture
-async def pooled(postgres: PostgresStore, peers: Peers) -> AsyncIterator[tuple[asyncpg.Connection, PostgresEvents]]:
-    """A ledger of its own, an administrator's connection to it, and the service's way to it through two connections that change hands."""
+async def pooled(postgres: PostgresStore, peers: Peers) -> AsyncIterator[tuple[asyncpg.Pool, PostgresEvents]]:
+    """A ledger of its own, an administrator's way to it, and the service's through two connections that change hands."""
     dsn = await postgres.fresh_database()
     await migrated(dsn, peers)
-    admin = await asyncpg.connect(dsn)
+    admin = await asyncpg.create_pool(dsn, min_size=0, max_size=3)
     await admin.execute(REGISTER)
     async with running_pgbouncer([dsn_of(dsn, "metering_service")]) as (through_it,):
         database = await TenantDatabase.open(through_it, max_size=8, application_name="test", transaction_pooling=True)
@@ -107,7 +114,7 @@ async def pooled(postgres: PostgresStore, peers: Peers) -> AsyncIterator[tuple[a
     await admin.close()
 
 
-async def test_batches_behind_a_pooler_are_recorded_whole(pooled: tuple[asyncpg.Connection, PostgresEvents]) -> None:
+async def test_batches_behind_a_pooler_are_recorded_whole(pooled: tuple[asyncpg.Pool, PostgresEvents]) -> None:
     """Whoever uses a connection first there or last: every event is one row and one claim of its tenant, however often it is sent."""
     admin, store = pooled
     tenants = [new_uuid7() for _ in range(3)]
@@ -117,3 +124,28 @@ async def test_batches_behind_a_pooler_are_recorded_whole(pooled: tuple[asyncpg.
             group.create_task(store.record([event for tenant in tenants for event in held(tenant.bytes, names)]))
     rows = await admin.fetch(KEPT)
     assert sorted(tuple(row) for row in rows) == sorted((tenant, 40, 80, 40, "7") for tenant in tenants)
+
+
+async def test_replicas_of_two_releases_record_the_same_names_once(pooled: tuple[asyncpg.Pool, PostgresEvents]) -> None:
+    """While replicas are renewed, the older ones record columns and the newer ones rows: each event is one row, whoever was told so."""
+    admin, store = pooled
+    tenants = [new_uuid7() for _ in range(3)]
+    # More than are tried at once, and fewer.
+    names = {tenant: [str(index) for index in range(count)] for tenant, count in zip(tenants, (40, 5, 200), strict=True)}
+
+    async def by_columns() -> int:
+        batch = sorted(event for tenant in tenants for event in held(tenant.bytes, names[tenant]))
+        ids, *columns = zip(*batch, strict=True)
+        stood = await admin.fetch(RECORD_COLUMNS, *slices_of(ids), *columns)
+        return len(batch) - len(stood)
+
+    async def by_rows() -> int:
+        found = await store.record([event for tenant in tenants for event in held(tenant.bytes, names[tenant])])
+        return sum(result.outcome is RecordOutcome.RECORDED for result in found)
+
+    async with asyncio.TaskGroup() as group:
+        recorded = [group.create_task(way()) for _ in range(6) for way in (by_columns, by_rows)]
+    assert sum(task.result() for task in recorded) == 245
+    rows = await admin.fetch(KEPT)
+    wanted = [(tenant, len(names[tenant]), 2 * len(names[tenant]), len(names[tenant]), "7") for tenant in tenants]
+    assert sorted(tuple(row) for row in rows) == sorted(wanted)

@@ -49,6 +49,33 @@ async def test_an_event_is_recorded_whole_and_listed(mesh: Mesh) -> None:
     assert abs(found.record_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(minutes=5)
 
 
+ODD = (*"(){},;:'`\"\\\\\t\n\r\x01\x7f \ufeff\u2028ßЖ中𝄞", "NULL", "NaN", "\\\\x00", "\\\\u0000", "(,)", '""', "{}", "")
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 200])
+async def test_texts_of_any_letters_come_back_as_they_were_sent(mesh: Mesh, count: int) -> None:
+    """Whatever stands for something in a row, in a list of rows or in JSON stands for itself in an event, few or many at once."""
+    tenant, rng = mesh.new_tenant(), random.Random(count)
+
+    def text(most: int) -> str:
+        return "".join(rng.choices(ODD, k=rng.randrange(1, 40)))[:most]
+
+    def odd(index: int) -> pb.Event:
+        # Of some so much that the store keeps it outside of its row.
+        metadata = {f"{pair}{text(9)}": text(80) * rng.choice((1, 6)) for pair in range(rng.choice((0, 1, 32)))}
+        metadata = {key: value[:512] for key, value in metadata.items()}
+        return event(
+            f"{index}{text(50)}", source=text(50) or "/s", subject=text(200), feature=text(100), metadata=metadata, quantity=10**12
+        )
+
+    sent = [odd(index) for index in range(count)]
+    results = await record(mesh, tenant, sent)
+    assert [result.outcome for result in results] == [RECORDED] * count
+    found = {item.event_id: item.event for item in await listed(mesh, tenant)}
+    assert [found[result.event_id] for result in results] == sent
+    assert await outcomes(mesh, tenant, *sent) == [DUPLICATE] * count
+
+
 async def test_a_repeat_is_a_duplicate_whatever_its_time(mesh: Mesh) -> None:
     """The same id with the same content is recorded once: the first time stands, also within one batch."""
     tenant, first = mesh.new_tenant(), datetime(2026, 3, 1, tzinfo=UTC)

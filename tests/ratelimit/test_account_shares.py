@@ -8,12 +8,15 @@ from uuid import UUID, uuid4
 import pytest
 
 from mesh.common.v1 import lifecycle_service_pb2 as lifecycle
-from mesh.common.v1 import lifecycle_service_pb2_grpc
+from mesh.common.v1 import lifecycle_service_pb2_grpc, limit_rule_pb2
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
+from mesh.tenant.v1.tenant_service_pb2 import TenantConfig
 from services.kernel.errors import MeshError
 from services.kernel.ids import ReservationId, TenantId, new_uuid7
 from services.kernel.tenant_context import TenantContext
-from services.ratelimit.limits import Demand
+from services.ratelimit.adapters.tenant_rules import terms_of as rules_of
+from services.ratelimit.fencing import Fencing
+from services.ratelimit.limits import Amounts, Demand
 from services.ratelimit.open_allowance import OpenAllowance
 from services.ratelimit.provider_share import CountedCall, TakenShare
 from services.ratelimit.ready_counters import ReadyCounters
@@ -123,13 +126,13 @@ async def test_an_id_that_comes_twice_in_a_batch_keeps_the_share_of_what_is_held
 
 
 class HalfTaken:
-    """Gives the first who ask their share, and keeps the last waiting for ever."""
+    """Gives the first who ask their share, and keeps the last waiting for ever; so does the giving back, once told of it."""
 
     def __init__(self, quick: int) -> None:
         self.quick = quick
         self.taken: list[TakenShare] = []
         self.given_back: list[TakenShare] = []
-        self.waits = asyncio.Event()
+        self.waits, self.goes_on = asyncio.Event(), asyncio.Event()
 
     async def take(self, account: str, tenant_id: TenantId, weight: int, call_id: ReservationId, *_: object) -> TakenShare:
         if len(self.taken) == self.quick:
@@ -140,30 +143,47 @@ class HalfTaken:
 
     async def give_back(self, shares: Sequence[TakenShare]) -> None:
         self.given_back += shares
+        self.waits.set()
+        await self.goes_on.wait()
 
     async def count(self, calls: Sequence[CountedCall]) -> None:
         raise AssertionError
 
 
-async def test_shares_of_a_batch_that_is_given_up_are_given_back(service: Service) -> None:
-    """Whoever leaves before all of its calls have their shares leaves none behind."""
-    store = await AtStore(service.stores, service.link).loaded()
-    shares = HalfTaken(2)
+async def given_up(service: Service, shares: HalfTaken, *amounts: Amounts) -> None:
+    """Decides calls with these amounts, and leaves as soon as something is waited for."""
+    config = TenantConfig(version=1, limit_rules=limit_rule_pb2.LimitRules(rules=[rule("largest", "tokens", "request", 100)]))
+    store = await AtStore(service.stores, service.link, rules_of(config)).loaded()
 
     async def terms_of(context: TenantContext, at_least: int = 0) -> Terms:
         return store.terms
 
     unused = cast("Any", None)
-    counters = ReadyCounters(terms_of, unused, unused, OpenAllowance(store.store))
-    reservations = Reservations(store.store, counters, unused, shares=shares)
+    fencing = Fencing(store.store, unused)
+    counters = ReadyCounters(terms_of, unused, fencing, OpenAllowance(store.store))
+    reservations = Reservations(store.store, counters, fencing, shares=shares)
     context = service.peer.tenants.context(store.tenant_id)
-    requests = [Request(ReservationId(new_uuid7()), Demand(), account="main") for _ in range(3)]
+    requests = [Request(ReservationId(new_uuid7()), Demand(each), account="main") for each in amounts]
     deciding = asyncio.ensure_future(reservations.decide(context, requests))
     await shares.waits.wait()
     deciding.cancel()
+    shares.goes_on.set()
     with pytest.raises(asyncio.CancelledError):
         await deciding
+
+
+async def test_shares_of_a_batch_that_is_given_up_are_given_back(service: Service) -> None:
+    """Whoever leaves before all of its calls have their shares leaves none behind."""
+    shares = HalfTaken(2)
+    await given_up(service, shares, *[Amounts(1, 1)] * 3)
     assert shares.given_back == shares.taken != []
+
+
+async def test_who_leaves_while_shares_are_given_back_leaves_none_behind(service: Service) -> None:
+    """Those of all calls that are refused go at once, and not one after another."""
+    shares = HalfTaken(4)
+    await given_up(service, shares, Amounts(101, 1), Amounts(1, 1), Amounts(101, 1), Amounts(101, 1))
+    assert shares.given_back == [shares.taken[place] for place in (0, 2, 3)]
 
 
 async def test_what_a_call_did_not_use_comes_back_when_it_is_settled(service: Service, account: str) -> None:

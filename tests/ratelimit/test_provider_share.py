@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import cast
 from uuid import uuid4
@@ -17,6 +17,7 @@ from services.ratelimit.adapters.redis_link import PipelinedLink
 from services.ratelimit.adapters.redis_shares import KINDS, RedisShares
 from services.ratelimit.packing import packed, unpacked
 from services.ratelimit.provider_share import AccountUse, CountedCall, ProviderShares, ShareAnswer, ShareVerdict, TakenShare, share_refusal
+from tests.ratelimit.callers import eventually
 from tests.support.stores import RedisStore as RedisServer
 
 # Where none may pass, however long the machine stands still.
@@ -343,6 +344,53 @@ async def test_what_a_caller_took_that_went_away_is_given_back(redis_server: Red
     assert await link.send("EXISTS", f"{{acct:{account.name}}}:totals") == 1
     assert await account.takes(who, 2) == 1
     await link.close()
+
+
+async def test_who_is_cancelled_twice_leaves_no_share_of_any_account(link: PipelinedLink) -> None:
+    """The giving back that the first began goes on without its caller, of all accounts."""
+    accounts, who, id = [Account(link, 1) for _ in range(3)], tenant(), call_id()
+    store = Slow(link)
+    shares = ProviderShares(store, {account.name: account.limits for account in accounts})
+    taken = [await shares.take(account.name, who, 1, id, ONE) for account in accounts]
+    giving = asyncio.ensure_future(shares.give_back([share for share in taken if isinstance(share, TakenShare)]))
+    await store.begun.wait()
+    for _ in range(2):
+        giving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await giving
+    store.goes_on.set()
+
+    async def all_are_free() -> bool:
+        return await link.send("EXISTS", *(f"{{acct:{account.name}}}:calls" for account in accounts)) == 0
+
+    await eventually(all_are_free)
+    assert [await account.takes(who, 2) for account in accounts] == [1] * 3
+
+
+class Slow(RedisShares):
+    """Gives nothing back before it is told to go on."""
+
+    def __init__(self, link: PipelinedLink) -> None:
+        super().__init__(link)
+        self.begun, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    async def give_back(self, shares: Sequence[TakenShare]) -> None:
+        self.begun.set()
+        await self.goes_on.wait()
+        await super().give_back(shares)
+
+
+async def test_attempts_are_told_apart_by_their_last_digit(link: PipelinedLink) -> None:
+    """The largest numbers that attempts have are kept as they are: one gives back what is its own alone."""
+    account, who, id = Account(link, 1), tenant(), call_id()
+    attempts = [TakenShare(account.name, who, id, 2**53 - place) for place in range(1, 9)]
+    for share in attempts:
+        await account.store.take(account.name, account.limits, who, 1, id, ONE, None, share.attempt)
+    for share in attempts:
+        assert await account.takes(who, 1) == 0
+        for _ in range(2):
+            await account.store.give_back([share])
+    assert await account.takes(who, 2) == 1
 
 
 async def test_an_id_that_more_attempts_have_than_are_told_apart_keeps_its_share(link: PipelinedLink) -> None:

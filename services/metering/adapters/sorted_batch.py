@@ -1,6 +1,8 @@
 """A batch as the SQL functions want it: items in (tenant, reservation) order, one array a column, slices by tenant."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 from asyncpg.pgproto.pgproto import UUID as DriverUUID
@@ -50,7 +52,6 @@ class SortedBatch(Generic[I]):
 
 def slices_of(tenants: Sequence[bytes]) -> tuple[list[object], list[int], list[int]]:
     """Returns the distinct tenants of a sorted batch and the first and last position of each, from 1."""
-    distinct, first = list(dict.fromkeys(tenants)), [1]
-    for tenant_id in distinct[:-1]:
-        first.append(first[-1] + tenants.count(tenant_id))
-    return [type_uuid(tenant_id) for tenant_id in distinct], first, [*(position - 1 for position in first[1:]), len(tenants)]
+    counts = Counter(tenants)
+    last = list(accumulate(counts.values()))
+    return [type_uuid(tenant_id) for tenant_id in counts], [1, *(position + 1 for position in last[:-1])], last

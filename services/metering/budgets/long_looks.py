@@ -44,8 +44,6 @@ class LongLooks:
     async def run(self) -> None:
         """Looks for ever."""
         while True:
-            await self._any.wait()
-            self._any.clear()
             while waiting := [tenant_id for tenant_id, until in self._until.items() if until is None]:
                 try:
                     await self._look_at(waiting[0])
@@ -53,6 +51,9 @@ class LongLooks:
                     # The last of all, should it be set aside again.
                     del self._until[waiting[0]]
                     self._until[waiting[0]] = time.monotonic() + _ASIDE_SECONDS
+            # After the look and not before it: a loop that crashed and begins anew finds those who still wait.
+            self._any.clear()
+            await self._any.wait()
 
     async def _look_at(self, tenant_id: TenantId) -> None:
         began = time.monotonic()
