@@ -159,11 +159,12 @@ class ProviderShares:
         if limits is None:
             return None
         share = TakenShare(account, tenant_id, call_id, random.randrange(1, _ATTEMPTS))  # noqa: S311 - no secret
+        taking = asyncio.ensure_future(self._store.take(account, limits, tenant_id, max(1, weight), call_id, need, stand, share.attempt))
         try:
-            answer = await self._store.take(account, limits, tenant_id, max(1, weight), call_id, need, stand, share.attempt)
+            answer = await asyncio.shield(taking)
         except asyncio.CancelledError:
             # It is on its way, whether or not anybody waits for it.
-            await self.give_back([share])
+            await asyncio.shield(self._given_back_after(taking, share))
             raise
         match answer.verdict:
             case ShareVerdict.TAKEN | ShareVerdict.TAKEN_BEFORE:
@@ -184,6 +185,11 @@ class ProviderShares:
         """
         if shares:
             await asyncio.shield(self._given_back(shares))
+
+    async def _given_back_after(self, taking: asyncio.Future[ShareAnswer], share: TakenShare) -> None:
+        # Of two connections to the store one may overtake the other, and what is not taken yet is not given back either.
+        await asyncio.wait([taking])
+        await self._given_back([share])
 
     async def _given_back(self, shares: Sequence[TakenShare]) -> None:
         by_account: dict[str, list[TakenShare]] = {}

@@ -6,9 +6,12 @@ from uuid import UUID
 import asyncpg
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh.metering.v1 import ledger_service_pb2 as pb
 from services.kernel.errors import MeshError
+from services.metering.adapters.sorted_batch import slices_of
 from services.metering.call import CallKey
 from services.metering.group_commit import MAX_ITEMS, GroupCommit
 from tests.metering.mesh import Mesh, bill, not_billed, ref
@@ -140,6 +143,17 @@ async def test_group_commit_splits_by_items_and_fails_a_group_alone() -> None:
     assert [task.exception() is None for task in tasks] == [True, True, True, False, False, True]
     assert tasks[5].result() == [10] * MAX_ITEMS
     assert sizes == [1, 701, 701, MAX_ITEMS]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1))
+def test_each_tenant_of_a_sorted_batch_has_its_own_part(numbers: list[int]) -> None:
+    """From its first item to its last, one tenant's part after the other's."""
+    batch = sorted(number.to_bytes(16, "big") for number in numbers)
+    tenants, first, last = slices_of(batch)
+    assert [(str(tenant), last - first + 1) for tenant, first, last in zip(tenants, first, last, strict=True)] == [
+        (str(UUID(bytes=tenant_id)), batch.count(tenant_id)) for tenant_id in sorted(set(batch))
+    ]
+    assert first == [1, *(position + 1 for position in last[:-1])]
 
 
 async def test_answers_keep_the_order_of_their_items(mesh: Mesh) -> None:

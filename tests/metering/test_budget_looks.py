@@ -139,12 +139,23 @@ async def test_nobody_is_looked_at_again_before_all_others_were(clock: SimpleNam
     assert store.asked == [SLOW, QUICK, OTHER] * 3
 
 
+async def crashes() -> None:
+    """Fails as nothing should."""
+    raise ZeroDivisionError
+
+
+async def test_who_cannot_be_looked_at_for_no_known_reason_is_set_aside(clock: SimpleNamespace) -> None:
+    """Those who come after it have their looks, in this round and in the next."""
+    store = Store(crashes)
+    looks, aside = looker(Marks(SLOW, QUICK), store, store)
+    for _ in range(2):
+        await looks.look()
+    assert store.asked == [SLOW, QUICK, QUICK]
+    assert aside.tenants() == {SLOW}
+
+
 async def test_a_look_that_crashes_is_nobody_elses_affair() -> None:
     """The loop begins anew, and goes on with whoever waits for it still."""
-
-    async def crashes() -> None:
-        raise ZeroDivisionError
-
     store, background = Store(crashes), BackgroundTasks()
     _, aside = looker(Marks(SLOW), store, store)
     for tenant_id in (SLOW, QUICK, OTHER):

@@ -13,7 +13,7 @@ import pytest
 
 from services.kernel.errors import ContentConflict, LimitExceeded
 from services.kernel.ids import ReservationId, TenantId, new_uuid7
-from services.ratelimit.adapters.redis_link import PipelinedLink
+from services.ratelimit.adapters.redis_link import Command, PipelinedLink
 from services.ratelimit.adapters.redis_shares import KINDS, RedisShares
 from services.ratelimit.packing import packed, unpacked
 from services.ratelimit.provider_share import AccountUse, CountedCall, ProviderShares, ShareAnswer, ShareVerdict, TakenShare, share_refusal
@@ -342,6 +342,45 @@ async def test_what_a_caller_took_that_went_away_is_given_back(redis_server: Red
     with pytest.raises(asyncio.CancelledError):
         await taking
     assert await link.send("EXISTS", f"{{acct:{account.name}}}:totals") == 1
+    assert await account.takes(who, 2) == 1
+    await link.close()
+
+
+class HeldUp(PipelinedLink):
+    """A link that may be told to let its next batch reach the store later than what is sent over its other connection."""
+
+    holds_up = False
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, connections=2, timeout_seconds=5.0)
+        self.begun, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def _flush(self, commands: list[Command]) -> Sequence[object | Exception]:
+        if not self.holds_up:
+            return await super()._flush(commands)
+        self.holds_up = False
+        self.begun.set()
+        await asyncio.sleep(0.2)
+        try:
+            return await super()._flush(commands)
+        finally:
+            self.ended.set()
+
+
+async def test_what_a_caller_took_that_went_away_is_not_given_back_before_it_came(redis_server: RedisServer) -> None:
+    """Of two connections the second may be the faster one: what is given back follows what was taken all the same."""
+    link = HeldUp(redis_server.url)
+    account, who = Account(link, 2), tenant()
+    shares = ProviderShares(account.store, {account.name: account.limits})
+    # The script is there from then on.
+    assert await account.takes(who, 1) == 1
+    link.holds_up = True
+    taking = asyncio.ensure_future(shares.take(account.name, who, 1, call_id(), ONE))
+    await link.begun.wait()
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    await link.ended.wait()
     assert await account.takes(who, 2) == 1
     await link.close()
 

@@ -85,5 +85,10 @@ class BudgetKeeper:
                 # It would take as long again.
                 self._long_looks.put(marked.tenant_id)
             return 0
+        except Exception:
+            # Whatever it is, it is this tenant's: raised, it would keep those after it from their looks, each time anew.
+            log.exception("budget_look_crashed", tenant_id=str(marked.tenant_id))
+            self._long_looks.put(marked.tenant_id)
+            return 0
         done(marked.tenant_id)
         return fired

@@ -63,7 +63,7 @@ class RedisShares:
             arguments: list[Argument] = []
             for item in shares[start : start + _CALLS_A_SCRIPT]:
                 arguments += (str(item.tenant_id), item.call_id.bytes, *NOTHING_USED.in_order(), item.attempt)
-            # On the way of what was taken, behind it.
+            # On the way of decisions: what comes back may be taken again at once.
             await self._run(self._link, "count", shares[0].account, self._window_us, *arguments)
 
     async def keep_places(self, account: str, tenant_id: TenantId, ids: Sequence[ReservationId]) -> list[bool]:
