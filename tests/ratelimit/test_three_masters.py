@@ -229,14 +229,16 @@ async def test_batches_alone_find_the_master_that_took_over(cluster: Cluster) ->
     url, options = f"redis://{LOOPBACK}:{cluster.masters[living].port}/0", {"redis_cluster": True, "redis_timeout_seconds": 1.0}
     async with running_peer() as peer, running_service(url, peer, **options) as service:
         there, elsewhere = tenant_at(service, cluster, place), tenant_at(service, cluster, living)
-        assert await outcomes(service, [batch_item(there, 0), batch_item(elsewhere, 0)]) == ["held", "held"]
-        cluster.masters[place].process.kill()
         seen: list[list[str]] = []
 
         async def held() -> bool:
             seen.append(await outcomes(service, [batch_item(there, 0), batch_item(elsewhere, 0)]))
             return seen[-1] == ["held", "held"]
 
+        # The first of all looks for the masters too, and may be refused on a busy machine.
+        await eventually(held, within_seconds=RECOVERY_SECONDS)
+        seen.clear()
+        cluster.masters[place].process.kill()
         await eventually(held, within_seconds=RECOVERY_SECONDS)
     assert sum(of_other != "held" for _, of_other in seen) < 5, "a master that is gone is no reason to refuse the tenants of the others"
 
