@@ -91,6 +91,11 @@ class Batcher(Generic[I, O]):
             raise
         return results
 
+    def fail_waiting(self, error: Exception) -> None:
+        """Answers all that wait for a flush with a failure. Those of which a flush has begun are the flush's."""
+        waiting, self._waiting, self._waiting_size = self._waiting, [], 0
+        _fail(waiting, error)
+
     async def close(self) -> None:
         """Refuses new items and waits until every accepted one has been flushed."""
         self._closed = True

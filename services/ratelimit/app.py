@@ -73,7 +73,7 @@ async def build(settings: RatelimitSettings) -> RatelimitApp:
         decisions, bulk = _links(stack, settings)
         scripts = TenantScripts(decisions, bulk)
         store = RedisStore(scripts, lease_seconds=settings.lease_seconds)
-        fencing = Fencing(store, ledger)
+        fencing = Fencing(store, ledger, lease_seconds=settings.lease_seconds)
         rebuilder = Rebuilder(RedisSnapshots(scripts, lease_seconds=settings.lease_seconds), ledger)
         stack.push_async_callback(rebuilder.close)
         background = BackgroundTasks()

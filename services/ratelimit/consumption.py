@@ -158,7 +158,7 @@ class Consumptions:
 
     async def _asked_together(self, context: TenantContext, uses: Sequence[Use]) -> tuple[Terms, list[Answer]]:
         tenant_id = tenant_of(context)
-        self._fencing.watch(tenant_id)
+        self._fencing.watch_lease(tenant_id)
 
         async def question(terms: Terms) -> list[Answer]:
             return await self._store.reserve(tenant_id, terms, [_ask(terms, use, together=True) for use in uses])
@@ -187,7 +187,7 @@ class Consumptions:
             # What the holds of a dead replica are, only the ledger knows.
             await self._fencing.fence_expired(tenant_id)
             terms, answer = await self._asked(context, use, stand)
-        self._fencing.watch(tenant_id)
+        self._fencing.watch_lease(tenant_id)
         plan, demand = terms.plan(use.subject, use.product_unit), _demand(use)
         match answer.verdict:
             case Verdict.QUEUED if answer.place is not None:

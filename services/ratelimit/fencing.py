@@ -1,8 +1,9 @@
 """What becomes of holds whose lease ended: the ledger is asked, and only its answer ends a hold. Time alone never does."""
 
 import asyncio
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -36,7 +37,8 @@ class FenceVerdict(StrEnum):
 class ExpiredHolds:
     """A tenant's holds with an ended lease, and how many leases there are in all. `epoch` is None while the tenant has no counters.
 
-    `leftovers`: something is kept that will be of no use in a while.
+    `leftovers`: something is kept that will be of no use in a while. `wait_seconds`: until the next lease ends; 0 where there is
+    something to do at once.
     """
 
     tenant_id: TenantId
@@ -44,6 +46,11 @@ class ExpiredHolds:
     lease_count: int
     reservation_ids: Sequence[ReservationId]
     leftovers: bool = False
+    wait_seconds: float = 0.0
+
+
+# Of one tenant: in which epoch the ledger was asked, and what it said of which calls.
+Fences = tuple[TenantId, int, Sequence[tuple[ReservationId, FenceVerdict]]]
 
 
 class FenceLedger(Protocol):
@@ -61,8 +68,11 @@ class FenceStore(Protocol):
         """Lists ended leases and forgets what no rule counts any more. A store that does not answer leaves its tenants out."""
         ...
 
-    async def apply_fences(self, tenant_id: TenantId, epoch: int, verdicts: Sequence[tuple[ReservationId, FenceVerdict]]) -> int:
-        """Releases VOID and SETTLED_BEFORE, pins UNRESOLVED, where epoch and state still fit; SETTLED waits. Returns how many changed."""
+    async def apply_fences(self, fences: Sequence[Fences]) -> list[int | Unavailable]:
+        """Releases VOID and SETTLED_BEFORE, pins UNRESOLVED, where epoch and state still fit; SETTLED waits.
+
+        Returns of each tenant how many changed, or that its part of the store is away. Raises: Unavailable.
+        """
         ...
 
     async def tenants_with_leases(self) -> Sequence[TenantId]:
@@ -71,18 +81,26 @@ class FenceStore(Protocol):
 
 
 class Fencing:
-    """Fences on demand, and sweeps once a second over the tenants that this process has held something for."""
+    """Fences on demand, and sweeps once a second over the tenants of which something that this process has held may be left."""
 
-    def __init__(self, store: FenceStore, ledger: FenceLedger) -> None:
+    def __init__(
+        self, store: FenceStore, ledger: FenceLedger, *, lease_seconds: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._store = store
         self._ledger = ledger
-        # When each is to be looked at next.
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        # When each is to be looked at next: never later than a lease of it ends.
         self._watched: dict[TenantId, float] = {}
         self._under_way: dict[TenantId, asyncio.Future[None]] = {}
 
     def watch(self, tenant_id: TenantId) -> None:
-        """Makes the sweep look after the tenant until it has no lease left, and nothing to forget."""
+        """Makes the next sweep look after the tenant, and later ones until it has no lease left, and nothing to forget."""
         self._watched[tenant_id] = 0.0
+
+    def watch_lease(self, tenant_id: TenantId) -> None:
+        """Does the same from when a lease ends that was given now: those given before are looked after already."""
+        self._look_by(tenant_id, self._clock() + self._lease_seconds)
 
     async def fence_expired(self, tenant_id: TenantId) -> None:
         """Asks about all ended leases of a tenant, once for all callers who wait. Raises: Unavailable when the ledger does not answer."""
@@ -120,7 +138,7 @@ class Fencing:
                 self.watch(tenant_id)
         except Unavailable:
             log.warning("lease_scan_failed")
-        now = time.monotonic()
+        now = self._clock()
         tenant_ids = [tenant_id for tenant_id, due in self._watched.items() if due <= now]
         for start in range(0, len(tenant_ids), _SWEEP_CHUNK):
             await self._fence(tenant_ids[start : start + _SWEEP_CHUNK])
@@ -138,28 +156,41 @@ class Fencing:
 
     async def _fence(self, tenant_ids: Sequence[TenantId]) -> int:
         """Returns how many of the tenants the store answered for."""
-        found = await self._store.expired(tenant_ids, MOST_FENCES)
-        for holds in found:
-            self._put_off(holds)
+        unanswered = set(tenant_ids)
+        for tenant_id in tenant_ids:
+            # What is held while the store answers is of no answer: it puts its tenant back.
+            self._watched.pop(tenant_id, None)
+        try:
+            found = await self._store.expired(tenant_ids, MOST_FENCES)
+            for holds in found:
+                unanswered.discard(holds.tenant_id)
+                self._put_off(holds)
+        finally:
+            for tenant_id in unanswered:
+                self.watch(tenant_id)
         asked = [(holds, reservation_id) for holds in found if holds.epoch is not None for reservation_id in holds.reservation_ids]
-        for start in range(0, len(asked), MOST_FENCES):
-            await self._ask(asked[start : start + MOST_FENCES])
-        return len(found)
+        away = [await self._ask(asked[start : start + MOST_FENCES]) for start in range(0, len(asked), MOST_FENCES)]
+        return len(found) - sum(away)
 
     def _put_off(self, holds: ExpiredHolds) -> None:
         if holds.lease_count:
-            return
-        if holds.leftovers:
-            self._watched[holds.tenant_id] = time.monotonic() + LEFTOVER_SECONDS
-        else:
-            self._watched.pop(holds.tenant_id, None)
+            self._look_by(holds.tenant_id, self._clock() + holds.wait_seconds)
+        elif holds.leftovers:
+            self._look_by(holds.tenant_id, self._clock() + LEFTOVER_SECONDS)
 
-    async def _ask(self, asked: Sequence[tuple[ExpiredHolds, ReservationId]]) -> None:
+    def _look_by(self, tenant_id: TenantId, due: float) -> None:
+        if due < self._watched.get(tenant_id, math.inf):
+            self._watched[tenant_id] = due
+
+    async def _ask(self, asked: Sequence[tuple[ExpiredHolds, ReservationId]]) -> int:
+        """Returns of how many tenants the store did not take the answers: the next sweep asks about them again."""
         calls = [(holds.tenant_id, reservation_id, holds.epoch or 0) for holds, reservation_id in asked]
         verdicts = await self._ledger.fence(calls, FENCE_TIMEOUT_SECONDS)
         by_tenant: dict[tuple[TenantId, int], list[tuple[ReservationId, FenceVerdict]]] = {}
         for (tenant_id, reservation_id, epoch), verdict in zip(calls, verdicts, strict=True):
             by_tenant.setdefault((tenant_id, epoch), []).append((reservation_id, verdict))
-        for (tenant_id, epoch), answers in by_tenant.items():
-            changed = await self._store.apply_fences(tenant_id, epoch, answers)
-            log.info("leases_fenced", tenant_id=str(tenant_id), asked=len(answers), changed=changed)
+        fences = [(tenant_id, epoch, answers) for (tenant_id, epoch), answers in by_tenant.items()]
+        changed = await self._store.apply_fences(fences)
+        counts = [count for count in changed if isinstance(count, int)]
+        log.info("leases_fenced", tenant_ids=[str(tenant_id) for tenant_id, _ in by_tenant], asked=len(calls), changed=sum(counts))
+        return len(changed) - len(counts)

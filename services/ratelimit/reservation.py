@@ -158,7 +158,7 @@ class Reservations:
 
     def taken(self, question: Question, answers: Sequence[Answer]) -> list[Outcome]:
         """The same without waiting, where all is held."""
-        self._fencing.watch(question.tenant_id)
+        self._fencing.watch_lease(question.tenant_id)
         outcomes: list[Outcome] = []
         for ask, answer in zip(question.asks, answers, strict=True):
             held = Held(ask.plan, answer, ask.demand)
@@ -306,7 +306,7 @@ class Reservations:
             terms, answers = await self._asked(context, [requests[place] for place in doubtful])
             for place, answer in zip(doubtful, answers, strict=True):
                 outcomes[place] = _outcome(terms, requests[place], answer)
-        self._fencing.watch(tenant_id)
+        self._fencing.watch_lease(tenant_id)
         return outcomes
 
     async def _asked(self, context: TenantContext, requests: Sequence[Request]) -> tuple[Terms, list[Answer]]:

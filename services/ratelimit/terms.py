@@ -11,10 +11,10 @@ from services.ratelimit.counter import Family, families_of
 from services.ratelimit.limit_rule import CALENDAR, LimitRule, Scope, Unit, Window, applicable
 from services.ratelimit.limits import Subject
 from services.ratelimit.packing import Packable, packed
+from services.ratelimit.plan_shelf import PlanShelf, TenantPlans
 
-# Of one tenant. In bytes as well, because a tenant chooses how many rules it has and how long its users' names are.
-_MOST_PLANS = 10_000
-_MOST_PLAN_BYTES = 8 * 1024 * 1024
+# What a plan takes beside the names of its counters and the parts of its rules, about.
+_PLAN_BYTES, _PART_BYTES = 400, 60
 _MOST_PERIODS = 400
 _RECENT_SECONDS = 60
 # The order in which scripts take calendars; 0 is no calendar.
@@ -33,6 +33,8 @@ class PlanForm:
     families: tuple[Family, ...]
     has_shadow: bool
     packed: bytes
+    # What others make of it once, to use for every request: it goes when the form goes.
+    made: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,6 @@ class Plan:
     own: bytes
     # Of each rule, the part of the subject that its scope tells apart.
     parts: tuple[Subject, ...]
-    # What others make of it once, to use for every request: it goes when the plan goes.
-    made: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rules(self) -> tuple[LimitRule, ...]:
@@ -103,8 +103,9 @@ class Terms:
         features: Iterable[str] = (),
         guard: GuardTerms | None = None,
         weight: int = 1,
+        shelf: PlanShelf[Plan] | None = None,
     ) -> None:
-        """`features`: the units that are part of the plan, whether limited or not."""
+        """`features`: the units that are part of the plan, whether limited or not. `shelf`: bounds the plans of all who have it."""
         self.rules = tuple(rules)
         self.version = version
         self.guard = guard
@@ -123,8 +124,7 @@ class Terms:
         self._named_users = frozenset(rule.user for rule in self.rules if rule.user)
         self._named_features = frozenset(rule.feature for rule in self.rules if rule.feature)
         self._forms: dict[tuple[str | bool, str | bool, str], PlanForm] = {}
-        self._plans: dict[tuple[str, str, str], Plan] = {}
-        self._plan_bytes = 0
+        self._plans: TenantPlans[Plan] = TenantPlans(shelf)
         self._calendars: tuple[tuple[int, int], bytes, tuple[Boundaries, Boundaries, Boundaries]] | None = None
 
     def plan(self, subject: Subject, product_unit: str = "") -> Plan:
@@ -132,11 +132,8 @@ class Terms:
         key = (subject.user, subject.feature, product_unit)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._planned(subject, product_unit)
-            self._plan_bytes += len(plan.packed)
-            while len(self._plans) > _MOST_PLANS or self._plan_bytes > _MOST_PLAN_BYTES:
-                # The oldest goes: whoever is still here asks for it again.
-                self._plan_bytes -= len(self._plans.pop(next(iter(self._plans))).packed)
+            plan = self._planned(subject, product_unit)
+            self._plans.add(key, plan, len(plan.own) + _PLAN_BYTES + _PART_BYTES * len(plan.parts))
         return plan
 
     def boundaries(self, now_us: int) -> tuple[Boundaries, Boundaries, Boundaries]:

@@ -138,6 +138,27 @@ async def test_a_failing_flush_fails_its_items_and_the_next_flush_works() -> Non
     assert await batcher.submit(2) == 2
 
 
+async def test_those_who_wait_can_be_failed_and_what_is_under_way_goes_on() -> None:
+    """Whose flush has begun gets its answer; who waited is told the failure, and who comes after that is flushed as ever."""
+    store = Store()
+    store.open.clear()
+    batcher = Batcher(store.flush)
+    under_way = asyncio.ensure_future(batcher.submit(1))
+    await asyncio.sleep(0)
+    waiting, given_up = asyncio.ensure_future(batcher.submit(2)), asyncio.ensure_future(batcher.submit(3))
+    together = asyncio.ensure_future(batcher.submit_all([4, 5]))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    batcher.fail_waiting(OSError("silent"))
+    with pytest.raises(OSError, match="silent"):
+        await waiting
+    assert [str(error) for error in await together] == ["silent", "silent"]
+    store.open.set()
+    assert await under_way == 2
+    assert await batcher.submit(6) == 12
+    assert store.batches == [[1], [6]]
+
+
 async def test_a_flush_that_answers_too_few_is_a_fault_not_a_mixup() -> None:
     """Rather an error for all than an answer for the wrong one."""
 

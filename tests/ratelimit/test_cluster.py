@@ -63,7 +63,7 @@ async def test_every_script_runs_on_a_cluster(cluster_url: str) -> None:
         settled, released, fenced, renewed = [await tenant.held(10) for _ in range(4)]
         assert await tenant.commit(settled, CommitKind.SETTLED, tokens=5)
         await tenant.store.release(tenant.tenant_id, released, 1)
-        assert await tenant.store.apply_fences(tenant.tenant_id, 1, [(fenced, FenceVerdict.UNRESOLVED)]) == 1
+        assert await tenant.store.apply_fences([(tenant.tenant_id, 1, [(fenced, FenceVerdict.UNRESOLVED)])]) == [1]
         assert await tenant.store.renew([(tenant.tenant_id, renewed)]) == [True]
         assert (await tenant.reserve(80))[1].verdict is Verdict.REFUSED
         assert await tenant.store.tenants_with_leases() == [tenant.tenant_id]

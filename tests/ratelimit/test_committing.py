@@ -187,8 +187,8 @@ async def test_a_fence_answer_moves_only_holds_of_its_epoch(at_store: MakeTenant
     tenant = await at_store().loaded()
     ids = {verdict: await tenant.held(10) for verdict in FenceVerdict}
     answers = [(reservation_id, verdict) for verdict, reservation_id in ids.items()]
-    assert await tenant.store.apply_fences(tenant.tenant_id, 2, answers) == 0
-    assert await tenant.store.apply_fences(tenant.tenant_id, 1, answers) == 3
+    assert await tenant.store.apply_fences([(tenant.tenant_id, 2, answers)]) == [0]
+    assert await tenant.store.apply_fences([(tenant.tenant_id, 1, answers)]) == [3]
     states = {verdict: await tenant.state(reservation_id) for verdict, reservation_id in ids.items()}
     assert states == {
         FenceVerdict.VOID: "released",
@@ -197,4 +197,4 @@ async def test_a_fence_answer_moves_only_holds_of_its_epoch(at_store: MakeTenant
         FenceVerdict.SETTLED: "held",
     }
     assert (await tenant.used())[1] == 20
-    assert await tenant.store.apply_fences(tenant.tenant_id, 1, answers) == 0
+    assert await tenant.store.apply_fences([(tenant.tenant_id, 1, answers)]) == [0]

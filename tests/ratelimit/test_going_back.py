@@ -152,7 +152,7 @@ async def test_leases_and_fences_of_older_data_are_void(durable: DurableRedis, t
     kept = await tenant.dump()
     assert await tenant.store.renew([(tenant.tenant_id, hold)]) == [False]
     await tenant.store.release(tenant.tenant_id, hold, 1)
-    assert await tenant.store.apply_fences(tenant.tenant_id, 1, [(hold, FenceVerdict.VOID)]) == 0
+    assert await tenant.store.apply_fences([(tenant.tenant_id, 1, [(hold, FenceVerdict.VOID)])]) == [0]
     assert (await tenant.reserve())[1].verdict is Verdict.REBUILD
     assert await tenant.dump() == kept
 

@@ -1,15 +1,16 @@
-"""Answers as messages: made by copying what a plan's answers share, and the same as if each were built."""
+"""Answers as messages: made by filling anew what a plan's answers share, and the same as if each were built."""
 
 from dataclasses import replace
 
 from google.protobuf.duration_pb2 import Duration
 
 from mesh.common.v1 import limit_rule_pb2
+from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from mesh.tenant.v1.tenant_service_pb2 import TenantConfig
 from services.ratelimit.adapters.tenant_rules import terms_of
 from services.ratelimit.limits import Amounts, Demand, Shortening, Subject
 from services.ratelimit.reservation import Held
-from services.ratelimit.servicers.held_messages import held_message
+from services.ratelimit.servicers.held_messages import held_content
 from services.ratelimit.servicers.limit_messages import limit_messages
 from services.ratelimit.standing import Answer, Verdict
 from services.ratelimit.terms import Terms
@@ -37,6 +38,11 @@ def held(known: Terms, subject: Subject, used: int, granted: Amounts) -> Held:
     now = now_us()
     figures = [value for place in range(len(RULES)) for value in (used + place, now + 1_000_000 * place if used else 0, 0)]
     return Held(known.plan(subject), Answer(Verdict.HELD, now, 4, now, granted, 0, 0, figures, known.boundaries(now)), Demand(granted))
+
+
+def held_message(hold: Held, lease: Duration) -> messages.ReserveResponse:
+    """The answer as its caller reads it."""
+    return messages.ReserveResponse.FromString(held_content(hold, lease))
 
 
 def test_a_held_answer_tells_of_each_rule_what_its_standing_is() -> None:

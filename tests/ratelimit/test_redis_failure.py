@@ -92,6 +92,30 @@ async def test_a_hanging_redis_is_answered_quickly(own_redis: RedisServer, peer:
         await admitted_again(tenant)
 
 
+@steadily
+async def test_who_waits_behind_a_silent_batch_is_refused_with_it(own_redis: RedisServer) -> None:
+    """A batch waits for half a full one to begin beside another: that costs nobody a second wait for a store that says nothing."""
+    link = PipelinedLink(own_redis.url, timeout_seconds=0.4)
+    assert await link.send("PING") == b"PONG"
+    refused: list[float] = []
+
+    async def ask() -> None:
+        with pytest.raises(Unavailable):
+            await link.send("PING")
+        refused.append(time.monotonic())
+
+    os.kill(own_redis.server.process.pid, signal.SIGSTOP)
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ask())
+            await asyncio.sleep(0.2)
+            group.create_task(ask())
+    finally:
+        os.kill(own_redis.server.process.pid, signal.SIGCONT)
+        await link.close()
+    assert max(refused) - min(refused) < 0.1
+
+
 async def test_the_service_starts_and_refuses_while_redis_is_down(own_redis: RedisServer, peer: Peer) -> None:
     """Without its store the service is up, says so, and serves once the store is there."""
     await own_redis.server.stop()

@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from services.kernel.rpc.encoded import Serializer
+
 Behavior = Callable[[Any, Any], Awaitable[Any]]
 Deserializer = Callable[[bytes], Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -73,11 +75,15 @@ class MeshInterceptor(grpc.aio.ServerInterceptor, ABC):
         """Returns what turns bytes into the request before this interceptor; the inner one's unless this one does it itself."""
         return current
 
+    def serializer(self, current: Serializer | None) -> Serializer | None:
+        """Returns what turns the response into bytes after this interceptor; the inner one's unless this one does it itself."""
+        return current
+
     def _rebuild(self, method: Method, handler: Handler) -> Handler:
         inner, make = _parts(handler)
         current: Deserializer | None = handler.request_deserializer
         behavior = self.wrap(method, _as_coroutine(inner), current)
-        rebuilt: Handler = make(behavior, self.deserializer(current), handler.response_serializer)
+        rebuilt: Handler = make(behavior, self.deserializer(current), self.serializer(handler.response_serializer))
         return rebuilt
 
 

@@ -28,7 +28,7 @@ from services.kernel.rpc.policy import PolicyInterceptor, policies_of
 from services.kernel.rpc.status import StatusInterceptor
 from services.kernel.rpc.trace import TraceInterceptor
 from services.kernel.rpc.validation import ValidationInterceptor
-from services.kernel.rpc.wakes import woken_once
+from services.kernel.rpc.wakes import wake_behind_the_loop, woken_once
 from services.kernel.settings import ServiceSettings
 from services.kernel.telemetry.logging import configure_logging
 from services.kernel.telemetry.tracing import configure_tracing, shutdown_tracing
@@ -85,6 +85,7 @@ class MeshServer:
         """Binds, serves and reports SERVING for every servicer."""
         self._port = self._bind()
         await self._server.start()
+        wake_behind_the_loop()
         if self._settings.health_address:
             self._health_server = accepting_server([], [])
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)

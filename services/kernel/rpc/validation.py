@@ -13,6 +13,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mesh.common.v1 import error_reason_pb2
 from services.kernel.errors import FieldViolation, InvalidRequest, MeshError
+from services.kernel.rpc.encoded import Serializer, as_it_is
 from services.kernel.rpc.interceptor import Behavior, Deserializer, MeshInterceptor, Method
 
 _MAX_VIOLATIONS = 20
@@ -33,6 +34,10 @@ class ValidationInterceptor(MeshInterceptor):
     def deserializer(self, current: Deserializer | None) -> Deserializer | None:
         """Takes the bytes as they are: this interceptor reads them itself."""
         return None
+
+    def serializer(self, current: Serializer | None) -> Serializer | None:
+        """Lets a servicer write bytes itself."""
+        return as_it_is(current)
 
     def wrap(self, method: Method, inner: Behavior, deserialize: Deserializer | None) -> Behavior:
         """Returns the behaviour for raw bytes, or for a stream of them."""

@@ -14,7 +14,7 @@ from services.kernel.ids import ReservationId, TenantId
 from services.ratelimit.adapters.decision_queue import DecisionQueue
 from services.ratelimit.adapters.tenant_scripts import Argument, TenantScripts, each_tenant, tenant_of_key
 from services.ratelimit.calendar_periods import Boundaries, microseconds
-from services.ratelimit.fencing import ExpiredHolds, FenceVerdict
+from services.ratelimit.fencing import ExpiredHolds, Fences, FenceVerdict
 from services.ratelimit.limit_rule import SECOND_US
 from services.ratelimit.limits import NOTHING, Amounts, Demand, Subject
 from services.ratelimit.packing import packed
@@ -137,22 +137,29 @@ class RedisStore:
                 continue
             if isinstance(reply, Exception):
                 raise reply
-            epoch, lease_count, later, *ids = cast("list[int | bytes]", reply)
-            reservation_ids = [ReservationId(UUID(bytes=cast("bytes", item))) for item in ids]
-            found.append(ExpiredHolds(tenant_id, None if epoch == -1 else int(epoch), int(lease_count), reservation_ids, later == 1))
+            epoch, lease_count, later, wait_us, *ids = cast("tuple[int, int, int, int, *tuple[bytes, ...]]", reply)
+            reservation_ids = [ReservationId(UUID(bytes=item)) for item in ids]
+            wait_seconds = wait_us / SECOND_US
+            found.append(ExpiredHolds(tenant_id, None if epoch == -1 else epoch, lease_count, reservation_ids, later == 1, wait_seconds))
         return found
 
-    async def apply_fences(self, tenant_id: TenantId, epoch: int, verdicts: Sequence[tuple[ReservationId, FenceVerdict]]) -> int:
-        """Releases VOID and SETTLED_BEFORE, pins UNRESOLVED, where epoch and state still fit; SETTLED waits. Returns how many changed."""
-        arguments: list[Argument] = []
-        for reservation_id, verdict in verdicts:
-            # SETTLED in this epoch: its commit is on its way, and it alone knows the amount.
-            if verdict is not FenceVerdict.SETTLED:
-                pins = verdict is FenceVerdict.UNRESOLVED
-                arguments += (reservation_id.bytes, FenceVerdict.UNRESOLVED.value if pins else FenceVerdict.VOID.value)
-        if not arguments:
-            return 0
-        return cast("int", await self._scripts.run("fenced", tenant_id, epoch, *arguments, bulk=True))
+    async def apply_fences(self, fences: Sequence[Fences]) -> list[int | Unavailable]:
+        """Releases VOID and SETTLED_BEFORE, pins UNRESOLVED, where epoch and state still fit; SETTLED waits.
+
+        Returns of each tenant how many changed, or that its part of the store is away. Raises: Unavailable.
+        """
+        changed: list[int | Unavailable] = [0] * len(fences)
+        calls = {
+            place: (tenant_id, (epoch, *arguments))
+            for place, (tenant_id, epoch, verdicts) in enumerate(fences)
+            if (arguments := _fence_arguments(verdicts))
+        }
+        replies = await self._scripts.run_each("fenced", list(calls.values()), bulk=True) if calls else []
+        for place, reply in zip(calls, replies, strict=True):
+            if isinstance(reply, Exception) and not isinstance(reply, Unavailable):
+                raise reply
+            changed[place] = cast("int | Unavailable", reply)
+        return changed
 
     async def drop(self, tenant_id: TenantId) -> None:
         """Takes a tenant's counters away, as a loss of data would. Raises: Unavailable."""
@@ -226,6 +233,10 @@ class RedisStore:
 
 
 def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
+    if len(asks) == 1:
+        ask = asks[0]
+        alone: list[Argument] = [_item(ask, 1), 1, ask.plan.form.packed, 1, 1, ask.plan.own]
+        return alone if ask.stand is None else [*alone, _standing(ask)]
     forms: dict[int, int] = {}
     plans: dict[int, int] = {}
     form_texts: list[Argument] = []
@@ -244,13 +255,17 @@ def _reserve_arguments(asks: Sequence[Ask]) -> list[Argument]:
                 form_texts.append(form.packed)
             place = plans[id(plan)] = len(plans) + 1
             plan_texts += (form_place, plan.own)
-        demand, amounts, short = ask.demand, ask.demand.amounts, ask.demand.shortening
-        fitting = _NO_SHORTENING if short is None else (short.max_output_tokens, short.min_output_tokens, short.output_nano_usd_per_million)
-        how = ask.at_once + 2 * ask.together
-        of_call = (ask.minted_us, demand.attempt, amounts.tokens, amounts.cost_nano_usd, demand.quantity)
-        items.append(_ITEM.pack(ask.reservation_id.bytes, *of_call, place, *fitting, how))
+        items.append(_item(ask, place))
     standing = [_standing(ask) for ask in asks] if stands else ()
     return [b"".join(items), len(forms), *form_texts, len(plans), *plan_texts, *standing]
+
+
+def _item(ask: Ask, place: int) -> bytes:
+    demand, amounts, short = ask.demand, ask.demand.amounts, ask.demand.shortening
+    fitting = _NO_SHORTENING if short is None else (short.max_output_tokens, short.min_output_tokens, short.output_nano_usd_per_million)
+    how = ask.at_once + 2 * ask.together
+    of_call = (ask.minted_us, demand.attempt, amounts.tokens, amounts.cost_nano_usd, demand.quantity)
+    return _ITEM.pack(ask.reservation_id.bytes, *of_call, place, *fitting, how)
 
 
 def _standing(ask: Ask) -> bytes:
@@ -293,6 +308,16 @@ def _signal(head: bytes, rest: list[object]) -> Answer:
         user, feature = cast("list[bytes]", rest)
         return Answer(verdict, subject=Subject(user.decode(), feature.decode()))
     return Answer(verdict)
+
+
+def _fence_arguments(verdicts: Sequence[tuple[ReservationId, FenceVerdict]]) -> list[Argument]:
+    arguments: list[Argument] = []
+    for reservation_id, verdict in verdicts:
+        # SETTLED in this epoch: its commit is on its way, and it alone knows the amount.
+        if verdict is not FenceVerdict.SETTLED:
+            pins = verdict is FenceVerdict.UNRESOLVED
+            arguments += (reservation_id.bytes, FenceVerdict.UNRESOLVED.value if pins else FenceVerdict.VOID.value)
+    return arguments
 
 
 def _settlement_arguments(item: Settlement) -> tuple[Argument, ...]:

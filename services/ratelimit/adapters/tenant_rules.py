@@ -10,7 +10,8 @@ from services.kernel.tenant_config import CONFIG_CHANGES, TenantConfigCache
 from services.kernel.tenant_context import TenantContext
 from services.ratelimit.calendar_periods import Calendar, moment, time_zone
 from services.ratelimit.limit_rule import CALENDAR, SECOND_US, LimitRule, Scope, Unit, Window, rules_of_plan
-from services.ratelimit.terms import GuardTerms, Terms
+from services.ratelimit.plan_shelf import PlanShelf
+from services.ratelimit.terms import GuardTerms, Plan, Terms
 
 _CAPACITY = 10_000
 _SCOPES = {
@@ -26,6 +27,7 @@ class TenantRules:
 
     def __init__(self, configs: TenantConfigCache, *, feed: ChangeFeed | None = None) -> None:
         self._configs = configs
+        self._shelf: PlanShelf[Plan] = PlanShelf()
         self._known: OrderedDict[tuple[TenantId | None, int], Terms] = OrderedDict()
         if feed is not None:
             feed.forget_on(CONFIG_CHANGES, self._forget)
@@ -37,7 +39,7 @@ class TenantRules:
         if terms is not None:
             return terms
         config = await self._configs.get(context, at_least)
-        terms = self._known.get((context.tenant_id, config.version)) or terms_of(config)
+        terms = self._known.get((context.tenant_id, config.version)) or terms_of(config, self._shelf)
         for version in {wanted[1], config.version}:
             self._known[context.tenant_id, version] = terms
         while len(self._known) > _CAPACITY:
@@ -54,10 +56,10 @@ class TenantRules:
             del self._known[key]
 
 
-def terms_of(config: TenantConfig) -> Terms:
-    """The rules of a configuration; of one without rules, those that its plan's numbers stand for."""
+def terms_of(config: TenantConfig, shelf: PlanShelf[Plan] | None = None) -> Terms:
+    """The rules of a configuration; of one without rules, those that its plan's numbers stand for. `shelf`: see Terms."""
     if not config.HasField("limit_rules"):
-        return Terms(rules_of_plan(config.limits), version=config.version)
+        return Terms(rules_of_plan(config.limits), version=config.version, shelf=shelf)
     told = config.limit_rules
     zone = time_zone(told.time_zone)
     anchor_day = 1
@@ -75,6 +77,7 @@ def terms_of(config: TenantConfig) -> Terms:
         features=features,
         guard=_guard(told),
         weight=max(1, told.weight),
+        shelf=shelf,
     )
 
 

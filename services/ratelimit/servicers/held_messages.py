@@ -1,4 +1,4 @@
-"""Holds as messages: what the answers to a plan have in common is filled anew for each answer, and copied."""
+"""Holds as messages: what the answers by the same rules have in common is filled anew for each answer, and serialised."""
 
 from dataclasses import dataclass
 
@@ -6,42 +6,42 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
-from services.ratelimit.limit_rule import CALENDAR, Window
+from services.ratelimit.limit_rule import CALENDAR, Scope, Window
+from services.ratelimit.limits import NOBODY, Subject
 from services.ratelimit.reservation import Held
 from services.ratelimit.servicers.limit_messages import duration, limit_messages, refusal_message, set_timestamp
 from services.ratelimit.standing import Answer, LimitStatus, current_day, period_end_us
-from services.ratelimit.terms import Plan
+from services.ratelimit.terms import PlanForm
 
 _MADE = "held_messages"
+_OF_USERS, _OF_FEATURES = (Scope.USER, Scope.USER_FEATURE), (Scope.FEATURE, Scope.USER_FEATURE)
 
 
-def held_message(held: Held, lease: Duration) -> messages.ReserveResponse:
-    """A hold as a message."""
-    message = messages.ReserveResponse()
-    write_held(message, held, lease)
-    return message
+def held_content(held: Held, lease: Duration) -> bytes:
+    """A hold as a serialised ReserveResponse."""
+    form = _Form.of([], lease) if held.degraded else _form(held.plan.form, held.answer, lease)
+    form.fill(held)
+    content = form.message.SerializeToString()
+    if not (held.degraded or held.waited_seconds or held.plan.has_shadow):
+        return content
+    # One after the other they are one message.
+    return (
+        content
+        + messages.ReserveResponse(
+            degraded=held.degraded,
+            shadow_refusals=[refusal_message(item) for item in held.shadow_refusals],
+            waited=duration(held.waited_seconds) if held.waited_seconds else None,
+        ).SerializeToString()
+    )
 
 
-def write_held(message: messages.ReserveResponse, held: Held, lease: Duration) -> None:
-    """Writes a hold into a message that has nothing in it yet."""
-    answer = held.answer
-    form = _Form.of([], lease) if held.degraded else _form(held.plan, answer, lease)
-    form.fill(answer, shortened=held.shortened)
-    message.MergeFrom(form.message)
-    if held.degraded:
-        message.degraded = True
-    elif held.plan.has_shadow:
-        message.shadow_refusals.extend(refusal_message(item) for item in held.shadow_refusals)
-    if held.waited_seconds:
-        message.waited.CopyFrom(duration(held.waited_seconds))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Form:
-    """A message to fill: all that an answer to a plan says, with the ends of the periods of one day.
+    """A message to fill: all that an answer by the same rules says, with the ends of the periods of one day.
 
     Its parts are kept beside it, of each limit the most and, where it slides, the reset time: to reach them by the message makes an object
-    for each, which took a third of an answer's time. To build the limits anew took most of it.
+    for each, which took a third of an answer's time. To build the limits anew took most of it. It is one for all of a tenant's users: one
+    for each took ten kilobytes of every user.
     """
 
     from_us: int
@@ -51,21 +51,28 @@ class _Form:
     granted: messages.Amounts
     reserve_time: Timestamp
     limits: tuple[tuple[int, messages.LimitStatus, Timestamp | None], ...]
+    users: tuple[messages.LimitStatus, ...]
+    features: tuple[messages.LimitStatus, ...]
+    # Whom the message tells of now.
+    subject: Subject = NOBODY
 
     @classmethod
     def of(cls, statuses: list[LimitStatus], lease: Duration, day: tuple[int, int] = (0, 0)) -> "_Form":
-        """The form of answers that tell of these limits."""
+        """The form of answers that tell of these limits. The limits are nobody's in it, until it is filled."""
         message = messages.ReserveResponse(limits=limit_messages(statuses), lease=lease)
-        limits = [
-            (status.rule.limit, limit, limit.reset_time if status.rule.window is Window.SLIDING else None)
-            for status, limit in zip(statuses, message.limits, strict=True)
-        ]
-        return cls(*day, lease, message, message.granted, message.reserve_time, tuple(limits))
+        pairs = list(zip((status.rule for status in statuses), message.limits, strict=True))
+        limits = [(rule.limit, limit, limit.reset_time if rule.window is Window.SLIDING else None) for rule, limit in pairs]
+        users, features = ([limit for rule, limit in pairs if rule.scope in scopes] for scopes in (_OF_USERS, _OF_FEATURES))
+        return cls(*day, lease, message, message.granted, message.reserve_time, tuple(limits), tuple(users), tuple(features))
 
-    def fill(self, answer: Answer, *, shortened: bool) -> None:
+    def fill(self, held: Held) -> None:
         """Writes what one answer says over what the one before it said: each field of each answer."""
-        message, granted, figures, now_us, place = self.message, self.granted, answer.figures, answer.now_us, 0
-        message.epoch, message.granted_output_tokens, message.shortened = answer.epoch, answer.output_tokens, shortened
+        answer, message, granted = held.answer, self.message, self.granted
+        figures, now_us, place = answer.figures, answer.now_us, 0
+        subject = held.plan.subject
+        if subject is not self.subject and subject != self.subject:
+            self._tell_of(subject)
+        message.epoch, message.granted_output_tokens, message.shortened = answer.epoch, answer.output_tokens, held.shortened
         granted.tokens, granted.cost_nano_usd = answer.granted.tokens, answer.granted.cost_nano_usd
         set_timestamp(self.reserve_time, answer.reserve_us)
         for most, limit, reset_time in self.limits:
@@ -77,14 +84,18 @@ class _Form:
                 reset_time.seconds, reset_time.nanos = reset_us // 1_000_000, reset_us % 1_000_000 * 1_000
             place += 3
 
+    def _tell_of(self, subject: Subject) -> None:
+        for limit in self.users:
+            limit.user = subject.user
+        for limit in self.features:
+            limit.feature = subject.feature
+        self.subject = subject
 
-def _form(plan: Plan, answer: Answer, lease: Duration) -> _Form:
-    made = plan.made.get(_MADE)
+
+def _form(form: PlanForm, answer: Answer, lease: Duration) -> _Form:
+    made = form.made.get(_MADE)
     if isinstance(made, _Form) and made.from_us <= answer.now_us < made.until_us and made.lease is lease:
         return made
-    statuses = [
-        LimitStatus(rule, 0, period_end_us(rule, answer) if rule.window in CALENDAR else None, part)
-        for rule, part in zip(plan.rules, plan.parts, strict=True)
-    ]
-    form = plan.made[_MADE] = _Form.of(statuses, lease, current_day(answer))
-    return form
+    statuses = [LimitStatus(rule, 0, period_end_us(rule, answer) if rule.window in CALENDAR else None, NOBODY) for rule in form.rules]
+    again = form.made[_MADE] = _Form.of(statuses, lease, current_day(answer))
+    return again

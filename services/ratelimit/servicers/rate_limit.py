@@ -5,6 +5,7 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2_grpc
 from services.kernel.errors import InvalidRequest
 from services.kernel.ids import ReservationId, parse_uuid
 from services.kernel.request_context import current_tenant
+from services.kernel.rpc.encoded import encoded
 from services.ratelimit.consumption import Consumptions, Use
 from services.ratelimit.extension import Extensions
 from services.ratelimit.gathered import GatheredReservations
@@ -12,7 +13,7 @@ from services.ratelimit.limits import Amounts, Demand, subject_of
 from services.ratelimit.look import Looks
 from services.ratelimit.reservation import Reservations
 from services.ratelimit.servicers.guarding import Guarding
-from services.ratelimit.servicers.held_messages import held_message
+from services.ratelimit.servicers.held_messages import held_content
 from services.ratelimit.servicers.limit_messages import (
     amounts_message,
     amounts_of,
@@ -64,11 +65,12 @@ class RateLimitServicer(rate_limit_service_pb2_grpc.RateLimitServiceServicer):
 
     async def Reserve(self, request: messages.ReserveRequest, context: object) -> messages.ReserveResponse:
         """Holds the worst case of a call."""
-        return held_message(await self._gathered.reserve(current_tenant(), request_of(request)), self._lease)
+        held = await self._gathered.reserve(current_tenant(), request_of(request))
+        return encoded(messages.ReserveResponse, held_content(held, self._lease))
 
     async def ReserveBatch(self, request: messages.ReserveBatchRequest, context: object) -> messages.ReserveBatchResponse:
         """Holds the worst cases of many calls, of any tenants."""
-        return await self._batches.reserve(request, self._lease)
+        return encoded(messages.ReserveBatchResponse, await self._batches.reserve(request, self._lease))
 
     async def Extend(self, request: messages.ExtendRequest, context: object) -> messages.ExtendResponse:
         """Raises what a call holds."""

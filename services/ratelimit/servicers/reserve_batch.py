@@ -11,6 +11,7 @@ from mesh.ratelimit.v1 import rate_limit_service_pb2 as messages
 from services.kernel.context_token import ContextTokenVerifier
 from services.kernel.errors import MeshError, Unauthenticated
 from services.kernel.ids import TenantId
+from services.kernel.rpc.encoded import submessage
 from services.kernel.rpc.status import to_mesh_error
 from services.kernel.rpc.wire_status import encode
 from services.kernel.tenant_context import TenantContext
@@ -19,13 +20,14 @@ from services.ratelimit.gathered import GatheredReservations
 from services.ratelimit.ready_counters import tenant_of
 from services.ratelimit.request import Request
 from services.ratelimit.reservation import Held, Outcome, Reservations
-from services.ratelimit.servicers.held_messages import write_held
+from services.ratelimit.servicers.held_messages import held_content
 from services.ratelimit.servicers.limit_messages import refusal_message
 from services.ratelimit.servicers.reserve_requests import Item, items_of
 
 _METHOD = "/mesh.ratelimit.v1.RateLimitService/ReserveBatch"
 # Tenants decided at the same time: as many as fill one exchange with the store.
 _TENANTS_AT_ONCE = 64
+_OUTCOMES, _HELD = messages.ReserveBatchResponse.OUTCOMES_FIELD_NUMBER, messages.ReserveBatchOutcome.HELD_FIELD_NUMBER
 
 
 @dataclass(slots=True)
@@ -52,8 +54,11 @@ class ReserveBatches:
         self._reservations = reservations
         self._verifier = verifier
 
-    async def reserve(self, batch: messages.ReserveBatchRequest, lease: Duration) -> messages.ReserveBatchResponse:
-        """Returns one outcome an item, in order; what fails fails alone. Raises: InvalidRequest for a batch that breaks its contract."""
+    async def reserve(self, batch: messages.ReserveBatchRequest, lease: Duration) -> bytes:
+        """Returns one outcome an item, in order, as a serialised ReserveBatchResponse; what fails fails alone.
+
+        Raises: InvalidRequest for a batch that breaks its contract.
+        """
         items = items_of(batch)
         outcomes: list[Outcome | None] = [None] * len(items)
         # Who waits comes last: those behind would wait as well.
@@ -61,11 +66,7 @@ class ReserveBatches:
         async with self._kept_alive(calls, lease.ToTimedelta().total_seconds()):
             for start in range(0, len(calls), _TENANTS_AT_ONCE):
                 await self._decide(calls[start : start + _TENANTS_AT_ONCE], outcomes)
-        response = messages.ReserveBatchResponse()
-        add = response.outcomes.add
-        for outcome in outcomes:
-            _write(add(), outcome, lease)
-        return response
+        return b"".join([submessage(_OUTCOMES, _content(outcome, lease)) for outcome in outcomes])
 
     async def _by_tenant(self, items: Sequence[Item], outcomes: list[Outcome | None]) -> dict[TenantId, _Call]:
         """Proves each item's tenant, each token once. An item that fails has its outcome by that."""
@@ -127,14 +128,12 @@ def _waits(call: _Call) -> bool:
     return any(request.max_wait_seconds for request in call.requests)
 
 
-def _write(message: messages.ReserveBatchOutcome, outcome: Outcome | None, lease: Duration) -> None:
-    # In place: a message that is put into another is copied, once for each it is put into.
+def _content(outcome: Outcome | None, lease: Duration) -> bytes:
     if isinstance(outcome, Held):
-        write_held(message.held, outcome, lease)
-    elif isinstance(outcome, Refusal):
-        message.refused.CopyFrom(refusal_message(outcome))
-    elif outcome is None:
+        return submessage(_HELD, held_content(outcome, lease))
+    if isinstance(outcome, Refusal):
+        return messages.ReserveBatchOutcome(refused=refusal_message(outcome)).SerializeToString()
+    if outcome is None:
         msg = "an item of the batch was left undecided"
         raise RuntimeError(msg)
-    else:
-        message.error_status = encode(outcome)
+    return messages.ReserveBatchOutcome(error_status=encode(outcome)).SerializeToString()

@@ -1,5 +1,6 @@
 -- Lists holds whose lease has ended and forgets what no rule counts. ARGV: forget, at most this many.
--- Answers {epoch or -1, leases in all, 1 if there is more to forget later, ids…}.
+-- Answers {epoch or -1, leases in all, 1 if there is more to forget later, in how many microseconds to look again, ids…}; the wait is until the
+-- next lease ends, 0 where there is something to do at once.
 local m, stale = current('epoch')
 local epoch = m[1]
 if stale then
@@ -7,7 +8,7 @@ if stale then
   forget_all()
 end
 if not epoch then
-  return { -1, 0, 0 }
+  return { -1, 0, 0, 0 }
 end
 local now = store_time()
 tidy(now, tonumber(ARGV[1]))
@@ -28,7 +29,7 @@ local function dead(name, value)
 end
 
 -- A bounded part of the counters, another one each time.
-local gone, later = {}, false
+local gone, later, unfinished = {}, false, false
 if call('HLEN', counters) > 0 then
   local from = call('HGET', meta, 'cursor') or '0'
   local page = call('HSCAN', counters, from, 'COUNT', 100)
@@ -39,7 +40,8 @@ if call('HLEN', counters) > 0 then
     end
     later = later or (soon and not over)
   end
-  later = later or page[1] ~= '0'
+  unfinished = page[1] ~= '0'
+  later = later or unfinished
   if page[1] ~= from then
     call('HSET', meta, 'cursor', page[1])
   end
@@ -52,4 +54,17 @@ for _, scores in ipairs(ended_between(now)) do
     ids[#ids + 1] = id
   end
 end
-return { tonumber(epoch), call('ZCARD', leases), later and 1 or 0, unpack(ids) }
+
+local function next_end()
+  local first
+  for _, scores in ipairs({ { integer(now - USES_EARLIER), '(0' }, { '(' .. integer(now), '+inf' } }) do
+    local found = call('ZRANGEBYSCORE', leases, scores[1], scores[2], 'WITHSCORES', 'LIMIT', 0, 1)[2]
+    local score = tonumber(found or nil)
+    local until_us = score and (score < 0 and score + USES_EARLIER or score)
+    first = until_us and math.min(first or until_us, until_us) or first
+  end
+  return first or now
+end
+
+local wait_us = (unfinished or #ids > 0) and 0 or math.max(0, next_end() - now)
+return { tonumber(epoch), call('ZCARD', leases), later and 1 or 0, wait_us, unpack(ids) }
