@@ -1,27 +1,27 @@
-"""What is made of each user of every tenant and kept for the next call: so many bytes of one tenant, and so many of all."""
+"""What is made of each user of every tenant and kept for the next call: so many bytes by one set of rules, and so many of all."""
 
 from collections import deque
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-# Of one tenant, which chooses how many rules it has and how long its users' names are; and of all of them.
-_MOST_OF_ONE = 8 * 1024 * 1024
+# Of the tenants that share their rules, who choose how many users they have and how long their names are; and of all tenants.
+_MOST_OF_ONE = 32 * 1024 * 1024
 _MOST_OF_ALL = 128 * 1024 * 1024
 
 V = TypeVar("V")
 
 
 class PlanShelf(Generic[V]):
-    """Bounds what all tenants keep together. The oldest go first, whosever they are: whoever is still here has his made again."""
+    """Bounds what all sets of rules keep together. The oldest go first, whosever they are: whoever is still here has his made again."""
 
     def __init__(self, *, most_bytes: int = _MOST_OF_ALL) -> None:
         self._most_bytes = most_bytes
         self._bytes = 0
-        self._kept: deque[tuple[TenantPlans[V], Hashable, V, int]] = deque()
+        self._kept: deque[tuple[ShelfPart[V], Hashable, V, int]] = deque()
 
-    def keep(self, plans: "TenantPlans[V]", key: Hashable, value: V, size_bytes: int) -> None:
-        """Counts what a tenant has added, and drops the oldest for it."""
-        self._kept.append((plans, key, value, size_bytes))
+    def keep(self, part: "ShelfPart[V]", key: Hashable, value: V, size_bytes: int) -> None:
+        """Counts what one of them has added, and drops the oldest for it."""
+        self._kept.append((part, key, value, size_bytes))
         self._bytes += size_bytes
         while self._bytes > self._most_bytes:
             owner, old_key, old, old_bytes = self._kept.popleft()
@@ -29,8 +29,8 @@ class PlanShelf(Generic[V]):
             owner.drop(old_key, old)
 
 
-class TenantPlans(Generic[V]):
-    """What is kept of one tenant."""
+class ShelfPart(Generic[V]):
+    """What is kept by one set of rules."""
 
     def __init__(self, shelf: PlanShelf[V] | None = None, *, most_bytes: int = _MOST_OF_ONE) -> None:
         self._shelf: PlanShelf[V] = shelf or PlanShelf()
@@ -44,7 +44,7 @@ class TenantPlans(Generic[V]):
         return found and found[0]
 
     def add(self, key: Hashable, value: V, size_bytes: int) -> None:
-        """Keeps a value. The tenant's oldest go for it, and then the oldest of all."""
+        """Keeps a value. Its own oldest go for it, and then the oldest of all."""
         self._values[key] = (value, size_bytes)
         self._bytes += size_bytes
         while self._bytes > self._most_bytes:

@@ -11,7 +11,7 @@ from services.ratelimit.counter import Family, families_of
 from services.ratelimit.limit_rule import CALENDAR, LimitRule, Scope, Unit, Window, applicable
 from services.ratelimit.limits import Subject
 from services.ratelimit.packing import Packable, packed
-from services.ratelimit.plan_shelf import PlanShelf, TenantPlans
+from services.ratelimit.plan_shelf import PlanShelf, ShelfPart
 
 # What a plan takes beside the names of its counters and the parts of its rules, about.
 _PLAN_BYTES, _PART_BYTES = 400, 60
@@ -91,7 +91,7 @@ class GuardTerms:
 
 
 class Terms:
-    """The rules of one version of a tenant's configuration."""
+    """The rules of one version of a tenant's configuration. Tenants with the same share it: it knows of no tenant."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Terms:
         self._named_users = frozenset(rule.user for rule in self.rules if rule.user)
         self._named_features = frozenset(rule.feature for rule in self.rules if rule.feature)
         self._forms: dict[tuple[str | bool, str | bool, str], PlanForm] = {}
-        self._plans: TenantPlans[Plan] = TenantPlans(shelf)
+        self._plans: ShelfPart[Plan] = ShelfPart(shelf)
         self._calendars: tuple[tuple[int, int], bytes, tuple[Boundaries, Boundaries, Boundaries]] | None = None
 
     def plan(self, subject: Subject, product_unit: str = "") -> Plan:

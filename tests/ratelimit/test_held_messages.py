@@ -95,3 +95,13 @@ def test_each_of_many_answers_is_as_if_it_were_the_only_one() -> None:
     tenants = [terms(rng, zone) for zone in ("", "", "America/New_York", "Pacific/Kiritimati")]
     for hold, lease in holds(rng, tenants):
         assert messages.ReserveResponse.FromString(held_content(hold, lease)) == built_afresh(hold, lease)
+
+
+def test_every_field_of_an_answer_is_of_the_rules_or_written_each_time() -> None:
+    """An answer's form is shared by all who have the same rules: a field that the contract gains must be sorted in here, and in `fill`."""
+    of_the_rules = {"rule", "limit", "unit", "mode"}
+    written = {"used", "remaining", "reset_time", "user", "feature"}
+    assert {field.name for field in messages.LimitStatus.DESCRIPTOR.fields} == of_the_rules | written
+    of_the_form, filled = {"lease"}, {"epoch", "reserve_time", "limits", "granted", "granted_output_tokens", "shortened"}
+    added = {"shadow_refusals", "waited", "degraded"}
+    assert {field.name for field in messages.ReserveResponse.DESCRIPTOR.fields} == of_the_form | filled | added

@@ -1,6 +1,9 @@
-"""A tenant's rules out of its configuration, made ready once for each version."""
+"""A tenant's rules out of its configuration, made ready once for each version, and for all tenants of whom they say the same."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, tzinfo
+from weakref import WeakValueDictionary
 
 from mesh.common.v1 import limit_rule_pb2 as messages
 from mesh.tenant.v1.tenant_service_pb2 import TenantConfig
@@ -27,7 +30,7 @@ class TenantRules:
 
     def __init__(self, configs: TenantConfigCache, *, feed: ChangeFeed | None = None) -> None:
         self._configs = configs
-        self._shelf: PlanShelf[Plan] = PlanShelf()
+        self._shared = SharedTerms()
         self._known: OrderedDict[tuple[TenantId | None, int], Terms] = OrderedDict()
         if feed is not None:
             feed.forget_on(CONFIG_CHANGES, self._forget)
@@ -39,7 +42,7 @@ class TenantRules:
         if terms is not None:
             return terms
         config = await self._configs.get(context, at_least)
-        terms = self._known.get((context.tenant_id, config.version)) or terms_of(config, self._shelf)
+        terms = self._known.get((context.tenant_id, config.version)) or self._shared.of(config)
         for version in {wanted[1], config.version}:
             self._known[context.tenant_id, version] = terms
         while len(self._known) > _CAPACITY:
@@ -56,28 +59,71 @@ class TenantRules:
             del self._known[key]
 
 
-def terms_of(config: TenantConfig, shelf: PlanShelf[Plan] | None = None) -> Terms:
-    """The rules of a configuration; of one without rules, those that its plan's numbers stand for. `shelf`: see Terms."""
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """All that a configuration says of the limits."""
+
+    version: int
+    rules: tuple[LimitRule, ...]
+    zone: tzinfo = UTC
+    anchor_day: int = 1
+    calendar_name: str = "UTC|1"
+    features: frozenset[str] = frozenset()
+    guard: GuardTerms | None = None
+    weight: int = 1
+
+
+class SharedTerms:
+    """Makes one Terms of all configurations that say the same, as those of tenants on one plan do.
+
+    What a decision reads is then in the processor's caches, and not once for each tenant in memory.
+    """
+
+    def __init__(self) -> None:
+        self._shelf: PlanShelf[Plan] = PlanShelf()
+        self._made: WeakValueDictionary[_Content, Terms] = WeakValueDictionary()
+
+    def of(self, config: TenantConfig) -> Terms:
+        """The rules of a configuration; of one without rules, those that its plan's numbers stand for."""
+        content = _content_of(config)
+        terms = self._made.get(content)
+        if terms is None:
+            terms = self._made[content] = Terms(
+                content.rules,
+                Calendar(content.zone, content.anchor_day),
+                version=content.version,
+                calendar_name=content.calendar_name,
+                features=content.features,
+                guard=content.guard,
+                weight=content.weight,
+                shelf=self._shelf,
+            )
+        return terms
+
+
+def terms_of(config: TenantConfig) -> Terms:
+    """The same, shared with nobody."""
+    return SharedTerms().of(config)
+
+
+def _content_of(config: TenantConfig) -> _Content:
     if not config.HasField("limit_rules"):
-        return Terms(rules_of_plan(config.limits), version=config.version, shelf=shelf)
+        return _Content(config.version, rules_of_plan(config.limits))
     told = config.limit_rules
     zone = time_zone(told.time_zone)
     anchor_day = 1
     if told.HasField("cycle_anchor_time"):
         anchor_day = moment(told.cycle_anchor_time.ToMicroseconds()).astimezone(zone).day
-    rules = [_rule(rule) for rule in told.rules]
-    # The names of calendars' sums: those of another zone or day are others.
-    calendar_name = f"{told.time_zone or 'UTC'}|{anchor_day}"
-    features = [name for name, feature in config.features.items() if feature.enabled]
-    return Terms(
-        rules,
-        Calendar(zone, anchor_day),
-        version=config.version,
-        calendar_name=calendar_name,
-        features=features,
-        guard=_guard(told),
-        weight=max(1, told.weight),
-        shelf=shelf,
+    return _Content(
+        config.version,
+        tuple(_rule(rule) for rule in told.rules),
+        zone,
+        anchor_day,
+        # The names of calendars' sums: those of another zone or day are others.
+        f"{told.time_zone or 'UTC'}|{anchor_day}",
+        frozenset(name for name, feature in config.features.items() if feature.enabled),
+        _guard(told),
+        max(1, told.weight),
     )
 
 
