@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -71,6 +72,17 @@ async def process() -> AsyncIterator[asyncio.subprocess.Process]:
         if child.returncode is None:
             child.kill()
             await child.wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux knows threads that interrupt nobody")
+async def test_grpcs_threads_interrupt_nobody_and_the_loops_thread_is_as_any() -> None:
+    """Once it serves, every thread but the loop's own is batch work."""
+    async with process() as child:
+        assert child.stdout is not None
+        await asyncio.wait_for(child.stdout.readline(), 20)
+        policies = {int(thread): os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{child.pid}/task")}
+        assert policies.pop(child.pid) == os.SCHED_OTHER
+        assert set(policies.values()) == {os.SCHED_BATCH}
 
 
 async def test_a_process_serves_and_ends_on_sigterm() -> None:
