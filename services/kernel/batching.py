@@ -1,6 +1,7 @@
 """Group commit for anything: many concurrent submissions become one flush, and one bad item fails alone."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -28,7 +29,7 @@ class Batcher(Generic[I, O]):
     the next one. Cancelling a submitter withdraws its waiting, not its item.
 
     `size` is what an item counts for, 1 unless it is given. A flush has at most `max_batch`, or one item that is larger. A flush begins
-    beside another only when `enough` waits.
+    beside another only when `enough` waits, or when the oldest is under way for `beside_seconds`: nobody waits longer for it than that.
     """
 
     def __init__(
@@ -39,18 +40,22 @@ class Batcher(Generic[I, O]):
         max_batch: int = 256,
         max_in_flight: int = 1,
         enough: int = 1,
+        beside_seconds: float = math.inf,
         max_waiting: int = 65_536,
     ) -> None:
         self._flush = flush
         self._size = size
         self._enough = enough
+        self._beside_seconds = beside_seconds
         self._max_batch = max_batch
         self._max_in_flight = max_in_flight
         self._max_waiting = max_waiting
         self._waiting: list[Submission[I, O]] = []
         # Kept while they come and go: added up for each who comes, it would cost more the more wait.
         self._waiting_size = 0
-        self._flushes: set[asyncio.Task[None]] = set()
+        # Since when each is under way.
+        self._flushes: dict[asyncio.Task[None], float] = {}
+        self._look: asyncio.TimerHandle | None = None
         self._closed = False
 
     async def submit(self, item: I) -> O:
@@ -91,11 +96,6 @@ class Batcher(Generic[I, O]):
             raise
         return results
 
-    def fail_waiting(self, error: Exception) -> None:
-        """Answers all that wait for a flush with a failure. Those of which a flush has begun are the flush's."""
-        waiting, self._waiting, self._waiting_size = self._waiting, [], 0
-        _fail(waiting, error)
-
     async def close(self) -> None:
         """Refuses new items and waits until every accepted one has been flushed."""
         self._closed = True
@@ -112,14 +112,31 @@ class Batcher(Generic[I, O]):
             # Owned here: kept in the set until done, awaited by close. In a context of its own: a batch is of many callers, and the
             # tenant and deadline of the one who happened to start it must not reach the others' items. Its spans hang under the first.
             context = context_under(batch[0].parent)
-            task = asyncio.get_running_loop().create_task(self._run(batch), name="batcher.flush", context=context)
-            self._flushes.add(task)
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._run(batch), name="batcher.flush", context=context)
+            self._flushes[task] = loop.time()
             task.add_done_callback(self._finished)
 
     def _may_begin(self) -> bool:
         if not self._flushes:
             return True
-        return len(self._flushes) < self._max_in_flight and self._waiting_size >= self._enough
+        if len(self._flushes) >= self._max_in_flight:
+            return False
+        return self._waiting_size >= self._enough or self._is_late()
+
+    def _is_late(self) -> bool:
+        """Whether the oldest flush is under way for so long that the next begins beside it; looks again when it will be."""
+        if self._beside_seconds == math.inf:
+            return False
+        loop = asyncio.get_running_loop()
+        left = next(iter(self._flushes.values())) + self._beside_seconds - loop.time()
+        if left > 0 and self._look is None:
+            self._look = loop.call_later(left, self._look_again)
+        return left <= 0
+
+    def _look_again(self) -> None:
+        self._look = None
+        self._start_flushes()
 
     def _taken(self) -> list[Submission[I, O]]:
         """Takes those that make the next flush."""
@@ -142,7 +159,7 @@ class Batcher(Generic[I, O]):
         return count, size
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._flushes.discard(task)
+        del self._flushes[task]
         self._start_flushes()
 
     async def _run(self, batch: list[Submission[I, O]]) -> None:

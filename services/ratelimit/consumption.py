@@ -158,12 +158,14 @@ class Consumptions:
 
     async def _asked_together(self, context: TenantContext, uses: Sequence[Use]) -> tuple[Terms, list[Answer]]:
         tenant_id = tenant_of(context)
-        self._fencing.watch_lease(tenant_id)
 
         async def question(terms: Terms) -> list[Answer]:
             return await self._store.reserve(tenant_id, terms, [_ask(terms, use, together=True) for use in uses])
 
-        return await self._counters.ask(context, question)
+        try:
+            return await self._counters.ask(context, question)
+        finally:
+            self._fencing.watch_lease(tenant_id)
 
     async def _in_turn(self, context: TenantContext, use: Use) -> Held | Refusal:
         waits = self._room is not None and use.max_wait_seconds > 0
@@ -187,7 +189,6 @@ class Consumptions:
             # What the holds of a dead replica are, only the ledger knows.
             await self._fencing.fence_expired(tenant_id)
             terms, answer = await self._asked(context, use, stand)
-        self._fencing.watch_lease(tenant_id)
         plan, demand = terms.plan(use.subject, use.product_unit), _demand(use)
         match answer.verdict:
             case Verdict.QUEUED if answer.place is not None:
@@ -219,7 +220,11 @@ class Consumptions:
                 raise not_included(use.product_unit)
             return await self._store.reserve(tenant_id, terms, [_ask(terms, use, stand=stand)])
 
-        terms, (answer,) = await self._counters.ask(context, question)
+        try:
+            terms, (answer,) = await self._counters.ask(context, question)
+        finally:
+            # Also of what was not answered: the store may have held it.
+            self._fencing.watch_lease(tenant_id)
         return terms, answer
 
     async def _record(self, context: TenantContext, use: Use, answer: Answer) -> None:

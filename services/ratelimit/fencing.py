@@ -37,8 +37,8 @@ class FenceVerdict(StrEnum):
 class ExpiredHolds:
     """A tenant's holds with an ended lease, and how many leases there are in all. `epoch` is None while the tenant has no counters.
 
-    `leftovers`: something is kept that will be of no use in a while. `wait_seconds`: until the next lease ends; 0 where there is
-    something to do at once.
+    `leftovers`: something is kept that will be of no use in a while; `more`: something of no use is left. `wait_seconds`: until the next
+    lease ends; 0 where there is something to do at once.
     """
 
     tenant_id: TenantId
@@ -46,6 +46,7 @@ class ExpiredHolds:
     lease_count: int
     reservation_ids: Sequence[ReservationId]
     leftovers: bool = False
+    more: bool = False
     wait_seconds: float = 0.0
 
 
@@ -99,7 +100,7 @@ class Fencing:
         self._watched[tenant_id] = 0.0
 
     def watch_lease(self, tenant_id: TenantId) -> None:
-        """Does the same from when a lease ends that was given now: those given before are looked after already."""
+        """Does the same from when a lease ends that was given now, or may have been; what is due sooner stays due sooner."""
         self._look_by(tenant_id, self._clock() + self._lease_seconds)
 
     async def fence_expired(self, tenant_id: TenantId) -> None:
@@ -173,8 +174,11 @@ class Fencing:
         return len(found) - sum(away)
 
     def _put_off(self, holds: ExpiredHolds) -> None:
-        if holds.lease_count:
-            self._look_by(holds.tenant_id, self._clock() + holds.wait_seconds)
+        if holds.more:
+            self.watch(holds.tenant_id)
+        elif holds.lease_count:
+            # No lease is longer, whatever the store's clock was before it was put right.
+            self._look_by(holds.tenant_id, self._clock() + min(holds.wait_seconds, self._lease_seconds))
         elif holds.leftovers:
             self._look_by(holds.tenant_id, self._clock() + LEFTOVER_SECONDS)
 

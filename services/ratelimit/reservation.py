@@ -280,6 +280,8 @@ class Reservations:
         try:
             return await decided
         except Unavailable as error:
+            # The store may have held what it did not answer.
+            self._fencing.watch_lease(tenant_of(context))
             if error.metadata.get("dependency") != STORE:
                 raise
             return [self._allowed(context, terms, request, error) for request in requests]

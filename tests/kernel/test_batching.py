@@ -14,6 +14,7 @@ from services.kernel.errors import NotFound, Unavailable
 from services.kernel.ids import TenantId, new_uuid7
 from services.kernel.request_context import bind_tenant, current_deadline, maybe_tenant
 from services.kernel.tenant_context import TenantContext
+from tests.support.waiting import eventually
 
 
 class Store:
@@ -103,6 +104,32 @@ async def test_a_flush_begins_beside_another_only_when_enough_waits(together: bo
     assert store.batches == [[1], [5, 1], [9], [9]]
 
 
+async def test_beside_a_flush_that_takes_long_the_next_begins_however_little_it_is() -> None:
+    """Also when nobody comes any more; behind one that does not take long they gather, as before."""
+    store = Store()
+    store.open.clear()
+    batcher = Batcher(store.flush, max_in_flight=2, enough=6, beside_seconds=0.05)
+
+    async def two_have_begun() -> bool:
+        return len(store.batches) == 2
+
+    async with asyncio.TaskGroup() as group:
+        for item in (1, 2, 3):
+            group.create_task(batcher.submit(item))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        began = [list(batch) for batch in store.batches]
+        await eventually(two_have_begun, within_seconds=10)
+        # The oldest is late, but there is no more room beside it.
+        group.create_task(batcher.submit(4))
+        await asyncio.sleep(0.1)
+        assert store.batches == [[1], [2, 3]]
+        store.open.set()
+    assert began == [[1]]
+    assert store.batches == [[1], [2, 3], [4]]
+    assert await batcher.submit(5) == 10
+
+
 async def test_a_cancelled_submitter_does_not_cancel_the_batch() -> None:
     """The item was accepted: it is flushed, and the others get their answers."""
     store = Store()
@@ -136,27 +163,6 @@ async def test_a_failing_flush_fails_its_items_and_the_next_flush_works() -> Non
         await batcher.submit(1)
     failing.append(False)
     assert await batcher.submit(2) == 2
-
-
-async def test_those_who_wait_can_be_failed_and_what_is_under_way_goes_on() -> None:
-    """Whose flush has begun gets its answer; who waited is told the failure, and who comes after that is flushed as ever."""
-    store = Store()
-    store.open.clear()
-    batcher = Batcher(store.flush)
-    under_way = asyncio.ensure_future(batcher.submit(1))
-    await asyncio.sleep(0)
-    waiting, given_up = asyncio.ensure_future(batcher.submit(2)), asyncio.ensure_future(batcher.submit(3))
-    together = asyncio.ensure_future(batcher.submit_all([4, 5]))
-    await asyncio.sleep(0)
-    given_up.cancel()
-    batcher.fail_waiting(OSError("silent"))
-    with pytest.raises(OSError, match="silent"):
-        await waiting
-    assert [str(error) for error in await together] == ["silent", "silent"]
-    store.open.set()
-    assert await under_way == 2
-    assert await batcher.submit(6) == 12
-    assert store.batches == [[1], [6]]
 
 
 async def test_a_flush_that_answers_too_few_is_a_fault_not_a_mixup() -> None:

@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import os
 import socket
 import sys
 
 import grpc
+import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from services.kernel.rpc.wakes import _emptied_pairs, woken_once
+from services.kernel.rpc.wakes import _emptied_pairs, wake_behind_the_loop, woken_once
 
 
 def test_a_wake_takes_all_bytes_there_are() -> None:
@@ -31,6 +33,17 @@ async def test_grpc_is_woken_by_such_a_pair() -> None:
     output, errors = await asyncio.wait_for(child.communicate(), 30)
     assert child.returncode == 0, errors.decode()
     assert json.loads(output) == {"readers": ["_EmptiedSocket"], "answers": [1, 1, 1]}
+
+
+def test_where_threads_are_hidden_or_the_policy_is_forbidden_all_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox costs what the policy saves, and nothing else."""
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    for name in ("sched_setscheduler", "listdir"):
+        monkeypatch.setattr(os, name, forbidden)
+        wake_behind_the_loop()
 
 
 class _Loop(asyncio.SelectorEventLoop):

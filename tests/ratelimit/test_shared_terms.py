@@ -11,6 +11,7 @@ from mesh.common.v1 import limit_rule_pb2
 from mesh.tenant.v1.tenant_service_pb2 import FeatureTerms, PlanLimits, TenantConfig
 from services.ratelimit.adapters.tenant_rules import SharedTerms, terms_of
 from services.ratelimit.limits import Subject
+from services.ratelimit.terms import PlanForm
 from tests.ratelimit.rules import rule
 
 
@@ -69,9 +70,12 @@ def test_any_difference_makes_others(change: str) -> None:
 
 
 def test_rules_that_nobody_has_any_more_go() -> None:
-    """Each change of a configuration leaves the rules before it to nobody."""
-    shared = SharedTerms()
+    """Each change of a configuration leaves the rules before it to nobody, with all that was made of its users."""
+    shared, made = SharedTerms(), config()
+    made.limit_rules.rules[0].name = "only_here"
     for version in range(50):
-        shared.of(TenantConfig(version=version))
+        made.version = version
+        shared.of(made).plan(Subject("ada", "chat"))
     gc.collect()
     assert len(shared._made) == 0
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, PlanForm) and thing.rules[0].name == "only_here"]

@@ -140,6 +140,19 @@ async def test_answers_that_the_store_did_not_take_are_asked_for_again() -> None
     await scripted.fencing.fence_expired(gone)
 
 
+async def test_what_is_of_no_use_is_forgotten_at_once_and_no_wait_is_longer_than_a_lease() -> None:
+    """Page by page, each sweep, with or without leases; and a store whose clock was put right is not believed beyond a lease."""
+    scripted, (tenant_id,) = Scripted(), tenants(1)
+    scripted.says[tenant_id] = ExpiredHolds(tenant_id, 1, 0, (), leftovers=True, more=True)
+    scripted.fencing.watch_lease(tenant_id)
+    assert await scripted.swept(LEASE_SECONDS) == [tenant_id]
+    assert await scripted.swept() == [tenant_id]
+    scripted.says[tenant_id] = ExpiredHolds(tenant_id, 1, 1, (), wait_seconds=3_600.0)
+    assert await scripted.swept() == [tenant_id]
+    assert await scripted.swept(LEASE_SECONDS - 0.1) == []
+    assert await scripted.swept(0.1) == [tenant_id]
+
+
 async def waits(tenant: AtStore) -> float:
     """What the store says of when to look again."""
     (holds,) = await tenant.store.expired([tenant.tenant_id], 10)

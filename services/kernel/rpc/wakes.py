@@ -45,11 +45,13 @@ def wake_behind_the_loop() -> None:
     if not hasattr(os, "SCHED_BATCH"):
         return
     own = threading.get_native_id()
-    for thread_id in map(int, os.listdir("/proc/self/task")):
-        # It may have ended, or a sandbox may forbid it: then it runs as any other.
-        with suppress(OSError):
-            if thread_id != own:
-                os.sched_setscheduler(thread_id, os.SCHED_BATCH, os.sched_param(0))
+    # A sandbox may hide the threads, or forbid it: then they run as any other.
+    with suppress(OSError):
+        for thread_id in map(int, os.listdir("/proc/self/task")):
+            # One that has ended meanwhile is no reason to leave the others.
+            with suppress(ProcessLookupError):
+                if thread_id != own:
+                    os.sched_setscheduler(thread_id, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextmanager

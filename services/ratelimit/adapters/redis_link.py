@@ -73,8 +73,8 @@ class Link(Protocol):
 class PipelinedLink:
     """One Redis server. At most `connections` batches are under way; what arrives meanwhile makes the next batch.
 
-    A batch begins beside another when it is half full at least: the server takes one after the other anyway, and few large ones cost this
-    process less. Nobody waits longer for that: what waits while the server says nothing is refused with the batch that it waits for.
+    A batch begins beside another when it is half full, or the other has taken an eighth of its time: the server takes one after the other
+    anyway, and few large ones cost this process less.
     """
 
     def __init__(
@@ -89,11 +89,14 @@ class PipelinedLink:
         # RESP2: nothing here needs maps or pushes, and its connection needs no extra round trip.
         self._pool = ConnectionPool.from_url(url, protocol=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
         self._idle: list[AbstractConnection] = []
-        self._connections = connections
         self._timeout_seconds = timeout_seconds
         self.breaker = breaker or CircuitBreaker()
         self._batcher: Batcher[Command, object] = Batcher(
-            self._flush, max_batch=max_batch, max_in_flight=connections, enough=max(1, max_batch // 2)
+            self._flush,
+            max_batch=max_batch,
+            max_in_flight=connections,
+            enough=max(1, max_batch // 2),
+            beside_seconds=timeout_seconds / 8,
         )
 
     async def send(self, *command: str | bytes | int) -> object:
@@ -126,8 +129,6 @@ class PipelinedLink:
         except PASSING as error:
             self.breaker.failed()
             log.warning("redis_unreachable", error=type(error).__name__, commands=len(commands))
-            if self._connections > 1 and isinstance(error, exceptions.TimeoutError):
-                self._batcher.fail_waiting(Unavailable("redis"))
             # Replies still under way would be taken for those of the next batch.
             await connection.disconnect(nowait=True)
             raise Unavailable("redis") from error

@@ -139,8 +139,10 @@ class RedisStore:
                 raise reply
             epoch, lease_count, later, wait_us, *ids = cast("tuple[int, int, int, int, *tuple[bytes, ...]]", reply)
             reservation_ids = [ReservationId(UUID(bytes=item)) for item in ids]
-            wait_seconds = wait_us / SECOND_US
-            found.append(ExpiredHolds(tenant_id, None if epoch == -1 else epoch, lease_count, reservation_ids, later == 1, wait_seconds))
+            leftovers, more, wait_seconds = later > 0, later > 1, wait_us / SECOND_US
+            found.append(
+                ExpiredHolds(tenant_id, None if epoch == -1 else epoch, lease_count, reservation_ids, leftovers, more, wait_seconds)
+            )
         return found
 
     async def apply_fences(self, fences: Sequence[Fences]) -> list[int | Unavailable]:

@@ -1,6 +1,6 @@
 -- Lists holds whose lease has ended and forgets what no rule counts. ARGV: forget, at most this many.
--- Answers {epoch or -1, leases in all, 1 if there is more to forget later, in how many microseconds to look again, ids…}; the wait is until the
--- next lease ends, 0 where there is something to do at once.
+-- Answers {epoch or -1, leases in all, 1 if there is more to forget later and 2 if at once, in how many microseconds to look again, ids…}; the wait
+-- is until the next lease ends, 0 where there is something to do at once.
 local m, stale = current('epoch')
 local epoch = m[1]
 if stale then
@@ -67,4 +67,4 @@ local function next_end()
 end
 
 local wait_us = (unfinished or #ids > 0) and 0 or math.max(0, next_end() - now)
-return { tonumber(epoch), call('ZCARD', leases), later and 1 or 0, wait_us, unpack(ids) }
+return { tonumber(epoch), call('ZCARD', leases), unfinished and #gone > 0 and 2 or later and 1 or 0, wait_us, unpack(ids) }
