@@ -3,15 +3,31 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
 import pytest
 
 from services.kernel.errors import Unavailable
 from services.kernel.ids import ReservationId, TenantId, new_uuid7
+from services.kernel.tenant_context import TenantContext
+from services.ratelimit.consumption import Consumptions, Use
+from services.ratelimit.counter import Family
 from services.ratelimit.fencing import LEFTOVER_SECONDS, ExpiredHolds, Fences, FenceVerdict, Fencing
-from tests.ratelimit.callers import AtStore, Stores
+from services.ratelimit.limit_rule import SECOND_US, LimitRule, Scope, Unit, Window
+from services.ratelimit.limits import Amounts, Demand
+from services.ratelimit.open_allowance import OpenAllowance
+from services.ratelimit.ready_counters import ReadyCounters
+from services.ratelimit.rebuild import CountedSum, Rebuilder
+from services.ratelimit.request import Ask, Request
+from services.ratelimit.reservation import Reservations
+from services.ratelimit.standing import Answer
+from services.ratelimit.terms import Terms
+from tests.ratelimit.callers import AtStore, Stores, now_us
 
 LEASE_SECONDS = 5.0
+# More than Redis keeps in one piece, which it looks through at once.
+MANY = 1_200
 MakeTenant = Callable[..., AtStore]
 
 
@@ -153,6 +169,43 @@ async def test_what_is_of_no_use_is_forgotten_at_once_and_no_wait_is_longer_than
     assert await scripted.swept(0.1) == [tenant_id]
 
 
+class Silent:
+    """A store that does what it is asked and whose answers are lost."""
+
+    async def reserve(self, tenant_id: TenantId, terms: Terms, asks: Sequence[Ask]) -> list[Answer]:
+        raise Unavailable("redis")
+
+
+def a_context(tenant_id: TenantId) -> TenantContext:
+    """Of a tenant, as it is proven."""
+    until = datetime.now(UTC) + timedelta(minutes=5)
+    return TenantContext(tenant_id, "pro", "local", "user:1", frozenset(), 1, until, False, "token")
+
+
+@pytest.mark.parametrize("asked", ["reserve", "consume", "consume together"])
+async def test_a_lease_is_looked_for_also_where_the_store_did_not_answer(asked: str) -> None:
+    """It may have held what it was asked for: if it did, that ends with its lease, and not when the scan comes by."""
+    scripted, (tenant_id,) = Scripted(), tenants(1)
+    rules = [LimitRule("pages", Unit.PRODUCT, Window.DAY, 5, product_unit="pages")]
+    terms, context, silent = Terms(rules, features=["pages"]), a_context(tenant_id), cast("Any", Silent())
+
+    async def terms_of(context: TenantContext, at_least: int = 0) -> Terms:
+        return terms
+
+    counters = ReadyCounters(terms_of, Rebuilder(silent, silent), scripted.fencing, OpenAllowance(silent))
+    use = Use(ReservationId(new_uuid7()), "pages", 1)
+    consumptions = Consumptions(silent, silent, counters, scripted.fencing)
+    with pytest.raises(Unavailable):
+        if asked == "reserve":
+            await Reservations(silent, counters, scripted.fencing).reserve(context, Request(use.consumption_id, Demand(Amounts(1, 1))))
+        elif asked == "consume":
+            await consumptions.consume(context, use)
+        else:
+            await consumptions.decide_together(context, [use, replace(use, consumption_id=ReservationId(new_uuid7()))])
+    assert await scripted.swept(LEASE_SECONDS - 0.1) == []
+    assert await scripted.swept(0.1) == [tenant_id]
+
+
 async def waits(tenant: AtStore) -> float:
     """What the store says of when to look again."""
     (holds,) = await tenant.store.expired([tenant.tenant_id], 10)
@@ -172,3 +225,25 @@ async def test_the_store_says_when_the_first_of_all_leases_ends(at_store: MakeTe
     assert await waits(tenant) == 0
     assert await tenant.store.apply_fences([(tenant.tenant_id, 1, [(sooner, FenceVerdict.VOID)])]) == [1]
     assert 20 < await waits(tenant) <= 30
+
+
+@pytest.mark.parametrize("days_ago", [0, 4])
+async def test_pages_of_dead_counters_are_reasons_to_come_back_at_once_and_living_ones_are_none(
+    at_store: MakeTenant, days_ago: int
+) -> None:
+    """Of many users: sweep after sweep until none that is dead is left; counters that live are looked through without haste."""
+    tenant = at_store()
+    family = Family(Unit.TOKENS, Window.DAY, scope=Scope.USER)
+    tenant.terms = Terms([LimitRule("day", Unit.TOKENS, Window.DAY, 10**6, scope=Scope.USER)])
+    day_us = 86_400 * SECOND_US
+    start_us = now_us() - now_us() % day_us - days_ago * day_us
+    await tenant.loaded(sums=[CountedSum([family], start_us, 5, user=f"user-{number}") for number in range(MANY)])
+    swept = 0
+    while (await tenant.store.expired([tenant.tenant_id], 10))[0].more:
+        swept += 1
+    left = await tenant.link.send("HLEN", f"{{{tenant.tenant_id}}}:counters")
+    if days_ago:
+        assert swept >= 2
+        assert cast("int", left) < 100
+    else:
+        assert (swept, left) == (0, MANY)

@@ -27,6 +27,8 @@ Command = tuple[str | bytes | int, ...]
 
 # Commands of one pipeline: so many scripts are over within the patience of those that come after them.
 MOST_PIPELINED = 64
+# Nobody waits longer than this behind a batch that is large, or that is not answered.
+_BESIDE_SECONDS = 0.005
 # Keys looked at in one step of a scan: a few hundred microseconds of the store's time.
 SCAN_COUNT = 1000
 
@@ -73,8 +75,8 @@ class Link(Protocol):
 class PipelinedLink:
     """One Redis server. At most `connections` batches are under way; what arrives meanwhile makes the next batch.
 
-    A batch begins beside another when it is half full, or the other has taken an eighth of its time: the server takes one after the other
-    anyway, and few large ones cost this process less.
+    A batch begins beside another when it is half full, or the other takes longer than most do: the server takes one after the other anyway,
+    and few large ones cost this process less.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class PipelinedLink:
             max_batch=max_batch,
             max_in_flight=connections,
             enough=max(1, max_batch // 2),
-            beside_seconds=timeout_seconds / 8,
+            beside_seconds=_BESIDE_SECONDS,
         )
 
     async def send(self, *command: str | bytes | int) -> object:
