@@ -41,6 +41,8 @@ class SingleFlightCache(Generic[Key, Value]):
         if under_way is None:
             # In a context of its own: one caller's deadline must not reach the others who wait.
             under_way = asyncio.get_running_loop().create_task(self._fetch(key, fetch), context=context_under(span_parent()))
+            # When all who waited were cancelled, its failure is nobody's, and no fault that went unheard.
+            under_way.add_done_callback(_heard)
             self._fetching[key] = under_way
         return await asyncio.shield(under_way)
 
@@ -72,3 +74,8 @@ class SingleFlightCache(Generic[Key, Value]):
         if len(self._known) > self._capacity:
             self._known.popitem(last=False)
         return value
+
+
+def _heard(fetched: asyncio.Future[Value]) -> None:
+    if not fetched.cancelled():
+        fetched.exception()

@@ -1,6 +1,7 @@
 """One fetch for all who wait, and nothing remembered that failed."""
 
 import asyncio
+import gc
 
 import pytest
 
@@ -82,6 +83,33 @@ async def test_a_cancelled_waiter_leaves_the_fetch_to_the_others() -> None:
         go_on.set()
     assert leaving.cancelled()
     assert staying.result() == 1
+
+
+async def test_a_fetch_that_fails_after_all_its_waiters_left_is_no_unheard_failure() -> None:
+    """Who was cancelled wants no answer; the loop is told of no exception that nobody retrieved, and the next caller tries again."""
+    cache: SingleFlightCache[str, int] = SingleFlightCache(4)
+    gate, unheard = asyncio.Event(), list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+
+    async def fails() -> int:
+        await gate.wait()
+        raise OSError("away")
+
+    async def answers() -> int:
+        return 7
+
+    waiter = asyncio.ensure_future(cache.get("key", fails))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    gate.set()
+    for _ in range(4):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert await cache.get("key", answers) == 7
+    assert unheard == []
 
 
 async def test_the_least_recently_used_value_goes_first() -> None:
