@@ -1,7 +1,7 @@
 """The specification of a sliding window's log, kept compact: the scripts do exactly this.
 
 Entries are (time, amount), rising in time. Up to `MOST_ENTRIES` the log is exact. Beyond, an entry that falls in the same quantum as the
-last one is merged into it at the later time: it may be counted a little too long, and is never let go too early.
+one before or after it is merged with it at the later time: it may be counted too long, by less than a quantum, and never too short.
 """
 
 from bisect import bisect_left
@@ -31,7 +31,7 @@ class SlidingWindow:
         if self.times and self.times[-1] >= now_us:
             # The same microsecond, or a clock that stepped back.
             self.amounts[-1] += amount
-        elif len(self.times) >= MOST_ENTRIES and self._quantum(self.times[-1]) == self._quantum(now_us):
+        elif self.times and self._joins(len(self.times) - 1, now_us):
             self.times[-1] = now_us
             self.amounts[-1] += amount
         else:
@@ -46,13 +46,14 @@ class SlidingWindow:
         place = bisect_left(self.times, reserve_us)
         if difference < 0:
             self._take(place, -difference)
-        elif place < len(self.times) and (self.times[place] == reserve_us or len(self.times) >= MOST_ENTRIES):
+        elif place < len(self.times) and (self.times[place] == reserve_us or self._joins(place, reserve_us)):
             self.amounts[place] += difference
-        elif len(self.times) < MOST_ENTRIES:
+        elif place and self._joins(place - 1, reserve_us):
+            self.times[place - 1] = reserve_us
+            self.amounts[place - 1] += difference
+        else:
             self.times.insert(place, reserve_us)
             self.amounts.insert(place, difference)
-        else:
-            self.add(reserve_us, difference)
 
     def frees_us(self, now_us: int, excess: int) -> int:
         """When as much as `excess` has left the window; 0 when that much never does."""
@@ -80,6 +81,10 @@ class SlidingWindow:
         while gone < len(self.times) and self.times[gone] <= start:
             gone += 1
         del self.times[:gone], self.amounts[:gone]
+
+    def _joins(self, place: int, us: int) -> bool:
+        """Whether what comes at a time is merged with that entry."""
+        return len(self.times) >= MOST_ENTRIES and self._quantum(self.times[place]) == self._quantum(us)
 
     def _quantum(self, us: int) -> int:
         return us * MOST_ENTRIES // self.window_us

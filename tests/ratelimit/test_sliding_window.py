@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import cast
 from uuid import uuid4
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from services.ratelimit.packing import unpacked
 from services.ratelimit.sliding_window import MOST_ENTRIES, SlidingWindow
 
 WINDOW_US = 1_000_000
+QUANTUM_US = WINDOW_US // MOST_ENTRIES
 # Each step waits, and then adds, corrects something added before, or looks.
 waits = st.one_of(st.integers(0, 3), st.integers(0, 2000), st.integers(0, 300_000))
 steps = st.tuples(waits, st.sampled_from(("add", "add", "add", "adjust", "look")), st.integers(0, 200), st.integers(0, 50))
@@ -28,8 +30,8 @@ class ExactLog:
 
     entries: list[list[int]] = field(default_factory=list)
 
-    def used(self, now_us: int) -> int:
-        return sum(amount for time_us, amount in self.entries if time_us > now_us - WINDOW_US)
+    def used(self, now_us: int, late_us: int = 0) -> int:
+        return sum(amount for time_us, amount in self.entries if time_us > now_us - WINDOW_US - late_us)
 
 
 @dataclass
@@ -72,12 +74,39 @@ def test_the_compact_log_never_counts_less_and_is_exact_until_it_is_full(run: li
     for step in (step for part in run for step in part):
         both.take(*step)
         compact, exact = both.compact.used(both.now_us), both.exact.used(both.now_us)
-        assert compact >= exact
+        assert exact <= compact <= both.exact.used(both.now_us, QUANTUM_US)
         if both.longest < MOST_ENTRIES:
             assert compact == exact
         assert both.compact.times == sorted(set(both.compact.times))
         assert all(amount > 0 for amount in both.compact.amounts)
         assert len(both.compact.times) <= 2 * MOST_ENTRIES + 1
+
+
+@pytest.mark.parametrize("next_us", [QUANTUM_US // 2, 5 * QUANTUM_US, None])
+@pytest.mark.parametrize("before_us", [QUANTUM_US // 4, 5 * QUANTUM_US])
+async def test_a_hold_of_nothing_that_is_raised_leaves_with_its_own_quantum(
+    link: PipelinedLink, before_us: int, next_us: int | None
+) -> None:
+    """In a full log it has no entry of its own, and none that comes much later takes it along: neither by the rules nor in the scripts."""
+    start_us = 10_000_000
+    held_us = start_us + 10 * QUANTUM_US * MOST_ENTRIES // 20 + 1
+    times = [start_us + number for number in range(MOST_ENTRIES)]
+    times += [held_us - before_us, *([] if next_us is None else [held_us + next_us])]
+    now_us = held_us + 10 * QUANTUM_US
+    both = Both(now_us=start_us)
+    arguments: list[str | int] = []
+    for time_us in sorted([*times, held_us]):
+        both.take(time_us - both.now_us, "add", 0, 0 if time_us == held_us else 1)
+        arguments += ["add", time_us, 0 if time_us == held_us else 1, 0]
+    place = [time_us for time_us, _ in both.exact.entries].index(held_us)
+    both.take(now_us - both.now_us, "adjust", place, 43)
+    out_us = held_us + WINDOW_US + QUANTUM_US + 1
+    left = sum(time_us + WINDOW_US + QUANTUM_US > out_us for time_us in times)
+    assert both.compact.used(held_us + WINDOW_US - 1) >= 43
+    assert both.compact.used(out_us) <= left
+    arguments += ["adjust", now_us, 43, held_us, "add", out_us, 0, 0]
+    used, _ = cast("list[int]", await _run_on_log(link, f"{{{uuid4()}}}:", arguments))
+    assert used == both.compact.used(out_us)
 
 
 @settings(deadline=None, max_examples=40)

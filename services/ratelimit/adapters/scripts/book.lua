@@ -47,6 +47,11 @@ local function is_full(c)
   return c[UPTO] - c[FROM] >= 2 * MOST_ENTRIES - 2
 end
 
+-- Whether what comes at a time joins that entry: then it is counted too long by less than a quantum.
+local function is_merged(c, place, us)
+  return is_full(c) and quantum(c, c[LOG][1] + c[LOG][place]) == quantum(c, us)
+end
+
 local function add(c, now, amount)
   if amount == 0 then
     return
@@ -64,7 +69,7 @@ local function add(c, now, amount)
   local since = now - log[1]
   if log[upto] >= since then
     log[upto + 1] = log[upto + 1] + amount
-  elseif is_full(c) and quantum(c, log[1] + log[upto]) == quantum(c, now) then
+  elseif is_merged(c, upto, now) then
     log[upto], log[upto + 1] = since, log[upto + 1] + amount
   else
     log[upto + 2], log[upto + 3], c[UPTO] = since, amount, upto + 2
@@ -109,10 +114,10 @@ local function adjust(c, reserve_us, now, difference)
   c[DIRTY] = true
   if difference < 0 then
     take(c, place, -difference)
-  elseif place <= c[UPTO] and (log[place] == since or is_full(c)) then
+  elseif place <= c[UPTO] and (log[place] == since or is_merged(c, place, reserve_us)) then
     log[place + 1], c[USED] = log[place + 1] + difference, c[USED] + difference
-  elseif is_full(c) then
-    add(c, reserve_us, difference)
+  elseif place > c[FROM] and is_merged(c, place - 2, reserve_us) then
+    log[place - 2], log[place - 1], c[USED] = since, log[place - 1] + difference, c[USED] + difference
   else
     table.insert(log, place, since)
     table.insert(log, place + 1, difference)
