@@ -37,13 +37,17 @@ async def test_grpc_is_woken_by_such_a_pair() -> None:
 
 def test_where_threads_are_hidden_or_the_policy_is_forbidden_all_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sandbox costs what the policy saves, and nothing else."""
-
-    def forbidden(*_: object) -> None:
-        raise PermissionError
-
+    tried: list[str] = []
     for name in ("sched_setscheduler", "listdir"):
+
+        def forbidden(*_: object, name: str = name) -> None:
+            tried.append(name)
+            raise PermissionError
+
         monkeypatch.setattr(os, name, forbidden)
         wake_behind_the_loop()
+    # A process of one thread has none to set: then only the looking was forbidden.
+    assert tried[-1:] == ["listdir"]
 
 
 class _Loop(asyncio.SelectorEventLoop):
