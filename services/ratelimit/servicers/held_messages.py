@@ -40,8 +40,8 @@ class _Form:
     """A message to fill: all that an answer by the same rules says, with the ends of the periods of one day.
 
     Its parts are kept beside it, of each limit the most and, where it slides, the reset time: to reach them by the message makes an object
-    for each, which took a third of an answer's time. To build the limits anew took most of it. It is one for all of a tenant's users: one
-    for each took ten kilobytes of every user.
+    for each, which took a third of an answer's time. To build the limits anew took most of it. It is one for all users of all tenants that
+    share their rules: one for each took ten kilobytes of every user. What is no rule's is written by `fill` each time.
     """
 
     from_us: int
